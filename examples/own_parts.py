@@ -1,0 +1,56 @@
+"""Parts of your own, entering through YAML by dotted path; conf/experiment/own_parts.yaml uses all three.
+
+    python scripts/train.py experiment=own_parts
+
+A part is a torch.nn.Module. It is constructed with the sizes (dim, for a router also num_experts and top_k) and with
+whatever else its YAML entry says beside `type`. Run the script from a directory from which Python can import the part.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.layers import Routing, count_tokens
+
+
+class GatedAverage(nn.Module):
+    """A token mixer: the running mean of all tokens so far, gated per channel. Causal, no cache."""
+
+    def __init__(self, dim: int, expand: int = 2) -> None:
+        super().__init__()
+        self.value = nn.Linear(dim, expand * dim, bias=False)
+        self.gate = nn.Linear(dim, expand * dim, bias=False)
+        self.out = nn.Linear(expand * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        seen = torch.arange(1, x.size(1) + 1, device=x.device, dtype=x.dtype)[:, None]
+        return self.out(self.value(x).cumsum(dim=1) / seen * torch.sigmoid(self.gate(x)))
+
+
+class ReluSquared(nn.Module):
+    """A channel mixer: an ungated FFN with a squared ReLU (So et al. 2021, arXiv 2109.08668)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down(torch.relu(self.up(x)).square())
+
+
+class CosineRouter(nn.Module):
+    """A router: cosine similarity to one learned key per expert (Chi et al. 2022, arXiv 2204.09179)."""
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, scale: float = 8.0) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.scale = scale
+        self.keys = nn.Parameter(torch.randn(num_experts, dim))
+
+    def forward(self, x: Tensor) -> Routing:
+        """x (T, D) -> Routing."""
+        logits = self.scale * nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.keys, dim=-1).T
+        chosen, expert_ids = logits.topk(self.top_k, dim=-1)
+        return Routing(logits, torch.sigmoid(chosen).to(x.dtype), expert_ids, count_tokens(expert_ids, logits.size(1)))

@@ -1,0 +1,151 @@
+"""Plain mapping (from YAML) -> strict frozen dataclass.
+
+An unknown key, a wrong type or an impossible value raises `InputError` that names the key by its dotted path.
+Range checks belong to the dataclasses themselves: `__post_init__` raises `ValueError("key=...: ...")` and the path is
+put in front here.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from moesaic.errors import InputError
+
+__all__ = ["flatten", "from_mapping", "to_mapping"]
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `cls` from `values`, nested dataclasses included.
+
+    Args:
+        cls: a dataclass. Field types may be bool, int, float, str, None, Any, Literal, X | Y, tuple[X, ...],
+            dict[str, X] and other dataclasses.
+        values: plain containers, as `OmegaConf.to_container(..., resolve=True)` gives them.
+        where: dotted path of `values` in the whole config, for messages.
+
+    Raises:
+        InputError: unknown or missing key, wrong type, or a value that `cls` refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where or cls.__name__}: found {_show(values)}; allowed: a mapping of {_names(cls)}")
+    for key in values:
+        if key not in _names(cls):
+            close = difflib.get_close_matches(str(key), _names(cls), n=1)
+            hint = f" (did you mean {_join(where, close[0])}?)" if close else ""
+            raise InputError(f"{_join(where, str(key))}: unknown key{hint}; allowed: {', '.join(_names(cls))}")
+    types_of = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        path = _join(where, field.name)
+        if field.name in values:
+            arguments[field.name] = _convert(types_of[field.name], values[field.name], path)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{path}: missing; it needs {_describe(types_of[field.name])}")
+    try:
+        return cls(**arguments)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{_join(where, '')}{error}") from error
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The plain mapping (dicts, lists, numbers, strings) from which `from_mapping` rebuilds `config`."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _convert(expected: Any, value: Any, path: str) -> Any:
+    origin = get_origin(expected)
+    if origin in (Union, types.UnionType):
+        return _convert_union(get_args(expected), expected, value, path)
+    if origin is Literal:
+        if value in get_args(expected) and type(value) in {type(option) for option in get_args(expected)}:
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            element = get_args(expected)[0]
+            return tuple(_convert(element, item, f"{path}[{i}]") for i, item in enumerate(value))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): _convert(get_args(expected)[1], v, _join(path, str(k))) for k, v in value.items()}
+    elif dataclasses.is_dataclass(expected):
+        return from_mapping(typing.cast(type, expected), value, path)
+    elif expected is Any:
+        return value
+    elif expected is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif expected in (int, str, bool):
+        if type(value) is expected:
+            return value
+        if expected is int and isinstance(value, float) and value.is_integer():
+            return int(value)  # YAML and the command line read 1e4 as a float
+    elif expected is type(None) and value is None:
+        return None
+    raise InputError(f"{path}: found {_show(value)}; allowed: {_describe(expected)}")
+
+
+def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    errors: list[InputError] = []
+    for option in options:
+        try:
+            return _convert(option, value, path)
+        except InputError as error:
+            errors.append(error)
+            if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+                raise  # the mapping was meant for this dataclass: its own message says more
+    raise InputError(f"{path}: found {_show(value)}; allowed: {_describe(expected)}") from errors[-1]
+
+
+def _describe(expected: Any) -> str:
+    origin = get_origin(expected)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(expected))
+    if origin is Literal:
+        return " | ".join(str(option) for option in get_args(expected))
+    if origin is tuple:
+        return f"a list of {_describe(get_args(expected)[0])}"
+    if origin is dict or dataclasses.is_dataclass(expected):
+        return "a mapping"
+    names = {type(None): "null", int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(expected, str(expected))
+
+
+def _names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _show(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,21 @@
+"""Text to batches: corpora, tokenisers, token streams on disk, loaders."""
+
+from moesaic.data.corpora import Corpus, Document
+from moesaic.data.loaders import EvaluationLoader, TrainingLoader
+from moesaic.data.streams import Data, DataConfig, TokenStream, load_data
+from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenizer_from_dict
+
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Corpus",
+    "Data",
+    "DataConfig",
+    "Document",
+    "EvaluationLoader",
+    "TokenStream",
+    "Tokenizer",
+    "TrainingLoader",
+    "load_data",
+    "tokenizer_from_dict",
+]

@@ -1,0 +1,202 @@
+"""Where text comes from: the Python standard library, installed packages, your files, a Hugging Face data set."""
+
+import dataclasses
+import glob
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from moesaic.errors import InputError
+
+__all__ = ["Corpus", "Document", "load_files", "load_huggingface", "load_packages", "load_stdlib"]
+
+LEFT_OUT_FOLDERS = frozenset(
+    {"test", "tests", "idlelib", "idle_test", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"}
+    | {"encodings", "pydoc_data", "site-packages", "__pycache__"}
+)
+"""Tests, generated tables, and parts of the standard library that not every installation has."""
+
+SMALLEST = 64
+"""Bytes below which a source file is left out: an __init__.py says little."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text; `name` is its path relative to the source, with forward slashes."""
+
+    name: str
+    text: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents of two splits that share no file."""
+
+    source: str
+    train: tuple[Document, ...]
+    validation: tuple[Document, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies this corpus; compare bits per byte only between equal content hashes."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            for document in split:
+                digest.update(f"{document.name}\0{len(document.text)}\0".encode())
+                digest.update(document.text)
+            digest.update(b"\1")
+        return {
+            "source": self.source,
+            "python": platform.python_version(),
+            "train_files": len(self.train),
+            "train_bytes": sum(len(document.text) for document in self.train),
+            "validation_files": len(self.validation),
+            "validation_bytes": sum(len(document.text) for document in self.validation),
+            "content_hash": digest.hexdigest(),
+        }
+
+
+def load_stdlib(validation_fraction: float) -> Corpus:
+    """The source of the standard library of the running Python."""
+    return _python_sources("stdlib", Path(sysconfig.get_paths()["stdlib"]), validation_fraction)
+
+
+def load_packages(validation_fraction: float) -> Corpus:
+    """The Python sources of all packages installed for the running Python."""
+    return _python_sources("packages", Path(sysconfig.get_paths()["purelib"]), validation_fraction)
+
+
+def load_files(path: str, validation_fraction: float) -> Corpus:
+    """A folder (all text files in it), a glob, or one file, whose tail is then the validation split.
+
+    Raises:
+        InputError: nothing there, only empty files, or binary data.
+    """
+    given = Path(path)
+    if given.is_dir():
+        root = given
+        paths = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]
+    elif given.is_file():
+        root, paths = given.parent, [given]
+    else:
+        paths = [Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file()]
+        root = Path(os.path.commonpath([p.parent for p in paths])) if paths else Path()
+    if not paths:
+        raise InputError(f"data.path={path!r}: no such file or folder, or no file in it")
+    documents, binary = [], []
+    for file in sorted(paths):
+        text = _read_text(file)
+        if text is None:
+            binary.append(file)
+        elif text:
+            documents.append(Document(_relative(file, root), text))
+    if not documents and binary:
+        raise InputError(f"data.path={path!r}: binary data ({binary[0]}); allowed is UTF-8 text without NUL bytes")
+    if not documents:
+        raise InputError(f"data.path={path!r}: all {len(paths)} files are empty")
+    return _split(f"files: {path}", _without_duplicates(documents), validation_fraction)
+
+
+def load_huggingface(name: str, validation_fraction: float) -> Corpus:
+    """The column "text" of the split "train" of a data set on the Hugging Face hub.
+
+    Raises:
+        InputError: the `datasets` package is missing, or there is no such data set or column.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("data.source='huggingface': it needs pip install 'moesaic[datasets]'") from error
+    try:
+        rows = datasets.load_dataset(name, split="train")
+        documents = [Document(f"row {i:09d}", text.encode()) for i, text in enumerate(rows["text"]) if text]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"data.path={name!r}: no data set with a column `text` ({error})") from error
+    return _split(f"huggingface: {name}", documents, validation_fraction)
+
+
+def _python_sources(source: str, root: Path, validation_fraction: float) -> Corpus:
+    documents = []
+    for path in sorted(root.rglob("*.py"), key=lambda p: _relative(p, root)):
+        folders = path.relative_to(root).parts[:-1]
+        generated = path.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
+        if generated or LEFT_OUT_FOLDERS.intersection(folders):
+            continue
+        text = _read_text(path)
+        if text is not None and len(text) >= SMALLEST:
+            documents.append(Document(_relative(path, root), text))
+    if not documents:
+        raise InputError(f"data.source={source!r}: no Python sources under {root}")
+    return _split(source, _without_duplicates(documents), validation_fraction)
+
+
+def _split(source: str, documents: Iterable[Document], fraction: float) -> Corpus:
+    """Each document falls by a hash of its own name, whatever else is there; a lone one is cut at a line end."""
+    documents = list(documents)
+    if len(documents) == 1:
+        head, tail = _cut(documents[0], fraction)
+        return Corpus(source, (head,), (tail,))
+    places = {document.name: _place(document.name) for document in documents}
+    validation = {name for name, place in places.items() if place < fraction}
+    if not validation:  # so few documents that none fell there
+        validation = {min(places, key=lambda name: places[name])}
+    elif len(validation) == len(documents):
+        validation.remove(max(places, key=lambda name: places[name]))
+    return Corpus(
+        source,
+        tuple(document for document in documents if document.name not in validation),
+        tuple(document for document in documents if document.name in validation),
+    )
+
+
+def _place(name: str) -> float:
+    """A number in [0, 1) from a path; twins such as decimal.py and _pydecimal.py get the same one."""
+    path = PurePosixPath(name)
+    base = path.name.removeprefix("_py").lstrip("_") or path.name
+    digest = hashlib.sha256(f"moesaic:{path.with_name(base)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _cut(document: Document, fraction: float) -> tuple[Document, Document]:
+    text = document.text
+    wanted = round(len(text) * (1 - fraction))
+    cut = text.rfind(b"\n", 0, wanted) + 1 or wanted
+    while cut < len(text) and text[cut] & 0xC0 == 0x80:  # not inside a UTF-8 sequence
+        cut += 1
+    if cut in (0, len(text)):
+        raise InputError(f"{document.name}: {len(text)} bytes are too few to cut a validation split from")
+    return Document(document.name, text[:cut]), Document(f"{document.name} (tail)", text[cut:])
+
+
+def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
+    seen: set[bytes] = set()
+    for document in documents:
+        if document.text not in seen:
+            seen.add(document.text)
+            yield document
+
+
+def _read_text(path: Path) -> bytes | None:
+    """The file with LF line ends, or None if it is not text."""
+    try:
+        text = path.read_bytes().replace(b"\r\n", b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if b"\0" in text:
+        return None
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return text
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

@@ -1,0 +1,136 @@
+"""Batches of windows: for training a pure function of (seed, batch number), for evaluation every token once."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moesaic.data.tokenizers import Ids
+from moesaic.errors import InputError
+
+__all__ = ["EvaluationLoader", "TrainingLoader"]
+
+Batch = dict[str, Tensor]
+
+
+class TrainingLoader:
+    """num_batches batches of {"tokens", "labels"}, each (B, L) int64; labels are the tokens one further.
+
+    An epoch visits every window of the stream once, in an order and with an offset of the windows that depend on
+    (seed, epoch). So batch i needs no memory of the batches before it, and a resumed run sees what it would have seen.
+
+    Args:
+        tokens: the stream, (n,).
+        seq_len: L.
+        batch_size: B, per rank.
+        rank, world_size: the ranks share each global batch of world_size * B windows.
+
+    Raises:
+        InputError: a stream shorter than one window.
+    """
+
+    def __init__(
+        self,
+        tokens: Ids,
+        *,
+        seq_len: int,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(tokens) < 2 * seq_len + 1:
+            raise InputError(
+                f"training.seq_len={seq_len}: the training split has {len(tokens)} tokens; at least "
+                f"{2 * seq_len + 1} are needed (windows start at a random offset)"
+            )
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.windows_per_epoch = (len(tokens) - 1) // seq_len - 1  # one less, whatever the offset
+        self._next_batch = 0
+        self._epoch = -1
+        self._starts = np.zeros(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self._next_batch < self.num_batches:
+            self._next_batch += 1
+            yield self.batch(self._next_batch - 1)
+
+    def batch(self, i: int) -> Batch:
+        """Batch i of this rank."""
+        first = (i * self.world_size + self.rank) * self.batch_size
+        windows = [self._window(first + j) for j in range(self.batch_size)]
+        ids = torch.from_numpy(np.stack(windows).astype(np.int64))
+        return {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+    def _window(self, number: int) -> Ids:
+        epoch, place = divmod(number, self.windows_per_epoch)
+        if epoch != self._epoch:
+            draw = np.random.default_rng((self.seed, epoch))
+            offset = draw.integers(self.seq_len)
+            self._starts = offset + self.seq_len * draw.permutation(self.windows_per_epoch)
+            self._epoch = epoch
+        start = self._starts[place]
+        return self.tokens[start : start + self.seq_len + 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next_batch": self._next_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next_batch = state["next_batch"]
+
+
+class EvaluationLoader:
+    """Batches of {"tokens", "labels", "valid"} in which every token but the first of the stream is predicted once.
+
+    Windows do not overlap. The last one is padded: labels -100, valid False. With max_batches, that many batches of
+    windows spread evenly over the stream.
+    """
+
+    def __init__(
+        self,
+        tokens: Ids,
+        *,
+        seq_len: int,
+        batch_size: int,
+        max_batches: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(tokens) < 2:
+            raise InputError(f"the split to evaluate on has {len(tokens)} tokens; at least 2 are needed")
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        starts = np.arange(0, len(tokens) - 1, seq_len)
+        if max_batches is not None and max_batches * batch_size < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, max_batches * batch_size).round().astype(np.int64)]
+        self.starts = starts[rank::world_size]
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self.starts), self.batch_size):
+            yield self._batch(self.starts[first : first + self.batch_size])
+
+    def _batch(self, starts: npt.NDArray[np.int64]) -> Batch:
+        shape = (len(starts), self.seq_len)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, -100)
+        for row, start in enumerate(starts):
+            window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
+            tokens[row, : len(window) - 1] = window[:-1]
+            labels[row, : len(window) - 1] = window[1:]
+        return {"tokens": tokens, "labels": labels, "valid": labels != -100}

@@ -1,0 +1,223 @@
+"""A corpus as two streams of token ids on disk, made once and memory-mapped afterwards."""
+
+import dataclasses
+import errno
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moesaic.data.corpora import Corpus, Document, load_files, load_huggingface, load_packages, load_stdlib
+from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
+from moesaic.errors import InputError
+
+__all__ = ["Data", "DataConfig", "TokenStream", "load_data"]
+
+VERSION = 1
+"""Part of every cache key; raise it when the layout or the meaning of a cache folder changes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A source of text, and how it becomes tokens."""
+
+    source: Literal["stdlib", "packages", "files", "huggingface", "memmap"] = "stdlib"
+    path: str | None = None  # of files, huggingface and memmap
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    vocab_size: int = 1024  # of bpe
+    validation_fraction: float = 0.06
+    cache_dir: str = ".cache"
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 257:
+            raise ValueError(f"vocab_size={self.vocab_size}: a byte-level BPE needs at least 257 entries")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction}: allowed are 0 < value < 1")
+        needs_path = self.source in ("files", "huggingface", "memmap")
+        if needs_path and not self.path:
+            raise ValueError(f"path={self.path}: source={self.source} needs one (data.path=...)")
+        if self.path and not needs_path:
+            raise ValueError(f"path={self.path!r}: source={self.source} takes none; for your own text use source=files")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+    """A split: each document after an end-of-text id, and one more at the end."""
+
+    tokens: Ids
+    """(n,) uint16 or uint32, memory-mapped."""
+    num_bytes: int | None
+    """Bytes of text in it; None if nobody said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Both splits, ready to train on."""
+
+    train: TokenStream
+    validation: TokenStream
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    facts: dict[str, Any]
+    """What identifies the corpus, and under `baselines` the bits per byte of simple compressors on validation."""
+
+
+def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
+    """The data of `config`, from the cache if they are there.
+
+    Args:
+        tokenizer: use this one (a checkpoint's) instead of what the config says.
+
+    Raises:
+        InputError: missing, empty, binary or damaged data, or no disk space for the cache.
+    """
+    if config.source == "memmap":
+        assert config.path is not None  # checked by the config
+        return _open(Path(config.path))
+    corpus = _load_corpus(config)
+    facts = corpus.facts()
+    if tokenizer is not None:
+        method = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
+    else:
+        method = "bytes" if config.tokenizer == "bytes" else f"bpe {config.vocab_size}"
+    key = hashlib.sha256(f"{VERSION} {facts['content_hash']} {method}".encode()).hexdigest()[:16]
+    folder = Path(config.cache_dir) / key
+    try:
+        data = _open(folder)
+    except InputError:  # not there, or damaged
+        try:
+            _build(folder, corpus, facts, config, tokenizer)
+        except OSError as error:
+            reason = "no space left" if error.errno == errno.ENOSPC else error.strerror
+            raise InputError(f"data.cache_dir={config.cache_dir!r}: cannot be written ({reason})") from error
+        data = _open(folder)
+    return dataclasses.replace(data, facts={**data.facts, **facts})
+
+
+def _load_corpus(config: DataConfig) -> Corpus:
+    fraction = config.validation_fraction
+    if config.source == "stdlib":
+        return load_stdlib(fraction)
+    if config.source == "packages":
+        return load_packages(fraction)
+    assert config.path is not None  # checked by the config
+    if config.source == "files":
+        return load_files(config.path, fraction)
+    return load_huggingface(config.path, fraction)
+
+
+def _build(
+    folder: Path, corpus: Corpus, facts: dict[str, Any], config: DataConfig, tokenizer: Tokenizer | None
+) -> None:
+    """Write a cache folder beside its place and move it there, so that it is complete or absent."""
+    if tokenizer is None and config.tokenizer == "bytes":
+        tokenizer = ByteTokenizer()
+    elif tokenizer is None:
+        tokenizer = BPETokenizer.train((document.text for document in corpus.train), config.vocab_size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        manifest: dict[str, Any] = {
+            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+            "vocab_size": tokenizer.vocab_size,
+            "facts": {**facts, "baselines": _baselines(corpus)},
+        }
+        for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
+            stream = _encode(documents, tokenizer, manifest["dtype"])
+            with (temporary / f"{name}.bin").open("wb") as file:
+                stream.tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
+            manifest[name] = {"tokens": len(stream), "bytes": sum(len(document.text) for document in documents)}
+        (temporary / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        if folder.exists():  # damaged, or another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was faster: use its folder
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _encode(documents: Sequence[Document], tokenizer: Tokenizer, dtype: str) -> Ids:
+    marker = np.array([tokenizer.end_of_text], dtype=dtype)
+    pieces = [marker]
+    for ids in tokenizer.encode_batch([document.text for document in documents]):
+        pieces += [ids.astype(dtype), marker]
+    return np.concatenate(pieces)
+
+
+def _baselines(corpus: Corpus) -> dict[str, float]:
+    """Bits per byte of the validation text: two compressors, and byte frequencies learned on the training text."""
+    text = b"".join(document.text for document in corpus.validation)
+    counts = np.ones(256)
+    for document in corpus.train:
+        counts += np.bincount(np.frombuffer(document.text, dtype=np.uint8), minlength=256)
+    seen = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
+    unigram = -float((seen * np.log2(counts / counts.sum())).sum())
+    return {
+        "byte unigram": unigram / len(text),
+        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
+    }
+
+
+def _open(folder: Path) -> Data:
+    """A folder of train.bin, validation.bin, manifest.json and, optionally, tokenizer.json.
+
+    The manifest needs "dtype" and "vocab_size"; "train" and "validation" may give {"bytes": n}, for bits per byte.
+    """
+    manifest_path = folder / "manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        dtype, vocab_size = manifest["dtype"], manifest["vocab_size"]
+    except FileNotFoundError as error:
+        raise InputError(f"data.path={str(folder)!r}: it has no manifest.json") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{manifest_path}: damaged, or without `dtype` and `vocab_size` ({error})") from error
+    if dtype not in ("uint16", "uint32"):
+        raise InputError(f"{manifest_path}: dtype={dtype!r}; allowed are uint16, uint32")
+    streams = {name: _open_stream(folder, name, manifest, dtype, vocab_size) for name in ("train", "validation")}
+    tokenizer = None
+    if (folder / "tokenizer.json").exists():
+        try:
+            tokenizer = tokenizer_from_dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{folder / 'tokenizer.json'}: damaged ({error})") from error
+        if tokenizer.vocab_size != vocab_size:
+            raise InputError(
+                f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} entries, but the manifest says {vocab_size}"
+            )
+    facts = {"source": f"memmap: {folder}", **manifest.get("facts", {})}
+    return Data(streams["train"], streams["validation"], tokenizer, vocab_size, facts)
+
+
+def _open_stream(folder: Path, name: str, manifest: dict[str, Any], dtype: str, vocab_size: int) -> TokenStream:
+    path = folder / f"{name}.bin"
+    size = path.stat().st_size if path.is_file() else 0
+    if size == 0 or size % np.dtype(dtype).itemsize:
+        raise InputError(f"{path}: {'missing or empty' if size == 0 else f'{size} bytes are not whole {dtype} ids'}")
+    entry = manifest.get(name) or {}
+    tokens: Ids = np.memmap(path, dtype=dtype, mode="r")
+    if len(tokens) != entry.get("tokens", len(tokens)):
+        raise InputError(f"{path}: {len(tokens)} tokens, but the manifest says {entry['tokens']}: truncated?")
+    block = 1 << 24
+    for start in range(0, len(tokens), block):
+        part = tokens[start : start + block]
+        if int(part.max()) >= vocab_size:
+            at = int(np.argmax(part >= vocab_size))
+            raise InputError(
+                f"{path}: token id {part[at]} at position {start + at}; the vocabulary has ids 0 to {vocab_size - 1}"
+            )
+    return TokenStream(tokens, entry.get("bytes"))

@@ -1,0 +1,151 @@
+"""Bytes to token ids and back: plain bytes, or a byte-level BPE trained on the corpus."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moesaic.errors import InputError
+
+__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "tokenizer_from_dict"]
+
+END_OF_TEXT = "<|endoftext|>"
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class Tokenizer(Protocol):
+    """Lossless on UTF-8 text: decode(encode(text)) == text."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that stands between documents; it decodes to nothing."""
+        ...
+
+    def encode(self, text: bytes) -> Ids: ...
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]: ...
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """Raises InputError for an id outside the vocabulary."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for `tokenizer_from_dict`."""
+        ...
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are bytes, 256 is the end of text."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: bytes) -> Ids:
+        return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in _checked(ids, self.vocab_size) if i != self.end_of_text)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "bytes"}
+
+
+class BPETokenizer:
+    """Byte-level BPE of the `tokenizers` package; every byte has a token, id 0 is the end of text."""
+
+    end_of_text = 0
+
+    def __init__(self, json: str) -> None:
+        import tokenizers
+
+        self._json = json
+        self._inner = tokenizers.Tokenizer.from_str(json)
+        self.vocab_size: int = self._inner.get_vocab_size()
+        self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        spelled = {i: token for token, i in self._inner.get_vocab().items()}
+        self._bytes = [_token_bytes(spelled[i]) for i in range(self.vocab_size)]
+        self._bytes[self.end_of_text] = b""
+
+    @classmethod
+    def train(cls, texts: Iterable[bytes], vocab_size: int) -> "BPETokenizer":
+        """Merges learned from `texts` until there are vocab_size entries (fewer if the texts do not have more)."""
+        import tokenizers
+        from tokenizers import models, pre_tokenizers, trainers
+
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator((text.decode() for text in texts), trainer)
+        return cls(inner.to_str())
+
+    def encode(self, text: bytes) -> Ids:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        # the marker written out in a text is text: only the stream puts real markers between documents
+        pieces = [text.decode("utf-8", errors="strict").split(END_OF_TEXT) for text in texts]
+        flat = iter(self._inner.encode_batch([piece for split in pieces for piece in split]))
+        marker = self._encode_marker()
+        encoded: list[Ids] = []
+        for split in pieces:
+            ids: list[int] = []
+            for i in range(len(split)):
+                ids += marker if i else []
+                ids += next(flat).ids
+            encoded.append(np.array(ids, dtype=self._dtype))
+        return encoded
+
+    def _encode_marker(self) -> list[int]:
+        """The end-of-text marker as ordinary text, character by character."""
+        return [i for character in END_OF_TEXT for i in self._inner.encode(character).ids]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes[i] for i in _checked(ids, self.vocab_size))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "bpe", "json": self._json}
+
+
+def tokenizer_from_dict(stored: dict[str, Any]) -> Tokenizer:
+    """The tokeniser whose `to_dict` gave `stored`."""
+    if stored.get("kind") == "bytes":
+        return ByteTokenizer()
+    if stored.get("kind") == "bpe":
+        return BPETokenizer(stored["json"])
+    raise InputError(f"tokeniser of kind {stored.get('kind')!r}: allowed are bytes, bpe")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-ins: byte-level BPE files spell each byte as one character."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _token_bytes(token: str) -> bytes:
+    if any(character not in BYTE_OF_CHARACTER for character in token):
+        return token.encode()  # a special token
+    return bytes(BYTE_OF_CHARACTER[character] for character in token)
+
+
+def _checked(ids: Iterable[int], vocab_size: int) -> Iterable[int]:
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise InputError(f"token id {i}: the vocabulary has ids 0 to {vocab_size - 1}")
+        yield int(i)

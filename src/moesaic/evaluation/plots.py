@@ -1,0 +1,176 @@
+"""Pictures of a run and of a sweep. The object API of matplotlib on the Agg canvas: no global state, no display."""
+
+import csv
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+__all__ = ["plot_curves", "plot_expert_load", "plot_loss", "plot_loss_by_position", "read_columns"]
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
+COLOURS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+Floats = npt.NDArray[np.float64]
+
+
+def read_columns(path: Path, *names: str) -> tuple[Floats, ...]:
+    """Columns of a metrics.csv, only the rows in which all of them have a value."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in names)]
+    return tuple(np.array([float(row[name]) for row in rows]) for name in names)
+
+
+def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float]) -> None:
+    """Training loss in nats per token, and validation bits per byte beside the baselines (name -> bits per byte)."""
+    figure, (left, right) = _figure(1, 2, width=11, height=4)
+    steps, loss = read_columns(metrics_csv, "step", "train/loss")
+    left.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
+    if len(loss) > 20:
+        window = len(loss) // 20
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        left.plot(steps[window - 1 :], smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} rows")
+        left.legend(frameon=False)
+    _label(left, "Training loss", "optimiser step", "nats per token")
+
+    steps, bits = read_columns(metrics_csv, "step", "validation/bits_per_byte")
+    if len(bits):
+        right.plot(steps, bits, color=BLUE, marker="o", markersize=3)
+        right.annotate(f"{bits[-1]:.3f}", (steps[-1], bits[-1]), textcoords="offset points", xytext=(0, 7), ha="right")
+        low, high = min(bits), max(bits)
+        for name, value in baselines.items():
+            if value <= high + 0.5:
+                low, high = min(low, value), max(high, value)
+                right.axhline(value, color=ORANGE, linestyle="--", linewidth=1)
+                right.annotate(
+                    f"{name} {value:.3f}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+                    textcoords="offset points", ha="right", color=ORANGE, fontsize=8,
+                )  # fmt: skip
+        margin = 0.08 * max(high - low, 0.1)
+        right.set_ylim(low - margin, high + 2 * margin)
+        _label(right, "Held-out text", "optimiser step", "bits per byte")
+    else:
+        steps, loss = read_columns(metrics_csv, "step", "validation/loss")
+        right.plot(steps, loss, color=BLUE, marker="o", markersize=3)
+        _label(right, "Held-out text", "optimiser step", "nats per token")
+    _save(figure, out)
+
+
+def plot_expert_load(routing_csv: Path, out: Path) -> bool:
+    """Heat maps of load over ideal, experts against steps, one per MoE layer; False (no file) without any row."""
+    with routing_csv.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return False
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    columns = 1 if len(layers) < 4 else 2 if len(layers) < 13 else 4
+    lines = -(-len(layers) // columns)
+    figure, axes = _figure(lines, columns, width=9 if columns == 1 else 12, height=max(3.0, 2.3 * lines))
+    image = None
+    for layer, axis in zip(layers, axes, strict=False):
+        mine = [row for row in rows if row["layer"] == layer]
+        steps = sorted({int(row["step"]) for row in mine})
+        experts = 1 + max(int(row["expert"]) for row in mine)
+        load = np.full((experts, len(steps)), np.nan)
+        place = {step: i for i, step in enumerate(steps)}
+        for row in mine:
+            load[int(row["expert"]), place[int(row["step"])]] = float(row["load"])
+        log_load = np.log2(np.clip(load, 0.25, 4.0))
+        edges = np.array([2 * steps[0] - steps[1] if len(steps) > 1 else 0, *steps], dtype=float)
+        image = axis.pcolormesh(
+            np.maximum(edges, 0), np.arange(experts + 1) - 0.5, log_load, cmap="RdBu_r", vmin=-2, vmax=2
+        )
+        _label(axis, f"{layer}: load of each expert over time", "optimiser step", "expert")
+        axis.grid(False)
+    for axis in axes[len(layers) :]:
+        axis.set_visible(False)
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(axes), ticks=[-2, -1, 0, 1, 2], label="load over ideal")
+    bar.ax.set_yticklabels(["≤ 1/4", "1/2", "1", "2", "≥ 4"])
+    _save(figure, out)
+    return True
+
+
+def plot_loss_by_position(nats: Sequence[float], out: Path, train_length: int, chunk: int | None) -> None:
+    """Mean nats per token by position in the window, in log-spaced buckets, with the training length marked."""
+    values = np.array(nats)
+    edges = np.unique(np.round(np.geomspace(1, len(values) + 1, 33)).astype(int))
+    middles = [float(np.sqrt(a * (b - 1))) for a, b in itertools.pairwise(edges)]
+    means = [values[a - 1 : b - 1].mean() for a, b in itertools.pairwise(edges)]
+    figure, (axis,) = _figure(1, 1, width=8, height=4)
+    axis.plot(middles, means, color=BLUE, marker="o", markersize=3)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    if train_length <= len(values):
+        axis.axvline(train_length, color=ORANGE, linestyle="--", linewidth=1)
+        axis.annotate(
+            f"training length {train_length}", (train_length, 0.97), xycoords=("data", "axes fraction"),
+            xytext=(-4, 0), textcoords="offset points", ha="right", va="top", color=ORANGE, fontsize=8,
+        )  # fmt: skip
+    if chunk is not None and chunk < len(values):
+        axis.axvline(chunk, color=GREY, linestyle=":", linewidth=1)
+        axis.annotate(
+            f"chunk {chunk}", (chunk, 0.88), xycoords=("data", "axes fraction"), xytext=(-4, 0),
+            textcoords="offset points", ha="right", va="top", color=GREY, fontsize=8,
+        )  # fmt: skip
+    _label(axis, "Loss by position on held-out text", "position in the window (tokens)", "nats per token")
+    _save(figure, out)
+
+
+def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path, metric: str) -> None:
+    """A metric against steps, tokens, active FLOPs and seconds; one colour per label, one thin line per seed.
+
+    Args:
+        curves: label -> seeds -> columns "step", "tokens", "active_flops", "seconds" and `metric`, equally long.
+    """
+    figure, axes = _figure(1, 4, width=16, height=4.2)
+    names = {"step": "optimiser steps", "tokens": "tokens", "active_flops": "active FLOPs", "seconds": "seconds"}
+    for axis, (column, name) in zip(axes, names.items(), strict=True):
+        for i, (label, seeds) in enumerate(curves.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            for seed in seeds:
+                alone = len(seeds) == 1
+                axis.plot(
+                    seed[column], seed[metric], color=colour, linewidth=1.8 if alone else 0.8,
+                    alpha=1 if alone else 0.4, label=label if alone else None,
+                )  # fmt: skip
+            if len(seeds) > 1:
+                shared = min(len(seed[column]) for seed in seeds)
+                mean_x = np.mean([seed[column][:shared] for seed in seeds], axis=0)
+                mean_y = np.mean([seed[metric][:shared] for seed in seeds], axis=0)
+                axis.plot(mean_x, mean_y, color=colour, linewidth=1.8, label=f"{label} (mean of {len(seeds)})")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _label(axis, f"over {name}", name, metric if column == "step" else "")
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    _save(figure, out)
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(out)

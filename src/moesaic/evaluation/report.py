@@ -1,0 +1,223 @@
+"""A tree of runs as one table: mean and 95% interval over seeds, with nothing silently left out."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moesaic.config import flatten
+from moesaic.errors import InputError
+from moesaic.evaluation.plots import plot_curves, read_columns
+
+__all__ = ["DEFAULT_METRICS", "Row", "Run", "collect_runs", "summarise", "to_csv", "to_markdown", "write_report"]
+
+DEFAULT_METRICS = ("validation/bits_per_byte", "validation/loss")
+
+COSTS = ("seconds", "parameters/total", "parameters/active")
+
+NOT_AN_ARM = ("seed", "name", "run_dir", "output_dir", "resume", "ckpt_path")
+"""Config keys that do not make a run another arm."""
+
+STUDENT_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""97.5% quantiles for 1 to 30 degrees of freedom; beyond that the normal 1.96 is near enough."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run directory. `status` is that of metrics.json, "unfinished" without one, "damaged" if unreadable."""
+
+    directory: Path
+    config: dict[str, Any]
+    status: str
+    metrics: dict[str, Any]
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One arm: all runs whose configs differ in nothing but the seed."""
+
+    label: str
+    runs: tuple[Run, ...]
+    finished: tuple[Run, ...]
+    """One per seed, the newest."""
+    set_aside: int
+    """Finished runs of a seed that has a newer one."""
+    missing_seeds: tuple[Any, ...]
+    """Seeds that other arms have finished."""
+
+    def values(self, metric: str) -> list[float]:
+        found = [run.metrics.get(metric) for run in self.finished]
+        return [float(value) for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
+
+    def mean(self, metric: str) -> float:
+        values = self.values(metric)
+        return statistics.fmean(values) if values else math.nan
+
+    def half_width(self, metric: str) -> float:
+        """Half of the 95% interval of the mean over seeds (Student t); nan for fewer than two."""
+        values = self.values(metric)
+        if len(values) < 2:
+            return math.nan
+        quantile = STUDENT_T[len(values) - 2] if len(values) <= len(STUDENT_T) + 1 else 1.96
+        return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def collect_runs(root: Path) -> list[Run]:
+    """Every run directory (one with a config.yaml) in a tree.
+
+    Raises:
+        InputError: no such folder, or no run in it.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such directory")
+    runs = [_read(path.parent) for path in sorted(root.rglob("config.yaml"))]
+    if not runs:
+        raise InputError(
+            f"{root}: no run in it; a run is a directory with a config.yaml, as scripts/train.py writes it"
+        )
+    return runs
+
+
+def summarise(runs: Sequence[Run], metric: str) -> list[Row]:
+    """The arms, best mean of `metric` first (lower is better), those without any finished run last."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(json.dumps(_arm(run), sort_keys=True, default=str), []).append(run)
+    flat = [json.loads(arm) for arm in arms]
+    differing = sorted({key for arm in flat for key in arm if any(arm.get(key) != other.get(key) for other in flat)})
+    seeds = {run.seed for run in runs if run.status == "finished"}
+    rows = []
+    for arm, (key, members) in zip(flat, arms.items(), strict=True):
+        newest: dict[Any, Run] = {}
+        finished = [run for run in members if run.status == "finished"]
+        for run in sorted(finished, key=lambda run: (run.directory / "metrics.json").stat().st_mtime):
+            newest[run.seed] = run
+        if key == json.dumps({}):
+            label = "(config unreadable)"
+        else:
+            label = ", ".join(f"{name}={_plain(arm.get(name))}" for name in differing) or "(all equal)"
+        rows.append(
+            Row(
+                label=label,
+                runs=tuple(members),
+                finished=tuple(newest[seed] for seed in sorted(newest, key=str)),
+                set_aside=len(finished) - len(newest),
+                missing_seeds=tuple(sorted(seeds - newest.keys(), key=str)),
+            )
+        )
+    return sorted(rows, key=lambda row: (not row.values(metric), row.mean(metric)))
+
+
+def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    header = ["arm", "seeds", *metrics, "seconds", "parameters", "active"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    for row in rows:
+        cells = [row.label, f"{len(row.finished)} of {len({run.seed for run in row.runs} | set(row.missing_seeds))}"]
+        cells += [_interval(row, metric) for metric in metrics]
+        cells += [_number(row.mean("seconds"), ".0f")]
+        cells += [_number(row.mean(name), ",.0f") for name in ("parameters/total", "parameters/active")]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    notes = ["Mean ± half of the 95% interval over seeds (Student t); one seed has no interval."]
+    for row in rows:
+        for run in row.runs:
+            if run.status != "finished":
+                error = f": {run.metrics['error']}" if run.metrics.get("error") else ""
+                notes.append(f"**{run.status}** {run.directory} ({row.label}, seed {run.seed}){error}")
+        if row.missing_seeds:
+            seeds = ", ".join(str(seed) for seed in row.missing_seeds)
+            notes.append(f"**missing** {row.label}: no finished run with seed {seeds}")
+        if row.set_aside:
+            notes.append(f"**repeats** {row.label}: {row.set_aside} older run(s) of a seed set aside")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def to_csv(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [(metric, part) for metric in metrics for part in ("mean", "half_width", "n")]
+    writer.writerow(["arm", "runs", "finished", *(f"{metric} {part}" for metric, part in columns), *COSTS])
+    for row in rows:
+        cells: list[Any] = [row.label, len(row.runs), len(row.finished)]
+        for metric in metrics:
+            cells += [row.mean(metric), row.half_width(metric), len(row.values(metric))]
+        writer.writerow([*cells, *(row.mean(cost) for cost in COSTS)])
+    return text.getvalue()
+
+
+def write_report(root: Path, metrics: Sequence[str] = ()) -> str:
+    """Write report.md, report.csv and report.png into `root`; returns the Markdown.
+
+    Raises:
+        InputError: no runs, or a metric that no run has.
+    """
+    runs = collect_runs(root)
+    found = {name for run in runs for name, value in run.metrics.items() if isinstance(value, (int, float))}
+    for metric in metrics:
+        if metric not in found:
+            raise InputError(f"--metric {metric}: no run has it; found: {', '.join(sorted(found)) or 'none'}")
+    chosen = list(metrics) or [name for name in DEFAULT_METRICS if name in found] or [DEFAULT_METRICS[-1]]
+    rows = summarise(runs, chosen[0])
+    markdown = to_markdown(rows, chosen)
+    (root / "report.md").write_text(markdown, encoding="utf-8")
+    (root / "report.csv").write_text(to_csv(rows, chosen), encoding="utf-8")
+    columns = ("step", "tokens", "active_flops", "seconds", chosen[0])
+    curves = {}
+    for row in rows:
+        seeds = []
+        for run in row.finished:
+            if (run.directory / "metrics.csv").exists():
+                values = read_columns(run.directory / "metrics.csv", *columns)
+                seeds.append(dict(zip(columns, values, strict=True)))
+        curves[row.label] = [seed for seed in seeds if len(seed["step"])]
+    plot_curves({label: seeds for label, seeds in curves.items() if seeds}, root / "report.png", chosen[0])
+    return markdown
+
+
+def _read(directory: Path) -> Run:
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            return Run(directory, {}, "damaged", {"error": "config.yaml does not hold a mapping"})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return Run(directory, {}, "damaged", {"error": f"config.yaml: {str(error).splitlines()[0]}"})
+    path = directory / "metrics.json"
+    if not path.exists():
+        return Run(directory, config, "unfinished", {})
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return Run(directory, config, str(metrics["status"]), metrics)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Run(directory, config, "damaged", {"error": f"metrics.json: {error}"})
+
+
+def _arm(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in flatten(run.config).items() if key not in NOT_AN_ARM}
+
+
+def _interval(row: Row, metric: str) -> str:
+    mean, half = row.mean(metric), row.half_width(metric)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.4f} (n=1)" if math.isnan(half) else f"{mean:.4f} ± {half:.4f}"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list, bool)) or value is None else str(value)

@@ -1,0 +1,60 @@
+"""Router health: is every expert in use, and how sure is the router?"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from moesaic.layers import Routing, count_tokens
+
+__all__ = ["DEAD_LOAD", "RoutingHealth", "expert_load", "load_health", "routing_health"]
+
+DEAD_LOAD = 0.01
+"""An expert with less than this share of its ideal load counts as dead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingHealth:
+    """Measures of one MoE layer over some tokens."""
+
+    max_violation: float
+    """Load of the fullest expert over the ideal load, minus one (Wang et al. 2024): 0 balanced, E/K - 1 collapsed."""
+    dead_share: float
+    """Share of experts whose load is below `DEAD_LOAD`."""
+    entropy: float
+    """Mean over tokens of the entropy of softmax(logits), over log E: 1 undecided, 0 certain."""
+    margin: float
+    """Mean over tokens of the logit of the last chosen expert minus that of the best one left out."""
+
+
+def expert_load(tokens_per_expert: Tensor) -> Tensor:
+    """Counts (E,) -> load over ideal (E,) fp32: 1 everywhere is perfect balance."""
+    counts = tokens_per_expert.float()
+    return counts / counts.mean().clamp(min=1e-12)
+
+
+def load_health(tokens_per_expert: Tensor) -> tuple[float, float]:
+    """(max_violation, dead_share) of counts (E,)."""
+    load = expert_load(tokens_per_expert)
+    return load.max().item() - 1, (load < DEAD_LOAD).float().mean().item()
+
+
+@torch.no_grad()
+def routing_health(routing: Routing, valid: Tensor | None = None) -> RoutingHealth:
+    """Measure one layer's routing; `valid` (T,) bool leaves padding out."""
+    num_experts, top_k = routing.logits.size(1), routing.expert_ids.size(1)
+    logits = routing.logits.float()
+    chosen = logits.gather(1, routing.expert_ids).amin(dim=1)
+    left_out = logits.scatter(1, routing.expert_ids, -math.inf).amax(dim=1)
+    if valid is not None:
+        logits, chosen, left_out = logits[valid], chosen[valid], left_out[valid]
+    log_probabilities = logits.log_softmax(dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean().item()
+    max_violation, dead_share = load_health(count_tokens(routing.expert_ids, num_experts, valid))
+    return RoutingHealth(
+        max_violation=max_violation,
+        dead_share=dead_share,
+        entropy=entropy / math.log(num_experts) if num_experts > 1 else 0.0,
+        margin=(chosen - left_out).mean().item() if top_k < num_experts else 0.0,
+    )

@@ -1,0 +1,282 @@
+"""Causal self-attention (token mixer): grouped queries, RoPE or no positions, chunks, temperature, KV cache."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from moesaic.layers.norm import RMSNorm
+from moesaic.layers.rotary import RotaryEmbedding
+
+__all__ = ["Attention", "AttentionCache", "AttentionTemperature", "ShortConvolution", "causal_attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTemperature:
+    """Llama 4's temperature: queries are scaled by 1 + attn_scale * log(1 + floor((position + 1) / floor_scale)).
+
+    It sharpens attention over long contexts on layers without positions, and is 1 before position floor_scale - 1
+    (transformers `Llama4TextAttention`; the idea is Scalable-Softmax, Nakanishi 2025, arXiv 2501.19399).
+    """
+
+    attn_scale: float = 0.1
+    floor_scale: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.floor_scale < 1:
+            raise ValueError(f"floor_scale={self.floor_scale}: allowed are numbers >= 1")
+        if self.attn_scale < 0:
+            raise ValueError(f"attn_scale={self.attn_scale}: allowed are numbers >= 0")
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """positions (L,) -> factors (L,) in fp32."""
+        return 1 + self.attn_scale * torch.log1p(torch.floor((positions.float() + 1) / self.floor_scale))
+
+
+class AttentionCache:
+    """What one attention layer still needs of the past: keys, values and the tail of its convolution's input.
+
+    A chunk-local layer keeps the current chunk only, so its cache never holds more than `chunk` keys.
+    """
+
+    def __init__(self, chunk: int | None = None) -> None:
+        self.chunk = chunk
+        self.length = 0
+        """Tokens seen so far, also those no longer held."""
+        self.convolution_tail: Tensor | None = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        """Tokens whose keys and values are in memory."""
+        return self._held
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k, v (B, G, L, H); return all keys and values that the new queries may see, the new ones included."""
+        new = k.size(2)
+        self._reserve(k, v, self._held + new)
+        assert self._buffers is not None
+        keys, values = self._buffers
+        keys[:, :, self._held : self._held + new] = k
+        values[:, :, self._held : self._held + new] = v
+        self._held += new
+        self.length += new
+        visible = keys[:, :, : self._held], values[:, :, : self._held]
+        if self.chunk is not None and self._held >= self.chunk:
+            self._held = self.length % self.chunk
+            # clones: `visible` still reads the old buffers, and a long prefill must not stay in memory
+            self._buffers = (
+                visible[0][:, :, visible[0].size(2) - self._held :].clone(),
+                visible[1][:, :, visible[1].size(2) - self._held :].clone(),
+            )
+        return visible
+
+    def _reserve(self, k: Tensor, v: Tensor, needed: int) -> None:
+        """Grow by doubling, so that decoding token by token copies each key O(1) times."""
+        if self._buffers is not None and self._buffers[0].size(2) >= needed:
+            return
+        capacity = max(needed, 2 * self._held)
+        if self.chunk is not None and needed <= self.chunk:
+            capacity = min(capacity, self.chunk)
+        grown = tuple(new.new_empty(new.size(0), new.size(1), capacity, new.size(3)) for new in (k, v))
+        if self._buffers is not None:
+            for buffer, old in zip(grown, self._buffers, strict=True):
+                buffer[:, :, : self._held] = old[:, :, : self._held]
+        self._buffers = (grown[0], grown[1])
+
+
+class ShortConvolution(nn.Module):
+    """y[t] = x[t] + sum over i < width of weight[i] * x[t - i]: depthwise, causal, zero-initialised.
+
+    The "Canon layer" of Allen-Zhu 2025 ("Physics of Language Models: Part 4.1"). Written as shifted products because
+    a depthwise conv1d of this width is slower on CPUs.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width={width}: allowed are numbers >= 1")
+        self.width = width
+        self.weight = nn.Parameter(torch.zeros(width, channels, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, L, C) after tail (B, width - 1, C) (None: zeros) -> y (B, L, C) and the next tail."""
+        length = x.size(1)
+        if tail is None:
+            tail = x.new_zeros(x.size(0), self.width - 1, x.size(2))
+        padded = torch.cat((tail, x), dim=1)
+        y = x
+        for i in range(self.width):
+            start = self.width - 1 - i
+            y = torch.addcmul(y, self.weight[i].to(x.dtype), padded[:, start : start + length])
+        return y, padded[:, length:]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) -> Tensor:
+    """Softmax attention where the L queries are the last L of the S keys' positions.
+
+    With `chunk`, a query sees only keys of its own chunk (Llama 4's chunked attention: block-diagonal, not a sliding
+    window); key 0 must then be the first token of a chunk. Whole chunks are folded into the batch, so time and memory
+    are linear in length and no (L, L) mask is built.
+
+    Args:
+        q: (B, N, L, H).
+        k, v: (B, G, S, H), S >= L, N a multiple of G; kv head g serves query heads g*N/G, ..., (g+1)*N/G - 1.
+        chunk: tokens per chunk; None lets every query see all earlier keys.
+
+    Returns:
+        (B, N, L, H).
+    """
+    queries, past = q.size(2), k.size(2) - q.size(2)
+    if chunk is None or k.size(2) <= chunk:
+        return _lower_right_causal(q, k, v)
+    if past % chunk:  # finish the chunk that the cache has begun
+        begin = past - past % chunk
+        first = min(chunk - past % chunk, queries)
+        head = _lower_right_causal(q[:, :, :first], k[:, :, begin : past + first], v[:, :, begin : past + first])
+        if first == queries:
+            return head
+        rest = causal_attention(q[:, :, first:], k[:, :, past + first :], v[:, :, past + first :], chunk)
+        return torch.cat((head, rest), dim=2)
+    k, v = k[:, :, past:], v[:, :, past:]
+    whole = queries - queries % chunk
+    pieces = []
+    if whole:
+        fold = "b n (c l) h -> (b c) n l h"
+        folded = [rearrange(x[:, :, :whole], fold, l=chunk) for x in (q, k, v)]
+        pieces.append(rearrange(_lower_right_causal(*folded), "(b c) n l h -> b n (c l) h", b=q.size(0)))
+    if whole < queries:
+        pieces.append(_lower_right_causal(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    queries, keys = q.size(2), k.size(2)
+    mask = None
+    if 1 < queries < keys:  # several tokens after a cache; one query may see everything, equal lengths use is_causal
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with the options of Llama 4, each on its own switch.
+
+    Order of operations, as in transformers' `Llama4TextAttention`: project, (short convolution,) RoPE, QK norm,
+    temperature, softmax(q k / sqrt(head_dim)) v, output projection.
+
+    Llama 4's two kinds of layer:
+
+        rope = Attention(dim, num_heads=8, num_kv_heads=2, rotary=RotaryEmbedding(dim // 8), qk_norm=True,
+                         attention_chunk_size=8192)
+        nope = Attention(dim, num_heads=8, num_kv_heads=2, temperature=AttentionTemperature())
+
+    Args:
+        dim: model width D.
+        num_heads: query heads N.
+        num_kv_heads: key and value heads G, a divisor of N; None means N.
+        head_dim: H; None means dim / num_heads.
+        rotary: positions for queries and keys; None for a layer without positions (NoPE).
+        qk_norm: normalise queries and keys per head, without gain.
+        attention_chunk_size: tokens per chunk of a chunk-local layer; None for full causal attention.
+        temperature: scale of the queries by absolute position; None for none.
+        bias: whether the four projections have a bias.
+        conv_width: width of a `ShortConvolution` over queries, keys and values; 0 for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rotary: RotaryEmbedding | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        attention_chunk_size: int | None = None,
+        temperature: AttentionTemperature | None = None,
+        bias: bool = False,
+        conv_width: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads={num_heads}: must be a positive multiple of num_kv_heads={num_kv_heads}")
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"num_heads={num_heads}: must divide dim={dim} where head_dim is not given")
+            head_dim = dim // num_heads
+        if rotary is not None and rotary.head_dim != head_dim:
+            raise ValueError(f"rotary.head_dim={rotary.head_dim}: must equal head_dim={head_dim}")
+        if attention_chunk_size is not None and attention_chunk_size < 1:
+            raise ValueError(f"attention_chunk_size={attention_chunk_size}: allowed are numbers >= 1, or None")
+        if conv_width < 0:
+            raise ValueError(f"conv_width={conv_width}: allowed are numbers >= 0")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.attention_chunk_size = attention_chunk_size
+        self.temperature = temperature
+        self.rotary = rotary
+        self.qk_norm = RMSNorm(head_dim, eps=norm_eps, gain=False) if qk_norm else None
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        self.q_proj = linear(dim, num_heads * head_dim)
+        self.k_proj = linear(dim, num_kv_heads * head_dim)
+        self.v_proj = linear(dim, num_kv_heads * head_dim)
+        self.o_proj = linear(num_heads * head_dim, dim)
+        channels = (num_heads + 2 * num_kv_heads) * head_dim
+        self.conv = ShortConvolution(channels, conv_width, device=device, dtype=dtype) if conv_width else None
+
+    def make_cache(self) -> AttentionCache:
+        return AttentionCache(self.attention_chunk_size)
+
+    def forward(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
+        """x (B, L, D) -> (B, L, D); with a cache, x continues the tokens that the cache has seen."""
+        start = 0 if cache is None else cache.length
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv is not None:
+            tail = None if cache is None else cache.convolution_tail
+            qkv, tail = self.conv(torch.cat((q, k, v), dim=-1), tail)
+            q, k, v = qkv.split((q.size(-1), k.size(-1), v.size(-1)), dim=-1)
+            if cache is not None:
+                cache.convolution_tail = tail
+        q, k, v = (rearrange(y, "b l (n h) -> b l n h", h=self.head_dim) for y in (q, k, v))
+        if self.rotary is not None or self.temperature is not None:
+            positions = torch.arange(start, start + x.size(1), device=x.device)
+        if self.rotary is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q), self.qk_norm(k)
+        if self.temperature is not None:
+            q = (q * self.temperature(positions)[:, None, None]).to(q.dtype)
+        q, k, v = (rearrange(y, "b l n h -> b n l h") for y in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = causal_attention(q, k, v, self.attention_chunk_size)
+        return self.o_proj(rearrange(y, "b n l h -> b l (n h)"))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"attention_chunk_size={self.attention_chunk_size}, temperature={self.temperature}"
+        )

@@ -1,0 +1,126 @@
+"""The mixture-of-experts layer (channel mixer)."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
+from moesaic.layers.experts import Experts
+from moesaic.layers.feed_forward import FeedForward
+from moesaic.layers.router import Routing, ScoreFunction, TopKRouter
+
+__all__ = ["MoE", "RoutedLayer"]
+
+
+@runtime_checkable
+class RoutedLayer(Protocol):
+    """A channel mixer that can say how it routed. `MoE` is one; losses, logs and plots need nothing else."""
+
+    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]: ...
+
+
+class MoE(nn.Module):
+    """Dropless mixture of experts with an optional shared expert, a drop-in replacement for an FFN.
+
+    Llama 4: y = shared_expert(x) + sum over the chosen experts e of expert_e(score_e * x). The score multiplies the
+    *input* of the expert (`score_before_experts`); SwiGLU is not homogeneous, so scaling its output is something else.
+
+    The parts are injected; `MoE.build` makes the common ones from sizes:
+
+        moe = MoE.build(dim=256, hidden_dim=512, num_experts=16)
+        y = moe(x)                                # x (..., 256)
+        y, routing = moe.forward_with_routing(x)  # for balance losses and logs
+
+    Args:
+        router: x (T, D) -> `Routing`.
+        experts: rows (R, D) sorted by expert, rows_per_expert (E,) -> (R, D).
+        shared_expert: sees every token, unscaled; None for none.
+        dispatcher: how rows reach the experts.
+        score_before_experts: whether the score multiplies the experts' input (Llama 4) or output (most others).
+    """
+
+    def __init__(
+        self,
+        *,
+        router: nn.Module,
+        experts: nn.Module,
+        shared_expert: nn.Module | None = None,
+        dispatcher: Dispatcher | None = None,
+        score_before_experts: bool = True,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared_expert = shared_expert
+        self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
+        self.score_before_experts = score_before_experts
+
+    @classmethod
+    def build(
+        cls,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        shared_hidden_dim: int | None = None,
+        score_function: ScoreFunction = "sigmoid",
+        normalize_scores: bool = False,
+        score_before_experts: bool = True,
+        expert_bias: bool = False,
+        activation: str = "silu",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "MoE":
+        """The layer of Llama 4 from sizes alone; every argument is explained at the part it goes to.
+
+        Args:
+            hidden_dim: width F of each routed expert.
+            shared_hidden_dim: width of the shared expert; None means `hidden_dim`, 0 means no shared expert.
+        """
+        shared_width = hidden_dim if shared_hidden_dim is None else shared_hidden_dim
+        return cls(
+            router=TopKRouter(
+                dim,
+                num_experts,
+                top_k=top_k,
+                score_function=score_function,
+                normalize_scores=normalize_scores,
+                expert_bias=expert_bias,
+                device=device,
+                dtype=dtype,
+            ),
+            experts=Experts(
+                num_experts, dim, hidden_dim, activation=activation, backend=backend, device=device, dtype=dtype
+            ),
+            shared_expert=FeedForward(dim, shared_width, activation=activation, device=device, dtype=dtype)
+            if shared_width
+            else None,
+            score_before_experts=score_before_experts,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.forward_with_routing(x)[0]
+
+    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """(..., D) -> (..., D), and the router's decision over the T flattened tokens.
+
+        Returning it, instead of storing it on a module or calling hooks, keeps it exactly once under activation
+        checkpointing and lets go of it with the step.
+        """
+        tokens = x.reshape(-1, x.size(-1))
+        routing: Routing = self.router(tokens)
+        rows, context = self.dispatcher.dispatch(tokens, routing)
+        if self.score_before_experts:
+            rows = rows * context.row_scores
+        rows = self.experts(rows, context.rows_per_expert)
+        if not self.score_before_experts:
+            rows = rows * context.row_scores
+        routed = self.dispatcher.combine(rows, context).view_as(x)
+        return (routed if self.shared_expert is None else self.shared_expert(x) + routed), routing
+
+    def extra_repr(self) -> str:
+        return f"score_before_experts={self.score_before_experts}"

@@ -1,0 +1,52 @@
+"""Root-mean-square normalisation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) over the last dimension, times a gain (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    As in Llama: normalised in fp32, cast to the input's dtype, and only then multiplied by the gain. Without gain it
+    is what Llama 4 calls the L2 norm of queries and keys.
+
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square.
+        gain: whether to have a learned gain of shape (dim,), initialised to one.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        gain: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        if gain:
+            self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim), same dtype."""
+        statistics_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = F.rms_norm(x.to(statistics_dtype), (self.dim,), None, self.eps).to(x.dtype)
+        return y if self.weight is None else y * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, gain={self.weight is not None}"

@@ -1,0 +1,79 @@
+"""Rotary position embedding (RoPE) on interleaved pairs, with the Llama 3 frequency scaling."""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Llama3RopeScaling", "RotaryEmbedding"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Stretch of the slow frequencies for contexts beyond `original_length` (Llama 3.1, `rope_type="llama3"`).
+
+    A pair that turns more than `high_freq_factor` times within `original_length` tokens is kept, one that turns less
+    than `low_freq_factor` times is slowed down by `factor`, and between the two the frequency is interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor={self.factor}: allowed are numbers >= 1")
+        if self.high_freq_factor < self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor}: must not be below low_freq_factor={self.low_freq_factor}"
+            )
+        if self.original_length < 1:
+            raise ValueError(f"original_length={self.original_length}: allowed are lengths >= 1")
+
+    def apply(self, frequencies: Tensor) -> Tensor:
+        turns = self.original_length * frequencies / (2 * math.pi)
+        band = self.high_freq_factor - self.low_freq_factor
+        if band == 0:  # published Scout files: no band to interpolate in
+            keep = (turns >= self.low_freq_factor).to(frequencies.dtype)
+        else:
+            keep = ((turns - self.low_freq_factor) / band).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / self.factor
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates the pairs (2j, 2j + 1) of each head by the angle position * theta^(-2j / head_dim).
+
+    Su et al. 2021 (arXiv 2104.09864); interleaved pairs as in Meta's Llama code, not the half-split order of many
+    other implementations. It has no parameters and no buffers: frequencies are recomputed in fp32 (a few hundred
+    numbers), so `.to(bfloat16)` or the meta device cannot spoil them.
+    """
+
+    def __init__(self, head_dim: int, *, theta: float = 10000.0, scaling: Llama3RopeScaling | None = None) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim={head_dim}: rotary embedding needs an even head_dim")
+        if theta <= 0:
+            raise ValueError(f"theta={theta}: allowed are positive numbers")
+        self.head_dim = head_dim
+        self.theta = theta
+        self.scaling = scaling
+
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """Radians per token of each pair, (head_dim / 2,) in fp32."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        frequencies = 1.0 / (self.theta**exponents)
+        return frequencies if self.scaling is None else self.scaling.apply(frequencies)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x (B, L, heads, head_dim) by positions (L,); fp32 inside, returned in x's dtype."""
+        rotation_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        angles = positions.float()[:, None, None] * self.frequencies(x.device)  # (L, 1, H/2)
+        cos, sin = angles.cos().to(rotation_dtype), angles.sin().to(rotation_dtype)
+        even, odd = x.to(rotation_dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, theta={self.theta}, scaling={self.scaling}"

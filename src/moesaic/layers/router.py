@@ -1,0 +1,132 @@
+"""Routers: which experts see a token, and with what score."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Routing", "TopKRouter", "UniformRouter", "count_tokens"]
+
+ScoreFunction = Literal["sigmoid", "softmax"]
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens. `logits` and `scores` carry gradients."""
+
+    logits: Tensor
+    """(T, E), before the score function and without the selection bias."""
+    scores: Tensor
+    """(T, K), the weight of each chosen expert, in the dtype of the tokens."""
+    expert_ids: Tensor
+    """(T, K) int64, best first."""
+    tokens_per_expert: Tensor
+    """(E,) int64, sums to T * K."""
+
+
+def count_tokens(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
+    """Rows per expert, (E,) int64, of expert_ids (T, K); rows where `valid` (T,) is False do not count."""
+    counted = torch.ones_like(expert_ids) if valid is None else valid[:, None].expand_as(expert_ids).long()
+    # not bincount: its output shape depends on data (host sync on CUDA, no meta device); not histc: integer CPU, MPS
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
+    return counts.scatter_add(0, expert_ids.flatten(), counted.flatten())
+
+
+class TopKRouter(nn.Module):
+    """Linear router that picks the top_k experts of each token.
+
+    "sigmoid" (Llama 4): score = sigmoid(logit) of the chosen expert, not normalised. "softmax" (Switch, Mixtral,
+    Qwen): softmax over all experts; `normalize_scores` divides by the sum over the chosen ones.
+
+    With `expert_bias`, a buffer `expert_bias` (E,) is added to the scores for the selection only (Wang et al. 2024,
+    arXiv 2408.15664, loss-free balancing); the returned scores stay without it. Training moves it with
+    `moesaic.losses.balance.update_expert_bias`; the router itself never does.
+
+    The logits are computed in the dtype of `weight`, also under autocast: near-ties decided in bf16 would differ
+    from those decided in fp32.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        top_k: K, at most E.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        score_function: ScoreFunction = "sigmoid",
+        normalize_scores: bool = False,
+        expert_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts={num_experts}: allowed are numbers >= 1")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k}: allowed are 1 to num_experts={num_experts}")
+        if score_function not in ("sigmoid", "softmax"):
+            raise ValueError(f"score_function={score_function!r}: allowed are sigmoid, softmax")
+        self.dim = dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.score_function = score_function
+        self.normalize_scores = normalize_scores
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        # fp32 whatever the model's dtype: its steps of about 1e-3 would be lost in bf16
+        bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if expert_bias else None
+        self.register_buffer("expert_bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.dim**-0.5)
+        if self.expert_bias is not None:
+            nn.init.zeros_(self.expert_bias)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route x (T, D)."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(self.weight.dtype), self.weight)
+        if self.score_function == "sigmoid":
+            probabilities = torch.sigmoid(at_least_fp32(logits))
+        else:
+            probabilities = torch.softmax(at_least_fp32(logits), dim=-1)
+        expert_ids = self.select(logits, probabilities)
+        scores = probabilities.gather(1, expert_ids)
+        if self.normalize_scores:
+            scores = scores / scores.sum(dim=-1, keepdim=True)
+        return Routing(logits, scores.to(x.dtype), expert_ids, count_tokens(expert_ids, self.num_experts))
+
+    def select(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Expert ids (T, K) from logits and probabilities (T, E); the place to override for another selection."""
+        if self.expert_bias is None:
+            ranking = logits  # not the probabilities: a sigmoid saturates into ties
+        else:
+            ranking = probabilities + self.expert_bias
+        return ranking.detach().topk(self.top_k, dim=-1).indices
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, {self.score_function}, "
+            f"expert_bias={self.expert_bias is not None}"
+        )
+
+
+class UniformRouter(TopKRouter):
+    """Sends token t to experts t*K, t*K + 1, ... modulo E, whatever the logits say: perfectly balanced.
+
+    For benchmarks and as a control arm; scores still come from the logits, so every gradient exists.
+    """
+
+    def select(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        slots = torch.arange(logits.size(0) * self.top_k, device=logits.device)
+        return (slots % self.num_experts).view(-1, self.top_k)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

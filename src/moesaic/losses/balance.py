@@ -1,0 +1,64 @@
+"""Keeping experts in use: load-balance loss, router z-loss, loss-free bias update. Pure functions of tensors."""
+
+import torch
+from torch import Tensor
+
+from moesaic.layers.router import count_tokens
+
+__all__ = ["load_balance_loss", "router_z_loss", "update_expert_bias"]
+
+
+def load_balance_loss(
+    logits: Tensor, expert_ids: Tensor, valid: Tensor | None = None, load: Tensor | None = None
+) -> Tensor:
+    """E * sum over e of f_e * P_e (Switch Transformer, Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), 1 when balanced.
+
+    f_e is the fraction of routed rows that went to expert e (no gradient), P_e the mean over tokens of
+    softmax(logits)_e. The softmax is used for sigmoid routers too: it ranks experts as the sigmoid does, and its
+    gradient vanishes neither at zero initialisation nor for saturated scores.
+
+    Args:
+        logits: (T, E), with gradient.
+        expert_ids: (T, K).
+        valid: (T,) bool; padding (False) counts in neither f nor P.
+        load: (E,) counts to take f from instead of this micro-batch's: those of the whole global batch (Qiu et al.
+            2025, arXiv 2501.11873), which lets experts specialise within a micro-batch.
+
+    Returns:
+        Scalar in fp32; 0 (with a graph) if no token is valid.
+    """
+    num_experts = logits.size(-1)
+    counts = (count_tokens(expert_ids, num_experts, valid) if load is None else load).float()
+    fraction = counts / counts.sum().clamp(min=1)
+    return num_experts * (fraction * _mean_over_valid(logits.float().softmax(dim=-1), valid)).sum()
+
+
+def router_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean of logsumexp(logits)^2, which keeps logits small (ST-MoE, Zoph et al. 2022, arXiv 2202.08906, eq. 5).
+
+    Args:
+        logits: (T, E), with gradient.
+        valid: (T,) bool, False for padding.
+
+    Returns:
+        Scalar in fp32.
+    """
+    return _mean_over_valid(logits.float().logsumexp(dim=-1).square(), valid)
+
+
+@torch.no_grad()
+def update_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: float) -> None:
+    """Move the selection bias (E,) in place by rate * sign(mean load - load): loss-free balancing.
+
+    Wang et al. 2024, arXiv 2408.15664, algorithm 1. Call it once per optimiser step, with the counts (E,) of all valid
+    training tokens of that step (all micro-batches and ranks), between backward and step.
+    """
+    load = tokens_per_expert.float()
+    expert_bias += rate * torch.sign(load.mean() - load)
+
+
+def _mean_over_valid(x: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return x.mean(dim=0)
+    weight = valid.to(x.dtype) / valid.sum().clamp(min=1)
+    return torch.tensordot(weight, x, dims=1)

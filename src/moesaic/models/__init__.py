@@ -1,0 +1,27 @@
+"""Decoders over the layers: configuration, construction, generation, accounting."""
+
+from moesaic.models.accounting import Account, LayerAccount, account, kv_cache_bytes
+from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig
+from moesaic.models.decoder import Block, Decoder, DecoderOutput, build_decoder
+from moesaic.models.generation import generate, sample
+from moesaic.models.presets import llama4_maverick, llama4_scout, llama4_toy
+
+__all__ = [
+    "Account",
+    "AttentionConfig",
+    "Block",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderOutput",
+    "LayerAccount",
+    "LayerConfig",
+    "MoEConfig",
+    "account",
+    "build_decoder",
+    "generate",
+    "kv_cache_bytes",
+    "llama4_maverick",
+    "llama4_scout",
+    "llama4_toy",
+    "sample",
+]

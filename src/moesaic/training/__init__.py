@@ -1,0 +1,1 @@
+"""Experiment runs: configuration, LightningModule, records, verdict. Needs the [train] extra."""

@@ -1,0 +1,107 @@
+"""Watching a run: rows per logged step, expert load over time, alarms, and progress where there is no terminal."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from moesaic.evaluation.routing import expert_load, load_health
+from moesaic.training.module import LanguageModel
+from moesaic.training.records import CsvTable
+
+__all__ = ["PlainProgress", "RunMonitor"]
+
+
+class RunMonitor(pl.Callback):
+    """Logs every log_every-th step, keeps routing.csv, and warns once for each layer that collapses.
+
+    A layer counts as collapsed when, on `patience` logged steps in a row, more than half of its experts are dead or
+    the fullest expert is more than half of the way from balance to taking every token.
+    """
+
+    patience = 3
+
+    def __init__(self, run_dir: Path) -> None:
+        self.table = CsvTable(run_dir / "routing.csv", ["step", "layer", "expert", "load"])
+        self.warnings: list[str] = []
+        self._suspicious: Counter[str] = Counter()
+        self._warned: set[str] = set()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        assert isinstance(module, LanguageModel)
+        if not module.log_step():
+            return
+        rows = []
+        for layer, counts in module.logged_load.items():
+            load = expert_load(counts)
+            rows += [
+                {"step": trainer.global_step, "layer": layer, "expert": e, "load": f"{value:.6g}"}
+                for e, value in enumerate(load.tolist())
+            ]
+            self._check_collapse(module, layer, counts, trainer.global_step)
+        if rows and trainer.is_global_zero:
+            self.table.append(rows)
+        module.logged_load = {}
+
+    def _check_collapse(self, module: LanguageModel, layer: str, counts: torch.Tensor, step: int) -> None:
+        num_experts = counts.numel()
+        moe = module.decoder.get_submodule(layer)
+        top_k = getattr(getattr(moe, "router", None), "top_k", 1)
+        worst = num_experts / top_k - 1  # max_violation when every token chooses the same experts
+        if worst <= 0:
+            return
+        max_violation, dead_share = load_health(counts)
+        collapsed = dead_share > 0.5 or max_violation > worst / 2
+        self._suspicious[layer] = self._suspicious[layer] + 1 if collapsed else 0
+        if self._suspicious[layer] < self.patience or layer in self._warned:
+            return
+        self._warned.add(layer)
+        balance = module.config.balance
+        if balance.load_balance_loss_weight or balance.expert_bias_update_rate:
+            cause = (
+                "balancing is on but too weak: raise balance.load_balance_loss_weight or "
+                "balance.expert_bias_update_rate, or lower optimizer.learning_rate"
+            )
+        else:
+            cause = "no balancing is on: try balance.load_balance_loss_weight=0.01"
+        self._warn(
+            f"step {step}: {layer} has collapsed: its fullest expert takes {max_violation + 1:.1f}x its ideal load "
+            f"(worst possible {worst + 1:.1f}x), {dead_share:.0%} of its experts are dead. Likely cause: {cause}."
+        )
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        rank_zero_warn(message, category=RuntimeWarning)
+
+
+class PlainProgress(pl.Callback):
+    """A line every few seconds, for logs and pipes where a progress bar would show nothing."""
+
+    def __init__(self, every_seconds: float = 15.0) -> None:
+        self.every_seconds = every_seconds
+        self._last = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._last = time.monotonic()
+        self._begin = self._last, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        now, step, steps = time.monotonic(), trainer.global_step, int(trainer.max_steps)
+        metrics = trainer.progress_bar_metrics
+        if "loss" not in metrics or (now - self._last < self.every_seconds and step < steps):
+            return
+        self._last = now
+        started, first = self._begin
+        left = (now - started) / max(1, step - first) * (steps - step)
+        print(
+            f"step {step}/{steps}  loss {metrics['loss']:.3f}  {metrics['tokens/s']:,.0f} tokens/s  {left:.0f} s left",
+            flush=True,
+        )

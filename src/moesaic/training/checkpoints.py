@@ -1,0 +1,106 @@
+"""Reading checkpoints back: for resuming, evaluating and sampling."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+
+from moesaic.config import flatten, from_mapping, to_mapping
+from moesaic.data import Tokenizer, tokenizer_from_dict
+from moesaic.errors import InputError
+from moesaic.models import Decoder, DecoderConfig, build_decoder, generate
+from moesaic.training.config import SampleConfig
+
+__all__ = ["TrainedModel", "load_checkpoint", "load_model", "require_same_model", "sample_text"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A decoder with its weights, and what is needed to use it."""
+
+    decoder: Decoder
+    config: DecoderConfig
+    run_config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    token_bytes: torch.Tensor | None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The raw content of a checkpoint of ours, on the CPU.
+
+    Raises:
+        InputError: no such file, a damaged file, or not a checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError, ValueError, OSError) as error:
+        raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({_first_line(error)})") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
+        raise InputError(f"checkpoint {path}: not a checkpoint that scripts/train.py wrote")
+    return checkpoint
+
+
+def load_model(path: str | Path) -> TrainedModel:
+    """The model of a checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        InputError: as `load_checkpoint`, or weights that do not fit the stored config.
+    """
+    checkpoint = load_checkpoint(path)
+    stored = checkpoint["hyper_parameters"]
+    config = from_mapping(DecoderConfig, stored["model"], "model")
+    decoder = build_decoder(config)
+    weights = {key.removeprefix("decoder."): value for key, value in checkpoint["state_dict"].items()}
+    try:
+        decoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"checkpoint {path}: its weights do not fit its config: {error}") from error
+    tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
+    lengths = stored["token_bytes"]
+    return TrainedModel(
+        decoder=decoder.eval(),
+        config=config,
+        run_config=stored["config"],
+        tokenizer=tokenizer,
+        token_bytes=None if lengths is None else torch.tensor(lengths),
+    )
+
+
+def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:
+    """Raise InputError that names every key in which a checkpoint's model differs from `model`."""
+    stored, wanted = flatten(checkpoint["hyper_parameters"]["model"]), flatten(to_mapping(model))
+    differing = [
+        f"model.{key}: {stored.get(key)!r} in the checkpoint, {wanted.get(key)!r} in the config"
+        for key in sorted(stored.keys() | wanted.keys())
+        if stored.get(key) != wanted.get(key) and key not in ("moe.backend", "init_std")
+    ]
+    if differing:
+        raise InputError(f"checkpoint {path}: a model of another shape; " + "; ".join(differing))
+
+
+def sample_text(decoder: Decoder, tokenizer: Tokenizer, sampling: SampleConfig, seed: int) -> str:
+    """The prompt and its continuation, up to the end of the text."""
+    prompt = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(sampling.prompt.encode()).tolist()]])
+    tokens = generate(
+        decoder,
+        prompt.to(decoder.embedding.weight.device),
+        sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=seed,
+        stop_token=tokenizer.end_of_text,
+    )[0, 1:].tolist()
+    if tokens and tokens[-1] == tokenizer.end_of_text:
+        tokens = tokens[:-1]
+    return tokenizer.decode(tokens).decode("utf-8", errors="replace")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

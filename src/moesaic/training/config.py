@@ -1,0 +1,170 @@
+"""The configuration of a whole run: what conf/train.yaml composes, as strict frozen dataclasses."""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+
+from moesaic.data import DataConfig
+from moesaic.errors import InputError
+
+__all__ = [
+    "BalanceConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SampleConfig",
+    "ScheduleConfig",
+    "TrainerConfig",
+    "TrainingConfig",
+    "require_accelerator",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            _check(self, name, getattr(self, name) > 0, "numbers > 0")
+        _check(self, "weight_decay", self.weight_decay >= 0, "numbers >= 0")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run: linear warm-up, then constant, cosine, or stable and linear decay (wsd)."""
+
+    name: Literal["constant", "cosine", "wsd"] = "wsd"
+    warmup_steps: int = 50
+    decay_fraction: float = 0.3
+    final_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, "warmup_steps", self.warmup_steps >= 0, "numbers >= 0")
+        _check(self, "decay_fraction", 0 < self.decay_fraction <= 1, "0 < value <= 1")
+        _check(self, "final_factor", 0 <= self.final_factor <= 1, "0 <= value <= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """What keeps experts in use; a weight or rate of 0 switches a term off. Losses are means over the MoE layers."""
+
+    load_balance_loss_weight: float = 0.0
+    load_balance_scope: Literal["micro_batch", "global_batch"] = "micro_batch"
+    router_z_loss_weight: float = 0.0
+    expert_bias_update_rate: float = 0.0  # needs model.moe.expert_bias=true
+
+    def __post_init__(self) -> None:
+        for name in ("load_balance_loss_weight", "router_z_loss_weight", "expert_bias_update_rate"):
+            _check(self, name, getattr(self, name) >= 0, "numbers >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How much is trained on what. One optimiser step sees batch_size * seq_len * accumulate tokens per process."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    accumulate: int = 1
+    gradient_clip: float = 1.0  # norm; 0 switches it off
+    validate_every: int = 250  # optimiser steps
+    validation_batches: int | None = 16  # of each check during the run, spread over the split; null: all
+    validation_seq_len: int | None = None  # null: seq_len
+    log_every: int = 10
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "validate_every", "log_every", "checkpoint_every"):
+            _check(self, name, getattr(self, name) >= 1, "numbers >= 1")
+        for name in ("validation_batches", "validation_seq_len"):
+            _check(self, name, (getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, "numbers >= 1, or null")
+        _check(self, "gradient_clip", self.gradient_clip >= 0, "numbers >= 0 (0: off)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """Where and in what precision."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: int = 1
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = "32-true"
+    compile: bool = False  # torch.compile of every block
+    checkpoint_activations: bool = False
+    threads: int | None = None  # CPU threads; null: torch's choice
+
+    def __post_init__(self) -> None:
+        _check(self, "devices", self.devices >= 1, "numbers >= 1")
+        _check(self, "threads", self.threads is None or self.threads >= 1, "numbers >= 1, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The text generated at the end of a run."""
+
+    prompt: str = "def "
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything about one run. `model` stays a mapping until the data has said how large the vocabulary is."""
+
+    name: str
+    model: dict[str, Any]
+    training: TrainingConfig
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    seed: int = 0
+    output_dir: str = "outputs"
+    run_dir: str | None = None  # null: a new directory under output_dir
+    resume: bool = False  # continue run_dir, or the newest unfinished run of this name
+    ckpt_path: str | None = None  # continue from this checkpoint, in a new run directory
+
+    def __post_init__(self) -> None:
+        _check(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
+        if self.resume and self.ckpt_path is not None:
+            raise ValueError(
+                f"ckpt_path={self.ckpt_path!r}: resume=true already says which checkpoint; give one of them"
+            )
+        moe = self.model.get("moe")
+        has_bias = isinstance(moe, dict) and bool(moe.get("expert_bias"))
+        if self.balance.expert_bias_update_rate > 0 and not has_bias:
+            raise ValueError(
+                f"balance.expert_bias_update_rate={self.balance.expert_bias_update_rate}: it needs "
+                "model.moe.expert_bias=true"
+            )
+
+
+def require_accelerator(key: str, accelerator: str, devices: int = 1) -> None:
+    """Raise InputError that names `key` if this machine does not have the accelerator that was asked for."""
+    if accelerator not in ("auto", "cpu", "gpu", "mps"):
+        raise InputError(f"{key}={accelerator!r}: allowed are auto, cpu, gpu, mps")
+    found = {"gpu": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if accelerator in found and found[accelerator] < devices:
+        raise InputError(
+            f"{key}={accelerator!r}: {devices} wanted, torch {torch.__version__} finds {found[accelerator]} on this "
+            "machine; allowed here: auto, cpu"
+        )
+
+
+def _check(config: Any, name: str, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={getattr(config, name)!r}: allowed are {allowed}")

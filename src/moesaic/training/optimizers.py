@@ -1,0 +1,136 @@
+"""Optimiser groups, Muon for matrices beside AdamW for the rest, and learning-rate schedules."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.layers import ShortConvolution, TopKRouter
+from moesaic.training.config import OptimizerConfig, ScheduleConfig
+
+__all__ = ["MuonAdamW", "build_optimizer", "learning_rate_factor", "orthogonalize", "parameter_groups"]
+
+Group = dict[str, Any]
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
+    """Every trainable parameter once, in up to three groups named "matrices", "vectors" and "embeddings".
+
+    Weight decay applies to matrices only, not to gains, biases, short convolutions, embeddings or the head's
+    twin of an embedding. With Muon, "matrices" are the hidden ones; the router and the head, whose outputs are not
+    hidden features, stay with AdamW (Jordan et al. 2024), decayed, in a fourth group "outputs".
+    """
+    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "outputs": [], "vectors": [], "embeddings": []}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue  # a tied head shows up twice
+            seen.add(id(parameter))
+            if isinstance(module, nn.Embedding):
+                kind = "embeddings"
+            elif parameter.dim() < 2 or isinstance(module, ShortConvolution):
+                kind = "vectors"
+            elif isinstance(module, TopKRouter) or path.rpartition(".")[2] == "head":
+                kind = "outputs"
+            else:
+                kind = "matrices"
+            kinds[kind].append(parameter)
+    decayed = ("matrices", "outputs")
+    return [
+        {
+            "name": kind,
+            "params": parameters,
+            "weight_decay": config.weight_decay if kind in decayed else 0.0,
+            "muon": config.name == "muon" and kind == "matrices",
+            "lr": config.muon_learning_rate if config.name == "muon" and kind == "matrices" else config.learning_rate,
+        }
+        for kind, parameters in kinds.items()
+        if parameters
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    groups = parameter_groups(model, config)
+    return MuonAdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Fused AdamW whose groups with `muon=True` take Muon steps instead (Jordan et al. 2024).
+
+    One class rather than `torch.optim.Muon` beside AdamW, because `torch.optim.Muon` refuses stacked expert weights
+    (E, in, out), which are E matrices, and because one optimiser keeps Lightning's accumulation, clipping and
+    checkpoints. On 2-D weights it takes the steps of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` with
+    Nesterov momentum 0.95, so learning rates have AdamW's scale.
+    """
+
+    momentum = 0.95
+
+    def __init__(self, params: Iterable[Group], **defaults: Any) -> None:
+        super().__init__(params, fused=True, **defaults)  # fused: about 6x faster than foreach on CPUs
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group.get("muon"):
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._muon_step(parameter, parameter.grad, group)
+                        parameter.grad = None  # done: AdamW leaves parameters without gradient alone
+        super().step()
+        return loss
+
+    def _muon_step(self, parameter: Tensor, gradient: Tensor, group: Group) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it in every state when it loads a checkpoint
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        state["step"] += 1
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(gradient, 1 - self.momentum)
+        update = orthogonalize(gradient.lerp(buffer, self.momentum))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+
+
+def orthogonalize(gradient: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to each matrix in (..., m, n), roughly: five Newton-Schulz iterations.
+
+    Coefficients of Keller Jordan's Muon, chosen for the slope at zero: singular values end in about [0.7, 1.2].
+    bf16 on GPUs, as there; fp32 on CPUs, where small bf16 products are not faster.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = gradient.bfloat16() if gradient.is_cuda else gradient.float()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(gradient.dtype)
+
+
+def learning_rate_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
+    """The multiplier of the learning rate before optimiser step i (from 0) of `steps`."""
+    warmup = min(config.warmup_steps, steps)
+
+    def factor(i: int) -> float:
+        if i < warmup:
+            return (i + 1) / warmup
+        if config.name == "constant":
+            return 1.0
+        if config.name == "cosine":
+            progress = (i - warmup) / max(1, steps - warmup)
+            shape = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        else:  # wsd: stable, then linear to the end over the last decay_fraction of the run
+            decay = max(1, round(config.decay_fraction * steps))
+            shape = min(1.0, max(0.0, (steps - i) / decay))
+        return config.final_factor + (1 - config.final_factor) * shape
+
+    return factor

@@ -1,0 +1,343 @@
+"""One run from config to verdict."""
+
+import functools
+import logging
+import resource
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from moesaic.config import from_mapping, to_mapping
+from moesaic.data import Data, EvaluationLoader, TrainingLoader, load_data
+from moesaic.errors import InputError
+from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
+from moesaic.evaluation.plots import plot_expert_load, plot_loss, plot_loss_by_position
+from moesaic.evaluation.routing import load_health
+from moesaic.models import DecoderConfig, account
+from moesaic.training.callbacks import PlainProgress, RunMonitor
+from moesaic.training.checkpoints import load_checkpoint, require_same_model, sample_text
+from moesaic.training.config import RunConfig, require_accelerator
+from moesaic.training.module import Diverged, LanguageModel
+from moesaic.training.records import (
+    RunLogger,
+    create_run_dir,
+    environment,
+    require_disk_space,
+    write_atomically,
+    write_json,
+    write_yaml,
+)
+from moesaic.training.summary import activation_bytes, print_summary, print_verdict
+
+__all__ = ["resolve_resume", "run"]
+
+
+def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
+    """Train as `config` (a plain mapping, see `RunConfig`) says; returns what metrics.json holds.
+
+    Everything that can be refused is refused before the run directory exists.
+
+    Raises:
+        InputError: bad configuration, data or checkpoint.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    resume_dir = None
+    if config.get("resume"):
+        config, resume_dir = resolve_resume(config)
+    run_config = from_mapping(RunConfig, config)
+    model_mapping = {**run_config.model}
+    if model_mapping.get("vocab_size") is None:
+        model_mapping["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
+    from_mapping(DecoderConfig, model_mapping, "model")
+    require_accelerator("trainer.accelerator", run_config.trainer.accelerator, run_config.trainer.devices)
+    checkpoint = resume_dir / "checkpoints" / "last.ckpt" if resume_dir else run_config.ckpt_path
+    loaded = load_checkpoint(checkpoint) if checkpoint else None
+
+    if run_config.trainer.threads:
+        torch.set_num_threads(run_config.trainer.threads)
+    pl.seed_everything(run_config.seed, verbose=False)
+    data = load_data(run_config.data)
+    model_config = _fit_vocabulary(run_config, data)
+    if loaded is not None:
+        require_same_model(str(checkpoint), loaded, model_config)
+    training_loader, validation_loader, test_loader = _loaders(run_config, data)
+
+    accounted = account(model_config, run_config.training.seq_len)
+    if resume_dir is None:
+        run_dir = _new_run_dir(run_config)
+        write_yaml(run_dir / "config.yaml", to_mapping(run_config))
+    else:
+        run_dir = resume_dir
+    require_disk_space(run_dir, 3 * 3 * accounted.weight_bytes() + 20_000_000)  # last, best and one being written
+    name = "environment.json" if resume_dir is None else "environment-resumed.json"
+    write_json(run_dir / name, {**environment(), "data": data.facts})
+
+    token_bytes = _token_bytes(data)
+    module = LanguageModel(
+        to_mapping(run_config),
+        to_mapping(model_config),
+        None if data.tokenizer is None else data.tokenizer.to_dict(),
+        token_bytes,
+    )
+    training = run_config.training
+    print_summary(
+        console,
+        run_config,
+        model_config,
+        accounted,
+        data.facts,
+        {"train": len(data.train.tokens), "validation": len(data.validation.tokens)},
+        activation_bytes(module.decoder, training.batch_size, training.seq_len),
+        run_dir,
+    )
+
+    logger = RunLogger(run_dir)
+    monitor = RunMonitor(run_dir)
+    if loaded is not None and resume_dir is not None:
+        for table in (logger.table, monitor.table):
+            table.keep_until(loaded["global_step"])
+    status: dict[str, Any] = {"status": "finished"}
+    with warnings.catch_warnings():
+        _silence_lightning()
+        trainer = _trainer(run_config, run_dir, logger, monitor)
+        try:
+            trainer.fit(
+                module,
+                training_loader,
+                validation_loader,
+                ckpt_path=None if checkpoint is None else str(checkpoint),
+                weights_only=True,
+            )
+        except Diverged as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+            monitor.warnings.append(str(error))
+            status = {"status": "diverged", "error": str(error)}
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            _report_interruption(console, run_dir, trainer)
+            write_json(run_dir / "metrics.json", {"status": "interrupted", "steps": trainer.global_step})
+            raise
+        except Exception as error:
+            write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+            raise
+
+    if status["status"] == "finished":
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    score = evaluate_language_model(
+        module.decoder, test_loader, None if token_bytes is None else torch.tensor(token_bytes)
+    )
+    tokens = trainer.global_step * training.batch_size * training.seq_len * training.accumulate * trainer.world_size
+    metrics = {
+        **status,
+        **_final_numbers(score),
+        "steps": trainer.global_step,
+        "tokens": tokens,
+        "seconds": module.seconds,
+        "tokens_per_second": module.tokens_per_second,
+        "active_flops": tokens * accounted.training_flops,
+        "parameters/total": accounted.parameters,
+        "parameters/active": accounted.active_parameters,
+        "validation/seq_len": test_loader.seq_len,
+        "peak_memory_bytes": _peak_memory(),
+        **{f"baselines/{name}": value for name, value in data.facts.get("baselines", {}).items()},
+        "warnings": monitor.warnings,
+    }
+    sample = "(no tokeniser: the data are token ids)"
+    if data.tokenizer is not None:
+        sample = sample_text(module.decoder, data.tokenizer, run_config.sample, run_config.seed)
+    write_atomically(run_dir / "sample.txt", sample)
+    _plots(run_dir, run_config, model_config, data, score)
+    write_json(run_dir / "metrics.json", metrics)
+    print_verdict(
+        console,
+        run_dir,
+        metrics,
+        data.facts.get("baselines", {}),
+        sample,
+        monitor.warnings,
+        _next_commands(run_dir, run_config),
+    )
+    return metrics
+
+
+def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The stored config and directory of the run to resume: run_dir, or the newest unfinished one of this name.
+
+    Raises:
+        InputError: no such directory, not a run directory, or nothing to resume in it.
+    """
+    if config.get("run_dir"):
+        run_dir = Path(config["run_dir"])
+        if not (run_dir / "config.yaml").is_file():
+            raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
+        if not (run_dir / "checkpoints" / "last.ckpt").is_file():
+            raise InputError(f"run_dir={str(run_dir)!r}: nothing to resume, it has no checkpoints/last.ckpt")
+    else:
+        root = Path(str(config.get("output_dir", "outputs"))) / str(config.get("name"))
+        candidates = [path.parent.parent for path in root.glob("**/checkpoints/last.ckpt")]
+        unfinished = [path for path in candidates if _status(path) != "finished"]
+        if not unfinished:
+            raise InputError(
+                f"resume=true: no unfinished run with a checkpoint under {root}; give run_dir=<directory of a run>"
+            )
+        run_dir = max(unfinished, key=lambda path: (path / "checkpoints" / "last.ckpt").stat().st_mtime)
+    stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        raise InputError(f"{run_dir / 'config.yaml'}: damaged, it does not hold a mapping")
+    return {**stored, "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
+
+
+def _status(run_dir: Path) -> str | None:
+    try:
+        return yaml.safe_load((run_dir / "metrics.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, AttributeError, yaml.YAMLError):
+        return None
+
+
+def _fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
+    wanted = config.model.get("vocab_size")
+    if wanted is None:
+        wanted = data.vocab_size
+    elif isinstance(wanted, int) and wanted < data.vocab_size:
+        raise InputError(
+            f"model.vocab_size={wanted}: the data have token ids up to {data.vocab_size - 1}; allowed are null or "
+            f"numbers >= {data.vocab_size}"
+        )
+    return from_mapping(DecoderConfig, {**config.model, "vocab_size": wanted}, "model")
+
+
+def _loaders(config: RunConfig, data: Data) -> tuple[TrainingLoader, EvaluationLoader, EvaluationLoader]:
+    """(training, validation during the run, the whole validation split at the end)."""
+    training = config.training
+    train = TrainingLoader(
+        data.train.tokens,
+        seq_len=training.seq_len,
+        batch_size=training.batch_size,
+        num_batches=training.steps * training.accumulate,
+        seed=config.seed,
+    )
+    seq_len = training.validation_seq_len or training.seq_len
+    batch_size = max(1, training.batch_size * training.seq_len // seq_len)
+    validation = EvaluationLoader(
+        data.validation.tokens, seq_len=seq_len, batch_size=batch_size, max_batches=training.validation_batches
+    )
+    return train, validation, EvaluationLoader(data.validation.tokens, seq_len=seq_len, batch_size=batch_size)
+
+
+def _new_run_dir(config: RunConfig) -> Path:
+    if config.run_dir is None:
+        return create_run_dir(Path(config.output_dir), config.name)
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise InputError(f"run_dir={config.run_dir!r}: exists and is not empty; resume=true continues a run in it")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def _trainer(config: RunConfig, run_dir: Path, logger: RunLogger, monitor: RunMonitor) -> pl.Trainer:
+    training, trainer = config.training, config.trainer
+    interactive = sys.stdout.isatty()
+    keep = functools.partial(ModelCheckpoint, run_dir / "checkpoints", enable_version_counter=False)
+    return pl.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        precision=trainer.precision,
+        max_steps=training.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=training.accumulate,
+        val_check_interval=training.validate_every * training.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,  # LanguageModel decides which steps are logged
+        use_distributed_sampler=False,  # the loaders shard by themselves
+        enable_model_summary=False,
+        enable_progress_bar=interactive,
+        default_root_dir=run_dir,
+        logger=[logger, TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)],
+        callbacks=[
+            monitor,  # before the checkpoints, so that what they hold has been logged
+            RichProgressBar() if interactive else PlainProgress(),
+            keep("last", every_n_train_steps=training.checkpoint_every),
+            keep("best", monitor="validation/loss", mode="min"),
+        ],
+    )
+
+
+def _silence_lightning() -> None:
+    """Advice that does not apply here: our loaders have no workers, and logging is our own."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _report_interruption(console: Console, run_dir: Path, trainer: pl.Trainer) -> None:
+    if (run_dir / "checkpoints" / "last.ckpt").exists():
+        console.print(f"interrupted at step {trainer.global_step}; to continue from the last checkpoint:")
+        console.print(f"  python scripts/train.py resume=true run_dir={run_dir}", soft_wrap=True, highlight=False)
+    else:
+        console.print(f"interrupted at step {trainer.global_step}, before the first checkpoint")
+
+
+def _token_bytes(data: Data) -> list[int] | None:
+    """Length of each token in bytes; the end-of-text marker counts none."""
+    tokenizer = data.tokenizer
+    if tokenizer is None:
+        return None
+    lengths = [len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
+    lengths[tokenizer.end_of_text] = 0
+    return lengths
+
+
+def _final_numbers(score: LanguageModelScore) -> dict[str, float]:
+    numbers = {"validation/loss": score.loss}
+    if score.bits_per_byte is not None:
+        numbers["validation/bits_per_byte"] = score.bits_per_byte
+    for name, counts in score.tokens_per_expert.items():
+        max_violation, dead_share = load_health(counts)
+        numbers[f"router/{name}/max_violation"] = max_violation
+        numbers[f"router/{name}/dead_share"] = dead_share
+    return numbers
+
+
+def _plots(run_dir: Path, config: RunConfig, model: DecoderConfig, data: Data, score: LanguageModelScore) -> None:
+    plots = run_dir / "plots"
+    plots.mkdir(exist_ok=True)
+    plot_loss(run_dir / "metrics.csv", plots / "loss.png", data.facts.get("baselines", {}))
+    if (run_dir / "routing.csv").exists():
+        plot_expert_load(run_dir / "routing.csv", plots / "expert_load.png")
+    plot_loss_by_position(
+        score.loss_by_position,
+        plots / "loss_by_position.png",
+        config.training.seq_len,
+        model.attention.attention_chunk_size,
+    )
+
+
+def _next_commands(run_dir: Path, config: RunConfig) -> list[str]:
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    return [
+        f"python scripts/generate.py {checkpoint} 'import os'",
+        f"tensorboard --logdir {config.output_dir}",
+        "python scripts/train.py -m model.dense_twin=false,true seed=0,1,2   # is the mixture worth it?",
+    ]
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

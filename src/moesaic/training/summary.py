@@ -1,0 +1,140 @@
+"""What a person sees before the first step and after the last one."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.models import Account, Decoder, DecoderConfig
+from moesaic.training.config import RunConfig
+
+__all__ = ["activation_bytes", "print_summary", "print_verdict"]
+
+
+def activation_bytes(decoder: Decoder, batch_size: int, seq_len: int) -> int:
+    """Bytes that one forward pass keeps for backward, measured on a single sequence and scaled to the batch.
+
+    The logits are not among them: the training loss never builds them all.
+    """
+    stored: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            stored[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=decoder.embedding.weight.device)
+        kept = decoder.hidden_states(tokens)  # alive until counted, so that no storage is reused
+        total = sum(stored.values())
+        del kept
+    return total * batch_size
+
+
+def print_summary(
+    console: Console,
+    config: RunConfig,
+    model: DecoderConfig,
+    account: Account,
+    facts: Mapping[str, Any],
+    num_tokens: Mapping[str, int],
+    activations: int,
+    run_dir: Path,
+) -> None:
+    training = config.training
+    table = Table(title=f"{config.name}: {model.num_layers} layers, dim {model.dim}, vocabulary {model.vocab_size}")
+    for column in ("layer", "token mixer", "channel mixer"):
+        table.add_column(column)
+    for column in ("parameters", "active", "MFLOP/token"):
+        table.add_column(column, justify="right")
+    for i, layer in enumerate(account.layers):
+        flops = (layer.matmul_flops + layer.attention_flops) / 1e6
+        table.add_row(
+            str(i), layer.mixer, layer.ffn, f"{layer.parameters:,}", f"{layer.active_parameters:,}", f"{flops:.3f}"
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{model.attention.num_heads} heads, {model.num_kv_heads} kv heads of {model.head_dim}",
+        "with embedding and head",
+        f"{account.parameters:,}",
+        f"{account.active_parameters:,}",
+        f"{account.forward_flops / 1e6:.3f}",
+    )
+    console.print(table)
+    tokens_per_step = training.batch_size * training.seq_len * training.accumulate * config.trainer.devices
+    total_tokens = training.steps * tokens_per_step
+    weights = account.weight_bytes()
+    optimizer = 2 * weights  # AdamW's two moments; Muon keeps one of them for its matrices
+    console.print(
+        f"[bold]memory[/]  weights {_bytes(weights)}, gradients {_bytes(weights)}, "
+        f"optimiser at most {_bytes(optimizer)}, activations {_bytes(activations)} per step"
+    )
+    source = facts.get("source", config.data.source)
+    files = f", {facts['train_files']} files" if "train_files" in facts else ""
+    console.print(
+        f"[bold]data[/]    {source}{files}: {num_tokens['train']:,} training and {num_tokens['validation']:,} "
+        "validation tokens"
+    )
+    console.print(
+        f"[bold]plan[/]    {training.steps:,} steps of {tokens_per_step:,} tokens = {total_tokens / 1e6:.2f}M tokens "
+        f"({total_tokens / max(1, num_tokens['train']):.2f} epochs), "
+        f"{total_tokens * account.training_flops / 1e12:.2f} TFLOP active; {config.optimizer.name}, "
+        f"{config.schedule.name}, {config.trainer.precision}"
+    )
+    console.print(f"[bold]run[/]     {run_dir}", highlight=False)
+
+
+def print_verdict(
+    console: Console,
+    run_dir: Path,
+    metrics: Mapping[str, Any],
+    baselines: Mapping[str, float],
+    sample: str,
+    warnings: Sequence[str],
+    next_commands: Sequence[str],
+) -> None:
+    bits = metrics.get("validation/bits_per_byte")
+    if bits is not None:
+        table = Table(title="held-out text, bits per byte (lower is better)", show_header=False)
+        table.add_column("what")
+        table.add_column("bits per byte", justify="right")
+        rows = {**baselines, "this model": bits}
+        for name, value in sorted(rows.items(), key=lambda row: -row[1]):
+            style = "bold green" if name == "this model" else ""
+            table.add_row(name, f"{value:.3f}", style=style)
+        console.print(table)
+    else:
+        console.print(f"[bold]validation loss[/] {metrics['validation/loss']:.4f} nats per token")
+    console.print("[bold]a sample[/]")
+    console.print(sample, markup=False, highlight=False)
+    layers = {key.split("/")[1] for key in metrics if key.startswith("router/")}
+    for layer in sorted(layers):
+        console.print(
+            f"[bold]router[/]  {layer}: fullest expert {metrics[f'router/{layer}/max_violation'] + 1:.2f}x its ideal "
+            f"load, {metrics[f'router/{layer}/dead_share']:.0%} dead"
+        )
+    for warning in warnings:
+        console.print(f"[bold red]warning[/] {warning}", highlight=False)
+    console.print(
+        f"[bold]cost[/]    {metrics['tokens'] / 1e6:.2f}M tokens in {_duration(metrics['seconds'])}, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    console.print(f"[bold]written[/] {run_dir}", highlight=False)
+    console.print("[bold]next[/]")
+    for command in next_commands:
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds >= 3600 else f"{seconds:.0f} s"

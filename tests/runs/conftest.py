@@ -1,0 +1,42 @@
+"""Whole runs at a size of seconds: a small text corpus, composed configs, and the scripts as functions."""
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
+
+SMOKE = ["debug=smoke", "data=files", "data.tokenizer=bytes", "model.dim=16", "model.attention.head_dim=4"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve small Python-like files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for i in range(12):
+        lines = [f"def f{draw.randrange(9)}(x{j}):\n    return x{j} + {draw.randrange(99)}\n" for j in range(40)]
+        (folder / f"file{i}.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def composed(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """composed("key=value", ...) -> the plain config of a smoke run on the small corpus, writing below tmp_path."""
+    from _cli import plain
+
+    def compose_plain(*overrides: str, config: str = "train", smoke: bool = True) -> dict[str, Any]:
+        places = [f"data.path={corpus}", f"data.cache_dir={tmp_path / 'cache'}"]
+        if config == "train":
+            places.append(f"output_dir={tmp_path / 'outputs'}")
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            chosen = [*SMOKE, *places] if smoke else places
+            return plain(compose(config, [*chosen, *overrides]))
+
+    return compose_plain

@@ -1,0 +1,186 @@
+"""A run end to end: what it leaves behind, what it refuses, what it survives."""
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from moesaic.errors import InputError
+from moesaic.training import run as run_module
+from moesaic.training.checkpoints import load_checkpoint, load_model
+from moesaic.training.records import create_run_dir
+from moesaic.training.run import run
+
+Composed = Callable[..., dict[str, Any]]
+
+
+def only_run(config: dict[str, Any]) -> Path:
+    [run_dir] = Path(config["output_dir"]).glob("*/*")
+    return run_dir
+
+
+def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.CaptureFixture[str]) -> None:
+    config = composed()
+    metrics = run(config)
+    run_dir = only_run(config)
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.json",
+        "metrics.csv",
+        "routing.csv",
+        "sample.txt",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "plots/loss.png",
+        "plots/expert_load.png",
+        "plots/loss_by_position.png",
+    ):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert metrics == json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["status"] == "finished"
+    assert metrics["steps"] == 20
+    assert metrics["tokens"] == 20 * 2 * 64
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["dim"] == 16
+    data = json.loads((run_dir / "environment.json").read_text())["data"]
+    assert {"gzip -9", "xz -9e"} <= data["baselines"].keys()
+    shown = capsys.readouterr().out
+    for words in ("MoE 8 x 128, top 1 + shared 128", "tokens/s", "this model", "a sample", "router", "next"):
+        assert words in shown, words
+
+
+def test_it_learns(composed: Composed) -> None:
+    config = composed("training.steps=80", "training.batch_size=8", "training.validate_every=80")
+    metrics = run(config)
+    assert metrics["validation/bits_per_byte"] < 0.6 * metrics["baselines/byte unigram"]
+    rows = list(csv.DictReader((only_run(config) / "metrics.csv").open()))
+    assert float(rows[-1]["tokens"]) == 80 * 8 * 64
+    assert float(rows[0]["train/loss"]) == pytest.approx(math.log(257), rel=0.05)
+
+
+def test_dense_model_has_no_router_rows(composed: Composed) -> None:
+    config = composed("model.dense_twin=true")
+    metrics = run(config)
+    assert not any(key.startswith("router/") for key in metrics)
+    assert not (only_run(config) / "plots" / "expert_load.png").exists()
+
+
+def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path: Path) -> None:
+    paths = {create_run_dir(tmp_path, "same") for _ in range(5)}
+    assert len(paths) == 5
+
+
+def test_checkpoint_is_enough_to_evaluate(composed: Composed) -> None:
+    config = composed()
+    metrics = run(config)
+    model = load_model(only_run(config) / "checkpoints" / "last.ckpt")
+    assert model.tokenizer is not None
+    assert model.tokenizer.vocab_size == 257
+    assert sum(p.numel() for p in model.decoder.parameters()) == metrics["parameters/total"]
+
+
+def test_ckpt_path_continues_bit_equal_in_a_new_directory(composed: Composed) -> None:
+    bias = ["model.moe.expert_bias=true", "balance.expert_bias_update_rate=0.01", "training.accumulate=2"]
+    whole = composed(*bias, "name=whole")
+    run(whole)
+    [whole_dir] = Path(whole["output_dir"]).glob("whole/*")
+    half = composed(*bias, "name=half", "training.steps=20")
+    half["training"]["checkpoint_every"] = 10
+    run({**half, "run_dir": str(whole_dir.parent / "half")})
+    # the checkpoint of step 10 of an identical run, as a crash would leave it
+    stopped = composed(*bias, "name=stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        original = run_module.LanguageModel.training_step
+
+        def crash(self: Any, batch: Any, batch_index: int) -> Any:
+            if self.trainer.global_step == 13:
+                raise RuntimeError("power cut")
+            return original(self, batch, batch_index)
+
+        patch.setattr(run_module.LanguageModel, "training_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(stopped)
+    [stopped_dir] = Path(stopped["output_dir"]).glob("stopped/*")
+    assert json.loads((stopped_dir / "metrics.json").read_text())["status"] == "failed"
+    rest = composed(*bias, "name=rest", f"ckpt_path={stopped_dir}/checkpoints/last.ckpt")
+    run(rest)
+    [rest_dir] = Path(rest["output_dir"]).glob("rest/*")
+    first = load_checkpoint(whole_dir / "checkpoints" / "last.ckpt")["state_dict"]
+    second = load_checkpoint(rest_dir / "checkpoints" / "last.ckpt")["state_dict"]
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.attention.num_heads=3"], r"model.attention.num_heads=3: must be a multiple of num_kv_heads=2"),
+        (["model.moe.top_k=9"], r"model.moe.top_k=9: allowed are 1 to num_experts=8"),
+        (["model.attention.attention_chunk_size=0"], r"attention_chunk_size=0: allowed are numbers > 0"),
+        (["model.attention.head_dim=5"], r"model.attention.head_dim=5: RoPE rotates pairs, head_dim must be even"),
+        (["+model.dimm=3"], r"model.dimm: unknown key \(did you mean model.dim\?\)"),
+        (["training.steps=many"], r"training.steps: found 'many' \(str\); allowed: an integer"),
+        (["training.steps=0"], r"training.steps=0: allowed are numbers >= 1"),
+        (["optimizer.name=sgd"], r"optimizer.name: found 'sgd' \(str\); allowed: adamw \| muon"),
+        (["data.tokenizer=words"], r"data.tokenizer: found 'words'"),
+        (["model.vocab_size=100"], r"model.vocab_size=100: the data have token ids up to 256"),
+        (["training.seq_len=1000000"], r"seq_len"),
+        (["data.path=/nowhere/at/all"], r"/nowhere/at/all"),
+        (["trainer.accelerator=gpu"], r"trainer.accelerator='gpu': 1 wanted, torch .* finds 0"),
+        (["ckpt_path=/nowhere.ckpt"], r"checkpoint /nowhere.ckpt: no such file"),
+        (["resume=true", "run_dir=/tmp"], r"run_dir='/tmp': not a run directory"),
+        (["resume=true"], r"resume=true: no unfinished run"),
+        (["balance.expert_bias_update_rate=0.1"], r"it needs model.moe.expert_bias=true"),
+        (["model.moe=null"], r"model.moe=None: the depth pattern has MoE layers"),
+        (["model.pattern=[{mixer: rope, ffn: dense}]"], r"give either `pattern` or both intervals"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    composed: Composed, overrides: list[str], message: str
+) -> None:
+    if "trainer.accelerator=gpu" in overrides and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = composed(*overrides)
+    with pytest.raises(InputError, match=message):
+        run(config)
+    assert not list(Path(config["output_dir"]).glob("*/*"))
+
+
+def test_checkpoints_that_do_not_fit_are_refused(composed: Composed, tmp_path: Path) -> None:
+    config = composed()
+    run(config)
+    good = only_run(config) / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=r"another shape; model.dim: 16 in the checkpoint, 32 in the config"):
+        run(composed(f"ckpt_path={good}", "model.dim=32"))
+    truncated = tmp_path / "truncated.ckpt"
+    truncated.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"truncated.ckpt: truncated or not a checkpoint"):
+        run(composed(f"ckpt_path={truncated}"))
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    with pytest.raises(InputError, match=r"foreign.ckpt: not a checkpoint that scripts/train.py wrote"):
+        load_model(foreign)
+
+
+def test_full_disk_is_noticed_before_training(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    with pytest.raises(InputError, match=r"1 MB free, but checkpoints and logs of this run need about"):
+        run(composed())
+
+
+def test_used_run_dir_is_refused(composed: Composed, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(InputError, match=r"mine': exists and is not empty"):
+        run(composed(f"run_dir={tmp_path / 'mine'}"))
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
