@@ -32,11 +32,12 @@ def composed(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     from _cli import plain
 
     def compose_plain(*overrides: str, config: str = "train", smoke: bool = True) -> dict[str, Any]:
-        places = [f"data.path={corpus}", f"data.cache_dir={tmp_path / 'cache'}"]
+        chosen = [f"data.cache_dir={tmp_path / 'cache'}"]
         if config == "train":
-            places.append(f"output_dir={tmp_path / 'outputs'}")
+            chosen += [f"output_dir={tmp_path / 'outputs'}", *(SMOKE if smoke else [])]
+        if smoke:
+            chosen.append(f"data.path={corpus}")
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            chosen = [*SMOKE, *places] if smoke else places
             return plain(compose(config, [*chosen, *overrides]))
 
     return compose_plain

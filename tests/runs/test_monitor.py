@@ -18,6 +18,11 @@ from moesaic.training.run import run
 Composed = Callable[..., dict[str, Any]]
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def routing_of(logits: torch.Tensor, top_k: int = 1) -> Routing:
     ids = logits.topk(top_k).indices
     return Routing(logits, torch.sigmoid(logits.gather(1, ids)), ids, count_tokens(ids, logits.size(1)))
@@ -72,7 +77,7 @@ def test_healthy_router_raises_none(composed: Composed) -> None:
     config = composed("training.log_every=1", "model.moe.router=uniform")
     assert run(config)["warnings"] == []
     [run_dir] = Path(config["output_dir"]).glob("*/*")
-    rows = list(csv.DictReader((run_dir / "routing.csv").open()))
+    rows = read_csv(run_dir / "routing.csv")
     assert {row["layer"] for row in rows} == {"layers.1.ffn", "layers.3.ffn"}
     assert all(float(row["load"]) == pytest.approx(1) for row in rows)
 

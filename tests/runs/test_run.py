@@ -21,6 +21,11 @@ from moesaic.training.run import run
 Composed = Callable[..., dict[str, Any]]
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def only_run(config: dict[str, Any]) -> Path:
     [run_dir] = Path(config["output_dir"]).glob("*/*")
     return run_dir
@@ -53,7 +58,7 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
     data = json.loads((run_dir / "environment.json").read_text())["data"]
     assert {"gzip -9", "xz -9e"} <= data["baselines"].keys()
     shown = capsys.readouterr().out
-    for words in ("MoE 8 x 128, top 1 + shared 128", "tokens/s", "this model", "a sample", "router", "next"):
+    for words in ("MoE 8 x 128, top 1 + shared 128", "tokens/s", "this model", "sample", "router", "next"):
         assert words in shown, words
 
 
@@ -61,7 +66,7 @@ def test_it_learns(composed: Composed) -> None:
     config = composed("training.steps=80", "training.batch_size=8", "training.validate_every=80")
     metrics = run(config)
     assert metrics["validation/bits_per_byte"] < 0.6 * metrics["baselines/byte unigram"]
-    rows = list(csv.DictReader((only_run(config) / "metrics.csv").open()))
+    rows = read_csv(only_run(config) / "metrics.csv")
     assert float(rows[-1]["tokens"]) == 80 * 8 * 64
     assert float(rows[0]["train/loss"]) == pytest.approx(math.log(257), rel=0.05)
 

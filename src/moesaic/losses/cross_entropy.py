@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 grad = log_probabilities.exp_()  # softmax - one_hot, in place
                 grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=loss_dtype))
-                grad *= (keep / num_valid)[:, None]
+                grad *= (keep.to(loss_dtype) / num_valid)[:, None]
                 grad = grad.to(matmul_dtype)
                 if hidden_grad is not None:
                     hidden_grad[rows] = (grad @ head).to(hidden.dtype)

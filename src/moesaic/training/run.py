@@ -105,39 +105,11 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     if loaded is not None and resume_dir is not None:
         for table in (logger.table, monitor.table):
             table.keep_until(loaded["global_step"])
-    status: dict[str, Any] = {"status": "finished"}
-    with warnings.catch_warnings():
-        _silence_lightning()
-        trainer = _trainer(run_config, run_dir, logger, monitor)
-        try:
-            trainer.fit(
-                module,
-                training_loader,
-                validation_loader,
-                ckpt_path=None if checkpoint is None else str(checkpoint),
-                weights_only=True,
-            )
-        except Diverged as error:
-            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-            monitor.warnings.append(str(error))
-            status = {"status": "diverged", "error": str(error)}
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            _report_interruption(console, run_dir, trainer)
-            write_json(run_dir / "metrics.json", {"status": "interrupted", "steps": trainer.global_step})
-            raise
-        except Exception as error:
-            write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
-            raise
-
-    if status["status"] == "finished":
-        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
-    score = evaluate_language_model(
-        module.decoder, test_loader, None if token_bytes is None else torch.tensor(token_bytes)
-    )
+    trainer = _trainer(run_config, run_dir, logger, monitor)
+    status = _fit(trainer, module, training_loader, validation_loader, checkpoint, monitor, run_dir, console)
     tokens = trainer.global_step * training.batch_size * training.seq_len * training.accumulate * trainer.world_size
     metrics = {
         **status,
-        **_final_numbers(score),
         "steps": trainer.global_step,
         "tokens": tokens,
         "seconds": module.seconds,
@@ -145,27 +117,58 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         "active_flops": tokens * accounted.training_flops,
         "parameters/total": accounted.parameters,
         "parameters/active": accounted.active_parameters,
-        "validation/seq_len": test_loader.seq_len,
-        "peak_memory_bytes": _peak_memory(),
-        **{f"baselines/{name}": value for name, value in data.facts.get("baselines", {}).items()},
         "warnings": monitor.warnings,
     }
-    sample = "(no tokeniser: the data are token ids)"
-    if data.tokenizer is not None:
-        sample = sample_text(module.decoder, data.tokenizer, run_config.sample, run_config.seed)
-    write_atomically(run_dir / "sample.txt", sample)
-    _plots(run_dir, run_config, model_config, data, score)
+    baselines = data.facts.get("baselines", {})
+    sample = None
+    if status["status"] == "finished":
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+        lengths = None if token_bytes is None else torch.tensor(token_bytes)
+        score = evaluate_language_model(module.decoder, test_loader, lengths)
+        metrics |= {**_final_numbers(score), "validation/seq_len": test_loader.seq_len}
+        metrics |= {f"baselines/{name}": value for name, value in baselines.items()}
+        _plots(run_dir, run_config, model_config, baselines, score)
+        if data.tokenizer is not None:
+            sample = sample_text(module.decoder, data.tokenizer, run_config.sample, run_config.seed)
+            write_atomically(run_dir / "sample.txt", sample)
+    metrics["peak_memory_bytes"] = _peak_memory()
     write_json(run_dir / "metrics.json", metrics)
-    print_verdict(
-        console,
-        run_dir,
-        metrics,
-        data.facts.get("baselines", {}),
-        sample,
-        monitor.warnings,
-        _next_commands(run_dir, run_config),
-    )
+    print_verdict(console, run_dir, metrics, baselines, sample, _next_commands(run_dir, run_config))
     return metrics
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: LanguageModel,
+    training_loader: TrainingLoader,
+    validation_loader: EvaluationLoader,
+    checkpoint: str | Path | None,
+    monitor: RunMonitor,
+    run_dir: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Train; returns {"status": "finished"} or {"status": "diverged", "error": ...}. Other ends raise, on record."""
+    ckpt_path = None if checkpoint is None else str(checkpoint)
+    try:
+        with warnings.catch_warnings():
+            _ignore_lightning_advice()
+            trainer.fit(module, training_loader, validation_loader, ckpt_path=ckpt_path, weights_only=True)
+    except Diverged as error:
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        monitor.warnings.append(str(error))
+        return {"status": "diverged", "error": str(error)}
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        write_json(run_dir / "metrics.json", {"status": "interrupted", "steps": trainer.global_step})
+        if (run_dir / "checkpoints" / "last.ckpt").exists():
+            console.print(f"interrupted at step {trainer.global_step}; to continue from the last checkpoint:")
+            console.print(f"  python scripts/train.py resume=true run_dir={run_dir}", soft_wrap=True, highlight=False)
+        else:
+            console.print(f"interrupted at step {trainer.global_step}, before the first checkpoint")
+        raise
+    except Exception as error:
+        write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
+    return {"status": "finished"}
 
 
 def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -246,6 +249,8 @@ def _trainer(config: RunConfig, run_dir: Path, logger: RunLogger, monitor: RunMo
     training, trainer = config.training, config.trainer
     interactive = sys.stdout.isatty()
     keep = functools.partial(ModelCheckpoint, run_dir / "checkpoints", enable_version_counter=False)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return pl.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
@@ -271,25 +276,16 @@ def _trainer(config: RunConfig, run_dir: Path, logger: RunLogger, monitor: RunMo
     )
 
 
-def _silence_lightning() -> None:
-    """Advice that does not apply here: our loaders have no workers, and logging is our own."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def _ignore_lightning_advice() -> None:
+    """Warnings about what is done on purpose (no loader workers, continued runs), and Lightning's own debts."""
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*The dirpath has changed from.*",
+        ".*LeafSpec.* is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _report_interruption(console: Console, run_dir: Path, trainer: pl.Trainer) -> None:
-    if (run_dir / "checkpoints" / "last.ckpt").exists():
-        console.print(f"interrupted at step {trainer.global_step}; to continue from the last checkpoint:")
-        console.print(f"  python scripts/train.py resume=true run_dir={run_dir}", soft_wrap=True, highlight=False)
-    else:
-        console.print(f"interrupted at step {trainer.global_step}, before the first checkpoint")
 
 
 def _token_bytes(data: Data) -> list[int] | None:
@@ -313,10 +309,11 @@ def _final_numbers(score: LanguageModelScore) -> dict[str, float]:
     return numbers
 
 
-def _plots(run_dir: Path, config: RunConfig, model: DecoderConfig, data: Data, score: LanguageModelScore) -> None:
+def _plots(
+    run_dir: Path, config: RunConfig, model: DecoderConfig, baselines: Mapping[str, float], score: LanguageModelScore
+) -> None:
     plots = run_dir / "plots"
-    plots.mkdir(exist_ok=True)
-    plot_loss(run_dir / "metrics.csv", plots / "loss.png", data.facts.get("baselines", {}))
+    plot_loss(run_dir / "metrics.csv", plots / "loss.png", baselines)
     if (run_dir / "routing.csv").exists():
         plot_expert_load(run_dir / "routing.csv", plots / "expert_load.png")
     plot_loss_by_position(

@@ -96,37 +96,39 @@ def print_verdict(
     run_dir: Path,
     metrics: Mapping[str, Any],
     baselines: Mapping[str, float],
-    sample: str,
-    warnings: Sequence[str],
+    sample: str | None,
     next_commands: Sequence[str],
 ) -> None:
-    bits = metrics.get("validation/bits_per_byte")
+    bits, loss = metrics.get("validation/bits_per_byte"), metrics.get("validation/loss")
     if bits is not None:
-        table = Table(title="held-out text, bits per byte (lower is better)", show_header=False)
-        table.add_column("what")
+        table = Table(title="Held-out text, bits per byte (lower is better)", show_header=False, title_justify="left")
+        table.add_column("what", min_width=36)
         table.add_column("bits per byte", justify="right")
         rows = {**baselines, "this model": bits}
         for name, value in sorted(rows.items(), key=lambda row: -row[1]):
-            style = "bold green" if name == "this model" else ""
-            table.add_row(name, f"{value:.3f}", style=style)
+            table.add_row(name, f"{value:.3f}", style="bold green" if name == "this model" else "")
         console.print(table)
-    else:
-        console.print(f"[bold]validation loss[/] {metrics['validation/loss']:.4f} nats per token")
-    console.print("[bold]a sample[/]")
-    console.print(sample, markup=False, highlight=False)
-    layers = {key.split("/")[1] for key in metrics if key.startswith("router/")}
-    for layer in sorted(layers):
+    if loss is not None:
+        console.print(
+            f"[bold]loss[/]    {loss:.4f} nats per token on the whole validation split, in windows of "
+            f"{metrics['validation/seq_len']}"
+        )
+    if sample is not None:
+        console.print("[bold]sample[/]")
+        console.print(sample, markup=False, highlight=False)
+    for layer in sorted({key.split("/")[1] for key in metrics if key.startswith("router/")}):
         console.print(
             f"[bold]router[/]  {layer}: fullest expert {metrics[f'router/{layer}/max_violation'] + 1:.2f}x its ideal "
-            f"load, {metrics[f'router/{layer}/dead_share']:.0%} dead"
+            f"load, {metrics[f'router/{layer}/dead_share']:.0%} of its experts dead"
         )
-    for warning in warnings:
+    for warning in metrics["warnings"]:
         console.print(f"[bold red]warning[/] {warning}", highlight=False)
     console.print(
         f"[bold]cost[/]    {metrics['tokens'] / 1e6:.2f}M tokens in {_duration(metrics['seconds'])}, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['active_flops'] / 1e12:.2f} TFLOP, "
+        f"peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    console.print(f"[bold]written[/] {run_dir}", highlight=False)
+    console.print(f"[bold]written[/] {run_dir}", highlight=False, soft_wrap=True)
     console.print("[bold]next[/]")
     for command in next_commands:
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)

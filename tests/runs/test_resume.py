@@ -1,0 +1,76 @@
+"""kill -9 and resume: the rest of the run is bit-equal to one that was never killed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from moesaic.training.checkpoints import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(corpus: Path, tmp_path: Path, run_dir: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        *("debug=smoke", "data=files", "data.tokenizer=bytes", f"data.path={corpus}", f"run_dir={tmp_path / run_dir}"),
+        *("model.dim=16", "model.attention.head_dim=4", "model.moe.expert_bias=true", "training.accumulate=2"),
+        *("balance.expert_bias_update_rate=0.01", "balance.load_balance_scope=global_batch"),
+        *("training.steps=120", "training.log_every=7", "training.validate_every=25"),
+    ]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [
+            {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def test_killed_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole = subprocess.Popen(command(corpus, tmp_path, "whole"), **quiet)  # type: ignore[call-overload]
+    killed = subprocess.Popen(command(corpus, tmp_path, "killed"), **quiet)  # type: ignore[call-overload]
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # somewhere after a checkpoint
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    stopped_at = load_checkpoint(checkpoint)["global_step"]
+    assert 10 <= stopped_at < 120
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+
+    resume = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=true", f"run_dir={tmp_path / 'killed'}"]
+    subprocess.run(resume, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert whole.wait() == 0
+
+    for table in ("metrics.csv", "routing.csv"):
+        assert rows(tmp_path / "killed" / table) == rows(tmp_path / "whole" / table), table
+    first, second = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "killed")
+    )
+    assert any("expert_bias" in name and value.abs().sum() > 0 for name, value in first.items())
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    final = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed")]
+    assert final[0]["validation/loss"] == final[1]["validation/loss"]
+
+
+def test_contradicting_overrides_are_refused_on_resume(corpus: Path, tmp_path: Path) -> None:
+    start = [*command(corpus, tmp_path, "run"), "training.steps=10"]
+    subprocess.run(start, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    changed = [*start[:2], "resume=true", f"run_dir={tmp_path / 'run'}", "training.steps=20"]
+    refused = subprocess.run(changed, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: training.steps=20: the run to resume has 10; resume continues it unchanged\n"

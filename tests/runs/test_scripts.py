@@ -1,0 +1,188 @@
+"""The scripts as a person uses them: every shipped config, sweeps, evaluate, generate, report."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import generate
+import pytest
+import report
+
+from moesaic.config import from_mapping
+from moesaic.errors import InputError
+from moesaic.models import DecoderConfig
+from moesaic.training.config import RunConfig
+from moesaic.training.run import run
+
+Composed = Callable[..., dict[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def group(name: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / name).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", group("experiment"))
+def test_every_experiment_runs(composed: Composed, experiment: str) -> None:
+    config = composed(f"experiment={experiment}", "name=it")
+    assert run(config)["status"] == "finished"
+
+
+@pytest.mark.parametrize("model", group("model"))
+def test_every_model_runs_at_its_own_size(composed: Composed, corpus: Path, model: str) -> None:
+    smoke = ["debug=smoke", "data=files", "data.tokenizer=bytes", f"data.path={corpus}", "training.steps=2"]
+    assert run(composed(f"model={model}", *smoke, smoke=False))["status"] == "finished"
+
+
+@pytest.mark.parametrize("data", group("data"))
+@pytest.mark.parametrize("trainer", group("trainer"))
+def test_every_data_and_trainer_config_is_valid(composed: Composed, data: str, trainer: str) -> None:
+    path = "data.path=somewhere" if data == "files" else "data.path=null"
+    from_mapping(RunConfig, composed(f"data={data}", f"trainer={trainer}", path, smoke=False))
+
+
+def test_train_yaml_lists_every_key_that_can_be_set(composed: Composed) -> None:
+    """So that any of them can be overridden on the command line without a plus sign."""
+    config = composed()
+    assert set(config) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert set(config["model"]) == {field.name for field in dataclasses.fields(DecoderConfig)}
+    sections = [field for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type)]
+    assert len(sections) >= 6
+    for section in sections:
+        assert set(config[section.name]) == {field.name for field in dataclasses.fields(section.type)}, section.name
+
+
+def test_llama4_tiny_has_exactly_the_published_layout(composed: Composed) -> None:
+    model = {**composed("model=llama4_tiny", smoke=False)["model"], "vocab_size": 1024}
+    config = from_mapping(DecoderConfig, model)
+    assert [(layer.mixer, layer.ffn) for layer in config.layers] == [
+        ("rope", "dense"),
+        ("rope", "moe"),
+        ("rope", "dense"),
+        ("nope", "moe"),
+    ]
+    assert config.attention.conv_width == 0
+    assert config.moe is not None
+    assert (config.moe.top_k, config.moe.score_function, config.moe.score_before_experts) == (1, "sigmoid", True)
+    assert config.hidden_dim == 2 * config.moe.hidden_dim
+    assert config.attention.temperature is not None
+    assert config.attention.temperature.attn_scale == 0.1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.accumulate=2"],
+        ["optimizer.name=adamw", "schedule.name=cosine"],
+        ["trainer.precision=bf16-mixed"],
+        ["trainer.precision=bf16-true"],
+        ["trainer.checkpoint_activations=true"],
+        ["balance.router_z_loss_weight=0.01", "balance.load_balance_scope=global_batch"],
+        ["model.moe.top_k=2", "model.moe.score_function=softmax", "model.moe.normalize_scores=true"],
+        ["model.moe.score_before_experts=false", "model.moe.shared_hidden_dim=0"],
+        ["model.moe.backend=padded"],
+        ["model.tie_embeddings=true", "model.attention.bias=true", "model.init_std=null"],
+        ["data.tokenizer=bpe", "data.vocab_size=300"],
+        ["training.validation_seq_len=128", "training.validation_batches=null"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_options_run(composed: Composed, overrides: list[str]) -> None:
+    config = composed("training.steps=6", "training.validate_every=3", *overrides)
+    assert run(config)["status"] == "finished"
+
+
+def test_sweep_survives_a_failed_run_and_ends_in_a_table(corpus: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", "debug=smoke", "training.steps=4"]
+    command += ["data=files", "data.tokenizer=bytes", f"data.path={corpus}", f"output_dir={tmp_path}"]
+    command += ["model.moe.top_k=1,99", "seed=0,1", "model.dim=16", "model.attention.head_dim=4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "2 run(s) of this sweep failed" in done.stderr
+    [sweep] = (tmp_path / "smoke").glob("sweep-*")
+    table = (sweep / "report.md").read_text()
+    assert "| model.moe.top_k=1 | 2 of 2 |" in table
+    assert "| model.moe.top_k=99 | 0 of 2 |" in table
+    assert "allowed are 1 to num_experts=8" in table
+    assert table in done.stdout
+    assert (sweep / "report.png").stat().st_size > 0
+    with (sweep / "report.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+@pytest.fixture
+def trained(composed: Composed, corpus: Path) -> Path:
+    config = composed("data.tokenizer=bpe", "data.vocab_size=300")
+    run(config)
+    [checkpoint] = Path(config["output_dir"]).glob("*/*/checkpoints/last.ckpt")
+    return checkpoint
+
+
+def test_evaluate_agrees_with_the_end_of_training(trained: Path, composed: Composed, tmp_path: Path) -> None:
+    final = json.loads((trained.parents[1] / "metrics.json").read_text())
+    config = composed("data=files", f"checkpoint={trained}", f"output={tmp_path / 'scored'}", config="evaluate")
+    numbers = evaluate.evaluate(config)
+    assert numbers["loss"] == pytest.approx(final["validation/loss"], rel=1e-5)
+    assert numbers["bits_per_byte"] == pytest.approx(final["validation/bits_per_byte"], rel=1e-5)
+    assert json.loads((tmp_path / "scored" / "evaluation.json").read_text())["tokens"] == numbers["tokens"]
+    assert (tmp_path / "scored" / "loss_by_position.png").exists()
+    elsewhere = tmp_path / "other.txt"
+    elsewhere.write_text("Some English prose.\n" * 200)
+    config = composed("data=files", f"data.path={elsewhere}", f"checkpoint={trained}", config="evaluate")
+    assert evaluate.evaluate(config)["bits_per_byte"] > numbers["bits_per_byte"]
+
+
+def test_evaluate_refuses_bad_input(trained: Path, composed: Composed) -> None:
+    with pytest.raises(InputError, match=r"split='test': allowed are validation, train"):
+        evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "split=test", config="evaluate"))
+    with pytest.raises(InputError, match=r"no such file"):
+        evaluate.evaluate(composed("data=files", "checkpoint=/nowhere", config="evaluate"))
+
+
+def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(trained), "def f1(", "--max-new-tokens", "12", "--seed", "3"]
+    generate.main(arguments)
+    first = capsys.readouterr().out
+    generate.main(arguments)
+    assert capsys.readouterr().out == first
+    assert first.startswith("def f1(")
+    assert len(first) > len("def f1(") + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere.ckpt"], "error: checkpoint /nowhere.ckpt: no such file\n"),
+        (["TRAINED", "--temperature", "-1"], "error: temperature=-1.0: allowed are numbers >= 0 (0: greedy)\n"),
+        (["TRAINED", "--top-p", "2"], "error: top_p=2.0: allowed are 0 < top_p <= 1\n"),
+    ],
+)
+def test_generate_refuses_bad_input(
+    trained: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        generate.main([str(trained) if argument == "TRAINED" else argument for argument in arguments])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == message
+
+
+def test_report_refuses_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "no run in it; a run is a directory with a config.yaml" in capsys.readouterr().err
+
+
+def test_report_on_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([str(trained.parents[1]), "--metric", "validation/loss"])
+    assert "| (all equal) | 1 of 1 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        report.main([str(trained.parents[1]), "--metric", "accuracy"])
+    assert "--metric accuracy: no run has it; found: active_flops" in capsys.readouterr().err
