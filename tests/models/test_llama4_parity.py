@@ -17,7 +17,9 @@ NO_BAND = Llama3RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1
 BAND = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256)
 
 
-def config(*, attention: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
+def config(
+    *, attention: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **changes: Any
+) -> DecoderConfig:
     """Maverick's layout with chunks of 4 and a temperature floor of 3; `attention` and `moe` are further changes."""
     toy = llama4_toy(vocab_size=37, num_layers=4)
     assert toy.moe is not None

@@ -21,7 +21,9 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str) -
     assert error <= tolerance, f"{name}: error {error:.2e} > {tolerance:.0e}"  # NaN fails as well
 
 
-def assert_gradients(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: float) -> None:
+def assert_gradients(
+    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: float
+) -> None:
     assert found.keys() == expected.keys()
     largest = max((g.abs().max().item() for g in expected.values() if g is not None and g.numel()), default=0.0) or 1.0
     wrong = []

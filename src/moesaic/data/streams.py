@@ -139,8 +139,12 @@ def _build(
             manifest[name] = {"tokens": len(stream), "bytes": sum(len(document.text) for document in documents)}
         (temporary / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        if folder.exists():  # damaged, or another process was faster
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            try:
+                _open(folder)  # another process was faster
+                return
+            except InputError:  # damaged
+                shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.rename(folder)
         except OSError as error:

@@ -31,7 +31,7 @@ def llama4_scout() -> DecoderConfig:
 
 
 def llama4_maverick() -> DecoderConfig:
-    """Llama 4 Maverick 17B-128E (text): 400.71B parameters, 17.17B active."""
+    """Llama 4 Maverick 17B-128E (text): 400.71B parameters, 17.18B active."""
     return DecoderConfig(
         vocab_size=202048,
         dim=5120,

@@ -1,0 +1,70 @@
+"""Plots are drawn for every shape of input that runs produce."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moesaic.evaluation.plots import plot_curves, plot_expert_load, plot_loss, plot_loss_by_position, read_columns
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def metrics(path: Path, rows: int, bits: bool = True) -> Path:
+    lines = ["step,train/loss,validation/loss,validation/bits_per_byte"]
+    for i in range(1, rows + 1):
+        lines.append(f"{i},{5 / i},,")
+        if i % 5 == 0 or i == rows:
+            lines.append(f"{i},,{4 / i},{3 / i if bits else ''}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+@pytest.mark.parametrize("bits", [True, False])
+def test_loss(tmp_path: Path, rows: int, bits: bool) -> None:
+    baselines = {"byte unigram": 4.5, "gzip -9": 1.9, "xz -9e": 1.6}
+    plot_loss(metrics(tmp_path / "m.csv", rows, bits), tmp_path / "plots" / "loss.png", baselines)
+    assert is_png(tmp_path / "plots" / "loss.png")
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"], "no temporary file is left"
+
+
+@pytest.mark.parametrize(("layers", "experts", "steps"), [(1, 2, 1), (2, 8, 30), (24, 16, 5)])
+def test_expert_load(tmp_path: Path, layers: int, experts: int, steps: int) -> None:
+    lines = ["step,layer,expert,load"]
+    for step in range(1, steps + 1):
+        lines += [f"{step},layers.{j}.ffn,{e},{e / experts * 2}" for j in range(layers) for e in range(experts)]
+    (tmp_path / "routing.csv").write_text("\n".join(lines) + "\n")
+    assert plot_expert_load(tmp_path / "routing.csv", tmp_path / "load.png")
+    assert is_png(tmp_path / "load.png")
+
+
+def test_expert_load_of_a_dense_model_is_no_plot(tmp_path: Path) -> None:
+    (tmp_path / "routing.csv").write_text("step,layer,expert,load\n")
+    assert not plot_expert_load(tmp_path / "routing.csv", tmp_path / "load.png")
+    assert not (tmp_path / "load.png").exists()
+
+
+@pytest.mark.parametrize(("length", "train", "chunk"), [(1, 1, None), (64, 64, 16), (1000, 256, 128)])
+def test_loss_by_position(tmp_path: Path, length: int, train: int, chunk: int | None) -> None:
+    plot_loss_by_position((5 / np.arange(1, length + 1)).tolist(), tmp_path / "p.png", train, chunk)
+    assert is_png(tmp_path / "p.png")
+
+
+def test_curves_of_several_arms_and_seeds(tmp_path: Path) -> None:
+    def seed(n: int, offset: float) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        x = np.arange(1, n + 1.0)
+        return {"step": x, "tokens": x * 1e3, "active_flops": x * 1e12, "seconds": x / 3, "m": offset + 1 / x}
+
+    plot_curves({"a": [seed(5, 0), seed(4, 0.1)], "b": [seed(5, 1)]}, tmp_path / "c.png", "m")
+    assert is_png(tmp_path / "c.png")
+    plot_curves({}, tmp_path / "none.png", "m")
+
+
+def test_columns_keep_only_complete_rows(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("step,a,b\n1,2,\n2,,3\n3,4,5\n")
+    steps, a, b = read_columns(tmp_path / "m.csv", "step", "a", "b")
+    assert (steps.tolist(), a.tolist(), b.tolist()) == ([3], [4], [5])
+    assert len(read_columns(tmp_path / "m.csv", "step", "absent")[0]) == 0

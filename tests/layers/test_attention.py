@@ -1,0 +1,305 @@
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import attention as reference
+from reference.comparing import OutputSizes, assert_close, assert_gradients, redraw
+from torch import Tensor
+
+from moesaic.layers import (
+    Attention,
+    AttentionTemperature,
+    RotaryEmbedding,
+    ShortConvolution,
+    causal_attention,
+)
+
+DIM, LENGTH = 8, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 4
+    theta: float | None = 100.0
+    qk_norm: bool = False
+    chunk: int | None = None
+    temperature: tuple[float, int] | None = None
+    bias: bool = False
+    conv_width: int = 0
+
+    def build(self, dtype: torch.dtype = torch.float64) -> Attention:
+        layer = Attention(
+            DIM,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rotary=None if self.theta is None else RotaryEmbedding(self.head_dim, theta=self.theta),
+            qk_norm=self.qk_norm,
+            norm_eps=0.1,
+            attention_chunk_size=self.chunk,
+            temperature=None if self.temperature is None else AttentionTemperature(*self.temperature),
+            bias=self.bias,
+            conv_width=self.conv_width,
+            dtype=dtype,
+        )
+        return redraw(layer)  # type: ignore[return-value]
+
+    def oracle(self, layer: Attention, x: Tensor) -> Tensor:
+        return reference.attention(
+            dict(layer.named_parameters()),
+            x,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            theta=self.theta,
+            qk_norm_eps=0.1 if self.qk_norm else None,
+            chunk=self.chunk,
+            temperature=self.temperature,
+        )
+
+
+CASES = {
+    "full": Case(),
+    "chunks of 1": Case(chunk=1),
+    "chunks of 3": Case(chunk=3),
+    "chunks of 4, the last of one token": Case(chunk=4),
+    "one chunk exactly": Case(chunk=LENGTH),
+    "chunk one token short of the text": Case(chunk=LENGTH - 1),
+    "chunk longer than the text": Case(chunk=100),
+    "one kv head": Case(num_kv_heads=1),
+    "one kv head, chunks": Case(num_kv_heads=1, chunk=4),
+    "six heads on three": Case(num_heads=6, num_kv_heads=3),
+    "as many kv heads as heads": Case(num_kv_heads=4),
+    "head_dim is not dim / heads": Case(head_dim=6),
+    "no positions": Case(theta=None),
+    "no positions, chunks": Case(theta=None, chunk=4),
+    "temperature": Case(theta=None, temperature=(0.7, 3)),
+    "temperature with positions": Case(temperature=(0.7, 2)),
+    "QK norm": Case(qk_norm=True),
+    "QK norm without positions": Case(qk_norm=True, theta=None),
+    "biases": Case(bias=True),
+    "convolution": Case(conv_width=3),
+    "convolution over chunks": Case(conv_width=3, chunk=4),
+    "convolution of width 1": Case(conv_width=1),
+    "convolution longer than the text": Case(conv_width=LENGTH + 2),
+    "everything": Case(chunk=4, qk_norm=True, temperature=(0.7, 3), bias=True, conv_width=2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_explicit_attention(name: str) -> None:
+    case = CASES[name]
+    layer = case.build()
+    x = torch.randn(2, LENGTH, DIM, dtype=torch.float64)
+    results = []
+    for run in (layer, lambda x: case.oracle(layer, x)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        grads = {key: p.grad if p.grad is None else p.grad.clone() for key, p in layer.named_parameters()}
+        results.append((y.detach(), {"x": leaf.grad, **grads}))
+    assert_close(results[0][0], results[1][0], 1e-11, "output")
+    assert_gradients(results[0][1], results[1][1], 1e-9)
+
+
+def test_head_dim_and_kv_heads_by_default() -> None:
+    layer = Attention(12, num_heads=3)
+    assert (layer.head_dim, layer.num_kv_heads) == (4, 3)
+    assert [tuple(p.shape) for p in layer.parameters()] == [(12, 12)] * 4
+
+
+@given(
+    past=st.integers(0, 9),
+    queries=st.integers(1, 10),
+    chunk=st.none() | st.integers(1, 12),
+    groups=st.sampled_from([1, 2, 4]),
+)
+def test_causal_attention_equals_an_explicit_mask(past: int, queries: int, chunk: int | None, groups: int) -> None:
+    q = torch.randn(2, 4, queries, 3, dtype=torch.float64)
+    k, v = torch.randn(2, 2, groups, past + queries, 3, dtype=torch.float64)
+    expected = reference.masked_attention(q, k, v, chunk)
+    assert_close(causal_attention(q, k, v, chunk), expected, 1e-12, "output")
+
+
+@pytest.mark.parametrize("name", ["full", "chunks of 3", "convolution over chunks", "everything"])
+def test_causality(name: str) -> None:
+    layer = CASES[name].build()
+    x = torch.randn(1, LENGTH, DIM, dtype=torch.float64)
+    y = layer(x)
+    for t in range(LENGTH):
+        changed = x.clone()
+        changed[:, t] += 1
+        difference = (layer(changed) - y).abs().amax(dim=(0, 2))
+        assert difference[:t].max() <= 1e-12 if t else True, f"token {t} is seen before it comes"
+        assert difference[t] > 1e-3, f"token {t} does not see itself"
+
+
+def test_a_chunk_does_not_see_the_one_before() -> None:
+    layer = CASES["chunks of 3"].build()
+    x = torch.randn(1, LENGTH, DIM, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 4] += 1
+    difference = (layer(changed) - layer(x)).abs().amax(dim=(0, 2))
+    assert (difference > 1e-6).tolist() == [False] * 4 + [True] * 2 + [False] * 3
+
+
+def test_batch_rows_are_independent() -> None:
+    layer = CASES["everything"].build()
+    x = torch.randn(3, LENGTH, DIM, dtype=torch.float64)
+    assert_close(layer(x)[1:2], layer(x[1:2]), 1e-12, "output")
+
+
+splits = st.lists(st.integers(1, 6), min_size=1, max_size=8)
+
+
+@given(
+    splits=splits,
+    chunk=st.none() | st.integers(1, 8),
+    conv_width=st.sampled_from([0, 1, 3]),
+    name=st.sampled_from(["full", "temperature", "everything"]),
+)
+@torch.no_grad()
+def test_cached_equals_uncached(splits: list[int], chunk: int | None, conv_width: int, name: str) -> None:
+    """However a text is cut into prefill, continuation and single tokens."""
+    layer = dataclasses.replace(CASES[name], chunk=chunk, conv_width=conv_width).build()
+    x = torch.randn(2, sum(splits), DIM, dtype=torch.float64)
+    cache = layer.make_cache()
+    pieces = [layer(piece, cache) for piece in x.split(splits, dim=1)]
+    assert_close(torch.cat(pieces, dim=1), layer(x), 1e-11, "output")
+    assert cache.length == sum(splits)
+
+
+def bytes_held(cache: Any) -> int:
+    """Memory behind every tensor that `cache` refers to."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                visit(item)
+
+    for value in vars(cache).values():
+        visit(value)
+    return sum(storages.values())
+
+
+@given(splits=st.lists(st.integers(1, 30), min_size=1, max_size=8), chunk=st.integers(1, 8))
+@torch.no_grad()
+def test_a_chunk_local_cache_holds_one_chunk_at_most(splits: list[int], chunk: int) -> None:
+    layer = Case(chunk=chunk).build()
+    cache = layer.make_cache()
+    per_token = 2 * 2 * 4 * 8  # keys and values, kv heads, head_dim, bytes
+    for size in splits:
+        layer(torch.randn(1, size, DIM, dtype=torch.float64), cache)
+        assert cache.held <= chunk
+        # the current chunk, or the unfinished one: nothing of a long prefill stays in memory
+        assert bytes_held(cache) <= per_token * chunk
+
+
+@torch.no_grad()
+def test_a_full_cache_holds_everything_and_grows_by_doubling() -> None:
+    layer = Case().build()
+    cache = layer.make_cache()
+    per_token = 2 * 2 * 4 * 8
+    sizes = set()
+    for t in range(64):
+        layer(torch.randn(1, 1, DIM, dtype=torch.float64), cache)
+        assert cache.held == cache.length == t + 1
+        assert per_token * (t + 1) <= bytes_held(cache) <= 2 * per_token * (t + 1)
+        sizes.add(bytes_held(cache))
+    assert len(sizes) <= 8, "it reallocates at every token"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_chunked_attention_builds_nothing_quadratic(cached: bool) -> None:
+    chunk, length = 8, 128
+    layer = Case(chunk=chunk, num_heads=2, num_kv_heads=1).build(torch.float32)
+    x = torch.randn(1, length, DIM)
+    with torch.set_grad_enabled(not cached), OutputSizes() as sizes:
+        y = layer(x, layer.make_cache()) if cached else layer(x)
+        if not cached:
+            y.sum().backward()
+    assert sizes.largest < length * length / 4
+    # the recorder does see masks: the one of several tokens after a cache
+    with torch.no_grad(), OutputSizes() as sizes:
+        full = Case().build(torch.float32)
+        cache = full.make_cache()
+        full(x, cache)
+        full(x, cache)
+    assert (length, 2 * length) in sizes.shapes
+
+
+def test_published_temperatures() -> None:
+    factors = AttentionTemperature()(torch.tensor([0, 8190, 8191, 16382, 16383, 131071]))
+    torch.testing.assert_close(factors, torch.tensor([1.0, 1.0, 1.0693, 1.0693, 1.1099, 1.2833]), rtol=0, atol=5e-5)
+    assert factors[1] == 1 and factors.dtype == torch.float32
+
+
+def test_the_convolution_is_the_identity_at_first() -> None:
+    x = torch.randn(2, 5, 3)
+    y, tail = ShortConvolution(3, 4)(x)
+    assert torch.equal(y, x)
+    assert torch.equal(tail, x[:, 2:])
+
+
+@given(length=st.integers(1, 6), width=st.integers(1, 5))
+def test_convolution_after_a_tail(length: int, width: int) -> None:
+    convolution = redraw(ShortConvolution(3, width, dtype=torch.float64))
+    x = torch.randn(2, 4 + length, 3, dtype=torch.float64)
+    whole, _ = convolution(x)
+    first, tail = convolution(x[:, :4])
+    rest, _ = convolution(x[:, 4:], tail)
+    assert_close(torch.cat((first, rest), dim=1), whole, 1e-13, "output")
+
+
+def test_bfloat16_autocast() -> None:
+    layer = CASES["everything"].build(torch.float32)
+    x = torch.randn(2, LENGTH, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert_close(y, layer(x), 0.05, "output")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 0}, "num_heads=0: must be a positive multiple of num_kv_heads=0"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4: must be a positive multiple of num_kv_heads=3"),
+        ({"num_heads": 4, "num_kv_heads": 0}, "num_heads=4: must be a positive multiple of num_kv_heads=0"),
+        ({"num_heads": 3}, "num_heads=3: must divide dim=8 where head_dim is not given"),
+        ({"num_heads": 2, "rotary": RotaryEmbedding(6)}, "rotary.head_dim=6: must equal head_dim=4"),
+        (
+            {"num_heads": 2, "attention_chunk_size": 0},
+            "attention_chunk_size=0: allowed are numbers >= 1, or None",
+        ),
+        ({"num_heads": 2, "conv_width": -1}, "conv_width=-1: allowed are numbers >= 0"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attention(DIM, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"floor_scale": 0}, "floor_scale=0: allowed are numbers >= 1"),
+        ({"attn_scale": -0.1}, "attn_scale=-0.1: allowed are numbers >= 0"),
+    ],
+)
+def test_bad_temperature(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionTemperature(**arguments)
+
+
+def test_bad_convolution_width() -> None:
+    with pytest.raises(ValueError, match="width=0: allowed are numbers >= 1"):
+        ShortConvolution(4, 0)

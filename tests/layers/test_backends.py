@@ -1,0 +1,235 @@
+"""Every expert backend against `loop`, and `loop` against one row at a time."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference.comparing import assert_close, assert_gradients, redraw
+from torch import Tensor
+
+from moesaic.layers import ACTIVATIONS, BACKENDS, Experts, MoE, choose_backend
+
+DIM, HIDDEN = 16, 24
+
+SHAPES = {
+    "balanced": [4, 4, 4, 4],
+    "uneven": [7, 1, 3, 5],
+    "some experts empty": [5, 0, 0, 4],
+    "first and last expert empty": [0, 6, 2, 0],
+    "all rows on one expert": [0, 0, 16, 0],
+    "one row": [0, 1, 0, 0],
+    "one expert": [9],
+    "no rows": [0, 0, 0],
+}
+FLOAT64 = [name for name in BACKENDS if name != "grouped"]  # grouped_mm has no fp64 kernel
+
+
+def run(experts: Experts, counts: list[int], rows: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    rows = rows.to(experts.down_proj.dtype).requires_grad_()
+    experts.zero_grad()
+    y = experts(rows, torch.tensor(counts))
+    upstream = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y)
+    y.backward(upstream.to(y.dtype))
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return y.detach(), {"rows": rows.grad, **gradients}
+
+
+def pair(
+    name: str, counts: list[int], dtype: torch.dtype, oracle_dtype: torch.dtype
+) -> tuple[Experts, Experts, Tensor]:
+    oracle = Experts(len(counts), DIM, HIDDEN, backend="loop", dtype=oracle_dtype)
+    redraw(oracle)
+    experts = Experts(len(counts), DIM, HIDDEN, backend=name, dtype=dtype)
+    experts.load_state_dict(oracle.state_dict())
+    oracle.load_state_dict(experts.state_dict())  # what the rounding to `dtype` has left of the weights
+    rows = torch.randn(sum(counts), DIM).to(dtype)
+    return experts, oracle, rows.to(oracle_dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equals_loop_in_float32(name: str, shape: str) -> None:
+    experts, oracle, rows = pair(name, SHAPES[shape], torch.float32, torch.float64)
+    found, found_gradients = run(experts, SHAPES[shape], rows)
+    expected, expected_gradients = run(oracle, SHAPES[shape], rows)
+    assert found.dtype == torch.float32
+    assert_close(found, expected, 1e-6, "rows out")
+    assert_gradients(found_gradients, expected_gradients, 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FLOAT64)
+def test_equals_loop_in_float64(name: str, shape: str) -> None:
+    experts, oracle, rows = pair(name, SHAPES[shape], torch.float64, torch.float64)
+    found, found_gradients = run(experts, SHAPES[shape], rows)
+    expected, expected_gradients = run(oracle, SHAPES[shape], rows)
+    assert_close(found, expected, 1e-13, "rows out")
+    assert_gradients(found_gradients, expected_gradients, 1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equals_float32_loop_in_bfloat16(name: str, shape: str) -> None:
+    experts, oracle, rows = pair(name, SHAPES[shape], torch.bfloat16, torch.float32)
+    found, found_gradients = run(experts, SHAPES[shape], rows)
+    expected, expected_gradients = run(oracle, SHAPES[shape], rows)
+    assert found.dtype == torch.bfloat16
+    assert_close(found, expected, 0.02, "rows out")
+    assert_gradients(found_gradients, expected_gradients, 0.03)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_loop_equals_one_row_at_a_time(activation: str) -> None:
+    """Gate first, up second, in the (in, out) layout of the weights."""
+    oracles: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": lambda x: x / (1 + torch.exp(-x)),
+        "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+        "relu": lambda x: x * (x > 0),
+    }
+    counts = [2, 0, 3]
+    experts = redraw(Experts(3, DIM, HIDDEN, activation=activation, backend="loop", dtype=torch.float64))
+    rows = torch.randn(5, DIM, dtype=torch.float64)
+    expected = []
+    for row, e in zip(rows, [0, 0, 2, 2, 2], strict=True):
+        gate = row @ experts.gate_up_proj[e, :, :HIDDEN]
+        up = row @ experts.gate_up_proj[e, :, HIDDEN:]
+        expected.append((oracles[activation](gate) * up) @ experts.down_proj[e])
+    assert_close(experts(rows, torch.tensor(counts)), torch.stack(expected), 1e-13, "rows out")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_moe_is_the_same_on_every_backend(name: str, top_k: int) -> None:
+    oracle = redraw(MoE.build(DIM, HIDDEN, 4, top_k=top_k, backend="loop"))
+    moe = MoE.build(DIM, HIDDEN, 4, top_k=top_k, backend=name)
+    moe.load_state_dict(oracle.state_dict())
+    x = torch.randn(2, 5, DIM)
+    results = []
+    for layer in (moe, oracle):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        results.append((y, {"x": leaf.grad, **{n: p.grad for n, p in layer.named_parameters()}}))
+    assert_close(results[0][0], results[1][0], 1e-6, "output")
+    assert_gradients(results[0][1], results[1][1], 1e-5)
+
+
+@pytest.mark.parametrize("score_before", [True, False])
+@pytest.mark.parametrize("name", FLOAT64)
+def test_gradcheck(name: str, score_before: bool) -> None:
+    moe = MoE.build(4, 3, 3, top_k=2, score_before_experts=score_before, backend=name, dtype=torch.float64)
+    redraw(moe)
+    x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    names = [n for n, _ in moe.named_parameters()]
+
+    def layer(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(moe, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(layer, (x, *moe.parameters()))
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
+def test_sum_backward(name: str) -> None:
+    """The gradient of a sum is an expanded scalar, which the backward of grouped_mm refuses by itself."""
+    experts = Experts(3, DIM, HIDDEN, backend=name)
+    rows = torch.randn(6, DIM, requires_grad=True)
+    experts(rows, torch.tensor([3, 0, 3])).sum().backward()
+    assert rows.grad is not None and rows.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
+def test_idle_experts_have_a_zero_gradient(name: str) -> None:
+    """Not None: DistributedDataParallel would wait for it forever. Not garbage either."""
+    experts = Experts(4, DIM, HIDDEN, backend=name)
+    experts(torch.randn(5, DIM), torch.tensor([0, 5, 0, 0])).square().sum().backward()
+    for parameter in (experts.gate_up_proj, experts.down_proj):
+        assert parameter.grad is not None
+        assert [bool(g.any()) for g in parameter.grad] == [False, True, False, False]
+
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "hidden_dim", "name", "reason"),
+    [
+        (CPU, torch.float32, 16, 24, "grouped", "no padding"),
+        (CPU, torch.bfloat16, 16, 24, "grouped", "no padding"),
+        (CUDA, torch.bfloat16, 16, 24, "grouped", "no padding"),
+        (CPU, torch.float64, 16, 24, "loop", "float64"),
+        (CUDA, torch.float32, 16, 24, "padded", "bfloat16"),
+        (MPS, torch.float32, 16, 24, "padded", "mps"),
+        (CPU, torch.float32, 6, 24, "loop", "dim=6"),
+        (CPU, torch.float32, 16, 10, "loop", "hidden_dim=10"),
+        (CPU, torch.bfloat16, 12, 24, "loop", "dim=12"),  # 24 bytes, where fp32 has 48
+        (CPU, torch.float32, 12, 24, "grouped", "no padding"),
+        (CUDA, torch.bfloat16, 16, 4, "loop", "hidden_dim=4"),
+    ],
+)
+def test_choose_backend(
+    device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, name: str, reason: str
+) -> None:
+    found, why = choose_backend(device, dtype, dim, hidden_dim)
+    assert found == name
+    assert reason in why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize(("dim", "hidden_dim"), [(6, 10), (16, 6), (10, 16), (16, 16), (12, 12)])
+def test_auto_runs_whatever_the_widths(dim: int, hidden_dim: int, dtype: torch.dtype) -> None:
+    experts = redraw(Experts(2, dim, hidden_dim, dtype=dtype))
+    oracle = Experts(2, dim, hidden_dim, backend="loop", dtype=torch.float64)
+    oracle.load_state_dict(experts.state_dict())
+    rows = torch.randn(5, dim).to(dtype).requires_grad_()
+    y = experts(rows, torch.tensor([3, 2]))
+    y.sum().backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.03)
+    assert_close(y, oracle(rows.double(), torch.tensor([3, 2])), tolerance, "rows out")
+
+
+def test_auto_runs_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name, function in list(BACKENDS.items()):
+        monkeypatch.setitem(
+            BACKENDS, name, lambda *a, name=name, function=function: (ran.append(name), function(*a))[1]
+        )
+    counts = torch.tensor([2, 2])
+    Experts(2, 16, 16)(torch.randn(4, 16), counts)
+    Experts(2, 6, 16)(torch.randn(4, 6), counts)
+    Experts(2, 16, 16, backend="padded")(torch.randn(4, 16), counts)
+    with torch.autocast("cpu", torch.bfloat16):  # 12 columns are enough for grouped_mm in fp32, not in bf16
+        Experts(2, 12, 16)(torch.randn(4, 12), counts)
+    assert ran == ["grouped", "loop", "padded", "loop"]
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
+def test_autocast_reaches_the_experts(name: str) -> None:
+    experts = redraw(Experts(3, DIM, HIDDEN, backend=name))
+    rows, counts = torch.randn(6, DIM, requires_grad=True), torch.tensor([1, 2, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(rows, counts)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, experts(rows, counts), 0.03, "rows out")
+    y.sum().backward()
+    assert rows.grad is not None and rows.grad.dtype == torch.float32
+    assert experts.down_proj.grad is not None and experts.down_proj.grad.dtype == torch.float32
+
+
+def test_one_expert_is_a_feed_forward_network() -> None:
+    experts = Experts(1, DIM, HIDDEN)
+    x = torch.randn(5, DIM)
+    gate, up = experts.gate_up_proj[0, :, :HIDDEN], experts.gate_up_proj[0, :, HIDDEN:]
+    torch.testing.assert_close(experts(x, torch.tensor([5])), (F.silu(x @ gate) * (x @ up)) @ experts.down_proj[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"activation": "swish"}, r"activation='swish': allowed are silu, gelu, relu"),
+        ({"backend": "fast"}, r"backend='fast': allowed are auto, loop, padded, grouped"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Experts(2, DIM, HIDDEN, **arguments)

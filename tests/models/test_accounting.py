@@ -1,0 +1,194 @@
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from moesaic.layers import AttentionCache, MoE
+from moesaic.models import (
+    DecoderConfig,
+    LayerConfig,
+    MoEConfig,
+    account,
+    build_decoder,
+    kv_cache_bytes,
+    llama4_maverick,
+    llama4_scout,
+    llama4_toy,
+)
+from moesaic.models.accounting import visible_keys
+
+
+def toy(attention: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
+    base = llama4_toy(vocab_size=50)
+    assert base.moe is not None
+    return dataclasses.replace(
+        base,
+        attention=dataclasses.replace(base.attention, **(attention or {})),
+        moe=dataclasses.replace(base.moe, **{"backend": "loop", **(moe or {})}),
+        **changes,
+    )
+
+
+def pattern(*layers: tuple[Any, Any]) -> dict[str, Any]:
+    entries = tuple(LayerConfig(mixer, ffn) for mixer, ffn in layers)
+    return {"pattern": entries, "interleave_moe_layer_step": None, "nope_layer_interval": None}
+
+
+OWN_MIXER = {"type": "own_part_samples.RunningMean"}
+OWN_FFN = {"type": "own_part_samples.TwoMatrices", "hidden_dim": 24}
+OWN_ROUTER = {"type": "own_part_samples.LinearRouter"}
+
+CONFIGS = {
+    "alternating": toy(),
+    "MoE everywhere": toy(interleave_moe_layer_step=1),
+    "dense only": toy(interleave_moe_layer_step=0),
+    "top 3": toy(moe={"top_k": 3}),
+    "every expert": toy(moe={"top_k": 4}),
+    "no shared expert": toy(moe={"shared_hidden_dim": 0}),
+    "wide shared expert": toy(moe={"shared_hidden_dim": 48}),
+    "expert bias": toy(moe={"expert_bias": True}),
+    "uniform router": toy(moe={"router": "uniform"}),
+    "tied": toy(tie_embeddings=True),
+    "biases": toy({"bias": True}),
+    "convolution": toy({"conv_width": 3}),
+    "one kv head": toy({"num_kv_heads": 1}),
+    "as many kv heads as heads": toy({"num_kv_heads": None}),
+    "head_dim is not dim / heads": toy({"head_dim": 6}),
+    "dense twin": toy(dense_twin=True, moe={"top_k": 2}),
+    "every mixer": toy(
+        **pattern(("rope", "dense"), ("full_rope", "moe"), ("nope", "dense_twin"), ("chunked_nope", "moe"))
+    ),
+    "own parts": toy(moe={"router": OWN_ROUTER}, **pattern((OWN_MIXER, "moe"), ("rope", OWN_FFN))),
+}
+
+
+def active(module: torch.nn.Module) -> int:
+    """Parameters but those of the experts that one token does not meet."""
+    total = sum(p.numel() for p in module.parameters())
+    for part in module.modules():
+        if isinstance(part, MoE):
+            one = sum(p.numel() for p in part.experts.parameters()) // part.experts.num_experts  # type: ignore[operator]
+            total -= (part.experts.num_experts - part.router.top_k) * one  # type: ignore[operator]
+    return total
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_equal_those_of_the_built_model(name: str) -> None:
+    config = CONFIGS[name]
+    found, decoder = account(config, 16), build_decoder(config, device="meta")
+    for i, (layer, block) in enumerate(zip(found.layers, decoder.layers, strict=True)):
+        assert layer.parameters == sum(p.numel() for p in block.parameters()), f"layer {i}"
+        assert layer.active_parameters == active(block), f"layer {i}"
+    assert found.parameters == sum(p.numel() for p in decoder.parameters())
+    assert found.active_parameters == active(decoder)
+    assert found.weight_bytes() == 4 * found.parameters
+    assert found.weight_bytes(torch.bfloat16) == 2 * found.parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active_total"),
+    [(llama4_scout(), 107.77, 17.17), (llama4_maverick(), 400.71, 17.18)],
+    ids=["scout", "maverick"],
+)
+def test_published_models(config: DecoderConfig, total: float, active_total: float) -> None:
+    found = account(config, 8192)
+    assert round(found.parameters / 1e9, 2) == total
+    assert round(found.active_parameters / 1e9, 2) == active_total
+    decoder = build_decoder(config, device="meta")
+    assert found.parameters == sum(p.numel() for p in decoder.parameters())
+    assert found.active_parameters == active(decoder)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_matmul_flops_equal_the_flop_counter(name: str) -> None:
+    """On the loop backend: torch's counter knows nothing of grouped_mm. CPU attention counts as zero there."""
+    config, tokens = CONFIGS[name], torch.randint(50, (2, 12))
+    decoder = build_decoder(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decoder(tokens)
+    assert not any("attention" in str(op) for op in counter.get_flop_counts()["Global"])
+    assert counter.get_total_flops() == account(config, 12).matmul_flops * tokens.numel()
+
+
+def brute_force_keys(length: int, chunk: int | None) -> int:
+    return sum(chunk is None or i // chunk == j // chunk for i in range(length) for j in range(i + 1))
+
+
+@given(length=st.integers(1, 40), chunk=st.none() | st.integers(1, 45))
+def test_visible_keys_equal_brute_force(length: int, chunk: int | None) -> None:
+    assert visible_keys(length, chunk) * length == pytest.approx(brute_force_keys(length, chunk), rel=1e-12)
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 8, 21])
+def test_attention_flops(seq_len: int) -> None:
+    """A multiply-add per channel of every query head, once for q k and once for p v."""
+    config = CONFIGS["every mixer"]
+    chunks = [8, None, None, 8]
+    per_key = 2 * 2 * 4 * 8
+    found = account(config, seq_len)
+    for layer, chunk in zip(found.layers, chunks, strict=True):
+        assert layer.attention_flops * seq_len == pytest.approx(per_key * brute_force_keys(seq_len, chunk))
+    assert found.attention_flops == pytest.approx(sum(layer.attention_flops for layer in found.layers))
+    assert found.forward_flops == found.matmul_flops + found.attention_flops
+    assert found.training_flops == 3 * found.forward_flops
+
+
+@pytest.mark.parametrize(
+    "moe", [{"top_k": 1}, {"top_k": 2, "shared_hidden_dim": 0}, {"top_k": 3, "shared_hidden_dim": 8}]
+)
+def test_the_dense_twin_has_equal_active_flops_up_to_the_router(moe: dict[str, Any]) -> None:
+    config = toy(moe=moe)
+    sparse, twin = account(config, 16), account(dataclasses.replace(config, dense_twin=True), 16)
+    router = 32 * 4
+    assert sparse.matmul_flops - twin.matmul_flops == 2 * 2 * router, "two MoE layers"
+    assert sparse.active_parameters - twin.active_parameters == 2 * router
+    assert twin.parameters == twin.active_parameters
+    assert sparse.attention_flops == twin.attention_flops
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 21])
+@pytest.mark.parametrize("name", ["alternating", "one kv head", "head_dim is not dim / heads", "every mixer"])
+def test_kv_cache_bytes_equal_the_peak_of_what_decoding_reads(
+    name: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIGS[name]
+    peak: dict[int, int] = {}
+    append = AttentionCache.append
+
+    def recording(self: AttentionCache, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = append(self, k, v)
+        peak[id(self)] = max(peak.get(id(self), 0), keys.nbytes + values.nbytes)
+        return keys, values
+
+    monkeypatch.setattr(AttentionCache, "append", recording)
+    decoder = build_decoder(config)
+    cache = decoder.make_cache()
+    with torch.no_grad():
+        for _ in range(length):
+            decoder(torch.zeros(1, 1, dtype=torch.int64), cache)
+    assert sum(peak.values()) == kv_cache_bytes(config, length)
+    assert kv_cache_bytes(config, length, torch.bfloat16) * 2 == kv_cache_bytes(config, length)
+
+
+def test_kv_cache_of_scout_is_bounded_on_chunked_layers() -> None:
+    one_token = 2 * 8 * 128 * 2  # keys and values, kv heads, head_dim, bf16
+    assert kv_cache_bytes(llama4_scout(), 10**6, torch.bfloat16) == one_token * (36 * 8192 + 12 * 10**6)
+
+
+def test_layers_are_described() -> None:
+    moe = MoEConfig(num_experts=4, hidden_dim=32, top_k=2, shared_hidden_dim=0)
+    described = [(layer.mixer, layer.ffn) for layer in account(toy(moe=dataclasses.asdict(moe)), 16).layers]
+    assert described == [
+        ("RoPE, chunks of 8, QK norm", "dense 64"),
+        ("RoPE, chunks of 8, QK norm", "MoE 4 x 32, top 2"),
+        ("RoPE, chunks of 8, QK norm", "dense 64"),
+        ("NoPE, full, temperature 0.1 / 8", "MoE 4 x 32, top 2"),
+    ]
+    assert [(x.mixer, x.ffn) for x in account(CONFIGS["own parts"], 16).layers][:2] == [
+        ("own_part_samples.RunningMean", "MoE 4 x 32, top 1 + shared 32"),
+        ("RoPE, chunks of 8, QK norm", "own_part_samples.TwoMatrices"),
+    ]

@@ -1,0 +1,272 @@
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.config import from_mapping, to_mapping
+from moesaic.errors import InputError
+from moesaic.models import (
+    AttentionConfig,
+    DecoderConfig,
+    LayerConfig,
+    MoEConfig,
+    llama4_maverick,
+    llama4_scout,
+    llama4_toy,
+)
+
+
+def mapping(**changes: Any) -> dict[str, Any]:
+    """The toy model as YAML would give it; a key such as "moe.top_k" is a path."""
+    values = copy.deepcopy(to_mapping(llama4_toy()))
+    for path, value in changes.items():
+        *parents, name = path.split(".")
+        target = values
+        for parent in parents:
+            target = target[parent]
+        target[name] = value
+    return values
+
+
+def layers(config: DecoderConfig) -> list[tuple[Any, Any]]:
+    return [(layer.mixer, layer.ffn) for layer in config.layers]
+
+
+ROPE_DENSE, ROPE_MOE, NOPE_DENSE, NOPE_MOE = [(m, f) for m in ("rope", "nope") for f in ("dense", "moe")]
+
+
+@pytest.mark.parametrize(
+    ("step", "interval", "expected"),
+    [
+        (1, 4, [ROPE_MOE, ROPE_MOE, ROPE_MOE, NOPE_MOE, ROPE_MOE, ROPE_MOE]),
+        (2, 4, [ROPE_DENSE, ROPE_MOE, ROPE_DENSE, NOPE_MOE, ROPE_DENSE, ROPE_MOE]),
+        (3, 2, [ROPE_DENSE, NOPE_DENSE, ROPE_MOE, NOPE_DENSE, ROPE_DENSE, NOPE_MOE]),
+        (0, 0, [ROPE_DENSE] * 6),
+        (0, 1, [NOPE_DENSE] * 6),
+        (7, 7, [ROPE_DENSE] * 6),
+    ],
+)
+def test_intervals_expand_with_the_phase_of_llama_4(step: int, interval: int, expected: list[tuple[str, str]]) -> None:
+    config = llama4_toy(num_layers=6, interleave_moe_layer_step=step, nope_layer_interval=interval)
+    assert layers(config) == expected
+
+
+def test_a_pattern_is_tiled_over_the_layers() -> None:
+    pattern = (
+        LayerConfig("rope", "dense"),
+        LayerConfig("full_rope", "moe"),
+        LayerConfig("chunked_nope", "dense_twin"),
+    )
+    config = llama4_toy(num_layers=5, pattern=pattern, interleave_moe_layer_step=None, nope_layer_interval=None)
+    assert layers(config) == [
+        ("rope", "dense"),
+        ("full_rope", "moe"),
+        ("chunked_nope", "dense_twin"),
+        ("rope", "dense"),
+        ("full_rope", "moe"),
+    ]
+
+
+@given(step=st.integers(0, 5), interval=st.integers(0, 5), num_layers=st.integers(1, 12))
+def test_the_expanded_list_is_a_pattern_of_the_same_model(step: int, interval: int, num_layers: int) -> None:
+    sugar = llama4_toy(num_layers=num_layers, interleave_moe_layer_step=step, nope_layer_interval=interval)
+    written = dataclasses.replace(sugar, pattern=sugar.layers, interleave_moe_layer_step=None, nope_layer_interval=None)
+    assert written.layers == sugar.layers
+
+
+def test_dense_twin_replaces_moe_layers_only() -> None:
+    twin = llama4_toy(dense_twin=True)
+    assert layers(twin) == [
+        ("rope", "dense"),
+        ("rope", "dense_twin"),
+        ("rope", "dense"),
+        ("nope", "dense_twin"),
+    ]
+    assert twin.ffn_width("dense_twin") == 32 + 32
+    assert twin.ffn_width("dense") == 64
+
+
+@pytest.mark.parametrize(("top_k", "shared", "width"), [(1, None, 64), (2, None, 96), (2, 0, 64), (3, 8, 104)])
+def test_width_of_the_dense_twin(top_k: int, shared: int | None, width: int) -> None:
+    moe = MoEConfig(num_experts=4, hidden_dim=32, top_k=top_k, shared_hidden_dim=shared)
+    assert llama4_toy(moe=moe, dense_twin=True).ffn_width("dense_twin") == width
+
+
+def test_published_schedules() -> None:
+    scout, maverick = layers(llama4_scout()), layers(llama4_maverick())
+    assert scout == [NOPE_MOE if i % 4 == 3 else ROPE_MOE for i in range(48)]
+    assert [i for i, (_, ffn) in enumerate(maverick) if ffn == "moe"] == list(range(1, 48, 2))
+    assert [i for i, (mixer, _) in enumerate(maverick) if mixer == "nope"] == list(range(3, 48, 4))
+    assert llama4_scout().attention.qk_norm and not llama4_maverick().attention.qk_norm
+
+
+@pytest.mark.parametrize("config", [llama4_toy(), llama4_scout(), llama4_maverick()], ids=["toy", "scout", "maverick"])
+def test_round_trip(config: DecoderConfig) -> None:
+    assert from_mapping(DecoderConfig, to_mapping(config)) == config
+
+
+def test_round_trip_of_a_pattern_with_own_parts() -> None:
+    own = {"type": "package.module.Class", "width": 3, "nested": {"a": [1, 2]}}
+    config = llama4_toy(
+        pattern=(LayerConfig(own, "moe"), LayerConfig("rope", own)),
+        interleave_moe_layer_step=None,
+        nope_layer_interval=None,
+        moe=MoEConfig(num_experts=4, hidden_dim=8, router=own),
+    )
+    assert from_mapping(DecoderConfig, to_mapping(config)) == config
+
+
+WITHOUT_INTERVALS = {"interleave_moe_layer_step": None, "nope_layer_interval": None}
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"vocab_size": 0}, r"model\.vocab_size=0: allowed are numbers > 0"),
+    ({"dim": -3}, r"model\.dim=-3: allowed are numbers > 0"),
+    ({"dim": "wide"}, r"model\.dim: found 'wide' \(str\); allowed: an integer"),
+    ({"dim": 32.5}, r"model\.dim: found 32\.5 \(float\); allowed: an integer"),
+    ({"num_layers": 0}, r"model\.num_layers=0: allowed are numbers > 0"),
+    ({"hidden_dim": 0}, r"model\.hidden_dim=0: allowed are numbers > 0"),
+    ({"norm_eps": 0}, r"model\.norm_eps=0\.0: allowed are numbers > 0"),
+    ({"init_std": -1}, r"model\.init_std=-1\.0: allowed are numbers > 0"),
+    ({"activation": "swish"}, r"model\.activation='swish': allowed are silu, gelu, relu"),
+    ({"tie_embeddings": 1}, r"model\.tie_embeddings: found 1 \(int\); allowed: true or false"),
+    ({"interleave_moe_layer_step": -1}, r"model\.interleave_moe_layer_step=-1: allowed are numbers >= 0"),
+    ({"nope_layer_interval": -2}, r"model\.nope_layer_interval=-2: allowed are numbers >= 0"),
+    (
+        {"nope_layer_interval": None},
+        r"model\.nope_layer_interval=None: give either `pattern` or both intervals",
+    ),
+    (WITHOUT_INTERVALS, r"model\.interleave_moe_layer_step=None: give either `pattern` or both intervals"),
+    (
+        {"pattern": [{"mixer": "rope", "ffn": "moe"}]},
+        r"model\.interleave_moe_layer_step=2: give either `pattern` or both intervals",
+    ),
+    ({"pattern": [], **WITHOUT_INTERVALS}, r"model\.pattern=\[\]: it needs at least one entry"),
+    ({"moe": None}, r"model\.moe=None: the depth pattern has MoE layers"),
+    (
+        {"moe": None, "pattern": [{"mixer": "rope", "ffn": "dense_twin"}], **WITHOUT_INTERVALS},
+        r"model\.moe=None: the depth pattern has MoE layers",
+    ),
+    ({"dims": 8}, r"model\.dims: unknown key \(did you mean model\.dim\?\)"),
+    ({"attention.num_heads": 0}, r"model\.attention\.num_heads=0: allowed are numbers > 0"),
+    ({"attention.num_heads": 3}, r"model\.attention\.num_heads=3: must be a multiple of num_kv_heads=2"),
+    (
+        {"attention.num_heads": 6, "attention.head_dim": None},
+        r"model\.attention\.num_heads=6: must divide dim=32 where attention\.head_dim is null",
+    ),
+    ({"attention.num_kv_heads": 0}, r"model\.attention\.num_kv_heads=0: allowed are numbers > 0"),
+    ({"attention.head_dim": 7}, r"model\.attention\.head_dim=7: RoPE rotates pairs"),
+    ({"attention.head_dim": 0}, r"model\.attention\.head_dim=0: allowed are numbers > 0"),
+    ({"attention.rope_theta": 0}, r"model\.attention\.rope_theta=0\.0: allowed are numbers > 0"),
+    (
+        {"attention.attention_chunk_size": 0},
+        r"model\.attention\.attention_chunk_size=0: allowed are numbers > 0",
+    ),
+    ({"attention.conv_width": -1}, r"model\.attention\.conv_width=-1: allowed are numbers >= 0"),
+    (
+        {
+            "attention.attention_chunk_size": None,
+            "pattern": [{"mixer": "chunked_nope", "ffn": "dense"}],
+            **WITHOUT_INTERVALS,
+        },
+        r"model\.attention\.attention_chunk_size=None: the depth pattern has chunked_nope layers",
+    ),
+    ({"attention.temperature.floor_scale": 0}, r"model\.attention\.temperature\.floor_scale=0: allowed are"),
+    (
+        {"attention.temperature.attn_scale": -1},
+        r"model\.attention\.temperature\.attn_scale=-1\.0: allowed are",
+    ),
+    (
+        {"attention.rope_scaling": {"factor": 8.0}},
+        r"model\.attention\.rope_scaling\.low_freq_factor: missing",
+    ),
+    (
+        {
+            "attention.rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 1.0,
+                "original_length": 8192,
+            }
+        },
+        r"model\.attention\.rope_scaling\.high_freq_factor=1\.0: must not be below low_freq_factor=4\.0",
+    ),
+    (
+        {"attention.num_head": 4},
+        r"model\.attention\.num_head: unknown key \(did you mean model\.attention\.num_heads\?\)",
+    ),
+    ({"moe.num_experts": 0}, r"model\.moe\.num_experts=0: allowed are numbers > 0"),
+    ({"moe.hidden_dim": 0}, r"model\.moe\.hidden_dim=0: allowed are numbers > 0"),
+    ({"moe.top_k": 0}, r"model\.moe\.top_k=0: allowed are 1 to num_experts=4"),
+    ({"moe.top_k": 5}, r"model\.moe\.top_k=5: allowed are 1 to num_experts=4"),
+    ({"moe.shared_hidden_dim": -1}, r"model\.moe\.shared_hidden_dim=-1: allowed are numbers >= 0, or null"),
+    ({"moe.backend": "fast"}, r"model\.moe\.backend='fast': allowed are auto, loop, padded, grouped"),
+    (
+        {"moe.score_function": "tanh"},
+        r"model\.moe\.score_function: found 'tanh' \(str\); allowed: sigmoid \| softmax",
+    ),
+    (
+        {"moe.router": "unform"},
+        r"model\.moe\.router: found 'unform' \(str\); allowed: top_k \| uniform or a mapping",
+    ),
+    (
+        {"moe.router": {"scale": 2}},
+        r"model\.moe\.router=.*: an own part needs `type: package\.module\.Class`",
+    ),
+    (
+        {"pattern": [{"mixer": "rope", "ffn": "moe"}, {"mixer": "ropee", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\); allowed: rope \| full_rope \| nope \| chunked_nope",
+    ),
+    ({"pattern": [{"mixer": "rope"}], **WITHOUT_INTERVALS}, r"model\.pattern\[0\]\.ffn: missing"),
+    (
+        {"pattern": [{"mixer": "rope", "fnn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.pattern\[0\]\.fnn: unknown key \(did you mean model\.pattern\[0\]\.ffn\?\)",
+    ),
+    (
+        {"pattern": [{"mixer": {"width": 3}, "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.pattern\[0\]\.mixer=.*: an own part needs `type: package\.module\.Class`",
+    ),
+    (
+        {"pattern": "rope", **WITHOUT_INTERVALS},
+        r"model\.pattern: found 'rope' \(str\); allowed: a list of a mapping or null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=["; ".join(changes) for changes, _ in BAD])
+def test_bad_values_name_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_mapping(DecoderConfig, mapping(**changes), "model")
+
+
+def test_the_mapping_used_above_is_good() -> None:
+    assert from_mapping(DecoderConfig, mapping(), "model") == llama4_toy()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LayerConfig(mixer="ropee", ffn="moe"), "mixer='ropee'"),  # type: ignore[arg-type]
+        (lambda: LayerConfig(mixer="rope", ffn="mo"), "ffn='mo'"),  # type: ignore[arg-type]
+        (lambda: MoEConfig(num_experts=2, hidden_dim=4, router="unform"), "router='unform'"),  # type: ignore[arg-type]
+        (lambda: MoEConfig(num_experts=2, hidden_dim=4, top_k=3), "top_k=3"),
+        (lambda: AttentionConfig(num_heads=3, num_kv_heads=2), "num_heads=3"),
+    ],
+    ids=["mixer", "ffn", "router", "top_k", "num_heads"],
+)
+def test_a_typo_in_python_is_refused_too(make: Any, message: str) -> None:
+    """Otherwise "ropee" would silently build a layer without positions, and "mo" a dense FFN."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_odd_head_dim_is_fine_without_positions() -> None:
+    attention = dataclasses.replace(llama4_toy().attention, head_dim=7)
+    assert llama4_toy(attention=attention, nope_layer_interval=1).head_dim == 7
+
+
+def test_own_parts_do_not_need_moe() -> None:
+    own = LayerConfig(mixer="rope", ffn={"type": "somewhere.Part"})
+    assert llama4_toy(moe=None, pattern=(own,), **WITHOUT_INTERVALS).moe is None
