@@ -120,8 +120,9 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
             return _convert(option, value, path)
         except InputError as error:
             errors.append(error)
-            if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
-                raise  # the mapping was meant for this dataclass: its own message says more
+            listed = get_origin(option) is tuple and isinstance(value, (list, tuple))
+            if listed or (dataclasses.is_dataclass(option) and isinstance(value, Mapping)):
+                raise  # the value was meant for this option: its own message says more
     raise InputError(f"{path}: found {_show(value)}; allowed: {_describe(expected)}") from errors[-1]
 
 

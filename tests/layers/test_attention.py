@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reference import attention as reference
 from reference.comparing import OutputSizes, assert_close, assert_gradients, redraw
@@ -192,6 +192,7 @@ def bytes_held(cache: Any) -> int:
 
 
 @given(splits=st.lists(st.integers(1, 30), min_size=1, max_size=8), chunk=st.integers(1, 8))
+@example(splits=[1] * 12, chunk=6)  # token by token, where buffers grow by doubling
 @torch.no_grad()
 def test_a_chunk_local_cache_holds_one_chunk_at_most(splits: list[int], chunk: int) -> None:
     layer = Case(chunk=chunk).build()

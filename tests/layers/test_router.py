@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -53,11 +55,12 @@ def test_normalized_scores_stay_finite_when_every_sigmoid_underflows() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saturated_logits_are_still_ranked(dtype: torch.dtype, top_k: int) -> None:
-    """Every one of these sigmoids is exactly 1: ranking scores would pick expert 0."""
-    router, x = router_of(torch.tensor([[30.0, 20.0, 50.0, 40.0]], dtype=dtype), top_k=top_k)
+    """Every one of these sigmoids is exactly 1: ranking scores would pick whatever a tie gives."""
+    values = [20.0, 30.0, 40.0, 50.0]
+    router, x = router_of(torch.tensor(list(itertools.permutations(values)), dtype=dtype), top_k=top_k)
     routing = router(x)
     assert (routing.scores == 1).all()
-    assert routing.expert_ids.tolist() == [[2, 3, 0][:top_k]]
+    assert x.gather(1, routing.expert_ids).tolist() == [[50.0, 40.0, 30.0][:top_k]] * 24
 
 
 def test_expert_bias_changes_the_selection_and_not_the_scores() -> None:
@@ -113,9 +116,13 @@ def test_logits_are_not_rounded_under_autocast(x_dtype: torch.dtype) -> None:
 
 
 def test_scores_are_computed_in_fp32_in_a_bf16_model() -> None:
-    router, x = router_of(torch.tensor([[0.3, 0.7]], dtype=torch.bfloat16), top_k=2, normalize_scores=True)
-    wide = torch.sigmoid(x.float()).flip(1)
-    torch.testing.assert_close(router(x).scores, (wide / wide.sum()).bfloat16(), rtol=0, atol=0)
+    router, x = router_of(torch.randn(200, 3).bfloat16(), top_k=3, normalize_scores=True)
+    routing = router(x)
+    chosen = x.gather(1, routing.expert_ids)
+    wide, narrow = torch.sigmoid(chosen.float()), torch.sigmoid(chosen)
+    expected = (wide / wide.sum(1, keepdim=True)).bfloat16()
+    assert not torch.equal(expected, narrow / narrow.sum(1, keepdim=True)), "this input cannot tell them apart"
+    assert torch.equal(routing.scores, expected)
 
 
 @given(tokens=st.integers(0, 17), experts=st.integers(1, 9), data=st.data())

@@ -70,6 +70,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, dim: int, hidden_di
         return "padded", f"grouped_mm on CUDA wants bfloat16, not {dtype}"
     if device.type not in ("cpu", "cuda"):
         return "padded", f"grouped_mm is not known to work on {device.type}"
+    if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+        return "padded", f"torch.compile traces grouped_mm in bfloat16 only, not {dtype}"
     if dim * dtype.itemsize % 16 or hidden_dim * dtype.itemsize % 16:
         return "loop", f"grouped_mm needs rows of a multiple of 16 bytes, not dim={dim}, hidden_dim={hidden_dim}"
     return "grouped", "no padding and no host synchronisation"

@@ -99,7 +99,8 @@ class TopKRouter(nn.Module):
         expert_ids = self.select(logits, probabilities)
         scores = probabilities.gather(1, expert_ids)
         if self.normalize_scores:
-            scores = scores / scores.sum(dim=-1, keepdim=True)
+            # clamped: sigmoids of very negative logits are all 0
+            scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         return Routing(logits, scores.to(x.dtype), expert_ids, count_tokens(expert_ids, self.num_experts))
 
     def select(self, logits: Tensor, probabilities: Tensor) -> Tensor:

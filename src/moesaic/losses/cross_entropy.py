@@ -27,18 +27,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     Returns:
         Scalar, fp32 (fp64 for fp64 input); 0 with zero gradients if every label is ignored.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, grad_enabled: bool
+    ) -> Tensor:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
         loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = weight.to(matmul_dtype)
-        hidden_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
+        # needs_input_grad ignores no_grad
+        hidden_needs_grad, weight_needs_grad = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
         hidden_grad = torch.zeros_like(hidden) if hidden_needs_grad else None
         weight_grad = torch.zeros_like(weight, dtype=loss_dtype) if weight_needs_grad else None
         valid = labels != IGNORE_INDEX
@@ -66,11 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * grad_output.to(hidden_grad.dtype),
             None if weight_grad is None else weight_grad * grad_output.to(weight_grad.dtype),
+            None,
             None,
             None,
         )

@@ -81,9 +81,9 @@ def visible_keys(seq_len: int, chunk: int | None = None) -> float:
 
 
 def kv_cache_bytes(config: DecoderConfig, length: int, dtype: torch.dtype = torch.float32) -> int:
-    """Keys and values of one sequence after `length` tokens; chunk-local layers hold their current chunk only.
+    """Keys and values that decoding token number `length` of a sequence reads; chunk-local layers: of its chunk only.
 
-    Own mixers are not counted.
+    That is the most they ever hold. Own mixers are not counted.
     """
     tokens = 0
     for layer in config.layers:

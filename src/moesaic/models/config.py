@@ -71,6 +71,8 @@ class MoEConfig:
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r}: allowed are auto, {', '.join(BACKENDS)}")
         _check_own_part("router", self.router)
+        if self.expert_bias and self.router != "top_k":
+            raise ValueError(f"expert_bias=True: router={self.router!r} has no selection bias; it needs router=top_k")
 
     @property
     def shared_width(self) -> int:
@@ -195,8 +197,10 @@ def _positive(config: Any, *names: str) -> None:
 
 
 def _check_own_part(name: str, part: str | OwnPart) -> None:
+    built_in = {"mixer": get_args(Mixer), "ffn": get_args(FFN), "router": ("top_k", "uniform")}[name]
+    if isinstance(part, str) and part not in built_in:
+        raise ValueError(f"{name}={part!r}: allowed are {', '.join(built_in)}, or an own part")
     if isinstance(part, dict) and not isinstance(part.get("type"), str):
-        built_in = {"mixer": get_args(Mixer), "ffn": get_args(FFN), "router": ("top_k", "uniform")}[name]
         raise ValueError(
             f"{name}={part}: an own part needs `type: package.module.Class`; built-in are {', '.join(built_in)}"
         )

@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks of (token mixer, channel mixer), final norm, head."""
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,15 @@ class Block(nn.Module):
         self.mixer = mixer
         self.ffn_norm = ffn_norm
         self.ffn = ffn
+        self.is_routed = isinstance(ffn, RoutedLayer)  # once: a protocol check is slow
 
     def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Routing | None]:
         """x (B, L, D) -> (B, L, D), and the routing if the channel mixer is a MoE."""
         y = self.mixer_norm(x)
         x = x + (self.mixer(y) if cache is None else self.mixer(y, cache))
         y = self.ffn_norm(x)
-        if isinstance(self.ffn, RoutedLayer):
-            y, routing = self.ffn.forward_with_routing(y)
+        if self.is_routed:
+            y, routing = cast(RoutedLayer, self.ffn).forward_with_routing(y)
             return x + y, routing
         return x + self.ffn(y), None
 
@@ -158,18 +159,24 @@ def initialize(decoder: Decoder, std: float | None) -> None:
     for block in decoder.layers:
         assert isinstance(block, Block)
         for part in (block.mixer, block.ffn):
-            if not type(part).__module__.startswith("moesaic."):
-                continue
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=std or module.in_features**-0.5)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-                elif isinstance(module, TopKRouter):
-                    nn.init.normal_(module.weight, std=std or module.dim**-0.5)
-                elif isinstance(module, Experts):
-                    nn.init.normal_(module.gate_up_proj, std=std or module.dim**-0.5)
-                    nn.init.normal_(module.down_proj, std=std or module.hidden_dim**-0.5)
+            if type(part).__module__.startswith("moesaic."):
+                _initialize_part(part, std)
+
+
+def _initialize_part(module: nn.Module, std: float | None) -> None:
+    if not type(module).__module__.startswith(("moesaic.", "torch.")):
+        return  # an own part, also one inside ours (a router)
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=std or module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, TopKRouter):
+        nn.init.normal_(module.weight, std=std or module.dim**-0.5)
+    elif isinstance(module, Experts):
+        nn.init.normal_(module.gate_up_proj, std=std or module.dim**-0.5)
+        nn.init.normal_(module.down_proj, std=std or module.hidden_dim**-0.5)
+    for child in module.children():
+        _initialize_part(child, std)
 
 
 def _build_mixer(

@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moesaic.evaluation.routing import expert_load, load_health
 from moesaic.training.module import LanguageModel
 from moesaic.training.records import CsvTable
 
-__all__ = ["PlainProgress", "RunMonitor"]
+__all__ = ["PlainProgress", "ProgressBar", "RunMonitor"]
 
 
 class RunMonitor(pl.Callback):
@@ -78,6 +79,19 @@ class RunMonitor(pl.Callback):
     def _warn(self, message: str) -> None:
         self.warnings.append(message)
         rank_zero_warn(message, category=RuntimeWarning)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, with the two numbers that matter, and without the one epoch that a run consists of."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | Any]:
+        metrics = trainer.progress_bar_metrics
+        if "loss" not in metrics:
+            return {}
+        return {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens/s']:,.0f}"}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
 
 
 class PlainProgress(pl.Callback):

@@ -110,9 +110,17 @@ def orthogonalize(gradient: Tensor, steps: int = 5) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    # x_k = q_k x_0 with q_k a polynomial in gram_0 = x_0 x_0^T, so the iteration runs on (m, m) matrices alone: half
+    # of the work for the four times wider matrices of an FFN
+    gram = x @ x.mT
+    identity = torch.eye(gram.size(-1), dtype=x.dtype, device=x.device)
+    q = None
+    for step in range(steps):
+        polynomial = a * identity + b * gram + c * gram @ gram
+        q = polynomial if q is None else polynomial @ q
+        if step + 1 < steps:
+            gram = polynomial @ gram @ polynomial
+    x = x if q is None else q @ x
     return (x.mT if tall else x).to(gradient.dtype)
 
 

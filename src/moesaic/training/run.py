@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -23,7 +23,7 @@ from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_l
 from moesaic.evaluation.plots import plot_expert_load, plot_loss, plot_loss_by_position
 from moesaic.evaluation.routing import load_health
 from moesaic.models import DecoderConfig, account
-from moesaic.training.callbacks import PlainProgress, RunMonitor
+from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
 from moesaic.training.checkpoints import load_checkpoint, require_same_model, sample_text
 from moesaic.training.config import RunConfig, require_accelerator
 from moesaic.training.module import Diverged, LanguageModel
@@ -269,7 +269,7 @@ def _trainer(config: RunConfig, run_dir: Path, logger: RunLogger, monitor: RunMo
         logger=[logger, TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)],
         callbacks=[
             monitor,  # before the checkpoints, so that what they hold has been logged
-            RichProgressBar() if interactive else PlainProgress(),
+            ProgressBar() if interactive else PlainProgress(),
             keep("last", every_n_train_steps=training.checkpoint_every),
             keep("best", monitor="validation/loss", mode="min"),
         ],
