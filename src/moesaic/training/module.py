@@ -53,10 +53,10 @@ class LanguageModel(pl.LightningModule):
             model_config, checkpoint_activations=self.config.trainer.checkpoint_activations
         )
         if self.config.trainer.compile:
-            import torch._dynamo
+            from torch import _dynamo
 
             # blocks of another kind, and evaluation, are further variants of the same code
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            _dynamo.config.recompile_limit = max(64, _dynamo.config.recompile_limit)
             for block in self.decoder.layers:
                 block.compile()
         self.training_flops_per_token = account(model_config, self.config.training.seq_len).training_flops
