@@ -192,3 +192,16 @@ def test_layers_are_described() -> None:
         ("own_part_samples.RunningMean", "MoE 4 x 32, top 1 + shared 32"),
         ("RoPE, chunks of 8, QK norm", "own_part_samples.TwoMatrices"),
     ]
+
+
+def test_bytes_equal_those_of_weights_and_of_the_optimizer_after_a_step() -> None:
+    config = llama4_toy()
+    decoder = build_decoder(config)
+    optimizer = torch.optim.AdamW(decoder.parameters())
+    decoder(torch.randint(0, 512, (2, 9))).logits.square().mean().backward()
+    optimizer.step()
+    accounted = account(config, 9)
+    assert sum(p.nbytes for p in decoder.parameters()) == accounted.weight_bytes()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert sum(moment.nbytes for moment in moments) == accounted.optimizer_bytes()
+    assert accounted.backward_flops == 2 * accounted.forward_flops

@@ -75,7 +75,7 @@ def load_files(path: str, validation_fraction: float) -> Corpus:
     Raises:
         InputError: nothing there, only empty files, or binary data.
     """
-    given = Path(path)
+    given = Path(path).expanduser()
     if given.is_dir():
         root = given
         paths = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]

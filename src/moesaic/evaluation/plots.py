@@ -27,12 +27,15 @@ def read_columns(path: Path, *names: str) -> tuple[Floats, ...]:
     return tuple(np.array([float(row[name]) for row in rows]) for name in names)
 
 
-def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float]) -> None:
-    """Training loss in nats per token, and validation bits per byte beside the baselines (name -> bits per byte)."""
+def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], final: float | None = None) -> None:
+    """Training loss in nats per token, and validation bits per byte beside the baselines (name -> bits per byte).
+
+    The checks during a run see a part of the validation split; `final` is the value on all of it, at the end.
+    """
     figure, (left, right) = _figure(1, 2, width=11, height=4)
     steps, loss = read_columns(metrics_csv, "step", "train/loss")
     left.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
-    if len(loss) > 20:
+    if len(loss) > 40:
         window = len(loss) // 20
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         left.plot(steps[window - 1 :], smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} rows")
@@ -41,9 +44,14 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float]) -> N
 
     steps, bits = read_columns(metrics_csv, "step", "validation/bits_per_byte")
     if len(bits):
-        right.plot(steps, bits, color=BLUE, marker="o", markersize=3)
-        right.annotate(f"{bits[-1]:.3f}", (steps[-1], bits[-1]), textcoords="offset points", xytext=(0, 7), ha="right")
+        right.plot(steps, bits, color=BLUE, marker="o", markersize=3, label="checks on a part of it")
         low, high = min(bits), max(bits)
+        if final is not None:
+            low, high = min(low, final), max(high, final)
+            right.plot(
+                steps[-1], final, color=BLUE, marker="*", markersize=13, linestyle="", label=f"all of it: {final:.3f}"
+            )
+        right.legend(frameon=False, loc="upper center")
         for name, value in baselines.items():
             if value <= high + 0.5:
                 low, high = min(low, value), max(high, value)

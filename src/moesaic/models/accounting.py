@@ -46,12 +46,21 @@ class Account:
         return self.matmul_flops + self.attention_flops
 
     @property
+    def backward_flops(self) -> float:
+        """Per token: gradients of inputs and of weights, without recomputation."""
+        return 2 * self.forward_flops
+
+    @property
     def training_flops(self) -> float:
-        """Per token, forward and backward (twice the forward), without recomputation."""
-        return 3 * self.forward_flops
+        """Per token, forward and backward."""
+        return self.forward_flops + self.backward_flops
 
     def weight_bytes(self, dtype: torch.dtype = torch.float32) -> int:
         return self.parameters * dtype.itemsize
+
+    def optimizer_bytes(self) -> int:
+        """AdamW's two moments in fp32; Muon keeps one of them for the matrices it steps, so it needs less."""
+        return 2 * self.parameters * torch.float32.itemsize
 
 
 def account(config: DecoderConfig, seq_len: int) -> Account:

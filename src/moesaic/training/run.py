@@ -313,7 +313,7 @@ def _plots(
     run_dir: Path, config: RunConfig, model: DecoderConfig, baselines: Mapping[str, float], score: LanguageModelScore
 ) -> None:
     plots = run_dir / "plots"
-    plot_loss(run_dir / "metrics.csv", plots / "loss.png", baselines)
+    plot_loss(run_dir / "metrics.csv", plots / "loss.png", baselines, score.bits_per_byte)
     if (run_dir / "routing.csv").exists():
         plot_expert_load(run_dir / "routing.csv", plots / "expert_load.png")
     plot_loss_by_position(

@@ -71,10 +71,9 @@ def print_summary(
     tokens_per_step = training.batch_size * training.seq_len * training.accumulate * config.trainer.devices
     total_tokens = training.steps * tokens_per_step
     weights = account.weight_bytes()
-    optimizer = 2 * weights  # AdamW's two moments; Muon keeps one of them for its matrices
     console.print(
         f"[bold]memory[/]  weights {_bytes(weights)}, gradients {_bytes(weights)}, "
-        f"optimiser at most {_bytes(optimizer)}, activations {_bytes(activations)} per step"
+        f"optimiser at most {_bytes(account.optimizer_bytes())}, activations {_bytes(activations)} per step"
     )
     source = facts.get("source", config.data.source)
     files = f", {facts['train_files']} files" if "train_files" in facts else ""
