@@ -32,7 +32,7 @@ class DataConfig:
     source: Literal["stdlib", "packages", "files", "huggingface", "memmap"] = "stdlib"
     path: str | None = None  # of files, huggingface and memmap
     tokenizer: Literal["bpe", "bytes"] = "bpe"
-    vocab_size: int = 1024  # of bpe
+    vocab_size: int = 2048  # of bpe
     validation_fraction: float = 0.06
     cache_dir: str = ".cache"
 

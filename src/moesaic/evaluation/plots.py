@@ -34,11 +34,13 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], fina
     """
     figure, (left, right) = _figure(1, 2, width=11, height=4)
     steps, loss = read_columns(metrics_csv, "step", "train/loss")
+    last = steps[-1]
     left.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
     if len(loss) > 40:
         window = len(loss) // 20
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-        left.plot(steps[window - 1 :], smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} rows")
+        middle = steps[window // 2 : window // 2 + len(smooth)]
+        left.plot(middle, smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} rows")
         left.legend(frameon=False)
     _label(left, "Training loss", "optimiser step", "nats per token")
 
@@ -48,10 +50,9 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], fina
         low, high = min(bits), max(bits)
         if final is not None:
             low, high = min(low, final), max(high, final)
-            right.plot(
-                steps[-1], final, color=BLUE, marker="*", markersize=13, linestyle="", label=f"all of it: {final:.3f}"
-            )
-        right.legend(frameon=False, loc="upper center")
+            label = f"all of it, at the end: {final:.3f}"
+            right.plot(last, final, color=BLUE, marker="*", markersize=13, linestyle="", label=label)
+        right.legend(frameon=False, loc="lower left")
         for name, value in baselines.items():
             if value <= high + 0.5:
                 low, high = min(low, value), max(high, value)

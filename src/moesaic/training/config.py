@@ -78,11 +78,11 @@ class TrainingConfig:
     seq_len: int
     accumulate: int = 1
     gradient_clip: float = 1.0  # norm; 0 switches it off
-    validate_every: int = 250  # optimiser steps
+    validate_every: int = 200  # optimiser steps
     validation_batches: int | None = 16  # of each check during the run, spread over the split; null: all
     validation_seq_len: int | None = None  # null: seq_len
     log_every: int = 10
-    checkpoint_every: int = 250
+    checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "validate_every", "log_every", "checkpoint_every"):
@@ -112,9 +112,9 @@ class TrainerConfig:
 class SampleConfig:
     """The text generated at the end of a run."""
 
-    prompt: str = "def "
+    prompt: str = "class "
     max_new_tokens: int = 200
-    temperature: float = 0.8
+    temperature: float = 0.7
     top_k: int | None = None
     top_p: float | None = 0.95
 

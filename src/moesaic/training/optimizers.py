@@ -79,24 +79,34 @@ class MuonAdamW(torch.optim.AdamW):
                 loss = closure()
         for group in self.param_groups:
             if group.get("muon"):
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._muon_step(parameter, parameter.grad, group)
-                        parameter.grad = None  # done: AdamW leaves parameters without gradient alone
-        super().step()
+                self._muon_step(group)
+        super().step()  # Muon's parameters have no gradient any more: AdamW leaves them alone
         return loss
 
-    def _muon_step(self, parameter: Tensor, gradient: Tensor, group: Group) -> None:
-        state = self.state[parameter]
+    def _muon_step(self, group: Group) -> None:
+        """Matrices of one shape are orthogonalised as one batch: far fewer and larger products."""
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
+        for shape, parameters in by_shape.items():
+            gradients = [self._with_momentum(parameter).reshape(-1, *shape) for parameter in parameters]
+            updates = orthogonalize(torch.cat(gradients)).split([gradient.size(0) for gradient in gradients])
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                parameter.grad = None
+
+    def _with_momentum(self, parameter: Tensor) -> Tensor:
+        """The gradient looked at through Nesterov momentum."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
         if not state:
             state["step"] = torch.zeros(())  # AdamW looks for it in every state when it loads a checkpoint
             state["momentum_buffer"] = torch.zeros_like(gradient)
         state["step"] += 1
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(gradient, 1 - self.momentum)
-        update = orthogonalize(gradient.lerp(buffer, self.momentum))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+        state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(state["momentum_buffer"], self.momentum)
 
 
 def orthogonalize(gradient: Tensor, steps: int = 5) -> Tensor:

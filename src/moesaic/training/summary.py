@@ -114,7 +114,7 @@ def print_verdict(
         )
     if sample is not None:
         console.print("[bold]sample[/]")
-        console.print(sample, markup=False, highlight=False)
+        console.print(sample, markup=False, highlight=False, soft_wrap=True)
     for layer in sorted({key.split("/")[1] for key in metrics if key.startswith("router/")}):
         console.print(
             f"[bold]router[/]  {layer}: fullest expert {metrics[f'router/{layer}/max_violation'] + 1:.2f}x its ideal "
