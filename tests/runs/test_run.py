@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
     data = json.loads((run_dir / "environment.json").read_text())["data"]
     assert {"gzip -9", "xz -9e"} <= data["baselines"].keys()
     shown = capsys.readouterr().out
-    for words in ("MoE 8 x 128, top 1 + shared 128", "tokens/s", "this model", "sample", "router", "next"):
+    for words in ("MoE 8 x 192, top 1 + shared 192", "tokens/s", "this model", "sample", "router", "next"):
         assert words in shown, words
 
 
