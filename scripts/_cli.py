@@ -1,14 +1,17 @@
 """What the scripts share: plain mappings from Hydra, and bad input reported without a traceback."""
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moesaic.config import flatten
 from moesaic.errors import InputError
 
 CONFIG_PATH = str(Path(__file__).resolve().parent.parent / "conf")
@@ -25,6 +28,32 @@ def plain(config: DictConfig) -> dict[str, Any]:
         raise InputError(str(error).splitlines()[0]) from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def refuse_unknown_keys(config_name: str, arguments: Sequence[str]) -> None:
+    """Say what is allowed where an override names no key; Hydra would only say that it is not there.
+
+    Raises:
+        InputError: for the first such override among `arguments` (a command line).
+    """
+    with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        config = compose(config_name)
+    groups = {path.name for path in Path(CONFIG_PATH).iterdir() if path.is_dir()}
+    for argument in arguments:
+        key, separator, _ = argument.partition("=")
+        if not separator or key in groups or key[0] in "+~-" or key.split(".")[0] == "hydra" or "@" in key:
+            continue
+        section, name = config, key
+        while "." in name and isinstance(section, DictConfig) and name.split(".")[0] in section:
+            section, name = section[name.split(".")[0]], name.partition(".")[2]
+        if not isinstance(section, DictConfig) or name in section:
+            continue  # below a value that is null by default: Hydra knows better
+        prefix = key.removesuffix(name)
+        allowed = [prefix + str(other) for other in section if str(other) != "hydra"]
+        known = flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+        close = difflib.get_close_matches(key, [*allowed, *known], n=1, cutoff=0.8)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise InputError(f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}")
 
 
 def exit_on_bad_input(action: Callable[[], Any]) -> Any:

@@ -1,10 +1,11 @@
 """Score a checkpoint on any data source: python scripts/evaluate.py checkpoint=PATH [data=files data.path=...]"""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
-from _cli import CONFIG_PATH, exit_on_bad_input, plain
+from _cli import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
@@ -71,4 +72,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_bad_input(lambda: refuse_unknown_keys("evaluate", sys.argv[1:]))
     main()

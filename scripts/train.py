@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from _cli import CONFIG_PATH, exit_on_bad_input, plain
+from _cli import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -65,6 +65,7 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_bad_input(lambda: refuse_unknown_keys("train", sys.argv[1:]))
     main()
     for directory, failures in sweeps.items():
         print(write_report(directory))

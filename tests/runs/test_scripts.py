@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import evaluate
 import generate
 import pytest
 import report
+from _cli import refuse_unknown_keys
 
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
@@ -187,3 +189,31 @@ def test_report_on_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         report.main([str(trained.parents[1]), "--metric", "accuracy"])
     assert "--metric accuracy: no run has it; found: active_flops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("training.step=5", r"training.step: unknown key (did you mean training.steps?); allowed: training.steps, "),
+        ("trainng.steps=5", r"trainng.steps: unknown key (did you mean training.steps?); allowed: model, data, "),
+        ("model.attention.heads=2", r"model.attention.heads: unknown key (did you mean model.attention.num_heads?)"),
+    ],
+)
+def test_unknown_keys_are_answered_with_the_allowed_ones(argument: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        refuse_unknown_keys("train", ["-m", "seed=1,2", argument])
+
+
+def test_known_keys_groups_and_hydra_syntax_pass() -> None:
+    known = ["experiment=balancing", "model=llama4_tiny", "+extra.key=1", "~balance", "hydra.run.dir=x", "seed=1"]
+    refuse_unknown_keys("train", [*known, "model.attention.rope_scaling.factor=8", "-m", "--cfg", "job"])
+
+
+def test_unknown_key_on_the_command_line() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "optimizer.lr=1"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(
+        "error: optimizer.lr: unknown key; allowed: optimizer.name, optimizer.learning_rate"
+    )
+    assert refused.stderr.count("\n") == 1

@@ -46,7 +46,7 @@ class LanguageModel(pl.LightningModule):
         token_bytes: list[int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
         self.config = from_mapping(RunConfig, config)
         model_config = from_mapping(DecoderConfig, model, "model")
         self.decoder: Decoder = build_decoder(

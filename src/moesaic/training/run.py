@@ -13,10 +13,10 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 
-from moesaic.config import from_mapping, to_mapping
+from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.data import Data, EvaluationLoader, TrainingLoader, load_data
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
@@ -105,7 +105,8 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     if loaded is not None and resume_dir is not None:
         for table in (logger.table, monitor.table):
             table.keep_until(loaded["global_step"])
-    trainer = _trainer(run_config, run_dir, logger, monitor)
+    tensorboard = TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
+    trainer = _trainer(run_config, run_dir, [logger, tensorboard], monitor)
     status = _fit(trainer, module, training_loader, validation_loader, checkpoint, monitor, run_dir, console)
     tokens = trainer.global_step * training.batch_size * training.seq_len * training.accumulate * trainer.world_size
     metrics = {
@@ -131,6 +132,9 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         if data.tokenizer is not None:
             sample = sample_text(module.decoder, data.tokenizer, run_config.sample, run_config.seed)
             write_atomically(run_dir / "sample.txt", sample)
+        hyper_parameters = {key: str(value) for key, value in flatten(to_mapping(run_config)).items()}
+        tensorboard.log_hyperparams(hyper_parameters, {"validation/loss": score.loss})
+        tensorboard.finalize("success")
     metrics["peak_memory_bytes"] = _peak_memory()
     write_json(run_dir / "metrics.json", metrics)
     print_verdict(console, run_dir, metrics, baselines, sample, _next_commands(run_dir, run_config))
@@ -245,7 +249,7 @@ def _new_run_dir(config: RunConfig) -> Path:
     return run_dir
 
 
-def _trainer(config: RunConfig, run_dir: Path, logger: RunLogger, monitor: RunMonitor) -> pl.Trainer:
+def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: RunMonitor) -> pl.Trainer:
     training, trainer = config.training, config.trainer
     interactive = sys.stdout.isatty()
     keep = functools.partial(ModelCheckpoint, run_dir / "checkpoints", enable_version_counter=False)
@@ -266,7 +270,7 @@ def _trainer(config: RunConfig, run_dir: Path, logger: RunLogger, monitor: RunMo
         enable_model_summary=False,
         enable_progress_bar=interactive,
         default_root_dir=run_dir,
-        logger=[logger, TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)],
+        logger=loggers,
         callbacks=[
             monitor,  # before the checkpoints, so that what they hold has been logged
             ProgressBar() if interactive else PlainProgress(),
