@@ -51,7 +51,7 @@ def refuse_unknown_keys(config_name: str, arguments: Sequence[str]) -> None:
         prefix = key.removesuffix(name)
         allowed = [prefix + str(other) for other in section if str(other) != "hydra"]
         known = flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
-        close = difflib.get_close_matches(key, [*allowed, *known], n=1, cutoff=0.8)
+        close = difflib.get_close_matches(key, [*allowed, *known], n=1, cutoff=0.85)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise InputError(f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}")
 
