@@ -57,7 +57,7 @@ def collapse(module: Any) -> None:
 def test_collapsed_router_raises_the_alarm_once(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module.LanguageModel, "on_train_start", with_action(collapse))
     with pytest.warns(RuntimeWarning, match=r"layers.1.ffn has collapsed: its fullest expert takes 8.0x") as caught:
-        metrics = run(composed("model.moe.expert_bias=true", "training.log_every=2"))
+        metrics = run(composed("model.moe.expert_bias=true", "training.log_every=2", "training.steps=40"))
     about_layer_1 = [w for w in caught if "layers.1.ffn has collapsed" in str(w.message)]
     assert len(about_layer_1) == 1
     assert any("88% of its experts are dead" in warning for warning in metrics["warnings"])

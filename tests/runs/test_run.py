@@ -140,7 +140,7 @@ def test_ckpt_path_continues_bit_equal_in_a_new_directory(composed: Composed) ->
         (["model.vocab_size=100"], r"model.vocab_size=100: the data have token ids up to 256"),
         (["training.seq_len=1000000"], r"seq_len"),
         (["data.path=/nowhere/at/all"], r"/nowhere/at/all"),
-        (["trainer.accelerator=gpu"], r"trainer.accelerator='gpu': 1 wanted, torch .* finds 0"),
+        (["trainer.accelerator=gpu"], r"trainer.accelerator='gpu': torch .* finds none"),
         (["ckpt_path=/nowhere.ckpt"], r"checkpoint /nowhere.ckpt: no such file"),
         (["resume=true", "run_dir=/tmp"], r"run_dir='/tmp': not a run directory"),
         (["resume=true"], r"resume=true: no unfinished run"),
@@ -189,3 +189,19 @@ def test_used_run_dir_is_refused(composed: Composed, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mine': exists and is not empty"):
         run(composed(f"run_dir={tmp_path / 'mine'}"))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_a_finished_run_is_not_resumed_but_trained_on(composed: Composed) -> None:
+    config = composed("training.log_every=1")
+    run(config)
+    run_dir = only_run(config)
+    with pytest.raises(InputError, match=r"this run is finished; to train on, start a new one with ckpt_path="):
+        run({**config, "resume": True, "run_dir": str(run_dir)})
+    more = composed(
+        f"ckpt_path={run_dir}/checkpoints/last.ckpt", "training.steps=30", "training.log_every=1", "name=more"
+    )
+    assert run(more)["steps"] == 30
+    [more_dir] = Path(more["output_dir"]).glob("more/*")
+    assert [row["step"] for row in read_csv(more_dir / "metrics.csv") if row["train/loss"]] == [
+        str(step) for step in range(21, 31)
+    ]

@@ -1,7 +1,6 @@
 """Watching a run: rows per logged step, expert load over time, alarms, and progress where there is no terminal."""
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,16 @@ __all__ = ["PlainProgress", "ProgressBar", "RunMonitor"]
 class RunMonitor(pl.Callback):
     """Logs every log_every-th step, keeps routing.csv, and warns once for each layer that collapses.
 
-    A layer counts as collapsed when, on `patience` logged steps in a row, more than half of its experts are dead or
-    the fullest expert is more than half of the way from balance to taking every token.
+    A layer counts as collapsed when, for at least `patience` steps and three logged ones in a row, more than half of
+    its experts are dead or the fullest expert is more than half of the way from balance to taking every token.
     """
 
-    patience = 3
+    patience = 20
 
     def __init__(self, run_dir: Path) -> None:
         self.table = CsvTable(run_dir / "routing.csv", ["step", "layer", "expert", "load"])
         self.warnings: list[str] = []
-        self._suspicious: Counter[str] = Counter()
+        self._suspicious: dict[str, list[int]] = {}
         self._warned: set[str] = set()
 
     def on_train_batch_end(
@@ -59,8 +58,8 @@ class RunMonitor(pl.Callback):
             return
         max_violation, dead_share = load_health(counts)
         collapsed = dead_share > 0.5 or max_violation > worst / 2
-        self._suspicious[layer] = self._suspicious[layer] + 1 if collapsed else 0
-        if self._suspicious[layer] < self.patience or layer in self._warned:
+        bad_steps = self._suspicious[layer] = [*self._suspicious.get(layer, []), step] if collapsed else []
+        if len(bad_steps) < 3 or step - bad_steps[0] < self.patience or layer in self._warned:
             return
         self._warned.add(layer)
         balance = module.config.balance

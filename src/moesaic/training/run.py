@@ -58,7 +58,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     if model_mapping.get("vocab_size") is None:
         model_mapping["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
     from_mapping(DecoderConfig, model_mapping, "model")
-    require_accelerator("trainer.accelerator", run_config.trainer.accelerator, run_config.trainer.devices)
+    require_accelerator("trainer.accelerator", run_config.trainer.accelerator)
     checkpoint = resume_dir / "checkpoints" / "last.ckpt" if resume_dir else run_config.ckpt_path
     loaded = load_checkpoint(checkpoint) if checkpoint else None
 
@@ -185,8 +185,14 @@ def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
         run_dir = Path(config["run_dir"])
         if not (run_dir / "config.yaml").is_file():
             raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
-        if not (run_dir / "checkpoints" / "last.ckpt").is_file():
+        checkpoint = run_dir / "checkpoints" / "last.ckpt"
+        if not checkpoint.is_file():
             raise InputError(f"run_dir={str(run_dir)!r}: nothing to resume, it has no checkpoints/last.ckpt")
+        if _status(run_dir) == "finished":
+            raise InputError(
+                f"run_dir={str(run_dir)!r}: this run is finished; to train on, start a new one with "
+                f"ckpt_path={checkpoint} and more training.steps"
+            )
     else:
         root = Path(str(config.get("output_dir", "outputs"))) / str(config.get("name"))
         candidates = [path.parent.parent for path in root.glob("**/checkpoints/last.ckpt")]
@@ -257,7 +263,7 @@ def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: R
         logging.getLogger(name).setLevel(logging.WARNING)
     return pl.Trainer(
         accelerator=trainer.accelerator,
-        devices=trainer.devices,
+        devices=1,
         precision=trainer.precision,
         max_steps=training.steps,
         max_epochs=-1,
