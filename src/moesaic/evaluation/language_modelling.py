@@ -40,7 +40,7 @@ class LanguageModelScore:
             grow = length - self.nats_by_position.numel()
             self.nats_by_position = F.pad(self.nats_by_position, (0, grow))
             self.tokens_by_position = F.pad(self.tokens_by_position, (0, grow))
-        self.nats_by_position[:length] += nats.view_as(labels).double().sum(dim=0).cpu()
+        self.nats_by_position[:length] += nats.view_as(labels).cpu().double().sum(dim=0)
         self.tokens_by_position[:length] += keep.sum(dim=0).cpu()
         if self.token_bytes is not None:
             self.num_bytes += int(self.token_bytes.to(labels.device)[labels[keep]].sum())

@@ -73,7 +73,7 @@ class LanguageModel(pl.LightningModule):
         self.health: dict[str, RoutingHealth] = {}
         """Router health on the last micro-batch of a logged step."""
         self._auxiliary: dict[str, Tensor] = {}
-        self._nats = torch.zeros((), dtype=torch.float64)
+        self._nats = torch.zeros(())
         self._micro_batches = 0
 
     # ---- training
