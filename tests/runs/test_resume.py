@@ -70,6 +70,7 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Path) -
 def test_contradicting_overrides_are_refused_on_resume(corpus: Path, tmp_path: Path) -> None:
     start = [*command(corpus, tmp_path, "run"), "training.steps=10"]
     subprocess.run(start, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    (tmp_path / "run" / "metrics.json").unlink()  # as if it had been killed just before the end
     changed = [*start[:2], "resume=true", f"run_dir={tmp_path / 'run'}", "training.steps=20"]
     refused = subprocess.run(changed, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
