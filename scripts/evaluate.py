@@ -39,8 +39,9 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
             f"{model.config.vocab_size}"
         )
     trained_length = model.run_config["training"]["seq_len"]
+    split = getattr(data, config["split"])
     loader = EvaluationLoader(
-        getattr(data, config["split"]).tokens,
+        split.tokens,
         seq_len=config["seq_len"] or trained_length,
         batch_size=config["batch_size"],
         max_batches=config["max_batches"],
@@ -49,6 +50,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     score = evaluate_language_model(
         decoder, track(loader, "evaluating", total=len(loader), console=Console(stderr=True)), model.token_bytes
     )
+    if config["max_batches"] is None:  # of a memory map without tokeniser the bytes are known for the whole split only
+        score.num_bytes = score.num_bytes or split.num_bytes or 0
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)

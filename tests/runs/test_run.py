@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -205,3 +206,21 @@ def test_a_finished_run_is_not_resumed_but_trained_on(composed: Composed) -> Non
     assert [row["step"] for row in read_csv(more_dir / "metrics.csv") if row["train/loss"]] == [
         str(step) for step in range(21, 31)
     ]
+
+
+def test_token_ids_without_a_tokenizer(composed: Composed, tmp_path: Path) -> None:
+    """A memory map of one's own: bits per byte if the manifest says how many bytes there are, no sample."""
+    folder = tmp_path / "ids"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        np.resize(np.arange(50, dtype=np.uint16), 2000).tofile(folder / f"{split}.bin")
+    manifest = {"dtype": "uint16", "vocab_size": 50, "validation": {"bytes": 4000}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    config = composed("data.source=memmap", f"data.path={folder}")
+    metrics = run(config)
+    assert metrics["validation/bits_per_byte"] == pytest.approx(
+        metrics["validation/loss"] * 1999 / math.log(2) / 4000, rel=1e-6
+    )
+    assert not (only_run(config) / "sample.txt").exists()
+    with pytest.raises(InputError, match=r"a directory; give a file, such as its checkpoints/last.ckpt"):
+        load_model(only_run(config))

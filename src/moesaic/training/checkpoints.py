@@ -35,6 +35,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         InputError: no such file, a damaged file, or not a checkpoint of this project.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"checkpoint {path}: a directory; give a file, such as its checkpoints/last.ckpt")
     if not path.is_file():
         raise InputError(f"checkpoint {path}: no such file")
     try:

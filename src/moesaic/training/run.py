@@ -126,6 +126,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
         lengths = None if token_bytes is None else torch.tensor(token_bytes)
         score = evaluate_language_model(module.decoder, test_loader, lengths)
+        score.num_bytes = score.num_bytes or data.validation.num_bytes or 0  # of a memory map without tokeniser
         metrics |= {**_final_numbers(score), "validation/seq_len": test_loader.seq_len}
         metrics |= {f"baselines/{name}": value for name, value in baselines.items()}
         _plots(run_dir, run_config, model_config, baselines, score)
