@@ -157,8 +157,10 @@ def _build(
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer, dtype: str) -> Ids:
     marker = np.array([tokenizer.end_of_text], dtype=dtype)
     pieces = [marker]
-    for ids in tokenizer.encode_batch([document.text for document in documents]):
-        pieces += [ids.astype(dtype), marker]
+    for first in range(0, len(documents), 128):  # in blocks: the tokeniser's own records are far larger than the ids
+        block = [document.text for document in documents[first : first + 128]]
+        for ids in tokenizer.encode_batch(block):
+            pieces += [ids.astype(dtype), marker]
     return np.concatenate(pieces)
 
 

@@ -65,6 +65,9 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     if run_config.trainer.threads:
         torch.set_num_threads(run_config.trainer.threads)
     pl.seed_everything(run_config.seed, verbose=False)
+    console.print(
+        f"reading {run_config.data.source} data (the first time they are tokenised and cached)", highlight=False
+    )
     data = load_data(run_config.data)
     model_config = _fit_vocabulary(run_config, data)
     if loaded is not None:
