@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint, seed = given.pop("checkpoint"), given.pop("seed")
     try:
         print(generate_text(checkpoint, SampleConfig(**given), seed))
-    except InputError as error:
+    except ValueError as error:  # InputError is one
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

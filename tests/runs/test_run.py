@@ -135,6 +135,7 @@ def test_ckpt_path_continues_bit_equal_in_a_new_directory(composed: Composed) ->
         (["model.attention.head_dim=5"], r"model.attention.head_dim=5: RoPE rotates pairs, head_dim must be even"),
         (["+model.dimm=3"], r"model.dimm: unknown key \(did you mean model.dim\?\)"),
         (["training.steps=many"], r"training.steps: found 'many' \(str\); allowed: an integer"),
+        (["sample.temperature=-1"], r"sample.temperature=-1.0: allowed are numbers >= 0"),
         (["training.steps=0"], r"training.steps=0: allowed are numbers >= 1"),
         (["optimizer.name=sgd"], r"optimizer.name: found 'sgd' \(str\); allowed: adamw \| muon"),
         (["data.tokenizer=words"], r"data.tokenizer: found 'words'"),

@@ -164,7 +164,7 @@ def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixt
     [
         (["/nowhere.ckpt"], "error: checkpoint /nowhere.ckpt: no such file\n"),
         (["TRAINED", "--temperature", "-1"], "error: temperature=-1.0: allowed are numbers >= 0 (0: greedy)\n"),
-        (["TRAINED", "--top-p", "2"], "error: top_p=2.0: allowed are 0 < top_p <= 1\n"),
+        (["TRAINED", "--top-p", "2"], "error: top_p=2.0: allowed are 0 < top_p <= 1, or null\n"),
     ],
 )
 def test_generate_refuses_bad_input(

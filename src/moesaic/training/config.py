@@ -116,6 +116,12 @@ class SampleConfig:
     top_k: int | None = None
     top_p: float | None = 0.95
 
+    def __post_init__(self) -> None:
+        _check(self, "max_new_tokens", self.max_new_tokens >= 0, "numbers >= 0")
+        _check(self, "temperature", self.temperature >= 0, "numbers >= 0 (0: greedy)")
+        _check(self, "top_k", self.top_k is None or self.top_k >= 1, "numbers >= 1, or null")
+        _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "0 < top_p <= 1, or null")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
