@@ -158,7 +158,9 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path,
         _label(axis, f"over {name}", name, metric if column == "step" else "")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+        columns = max(1, min(4, 200 // max(map(len, labels))))  # labels name every key in which the arms differ
+        figure.set_figheight(4 + 0.2 * -(-len(handles) // columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     _save(figure, out)
 
 
