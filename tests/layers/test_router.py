@@ -197,3 +197,12 @@ def test_dispatch_sorts_by_expert_and_combine_undoes_it(tokens: int, experts: in
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TopKRouter(**{"dim": 8, "num_experts": 4, **arguments})  # type: ignore[arg-type]
+
+
+def test_expert_bias_stays_in_fp32_when_the_model_is_cast() -> None:
+    router = TopKRouter(8, 4, expert_bias=True).to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    assert router.expert_bias is not None
+    assert router.expert_bias.dtype == torch.float32
+    assert "expert_bias" in router.state_dict()
+    assert router(torch.randn(3, 8, dtype=torch.bfloat16)).scores.dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """Routers: which experts see a token, and with what score."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -87,6 +88,13 @@ class TopKRouter(nn.Module):
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         if self.expert_bias is not None:
             nn.init.zeros_(self.expert_bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
+        """`.to(bfloat16)` and the like leave the bias in fp32, where its small steps are not lost."""
+        super()._apply(fn, recurse)
+        if self.expert_bias is not None:
+            self.expert_bias = self.expert_bias.float()
+        return self
 
     def forward(self, x: Tensor) -> Routing:
         """Route x (T, D)."""
