@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layers import count_tokens
+from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import Decoder, DecoderOutput
 
 __all__ = ["LanguageModelScore", "evaluate_language_model"]
-
-IGNORE_INDEX = -100
-
 
 @dataclasses.dataclass
 class LanguageModelScore:
