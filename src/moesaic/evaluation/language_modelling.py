@@ -14,6 +14,7 @@ from moesaic.models import Decoder, DecoderOutput
 
 __all__ = ["LanguageModelScore", "evaluate_language_model"]
 
+
 @dataclasses.dataclass
 class LanguageModelScore:
     """Running sums over batches; `update` adds one, the properties read them.
