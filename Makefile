@@ -17,7 +17,7 @@ install: .venv/installed
 	grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt "$(TORCH)"
 	$(BIN)/pip freeze | grep '^torch==' >> .venv/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[train,hf,dev]'
 	touch $@
 
 train: install

@@ -6,9 +6,9 @@ H head_dim, F FFN width, E experts, K top_k, R = T*K routed rows, V vocabulary.
 
 from moesaic.layers.attention import Attention, AttentionCache, AttentionTemperature, ShortConvolution, causal_attention
 from moesaic.layers.dispatch import DispatchContext, Dispatcher, LocalDispatcher
-from moesaic.layers.experts import BACKENDS, Experts, choose_backend
+from moesaic.layers.experts import BACKENDS, Experts, choose_backend, run_experts
 from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
-from moesaic.layers.moe import MoE, RoutedLayer
+from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.rotary import Llama3RopeScaling, RotaryEmbedding
 from moesaic.layers.router import Routing, TopKRouter, UniformRouter, count_tokens
@@ -36,4 +36,6 @@ __all__ = [
     "causal_attention",
     "choose_backend",
     "count_tokens",
+    "mix_experts",
+    "run_experts",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.feed_forward import ACTIVATIONS
 
-__all__ = ["BACKENDS", "Experts", "choose_backend"]
+__all__ = ["BACKENDS", "Experts", "choose_backend", "run_experts"]
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
@@ -77,12 +77,44 @@ def choose_backend(device: torch.device, dtype: torch.dtype, dim: int, hidden_di
     return "grouped", "no padding and no host synchronisation"
 
 
+def run_experts(
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    rows_per_expert: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    backend: str = "auto",
+) -> Tensor:
+    """The experts as a function of their weights, on a backend by name.
+
+    Under autocast rows and weights are cast to the autocast dtype here, because grouped_mm and bmm would not agree on
+    what autocast means.
+
+    Args:
+        rows: (R, D) sorted by expert.
+        gate_up: (E, D, 2F), gate first; views such as a transposed (E, 2F, D) are fine.
+        down: (E, F, D).
+        rows_per_expert: (E,) int64 that sums to R.
+
+    Returns:
+        (R, D).
+    """
+    device_type = rows.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
+    if rows.size(0) == 0:
+        backend = "loop"
+    elif backend == "auto":
+        backend, _ = choose_backend(rows.device, rows.dtype, rows.size(1), down.size(1))
+    return BACKENDS[backend](rows, gate_up, down, rows_per_expert, activation)
+
+
 class Experts(nn.Module):
     """E gated FFNs with stacked weights.
 
     `gate_up_proj` is (E, D, 2F), gate first; `down_proj` is (E, F, D): the (in, out) layout of Llama 4's checkpoints
-    and of grouped matmul kernels. Under autocast rows and weights are cast to the autocast dtype here, because
-    grouped_mm and bmm would not agree on what autocast means.
+    and of grouped matmul kernels.
 
     Args:
         num_experts: E.
@@ -123,19 +155,9 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
         """rows (R, D) sorted by expert, rows_per_expert (E,) int64 that sums to R -> (R, D)."""
-        gate_up: Tensor = self.gate_up_proj
-        down: Tensor = self.down_proj
-        device_type = rows.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
-        if rows.size(0) == 0:
-            name = "loop"
-        elif self.backend == "auto":
-            name, _ = choose_backend(rows.device, rows.dtype, self.dim, self.hidden_dim)
-        else:
-            name = self.backend
-        return BACKENDS[name](rows, gate_up, down, rows_per_expert, ACTIVATIONS[self.activation])
+        return run_experts(
+            rows, self.gate_up_proj, self.down_proj, rows_per_expert, ACTIVATIONS[self.activation], self.backend
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, backend={self.backend}"

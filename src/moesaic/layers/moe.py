@@ -1,5 +1,6 @@
 """The mixture-of-experts layer (channel mixer)."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,7 +11,24 @@ from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import FeedForward
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter
 
-__all__ = ["MoE", "RoutedLayer"]
+__all__ = ["MoE", "RoutedLayer", "mix_experts"]
+
+
+def mix_experts(
+    x: Tensor,
+    routing: Routing,
+    experts: Callable[[Tensor, Tensor], Tensor],
+    dispatcher: Dispatcher,
+    score_before_experts: bool,
+) -> Tensor:
+    """x (T, D) -> (T, D): dispatch, experts, combine, with the score on one side of the experts."""
+    rows, context = dispatcher.dispatch(x, routing)
+    if score_before_experts:
+        rows = rows * context.row_scores
+    rows = experts(rows, context.rows_per_expert)
+    if not score_before_experts:
+        rows = rows * context.row_scores
+    return dispatcher.combine(rows, context)
 
 
 @runtime_checkable
@@ -113,13 +131,7 @@ class MoE(nn.Module):
         """
         tokens = x.reshape(-1, x.size(-1))
         routing: Routing = self.router(tokens)
-        rows, context = self.dispatcher.dispatch(tokens, routing)
-        if self.score_before_experts:
-            rows = rows * context.row_scores
-        rows = self.experts(rows, context.rows_per_expert)
-        if not self.score_before_experts:
-            rows = rows * context.row_scores
-        routed = self.dispatcher.combine(rows, context).view_as(x)
+        routed = mix_experts(tokens, routing, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
         return (routed if self.shared_expert is None else self.shared_expert(x) + routed), routing
 
     def extra_repr(self) -> str:
