@@ -24,6 +24,7 @@ TIERS = {
     "models": 1,
     "data": 2,
     "evaluation": 2,
+    "interop": 2,
     "training": 3,
 }
 ALLOWED_WITHIN_TIER = {("config", "errors")}

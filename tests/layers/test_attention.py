@@ -304,3 +304,43 @@ def test_bad_temperature(arguments: dict[str, Any], message: str) -> None:
 def test_bad_convolution_width() -> None:
     with pytest.raises(ValueError, match="width=0: allowed are numbers >= 1"):
         ShortConvolution(4, 0)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_an_attention_mask_hides_padding(chunk: int | None) -> None:
+    """A padded row is the row without padding, where positions do not matter: chunks begin at its first real token."""
+    attention = redraw(Attention(8, num_heads=2, attention_chunk_size=chunk, dtype=torch.float64))
+    x = torch.randn(1, 11, 8, dtype=torch.float64)
+    padded = torch.cat((torch.randn(1, 3, 8, dtype=torch.float64), x), dim=1)
+    mask = (torch.arange(14) >= 3)[None]
+    assert_close(attention(padded, attention_mask=mask)[:, 3:], attention(x), 1e-12, "output")
+
+
+def test_an_attention_mask_of_another_shape_is_refused() -> None:
+    attention = Attention(8, num_heads=2)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 4\).*= \(2, 5\)"):
+        attention(torch.randn(2, 5, 8), attention_mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_mask_for_some_calls_on_a_cache_is_refused() -> None:
+    attention = Attention(8, num_heads=2)
+    cache = attention.make_cache()
+    attention(torch.randn(2, 5, 8), cache)
+    with pytest.raises(ValueError, match="attention_mask: give it to all calls on one cache, or to none"):
+        attention(torch.randn(2, 1, 8), cache, torch.ones(2, 6, dtype=torch.bool))
+
+
+def test_masked_chunks_build_no_square_mask() -> None:
+    attention = Attention(8, num_heads=1, attention_chunk_size=4)
+    length = 64
+    with OutputSizes() as sizes:
+        attention(torch.randn(1, length, 8), attention_mask=torch.ones(1, length, dtype=torch.bool))
+    assert sizes.largest < length * length / 2
+
+
+def test_the_cache_under_a_mask_holds_less_than_a_chunk() -> None:
+    attention = Attention(8, num_heads=1, attention_chunk_size=4)
+    cache = attention.make_cache()
+    for start, end in ((0, 10), (10, 11), (11, 17), (17, 18)):
+        attention(torch.randn(1, end - start, 8), cache, torch.ones(1, end, dtype=torch.bool))
+        assert cache.held == 3

@@ -10,6 +10,11 @@ FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
     "relu": lambda x: x * (x > 0),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    "relu2": lambda x: x * x * (x > 0),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "linear": lambda x: x,
 }
 
 

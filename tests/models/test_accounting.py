@@ -15,6 +15,7 @@ from moesaic.models import (
     account,
     build_decoder,
     kv_cache_bytes,
+    llama4_behemoth_guess,
     llama4_maverick,
     llama4_scout,
     llama4_toy,
@@ -101,6 +102,17 @@ def test_published_models(config: DecoderConfig, total: float, active_total: flo
     decoder = build_decoder(config, device="meta")
     assert found.parameters == sum(p.numel() for p in decoder.parameters())
     assert found.active_parameters == active(decoder)
+    routers = sum(p.numel() for name, p in decoder.named_parameters() if name.endswith("router.weight"))
+    assert round((found.active_parameters - routers) / 1e9, 2) == 17.17  # both models' "17B" without the routers
+
+
+def test_the_guess_at_behemoth_meets_the_three_published_numbers() -> None:
+    config = llama4_behemoth_guess()
+    found = account(config, 8192)
+    assert round(found.active_parameters / 1e9) == 288
+    assert 1.95e12 < found.parameters < 2e12  # "nearly two trillion"
+    assert config.moe is not None and config.moe.num_experts == 16
+    assert found.parameters == sum(p.numel() for p in build_decoder(config, device="meta").parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

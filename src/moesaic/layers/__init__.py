@@ -4,7 +4,14 @@ Shapes use one legend in the whole package: B batch, L length, T = B*L tokens, D
 H head_dim, F FFN width, E experts, K top_k, R = T*K routed rows, V vocabulary.
 """
 
-from moesaic.layers.attention import Attention, AttentionCache, AttentionTemperature, ShortConvolution, causal_attention
+from moesaic.layers.attention import (
+    Attention,
+    AttentionCache,
+    AttentionTemperature,
+    ShortConvolution,
+    causal_attention,
+    masked_attention,
+)
 from moesaic.layers.dispatch import DispatchContext, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import BACKENDS, Experts, choose_backend, run_experts
 from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
@@ -36,6 +43,7 @@ __all__ = [
     "causal_attention",
     "choose_backend",
     "count_tokens",
+    "masked_attention",
     "mix_experts",
     "run_experts",
 ]

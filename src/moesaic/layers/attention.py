@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.rotary import RotaryEmbedding
 
-__all__ = ["Attention", "AttentionCache", "AttentionTemperature", "ShortConvolution", "causal_attention"]
+__all__ = [
+    "Attention",
+    "AttentionCache",
+    "AttentionTemperature",
+    "ShortConvolution",
+    "causal_attention",
+    "masked_attention",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +45,16 @@ class AttentionTemperature:
 class AttentionCache:
     """What one attention layer still needs of the past: keys, values and the tail of its convolution's input.
 
-    A chunk-local layer keeps the current chunk only, so its cache never holds more than `chunk` keys.
+    A chunk-local layer keeps the current chunk only, so its cache never holds more than `chunk` keys. Under an attention
+    mask chunks begin at different tokens in different rows; then it keeps the last chunk - 1 keys.
     """
 
     def __init__(self, chunk: int | None = None) -> None:
         self.chunk = chunk
         self.length = 0
         """Tokens seen so far, also those no longer held."""
+        self.masked = False
+        """Whether the tokens seen so far came with an attention mask."""
         self.convolution_tail: Tensor | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._held = 0
@@ -66,7 +76,7 @@ class AttentionCache:
         self.length += new
         visible = keys[:, :, : self._held], values[:, :, : self._held]
         if self.chunk is not None and self._held >= self.chunk:
-            self._held = self.length % self.chunk
+            self._held = self.chunk - 1 if self.masked else self.length % self.chunk
             # clones: `visible` still reads the old buffers, and a long prefill must not stay in memory
             self._buffers = (
                 visible[0][:, :, visible[0].size(2) - self._held :].clone(),
@@ -163,6 +173,47 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) 
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int | None = None) -> Tensor:
+    """`causal_attention` where padding is not seen, with transformers' rules for it.
+
+    A row's chunks are counted from its first real token, so they begin at different places in different rows. Queries
+    are taken a chunk at a time, because each sees at most the chunk - 1 keys before it: no (L, S) mask is built for
+    chunk-local attention. What comes out for a query that sees no key (left padding) means nothing.
+
+    Args:
+        q: (B, N, L, H), the last L of the S positions.
+        k, v: (B, G, S', H), the last S' <= S positions.
+        mask: (B, S) bool, False for padding.
+        chunk: tokens per chunk; None lets every query see all earlier real keys.
+
+    Returns:
+        (B, N, L, H).
+    """
+    queries, total = q.size(2), mask.size(1)
+    past, first_held = total - queries, total - k.size(2)
+    first_real = (mask.cumsum(dim=1) == 0).sum(dim=1)
+    pieces = []
+    for start in range(0, queries, chunk or queries):
+        end = min(queries, start + (chunk or queries))
+        first = first_held if chunk is None else max(first_held, past + start - chunk + 1)
+        query_at = torch.arange(past + start, past + end, device=q.device)
+        key_at = torch.arange(first, past + end, device=q.device)
+        visible = (key_at <= query_at[:, None]) & mask[:, None, first : past + end]
+        if chunk is not None:
+            begin = first_real[:, None, None]
+            visible = visible & ((key_at - begin) // chunk == (query_at[:, None] - begin) // chunk)
+        keys = slice(first - first_held, past + end - first_held)
+        piece = F.scaled_dot_product_attention(
+            q[:, :, start:end],
+            k[:, :, keys],
+            v[:, :, keys],
+            attn_mask=visible[:, None],
+            enable_gqa=q.size(1) != k.size(1),
+        )
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
 def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     queries, keys = q.size(2), k.size(2)
     mask = None
@@ -250,9 +301,26 @@ class Attention(nn.Module):
     def make_cache(self) -> AttentionCache:
         return AttentionCache(self.attention_chunk_size)
 
-    def forward(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
-        """x (B, L, D) -> (B, L, D); with a cache, x continues the tokens that the cache has seen."""
+    def forward(self, x: Tensor, cache: AttentionCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D) -> (B, L, D); with a cache, x continues the tokens that the cache has seen.
+
+        Args:
+            attention_mask: (B, S) bool over all S tokens so far, those in the cache and x; False for padding, which
+                nothing attends to. Positions count padding too, as in transformers' Llama 4.
+
+        Raises:
+            ValueError: a mask of another shape, or given to some but not all of the calls on one cache.
+        """
         start = 0 if cache is None else cache.length
+        if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: allowed is (batch, tokens seen so far and new) "
+                f"= {(x.size(0), start + x.size(1))}"
+            )
+        if cache is not None:
+            if start and cache.masked != (attention_mask is not None):
+                raise ValueError("attention_mask: give it to all calls on one cache, or to none")
+            cache.masked = attention_mask is not None
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             tail = None if cache is None else cache.convolution_tail
@@ -272,7 +340,10 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b l n h -> b n l h") for y in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        y = causal_attention(q, k, v, self.attention_chunk_size)
+        if attention_mask is None:
+            y = causal_attention(q, k, v, self.attention_chunk_size)
+        else:
+            y = masked_attention(q, k, v, attention_mask, self.attention_chunk_size)
         return self.o_proj(rearrange(y, "b n l h -> b l (n h)"))
 
     def extra_repr(self) -> str:

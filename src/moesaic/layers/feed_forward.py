@@ -8,7 +8,35 @@ from torch import Tensor, nn
 
 __all__ = ["ACTIVATIONS", "FeedForward"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def linear(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu2": relu2,
+    "sigmoid": torch.sigmoid,
+    "linear": linear,
+}
+"""Of the gate. Shazeer 2020 compares silu (SwiGLU), gelu (GEGLU), relu (ReGLU), sigmoid (GLU) and linear (bilinear)."""
 
 
 class FeedForward(nn.Module):

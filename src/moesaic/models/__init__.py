@@ -4,7 +4,7 @@ from moesaic.models.accounting import Account, LayerAccount, account, kv_cache_b
 from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.decoder import Block, Decoder, DecoderOutput, build_decoder
 from moesaic.models.generation import generate, sample
-from moesaic.models.presets import llama4_maverick, llama4_scout, llama4_toy
+from moesaic.models.presets import llama4_behemoth_guess, llama4_maverick, llama4_scout, llama4_toy
 
 __all__ = [
     "Account",
@@ -20,6 +20,7 @@ __all__ = [
     "build_decoder",
     "generate",
     "kv_cache_bytes",
+    "llama4_behemoth_guess",
     "llama4_maverick",
     "llama4_scout",
     "llama4_toy",

@@ -119,9 +119,12 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float | None = 0.02  # null: 1 / sqrt(fan_in)
+    padding_token: int | None = None  # its embedding gets no gradient
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "dim", "num_layers", "hidden_dim", "norm_eps", "init_std")
+        if self.padding_token is not None and not 0 <= self.padding_token < self.vocab_size:
+            raise ValueError(f"padding_token={self.padding_token}: allowed are token ids below {self.vocab_size}")
         intervals = {"interleave_moe_layer_step": self.interleave_moe_layer_step}
         intervals["nope_layer_interval"] = self.nope_layer_interval
         for name, interval in intervals.items():

@@ -43,10 +43,18 @@ class Block(nn.Module):
         self.ffn = ffn
         self.is_routed = isinstance(ffn, RoutedLayer)  # once: a protocol check is slow
 
-    def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         """x (B, L, D) -> (B, L, D), and the routing if the channel mixer is a MoE."""
         y = self.mixer_norm(x)
-        x = x + (self.mixer(y) if cache is None else self.mixer(y, cache))
+        if attention_mask is not None:
+            y = self.mixer(y, cache, attention_mask)
+        elif cache is not None:
+            y = self.mixer(y, cache)
+        else:
+            y = self.mixer(y)
+        x = x + y
         y = self.ffn_norm(x)
         if self.is_routed:
             y, routing = cast(RoutedLayer, self.ffn).forward_with_routing(y)
@@ -64,7 +72,14 @@ class Decoder(nn.Module):
         norm_eps: of the final norm.
         tie_embeddings: use the embedding as the head's weight.
         checkpoint_activations: recompute each block in backward instead of keeping its activations.
+        padding_token: id whose embedding gets no gradient; None for none.
     """
+
+    config: DecoderConfig | None = None
+    """What `build_decoder` built this from; None for a decoder put together by hand."""
+    foreign_files: dict[str, str]
+    """Text files that came with imported weights, by name (config.json, tokenizer.json, ...): what `config` does not
+    say, such as token ids, is kept for writing the weights back."""
 
     def __init__(
         self,
@@ -75,33 +90,48 @@ class Decoder(nn.Module):
         norm_eps: float = 1e-5,
         tie_embeddings: bool = False,
         checkpoint_activations: bool = False,
+        padding_token: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.checkpoint_activations = checkpoint_activations
-        self.embedding = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
+        self.foreign_files = {}
+        self.embedding = nn.Embedding(vocab_size, dim, padding_idx=padding_token, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.head = nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, cache: list[Any] | None = None) -> DecoderOutput:
-        """tokens (B, L) int64 -> logits (B, L, V); with a cache, tokens continue what the cache has seen."""
-        hidden, routing = self.hidden_states(tokens, cache)
+    def forward(
+        self, tokens: Tensor, cache: list[Any] | None = None, attention_mask: Tensor | None = None
+    ) -> DecoderOutput:
+        """tokens (B, L) int64 -> logits (B, L, V); with a cache, tokens continue what the cache has seen.
+
+        Args:
+            attention_mask: (B, S) over all S tokens so far, those in the cache and the new ones; 0 or False for
+                padding, which no token attends to (see `Attention.forward`). Padding is routed as any token.
+        """
+        hidden, routing = self.hidden_states(tokens, cache, attention_mask)
         return DecoderOutput(self.head(hidden), routing)
 
-    def hidden_states(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, dict[str, Routing]]:
+    def hidden_states(
+        self, tokens: Tensor, cache: list[Any] | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Routing]]:
         """What the head sees, (B, L, D), for losses that never build the (B, L, V) logits."""
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+            if cache is None and attention_mask.shape == tokens.shape and bool(attention_mask.all()):
+                attention_mask = None  # nothing to hide: the faster path
         x = self.embedding(tokens)
         routing: dict[str, Routing] = {}
         for i, block in enumerate(self.layers):
             if self.checkpoint_activations and self.training and cache is None:
-                x, decided = checkpoint(block, x, use_reentrant=False)
+                x, decided = checkpoint(block, x, None, attention_mask, use_reentrant=False)
             else:
-                x, decided = block(x, None if cache is None else cache[i])
+                x, decided = block(x, None if cache is None else cache[i], attention_mask)
             if decided is not None:
                 routing[f"layers.{i}.ffn"] = decided
         return self.norm(x), routing
@@ -137,9 +167,11 @@ def build_decoder(
         norm_eps=config.norm_eps,
         tie_embeddings=config.tie_embeddings,
         checkpoint_activations=checkpoint_activations,
+        padding_token=config.padding_token,
         device=device,
         dtype=dtype,
     )
+    decoder.config = config
     initialize(decoder, config.init_std)
     return decoder
 

@@ -6,7 +6,7 @@ from typing import Any
 from moesaic.layers import AttentionTemperature, Llama3RopeScaling
 from moesaic.models.config import AttentionConfig, DecoderConfig, MoEConfig
 
-__all__ = ["llama4_maverick", "llama4_scout", "llama4_toy"]
+__all__ = ["llama4_behemoth_guess", "llama4_maverick", "llama4_scout", "llama4_toy"]
 
 
 def llama4_scout() -> DecoderConfig:
@@ -31,7 +31,7 @@ def llama4_scout() -> DecoderConfig:
 
 
 def llama4_maverick() -> DecoderConfig:
-    """Llama 4 Maverick 17B-128E (text): 400.71B parameters, 17.18B active."""
+    """Llama 4 Maverick 17B-128E (text): 400.71B parameters, 17.18B active (17.17B without its routers)."""
     return DecoderConfig(
         vocab_size=202048,
         dim=5120,
@@ -49,6 +49,24 @@ def llama4_maverick() -> DecoderConfig:
         moe=MoEConfig(num_experts=128, hidden_dim=8192),
         interleave_moe_layer_step=2,
         nope_layer_interval=4,
+    )
+
+
+def llama4_behemoth_guess() -> DecoderConfig:
+    """A shape of ours that meets the three published numbers of Llama 4 Behemoth, and nothing more: a guess.
+
+    Published are 288B active parameters, 16 experts and "nearly two trillion" parameters. This one has 287.6B active of
+    1,986B; widths, depth and everything else are made up: Scout's layout, experts 1.5 times as wide as the model.
+    """
+    scout = llama4_scout()
+    assert scout.moe is not None
+    return dataclasses.replace(
+        scout,
+        dim=20480,
+        num_layers=60,
+        attention=dataclasses.replace(scout.attention, num_heads=160, rope_scaling=None),
+        hidden_dim=61440,
+        moe=dataclasses.replace(scout.moe, hidden_dim=30720),
     )
 
 

@@ -1,10 +1,9 @@
 """Reading checkpoints back: for resuming, evaluating and sampling."""
 
 import dataclasses
-import pickle
+import os
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 
@@ -12,9 +11,17 @@ from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.data import Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.models import Decoder, DecoderConfig, build_decoder, generate
-from moesaic.training.config import SampleConfig
+from moesaic.training.config import RunConfig, SampleConfig, TrainingConfig
 
-__all__ = ["TrainedModel", "load_checkpoint", "load_model", "require_same_model", "sample_text"]
+__all__ = [
+    "TrainedModel",
+    "load_checkpoint",
+    "load_model",
+    "require_same_model",
+    "sample_text",
+    "save_model",
+    "token_bytes",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError, ValueError, OSError) as error:
+    except Exception as error:  # what the unpickler raises on garbage has no common base
         raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
         raise InputError(f"checkpoint {path}: not a checkpoint that scripts/train.py wrote")
@@ -57,12 +64,13 @@ def load_model(path: str | Path) -> TrainedModel:
     checkpoint = load_checkpoint(path)
     stored = checkpoint["hyper_parameters"]
     config = from_mapping(DecoderConfig, stored["model"], "model")
-    decoder = build_decoder(config)
     weights = {key.removeprefix("decoder."): value for key, value in checkpoint["state_dict"].items()}
+    decoder = build_decoder(config, dtype=weights["embedding.weight"].dtype if "embedding.weight" in weights else None)
     try:
         decoder.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"checkpoint {path}: its weights do not fit its config: {error}") from error
+    decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
     tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
     lengths = stored["token_bytes"]
     return TrainedModel(
@@ -72,6 +80,51 @@ def load_model(path: str | Path) -> TrainedModel:
         tokenizer=tokenizer,
         token_bytes=None if lengths is None else torch.tensor(lengths),
     )
+
+
+def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None = None, seq_len: int = 1024) -> None:
+    """Write a decoder that was not trained here as a checkpoint that `load_model` and train.py's ckpt_path read.
+
+    It has weights only, no state of an optimiser. The file appears complete or not at all.
+
+    Args:
+        tokenizer: stored with it, for text in and out.
+        seq_len: the length at which evaluate.py cuts text unless told otherwise.
+
+    Raises:
+        InputError: the file exists, or the decoder was not built from a config.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path}: exists already; choose another name")
+    if decoder.config is None:
+        raise InputError("this decoder has no config: only decoders of build_decoder can be written")
+    model = to_mapping(decoder.config)
+    run_config = RunConfig(name=path.stem, model=model, training=TrainingConfig(steps=1, batch_size=1, seq_len=seq_len))
+    checkpoint = {
+        "state_dict": {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
+        "hyper_parameters": {
+            "config": to_mapping(run_config),
+            "model": model,
+            "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
+            "token_bytes": None if tokenizer is None else token_bytes(tokenizer),
+        },
+        "moesaic": {"foreign_files": decoder.foreign_files},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(checkpoint, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[int]:
+    """Length of each token in bytes; the end-of-text marker counts none."""
+    lengths = [len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
+    lengths[tokenizer.end_of_text] = 0
+    return lengths
 
 
 def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:

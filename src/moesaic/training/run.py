@@ -24,7 +24,7 @@ from moesaic.evaluation.plots import plot_expert_load, plot_loss, plot_loss_by_p
 from moesaic.evaluation.routing import load_health
 from moesaic.models import DecoderConfig, account
 from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
-from moesaic.training.checkpoints import load_checkpoint, require_same_model, sample_text
+from moesaic.training.checkpoints import load_checkpoint, require_same_model, sample_text, token_bytes
 from moesaic.training.config import RunConfig, require_accelerator
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.records import (
@@ -84,13 +84,16 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     name = "environment.json" if resume_dir is None else "environment-resumed.json"
     write_json(run_dir / name, {**environment(), "data": data.facts})
 
-    token_bytes = _token_bytes(data)
+    lengths_in_bytes = None if data.tokenizer is None else token_bytes(data.tokenizer)
     module = LanguageModel(
         to_mapping(run_config),
         to_mapping(model_config),
         None if data.tokenizer is None else data.tokenizer.to_dict(),
-        token_bytes,
+        lengths_in_bytes,
     )
+    if loaded is not None and "optimizer_states" not in loaded:  # made by scripts/convert.py: weights only
+        module.load_state_dict(loaded["state_dict"])
+        checkpoint = None
     training = run_config.training
     print_summary(
         console,
@@ -127,7 +130,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     sample = None
     if status["status"] == "finished":
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
-        lengths = None if token_bytes is None else torch.tensor(token_bytes)
+        lengths = None if lengths_in_bytes is None else torch.tensor(lengths_in_bytes)
         score = evaluate_language_model(module.decoder, test_loader, lengths)
         score.num_bytes = score.num_bytes or data.validation.num_bytes or 0  # of a memory map without tokeniser
         metrics |= {**_final_numbers(score), "validation/seq_len": test_loader.seq_len}
@@ -300,16 +303,6 @@ def _ignore_lightning_advice() -> None:
         ".*LeafSpec.* is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _token_bytes(data: Data) -> list[int] | None:
-    """Length of each token in bytes; the end-of-text marker counts none."""
-    tokenizer = data.tokenizer
-    if tokenizer is None:
-        return None
-    lengths = [len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
-    lengths[tokenizer.end_of_text] = 0
-    return lengths
 
 
 def _final_numbers(score: LanguageModelScore) -> dict[str, float]:

@@ -1,0 +1,429 @@
+"""Weights of Llama 4 between transformers' files or models and our decoder.
+
+Our parameters have the shapes and layouts of transformers' tensors, so a tensor only changes its name: nothing is
+transposed, split or permuted, and a round trip is bit-equal. Files are read and written tensor by tensor.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from moesaic.errors import InputError
+from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
+from moesaic.models import Decoder, DecoderConfig, build_decoder
+
+__all__ = ["CheckReport", "Progress", "check_hf", "from_hf", "hf_name", "to_hf"]
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(tensors done, tensors in all, name) after each tensor."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ABSENT = "absent"
+"""Stands for the dtype of a tensor whose file is not here."""
+VISION = ("vision_model.", "multi_modal_projector.")
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+logger = logging.getLogger("moesaic.interop")
+
+
+def hf_name(name: str) -> str:
+    """transformers' name of one of our decoder's parameters."""
+    if name == "head.weight":
+        return "lm_head.weight"
+    if name == "embedding.weight":
+        return "model.embed_tokens.weight"
+    for ours, theirs in (
+        (".mixer_norm.", ".input_layernorm."),
+        (".ffn_norm.", ".post_attention_layernorm."),
+        (".mixer.", ".self_attn."),
+        (".ffn.", ".feed_forward."),
+    ):
+        name = name.replace(ours, theirs)
+    return f"model.{name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # the file's own name where it is none of DTYPES
+    read: Callable[[], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What `check_hf` found to be in order."""
+
+    config: DecoderConfig
+    tensors: int
+    bytes: int
+    """Of the text model's tensors, in the dtypes of the files; 0 if no shard was there."""
+    skipped: int
+    """Vision tensors, which have no place in a text model."""
+    absent_shards: tuple[str, ...]
+    """Files that the index names and that are not here: of their tensors only the names were checked."""
+
+
+def from_hf(
+    source: str | Path | nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    checkpoint_activations: bool = False,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The decoder with the weights of a Llama 4 in transformers' format, in evaluation mode.
+
+    The text part of `Llama4ForConditionalGeneration` is taken, its vision tensors are skipped (and counted in the log).
+    Every tensor must be accounted for. Memory: the decoder and one tensor; nothing is shared with the source.
+
+    Args:
+        source: a directory with config.json and (sharded) safetensors, or a transformers model.
+        dtype: of the decoder; None keeps each tensor's own.
+        backend: of the experts, see `moesaic.layers.BACKENDS`.
+        checkpoint_activations: see `Decoder`.
+        progress: called after each tensor.
+
+    Raises:
+        InputError: no config, an unsupported architecture or value, a missing, truncated or unexpected file or tensor,
+            a wrong shape, or a dtype that is not floating point.
+    """
+    if isinstance(source, nn.Module):
+        where, files = type(source).__name__, {}
+        config_json, stored = _of_module(source)
+    else:
+        where, path = str(source), Path(source)
+        config_json, stored = _read_config(path), _of_directory(path)
+        files = {x: (path / x).read_text(encoding="utf-8") for x in CARRIED_FILES if (path / x).is_file()}
+    text, prefix = text_fields(config_json)
+    config = config_from_hf(text)
+    if config.moe is not None and backend != "auto":
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
+    decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, device="meta")
+    tensors, skipped = _match(decoder, stored, prefix, where)
+    if skipped:
+        logger.warning("%s: %d vision tensors skipped, only the text model is imported", where, skipped)
+    for i, (name, tensor) in enumerate(tensors.items(), start=1):
+        _fill(decoder, name, tensor, dtype)
+        if progress is not None:
+            progress(i, len(tensors), hf_name(name))
+    if config.tie_embeddings:
+        decoder.head.weight = decoder.embedding.weight
+    decoder.foreign_files = {**files, "config.json": json.dumps(dict(text), default=str)}
+    return decoder.eval()
+
+
+def check_hf(directory: str | Path) -> CheckReport:
+    """Check a directory's config, index, names, shapes and dtypes without reading a weight or allocating one.
+
+    Shards that the index names but that are not there are allowed, so that config.json and the index of a model too
+    large to download can be checked; `CheckReport.absent_shards` lists them.
+
+    Raises:
+        InputError: as `from_hf`.
+    """
+    path = Path(directory)
+    text, prefix = text_fields(_read_config(path))
+    config = config_from_hf(text)
+    stored = _of_directory(path, absent_allowed=True)
+    tensors, skipped = _match(build_decoder(config, device="meta"), stored, prefix, str(path))
+    present = [t for t in tensors.values() if isinstance(t.dtype, torch.dtype)]
+    return CheckReport(
+        config=config,
+        tensors=len(tensors),
+        bytes=sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in present if isinstance(t.dtype, torch.dtype)),
+        skipped=skipped,
+        absent_shards=_absent_shards(path),
+    )
+
+
+def to_hf(
+    decoder: Decoder,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
+    """Write the decoder as transformers' `Llama4ForCausalLM`: config.json and (sharded) safetensors.
+
+    What `from_hf` read beside the weights (token ids, generation_config.json, tokeniser) is written again. The files
+    appear under their names only when all are complete, config.json last. Memory: the decoder and one tensor.
+
+    Args:
+        directory: new, or without a model in it.
+        dtype: of the files; None keeps each parameter's own.
+        max_shard_bytes: a shard holds at most this much, or one tensor.
+        progress: called after each tensor.
+
+    Raises:
+        InputError: the decoder is no Llama 4 (every difference is named), has no weights (meta device) or no config,
+            or the directory already holds a model.
+    """
+    target = Path(directory)
+    if decoder.config is None:
+        raise InputError("this decoder has no config: only decoders of build_decoder can be written")
+    parameters = {hf_name(name): p for name, p in decoder.named_parameters()}  # a tied head is named once
+    for name, p in parameters.items():
+        if p.is_meta:
+            raise InputError(f"{name}: on the meta device, it has no data to write")
+        if (dtype or p.dtype) not in DTYPES.values():
+            raise InputError(
+                f"{name}: found dtype {dtype or p.dtype}; allowed are {', '.join(map(str, DTYPES.values()))}"
+            )
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: a file, not a directory")
+    for pattern in ("config.json", "*.safetensors", INDEX):
+        if found := sorted(target.glob(pattern)):
+            raise InputError(f"{found[0]}: there is already a model in this directory; choose another one")
+    written_dtype = str(dtype or decoder.embedding.weight.dtype).removeprefix("torch.")
+    config = config_to_hf(decoder.config, json.loads(decoder.foreign_files.get("config.json", "{}")), written_dtype)
+
+    shards = _shards(parameters, dtype, max_shard_bytes)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        done = 0
+        for file_name, names in shards.items():
+
+            def tell(name: str) -> None:
+                nonlocal done
+                done += 1
+                if progress is not None:
+                    progress(done, len(parameters), name)
+
+            _write_safetensors(staging / file_name, {name: parameters[name] for name in names}, dtype, tell)
+        if len(shards) > 1:
+            total = sum(_bytes(p, dtype) for p in parameters.values())
+            weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file_name, content in decoder.foreign_files.items():
+            if file_name != "config.json":
+                (staging / file_name).write_text(content, encoding="utf-8")
+        _write_json(staging / "config.json", config)
+        target.mkdir(exist_ok=True)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# ---- matching names
+
+
+def _match(decoder: Decoder, stored: Mapping[str, _Stored], prefix: str, where: str) -> tuple[dict[str, _Stored], int]:
+    """Our parameters' names -> tensors of the source; every one on either side accounted for."""
+    vision = [name for name in stored if prefix and name.startswith(VISION)]
+    wanted = {prefix + hf_name(name): name for name, _ in decoder.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    tied_head = prefix + "lm_head.weight"
+    unused_head = stored.get(tied_head) if "head.weight" not in shapes else None
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [
+        name for name in stored if name not in wanted and name not in vision and (name != tied_head or not unused_head)
+    ]
+    problems = [_listed(missing, "missing"), _listed(unexpected, "unexpected")]
+    for theirs, ours in wanted.items():
+        tensor = stored.get(theirs)
+        if tensor is None or tensor.dtype == ABSENT:
+            continue
+        if tensor.shape != shapes[ours]:
+            problems.append(f"{theirs}: found shape {list(tensor.shape)}, config.json says {list(shapes[ours])}")
+        if tensor.dtype not in DTYPES.values():
+            problems.append(f"{theirs}: found dtype {tensor.dtype}; allowed are {', '.join(DTYPES)}")
+    problems = [problem for problem in problems if problem]
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise InputError(f"{where}: {'; '.join(problems[:4])}{more}")
+    if unused_head is not None and unused_head.dtype != ABSENT:
+        embedding = stored[prefix + "model.embed_tokens.weight"]
+        if unused_head.shape != embedding.shape or not torch.equal(unused_head.read(), embedding.read()):
+            raise InputError(f"{where}: {tied_head} differs from the embedding although tie_word_embeddings=true")
+    return {ours: stored[theirs] for theirs, ours in wanted.items()}, len(vision)
+
+
+def _listed(names: list[str], word: str) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{word} tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+
+
+@torch.no_grad()
+def _fill(decoder: Decoder, name: str, tensor: _Stored, dtype: torch.dtype | None) -> None:
+    """Replace a parameter on the meta device by a copy of the stored tensor."""
+    module_name, _, parameter_name = name.rpartition(".")
+    read = tensor.read()
+    # a copy, also where the dtype is right: what is read may be a view of a mapped file or of the source model
+    copy = torch.empty(tensor.shape, dtype=dtype or read.dtype, device=read.device).copy_(read)
+    setattr(decoder.get_submodule(module_name), parameter_name, nn.Parameter(copy))
+
+
+# ---- reading
+
+
+def _of_module(model: nn.Module) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise InputError(f"{type(model).__name__}: no transformers model, it has no config")
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise InputError(f"{type(model).__name__}: {name} is on the meta device, it has no data to read")
+        known = tensor.dtype if tensor.dtype in DTYPES.values() else str(tensor.dtype)
+        stored[name] = _Stored(tuple(tensor.shape), known, lambda tensor=tensor: tensor)  # type: ignore[misc]
+    return {**config.to_dict(), "architectures": [type(model).__name__]}, stored
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory")
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: no config.json in this directory; it needs one beside its safetensors")
+    return _read_json(directory / "config.json")
+
+
+def _of_directory(directory: Path, absent_allowed: bool = False) -> dict[str, _Stored]:
+    """Name -> tensor of every safetensors file that belongs to the model; only the headers are read."""
+    if not (directory / INDEX).is_file():
+        if not (directory / SINGLE).is_file():
+            others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+            raise InputError(f"{directory}: found {others or 'no weights'}; allowed are {SINGLE} or {INDEX}")
+        return _header(directory / SINGLE)
+    weight_map = _read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{directory / INDEX}: damaged, it has no weight_map")
+    stored: dict[str, _Stored] = {}
+    for file_name in sorted(set(weight_map.values())):
+        mapped = {name for name, file in weight_map.items() if file == file_name}
+        path = directory / str(file_name)
+        if not path.is_file():
+            if not absent_allowed:
+                raise InputError(f"{path}: missing; {INDEX} expects {len(mapped)} tensors in it")
+            stored |= {name: _Stored((), ABSENT, torch.Tensor) for name in mapped}
+            continue
+        found = _header(path)
+        if found.keys() != mapped:
+            parts = (
+                _listed(sorted(mapped - found.keys()), "missing"),
+                _listed(sorted(found.keys() - mapped), "unexpected"),
+            )
+            raise InputError(f"{path}: does not hold what {INDEX} says: {'; '.join(part for part in parts if part)}")
+        stored |= found
+    return stored
+
+
+def _absent_shards(directory: Path) -> tuple[str, ...]:
+    if not (directory / INDEX).is_file():
+        return ()
+    names = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
+    return tuple(name for name in names if not (directory / name).is_file())
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    def read(name: str) -> Tensor:
+        # opened anew for each tensor: an open file stays mapped, and counts as memory, up to the last page touched
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {}
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                entry = file.get_slice(name)
+                shape, kind = tuple(entry.get_shape()), str(entry.get_dtype())
+                stored[name] = _Stored(shape, DTYPES.get(kind, kind), lambda name=name: read(name))  # type: ignore[misc]
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
+    return stored
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found a {type(content).__name__}; allowed is an object")
+    return content
+
+
+# ---- writing
+
+
+def _bytes(parameter: Tensor, dtype: torch.dtype | None) -> int:
+    return parameter.numel() * (dtype or parameter.dtype).itemsize
+
+
+def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors, in order."""
+    if limit < 1:
+        raise InputError(f"max_shard_bytes={limit}: allowed are numbers >= 1")
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, parameter in parameters.items():
+        size = _bytes(parameter, dtype)
+        if groups[-1] and held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
+@torch.no_grad()
+def _write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, tell: Callable[[str], None]
+) -> None:
+    """The safetensors format: length of the header, header, data.
+
+    Written here because the package's own writer wants all tensors of a file at once, a second copy where they are cast
+    or come from another device.
+    """
+    names_of = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + _bytes(tensor, dtype)
+        header[name] = {
+            "dtype": names_of[dtype or tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, tensor in tensors.items():
+            data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            tell(name)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
