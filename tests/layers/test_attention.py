@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from reference import attention as reference
-from reference.comparing import OutputSizes, assert_close, assert_gradients, redraw
+from reference.comparing import OutputSizes, assert_close, assert_gradients, redraw, run_with_gradients
 from torch import Tensor
 
 from moesaic.layers import (
@@ -344,3 +344,29 @@ def test_the_cache_under_a_mask_holds_less_than_a_chunk() -> None:
     for start, end in ((0, 10), (10, 11), (11, 17), (17, 18)):
         attention(torch.randn(1, end - start, 8), cache, torch.ones(1, end, dtype=torch.bool))
         assert cache.held == 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_bf16_attention_trains_in_fp32_on_a_cpu(masked: bool) -> None:
+    """There the bf16 backward is slower; what comes out is bf16 either way, and without gradients nothing is cast."""
+    attention = redraw(Attention(8, num_heads=2, num_kv_heads=1, dtype=torch.bfloat16))
+    x = torch.randn(2, 6, 8, dtype=torch.bfloat16)
+    mask = torch.ones(2, 6, dtype=torch.bool) if masked else None
+    casts = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), OutputSizes() as sizes:
+            y = attention(x, attention_mask=mask)
+        assert y.dtype == torch.bfloat16
+        casts.append(sizes.calls.get("aten::_to_copy", 0))
+    assert casts == [4, 0]  # queries, keys, values, and the result
+
+
+def test_attention_under_autocast_is_that_in_fp32_up_to_rounding() -> None:
+    attention = redraw(Attention(32, num_heads=4, num_kv_heads=2))
+    x = torch.randn(2, 20, 32)
+    expected, expected_gradients = run_with_gradients(lambda: attention(x), attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, found_gradients = run_with_gradients(lambda: attention(x), attention)
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), expected, 0.05, "output")
+    assert_gradients(found_gradients, expected_gradients, 0.05)

@@ -45,8 +45,8 @@ class AttentionTemperature:
 class AttentionCache:
     """What one attention layer still needs of the past: keys, values and the tail of its convolution's input.
 
-    A chunk-local layer keeps the current chunk only, so its cache never holds more than `chunk` keys. Under an attention
-    mask chunks begin at different tokens in different rows; then it keeps the last chunk - 1 keys.
+    A chunk-local layer keeps the current chunk only, so its cache never holds more than `chunk` keys. Under an
+    attention mask chunks begin at different tokens in different rows; then it keeps the last chunk - 1 keys.
     """
 
     def __init__(self, chunk: int | None = None) -> None:
@@ -203,13 +203,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int |
             begin = first_real[:, None, None]
             visible = visible & ((key_at - begin) // chunk == (query_at[:, None] - begin) // chunk)
         keys = slice(first - first_held, past + end - first_held)
-        piece = F.scaled_dot_product_attention(
-            q[:, :, start:end],
-            k[:, :, keys],
-            v[:, :, keys],
-            attn_mask=visible[:, None],
-            enable_gqa=q.size(1) != k.size(1),
-        )
+        piece = _attend(q[:, :, start:end], k[:, :, keys], v[:, :, keys], visible[:, None])
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
@@ -219,9 +213,21 @@ def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = None
     if 1 < queries < keys:  # several tokens after a cache; one query may see everything, equal lengths use is_causal
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=q.size(1) != k.size(1)
-    )
+    return _attend(q, k, v, mask, is_causal=queries == keys)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    dtype = q.dtype
+    # On CPUs the half-precision backward is slower than casting to fp32 and back, up to 4 times on short sequences
+    # (benchmarks/attention.py); the forward alone never is.
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if trains and q.device.type == "cpu" and dtype.itemsize == 2 and k.size(2) * k.size(3) <= 16384:
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast(q.device.type, enabled=False):  # it would cast back
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1)
+        )
+    return y.to(dtype)
 
 
 class Attention(nn.Module):
@@ -314,8 +320,8 @@ class Attention(nn.Module):
         start = 0 if cache is None else cache.length
         if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
             raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: allowed is (batch, tokens seen so far and new) "
-                f"= {(x.size(0), start + x.size(1))}"
+                f"attention_mask of shape {tuple(attention_mask.shape)}: allowed is (batch, tokens so far and new) = "
+                f"{(x.size(0), start + x.size(1))}"
             )
         if cache is not None:
             if start and cache.masked != (attention_mask is not None):
