@@ -25,6 +25,7 @@ TIERS = {
     "data": 2,
     "evaluation": 2,
     "interop": 2,
+    "testing": 2,
     "training": 3,
 }
 ALLOWED_WITHIN_TIER = {("config", "errors")}

@@ -1,0 +1,24 @@
+"""A conformance kit for any mixture-of-experts layer: `check_moe(factory)`, or `moe_checks()` under pytest.
+
+Needs torch only. Hugging Face's blocks and other packages are recognised without being imported, see
+`moesaic.testing.peers`.
+"""
+
+from moesaic.testing.adapter import MoEUnderTest, Run
+from moesaic.testing.conformance import check_moe, moe_checks
+from moesaic.testing.harness import Check
+from moesaic.testing.reference import dense_moe, gated_expert
+from moesaic.testing.report import Report, Row, comparison_table
+
+__all__ = [
+    "Check",
+    "MoEUnderTest",
+    "Report",
+    "Row",
+    "Run",
+    "check_moe",
+    "comparison_table",
+    "dense_moe",
+    "gated_expert",
+    "moe_checks",
+]

@@ -1,0 +1,78 @@
+"""What the checks found, as rows and as tables."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Report", "Row", "Status", "comparison_table"]
+
+Status = Literal["pass", "fail", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome of one check."""
+
+    check: str
+    status: Status
+    detail: str
+    """What was measured, what failed, or why the check does not apply."""
+    statement: str
+    """What the check holds."""
+    bug: str
+    """The public bug that it guards against."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of every check on one layer."""
+
+    layer: str
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.status == "fail")
+
+    def __getitem__(self, check: str) -> Row:
+        for row in self.rows:
+            if row.check == check:
+                return row
+        raise KeyError(check)
+
+    def table(self) -> str:
+        """Markdown: one line per check."""
+        lines = ["| check | status | detail | guards against |", "|---|---|---|---|"]
+        for row in self.rows:
+            cells = (row.check, row.status, row.detail, row.bug)
+            lines.append("| " + " | ".join(_cell(text) for text in cells) + " |")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.layer}\n\n{self.table()}"
+
+    def raise_on_failure(self) -> None:
+        """Raises AssertionError that lists every failed check, with what it measured."""
+        if self.failures:
+            found = "\n".join(f"  {row.check}: {row.detail}\n    guards against {row.bug}" for row in self.failures)
+            raise AssertionError(f"{self.layer} fails {len(self.failures)} of {len(self.rows)} checks:\n{found}")
+
+
+def comparison_table(reports: Mapping[str, Report]) -> str:
+    """Markdown: one line per check, one column per layer."""
+    names = list(reports)
+    lines = ["| check | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    words = {"pass": "pass", "fail": "**fail**", "not applicable": "n/a"}
+    for row in next(iter(reports.values())).rows if reports else ():
+        statuses = [words[reports[name][row.check].status] for name in names]
+        lines.append("| " + " | ".join((row.check, *statuses)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

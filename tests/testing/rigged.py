@@ -1,0 +1,365 @@
+"""A layer in which nothing is wrong, and relatives in each of which one thing is.
+
+`Good` computes every expert on every token: slow, traceable, and easy to spoil in one place. It has a reference,
+losses and a selection bias, so that every check applies to it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.testing import MoEUnderTest, Run, dense_moe
+
+DIM, HIDDEN = 16, 12
+RATE = 0.01
+
+
+class Good(nn.Module):
+    """Softmax top-k with scores on the output, ungated ReLU experts, a selection bias moved by the sign rule."""
+
+    persistent = True
+
+    def __init__(self, num_experts: int = 4, top_k: int = 2) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, min(top_k, num_experts)
+        self.router = nn.Parameter(torch.randn(num_experts, DIM))
+        self.up = nn.Parameter(torch.randn(num_experts, DIM, HIDDEN))
+        self.down = nn.Parameter(torch.randn(num_experts, HIDDEN, DIM))
+        self.register_buffer("expert_bias", torch.zeros(num_experts), persistent=self.persistent)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, E)."""
+        return x @ self.router.T
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1)
+
+    def choose(self, probabilities: Tensor) -> Tensor:
+        """Mask (B, L, E) of the chosen experts."""
+        ids = (probabilities.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
+        return torch.zeros_like(probabilities).scatter(-1, ids, 1.0)
+
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return probabilities * chosen
+
+    def experts(self, x: Tensor) -> Tensor:
+        """Every expert on every token: (B, L, D) -> (B, L, E, D)."""
+        return torch.einsum("blef,efd->bled", F.relu(torch.einsum("bld,edf->blef", x, self.up)), self.down)
+
+    def mix(self, x: Tensor, scores: Tensor) -> Tensor:
+        return torch.einsum("bled,ble->bld", self.experts(x), scores)
+
+    def forward(self, x: Tensor) -> Tensor:
+        probabilities = self.probabilities(self.logits(x))
+        return self.mix(x, self.scores(probabilities, self.choose(probabilities)))
+
+    def load(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.choose(self.probabilities(self.logits(x))).sum(dim=(0, 1))
+
+    def balance_loss(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        return self.balance(self.logits(x), valid)
+
+    def balance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
+        """Switch's."""
+        fraction, share = self.fraction_and_share(logits, valid)
+        return self.num_experts * (fraction * share).sum()
+
+    def fraction_and_share(self, logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        probabilities = logits.softmax(dim=-1)
+        weight = torch.ones(logits.shape[:2]) if valid is None else valid.float()
+        weight = (weight / weight.sum())[..., None]
+        fraction = (self.choose(probabilities) * weight).sum(dim=(0, 1)) / self.top_k
+        return fraction, (probabilities * weight).sum(dim=(0, 1))
+
+    def z_loss(self, x: Tensor) -> Tensor:
+        return self.logits(x).logsumexp(dim=-1).square().mean()
+
+    def bias_step(self, micro_batches: Sequence[Tensor], run: Run) -> None:
+        load = torch.zeros(self.num_experts)
+        for x in micro_batches:
+            run(self, x).square().mean().backward()
+            load += self.load(x)
+        self.move(load)
+
+    def move(self, load: Tensor) -> None:
+        self.expert_bias.add_(RATE * (load.mean() - load).sign())
+
+    @classmethod
+    def reference(cls, top_k: int) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
+        def reference(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+            def expert(e: int, rows: Tensor) -> Tensor:
+                return F.relu(rows @ weights["up"][e]) @ weights["down"][e]
+
+            return dense_moe(x, weights["router"], expert, top_k=top_k, expert_bias=weights["expert_bias"])
+
+        return reference
+
+
+def describe(layer: Good, **changes: Any) -> MoEUnderTest:
+    """Everything that there is to know of a `Good`, and of a relative that changes it."""
+    known: dict[str, Any] = {
+        "dim": DIM,
+        "reference": layer.reference(layer.top_k),
+        "router_weight": lambda module: module.router,
+        "top_k": layer.top_k,
+        "balance_loss": lambda module, x, valid: module.balance_loss(x, valid),
+        "z_loss": lambda module, x: module.z_loss(x),
+        "expert_bias": lambda module: module.expert_bias,
+        "bias_step": lambda module, micro_batches, run: module.bias_step(micro_batches, run),
+    }
+    return MoEUnderTest(layer, **(known | changes))
+
+
+class NoiseInEvaluation(Good):
+    def logits(self, x: Tensor) -> Tensor:
+        logits = super().logits(x)
+        return logits + torch.randn_like(logits)
+
+
+class ScoreBeforeExperts(Good):
+    def mix(self, x: Tensor, scores: Tensor) -> Tensor:
+        up = torch.einsum("bled,edf->blef", x[:, :, None] * scores.square()[..., None], self.up)
+        return torch.einsum("blef,efd->bld", F.relu(up), self.down)
+
+
+class BiasInScores(Good):
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return (probabilities + self.expert_bias) * chosen
+
+
+class ExpertInputDetached(Good):
+    def experts(self, x: Tensor) -> Tensor:
+        return super().experts(x.detach())
+
+
+class ScoresDetached(Good):
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return super().scores(probabilities.detach(), chosen)
+
+
+class ScoresWithoutGradient(Good):
+    """The graph is there, and carries zeros."""
+
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return super().scores(probabilities.detach() + 0.0 * probabilities, chosen)
+
+
+class TopOneNormalised(Good):
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        scores = super().scores(probabilities, chosen)
+        return scores / scores.sum(dim=-1, keepdim=True)
+
+
+class FirstTwoSwapped(Good):
+    """Rows that come back in another order than they went."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.cat([y[:, :2].flip(1), y[:, 2:]], dim=1)
+
+
+class CentredOverBatch(Good):
+    def logits(self, x: Tensor) -> Tensor:
+        logits = super().logits(x)
+        return logits - 0.5 * logits.mean(dim=0, keepdim=True)
+
+
+class CentredOverLength(Good):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 0.5 * x.mean(dim=1, keepdim=True))
+
+
+def first_come(chosen: Tensor, capacity: int) -> Tensor:
+    """(B, L, E) without what arrives after the first `capacity` tokens of an expert."""
+    flat = chosen.flatten(0, 1)
+    return (flat * (flat.cumsum(dim=0) <= capacity)).view_as(chosen)
+
+
+class CapacityOfABatch(Good):
+    """1.25 times the even share."""
+
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        capacity = int(1.25 * chosen[..., 0].numel() * self.top_k / self.num_experts)
+        return super().scores(probabilities, first_come(chosen, capacity))
+
+
+class BufferOf128Rows(Good):
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return super().scores(probabilities, first_come(chosen, 128))
+
+
+class ExpertsChoose(Good):
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        flat = probabilities.detach().flatten(0, 1)
+        each = max(1, flat.size(0) * self.top_k // self.num_experts)
+        chosen = torch.zeros_like(flat).scatter(0, flat.topk(each, dim=0).indices, 1.0).view_as(probabilities)
+        return super().scores(probabilities, chosen)
+
+
+class TokensPerExpertTruncated(Good):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[..., 0].numel() // self.num_experts
+        torch.empty(rows).max()  # there is no largest of nothing
+        return super().forward(x)
+
+
+class OneExpertSqueezed(Good):
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return super().scores(probabilities, chosen).squeeze(-1)
+
+
+class PaddingCounted(Good):
+    def balance_loss(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        return super().balance_loss(x, None)
+
+
+class BalanceDetached(Good):
+    def balance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
+        return super().balance(logits.detach(), valid)
+
+
+class BalanceOfCounts(Good):
+    """Counts have no gradient; the graph is there, and leads nowhere."""
+
+    def balance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
+        fraction, share = self.fraction_and_share(logits, valid)
+        return self.num_experts * fraction.square().sum() + 0.0 * share.sum()
+
+
+class ZLossDetached(Good):
+    def z_loss(self, x: Tensor) -> Tensor:
+        return super().z_loss(x).detach()
+
+
+class VariationOfLoadTimesShare(Good):
+    def balance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
+        fraction, share = self.fraction_and_share(logits, valid)
+        return (fraction * share).var().sqrt() / (fraction * share).mean()
+
+
+class VariationOfShare(Good):
+    def balance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
+        _, share = self.fraction_and_share(logits, valid)
+        return share.var().sqrt() / share.mean()
+
+
+class CosineRouter(Good):
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ (self.router / self.router.norm(dim=-1, keepdim=True)).T
+
+
+class NaiveSoftmax(Good):
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
+
+
+class NaiveZLoss(Good):
+    def z_loss(self, x: Tensor) -> Tensor:
+        return self.logits(x).exp().sum(dim=-1).log().square().mean()
+
+
+class BiasNotSaved(Good):
+    persistent = False
+
+
+class BiasReplaced(Good):
+    """Out of place: a state dict that was taken before keeps the old tensor."""
+
+    def move(self, load: Tensor) -> None:
+        self.expert_bias = self.expert_bias + RATE * (load.mean() - load).sign()
+
+
+class CountsInForward(Good):
+    """The load is counted where the layer runs, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = torch.zeros(self.num_experts)
+
+    def is_counted(self) -> bool:
+        return self.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_counted():
+            self.counted += self.load(x)
+        return super().forward(x)
+
+    def bias_step(self, micro_batches: Sequence[Tensor], run: Run) -> None:
+        for x in micro_batches:
+            run(self, x).square().mean().backward()
+        self.move(self.counted)
+        self.counted.zero_()
+
+
+class EvaluationCounted(CountsInForward):
+    def is_counted(self) -> bool:
+        return True
+
+
+class BiasMovesInForward(Good):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.move(self.load(x))
+        return super().forward(x)
+
+    def bias_step(self, micro_batches: Sequence[Tensor], run: Run) -> None:
+        for x in micro_batches:
+            run(self, x).square().mean().backward()
+
+
+class BiasMovesPerMicroBatch(Good):
+    def bias_step(self, micro_batches: Sequence[Tensor], run: Run) -> None:
+        for x in micro_batches:
+            super().bias_step([x], run)
+
+
+class BiasNeverMoves(Good):
+    def move(self, load: Tensor) -> None:
+        pass
+
+
+class RecomputationCounted(CountsInForward):
+    """By the load itself, not its sign: counted twice, it moves twice as far."""
+
+    def move(self, load: Tensor) -> None:
+        self.expert_bias.add_(1e-4 * (load.mean() - load))
+
+
+class UnusedParameter(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_over = nn.Parameter(torch.ones(3))
+
+
+class IdleExpertsSkipped(Good):
+    """Experts as modules of which those without tokens do not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ups, downs = self.up.detach(), self.down.detach()
+        del self.up, self.down
+        self.ups = nn.ParameterList([nn.Parameter(up) for up in ups])
+        self.downs = nn.ParameterList([nn.Parameter(down) for down in downs])
+
+    def mix(self, x: Tensor, scores: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e, (up, down) in enumerate(zip(self.ups, self.downs, strict=True)):
+            if bool(scores[..., e].any()):
+                y = y + F.relu(x @ up) @ down * scores[..., e, None]
+        return y
+
+
+class CountsAsPythonNumbers(Good):
+    def mix(self, x: Tensor, scores: Tensor) -> Tensor:
+        flat, weights = x.flatten(0, 1), scores.flatten(0, 1)
+        token, expert = weights.nonzero(as_tuple=True)
+        order = expert.argsort(stable=True)
+        counts = torch.bincount(expert, minlength=self.num_experts).tolist()
+        rows = flat[token[order]].split(counts)
+        out = torch.cat([F.relu(r @ up) @ down for r, up, down in zip(rows, self.up, self.down, strict=True)])
+        out = out * weights[token[order], expert[order], None]
+        return torch.zeros_like(flat).index_add(0, token[order], out).view_as(x)

@@ -1,0 +1,78 @@
+"""scripts/conformance.py: a table, the failures, and an exit code."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import moesaic
+from moesaic.testing import moe_checks
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    pytest.importorskip("rich")
+    path = Path(moesaic.__file__).parents[2] / "scripts" / "conformance.py"
+    spec = importlib.util.spec_from_file_location("conformance_script", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script: ModuleType, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        script.main(arguments)
+    return int(stop.value.code or 0)
+
+
+def test_a_layer_known_by_name(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(script, "moesaic-bfloat16") == 0
+    out = capsys.readouterr().out
+    for check in moe_checks():
+        assert check.name in out
+
+
+def test_a_layer_of_ones_own(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "own_layer.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Batch(nn.Linear):\n"
+        "    def forward(self, x):\n        return super().forward(x - x.mean(dim=0))\n\n\n"
+        "def layer():\n    return Batch(8, 8)\n\n\nnumber = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert run(script, "own_layer:layer", "--markdown") == 1
+    out = capsys.readouterr().out
+    assert "| batch-mates | **fail** |" in out
+    assert "- own_layer:layer, batch-mates: a sequence in a batch and alone: relative error" in out
+    assert run(script, "own_layer:layer") == 1
+    assert "marin-community/marin#8134" in capsys.readouterr().out.replace("\n", " ")
+    assert run(script, "own_layer:number") == 2
+    assert "allowed is a function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody", "nobody: allowed are package.module:factory, moesaic, "),
+        ("no_such:thing", "No module named 'no_such'"),
+    ],
+)
+def test_a_name_that_is_not_known(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert run(script, name) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_names_the_known_ones_are_listed(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    script.main([])
+    assert "transformers-mixtral" in capsys.readouterr().out
