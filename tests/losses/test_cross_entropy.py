@@ -120,3 +120,23 @@ def test_a_label_outside_the_vocabulary_is_refused() -> None:
     hidden, weight = inputs(torch.float32)
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         linear_cross_entropy(hidden, weight, torch.full((TOKENS,), VOCAB))
+
+
+def test_a_second_backward_is_refused() -> None:
+    """The gradients are scaled in place when they are handed out; handing them out again would scale them twice."""
+    hidden, weight, labels = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4), torch.randint(7, (5,))
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_larger_than_a_chunk_or_the_head_is_made(dtype: torch.dtype) -> None:
+    tokens, dim, vocabulary = 2048, 8, 5000
+    hidden = torch.randn(tokens, dim, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, dim, dtype=dtype, requires_grad=True)
+    labels = torch.randint(vocabulary, (tokens,))
+    with OutputSizes() as sizes:
+        linear_cross_entropy(hidden, weight, labels, chunk_tokens=64).backward()
+    assert sizes.largest == 64 * vocabulary
