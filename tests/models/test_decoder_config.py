@@ -201,6 +201,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"moe.hidden_dim": 0}, r"model\.moe\.hidden_dim=0: allowed are numbers > 0"),
     ({"moe.top_k": 0}, r"model\.moe\.top_k=0: allowed are 1 to num_experts=4"),
     ({"moe.top_k": 5}, r"model\.moe\.top_k=5: allowed are 1 to num_experts=4"),
+    ({"moe.normalize_scores": True}, r"model\.moe\.normalize_scores=True: with top_k=1 every score is 1"),
     ({"moe.shared_hidden_dim": -1}, r"model\.moe\.shared_hidden_dim=-1: allowed are numbers >= 0, or null"),
     ({"moe.backend": "fast"}, r"model\.moe\.backend='fast': allowed are auto, loop, padded, grouped"),
     (

@@ -73,6 +73,8 @@ class TopKRouter(nn.Module):
             raise ValueError(f"top_k={top_k}: allowed are 1 to num_experts={num_experts}")
         if score_function not in ("sigmoid", "softmax"):
             raise ValueError(f"score_function={score_function!r}: allowed are sigmoid, softmax")
+        if normalize_scores and top_k == 1:
+            raise ValueError("normalize_scores=True: with top_k=1 every score is 1 and the router never learns")
         self.dim = dim
         self.num_experts = num_experts
         self.top_k = top_k

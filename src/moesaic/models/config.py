@@ -66,6 +66,8 @@ class MoEConfig:
         _positive(self, "num_experts", "hidden_dim")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k}: allowed are 1 to num_experts={self.num_experts}")
+        if self.normalize_scores and self.top_k == 1:
+            raise ValueError("normalize_scores=True: with top_k=1 every score is 1 and the router never learns")
         if self.shared_hidden_dim is not None and self.shared_hidden_dim < 0:
             raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: allowed are numbers >= 0, or null")
         if self.backend != "auto" and self.backend not in BACKENDS:
