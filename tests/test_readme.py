@@ -1,4 +1,4 @@
-"""What the README shows works: its Python snippets run, its commands compose."""
+"""What README and docs show works: Python snippets run, commands compose, linked files exist."""
 
 import re
 import shlex
@@ -20,9 +20,16 @@ COMMANDS = re.findall(r"(?:^    |`)(python scripts/train\.py[^`#\n]*)", README, 
 TABLE = re.findall(r"\| `((?:-m )?[a-z_./]+=[^`]+)` \|$", README, re.MULTILINE)
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_snippet_runs(snippet: str) -> None:
-    exec(compile(snippet, "README.md", "exec"), {})
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    (page.name, text) for page in PAGES for text in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)])
+def test_snippet_runs(page: str, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, page, "exec"), {})
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"python scripts/train.py {options}" for options in TABLE)])
@@ -38,9 +45,13 @@ def test_command_composes(command: str) -> None:
 
 def test_the_readme_has_what_these_tests_read() -> None:
     assert len(COMMANDS) >= 6
+    assert len(SNIPPETS) >= 4
     assert len(TABLE) >= 6
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", README))
-def test_linked_files_exist(path: str) -> None:
-    assert (ROOT / path).exists()
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(((?!http)[^)#]+)[^)]*\)", page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.name}-{link}" for page, link in LINKS])
+def test_linked_files_exist(page: Path, link: str) -> None:
+    assert (page.parent / link).exists()

@@ -1,0 +1,266 @@
+"""How every benchmark times, measures memory, and reports. Needs torch only.
+
+Times are compared within one process: the variants run in turn, in an order that changes every round, and the median
+over rounds is given. Machines are shared, so a ratio between two variants is the result; an absolute time is not.
+
+Clocks:
+    cpu   process CPU time on one thread: what else the machine does hardly shows (the default without a GPU).
+    wall  wall-clock time on all threads, without samples during which other processes took more than 5% of the cores.
+    cuda  CUDA events.
+
+Memory is the peak of what torch's allocator held above what it held before: on a CPU from the profiler's record (exact,
+the same in every run), on CUDA from the allocator's statistics.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["Options", "Progress", "Row", "parse_options", "peak_memory", "print_table", "quantiles", "time_in_turn"]
+
+Clock = Literal["cpu", "wall", "cuda"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement, one line of JSON. Ratios are to the limit (the dense twin, or what `ratio_to` names)."""
+
+    benchmark: str
+    variant: str
+    shape: dict[str, Any]
+    dtype: str
+    what: str  # "forward", "forward+backward", "step", "decode", ...
+    seconds: list[float] | None = None
+    """Quantiles 0.2, 0.5, 0.8; None if it was not timed."""
+    ratio: float | None = None
+    ratio_to: str = "dense"
+    peak_bytes: int | None = None
+    flops: float | None = None
+    """Active, of one call."""
+    note: str = ""
+    """Why there is no number, or what is special about it."""
+    device: str = ""
+    clock: str = ""
+    threads: int = 0
+    torch: str = torch.__version__
+    commit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all benchmarks take from the command line."""
+
+    smoke: bool
+    device: torch.device
+    clock: Clock
+    threads: int
+    rounds: int
+    output: Path | None
+
+
+def parse_options(description: str, arguments: Sequence[str] | None = None, *extra: Any) -> tuple[Options, Any]:
+    """The common options, and the namespace with those that `extra` (pairs of flags and keywords) added."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes and one round: does it run at all?")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=["cpu", "wall", "cuda"], help="default: cpu, or cuda on a GPU")
+    parser.add_argument("--threads", type=int, help="default: 1 under --clock cpu, else torch's choice")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="append JSON lines to this file")
+    for flags, keywords in extra:
+        parser.add_argument(*flags, **keywords)
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    clock: Clock = given.clock or ("cuda" if device.type == "cuda" else "cpu")
+    if (clock == "cuda") != (device.type == "cuda"):
+        parser.error(
+            f"--clock {clock} does not fit --device {device.type}; allowed are cuda on a GPU, cpu and wall elsewhere"
+        )
+    threads = given.threads or (1 if clock == "cpu" else torch.get_num_threads())
+    if clock == "cpu" and threads != 1:
+        parser.error("--clock cpu counts the time of all threads: it needs --threads 1")
+    torch.set_num_threads(threads)
+    rounds = 1 if given.smoke else given.rounds
+    return Options(given.smoke, device, clock, threads, rounds, given.output), given
+
+
+# ---- time
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], Any]],
+    options: Options,
+    *,
+    min_seconds: float = 0.05,
+    tell: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds per call of each variant, one sample per round.
+
+    A sample repeats the call for at least min_seconds. Before the first round every variant runs twice.
+
+    Args:
+        tell: called after each sample, for a progress bar.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        took = _sample(call, 1, options)
+        repeats[name] = 1 if options.smoke else max(1, round(min_seconds / max(took, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for i in range(options.rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            for _ in range(3):  # a disturbed sample is taken again, but not for ever
+                took, disturbed = _undisturbed(calls[name], repeats[name], options)
+                if not disturbed:
+                    break
+            samples[name].append(took)
+            tell()
+    return samples
+
+
+def _undisturbed(call: Callable[[], Any], repeats: int, options: Options) -> tuple[float, bool]:
+    if options.clock != "wall":
+        return _sample(call, repeats, options), False
+    others, began = _others_seconds(), time.perf_counter()
+    took = _sample(call, repeats, options)
+    elapsed = time.perf_counter() - began
+    return took, _others_seconds() - others > 0.05 * elapsed * (os.cpu_count() or 1) + 0.01
+
+
+def _sample(call: Callable[[], Any], repeats: int, options: Options) -> float:
+    if options.clock == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    began = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - began) / repeats
+
+
+def _others_seconds() -> float:
+    """CPU seconds that other processes have used on this machine so far; 0 where nobody says."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, soft_irq, steal = (int(field) for field in fields[:8])
+    busy = (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+    times = os.times()
+    return busy - times.user - times.system
+
+
+def quantiles(samples: Sequence[float]) -> list[float]:
+    """0.2, 0.5 and 0.8."""
+    return (
+        torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    )
+
+
+# ---- memory
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that the call's tensors took at their peak, above what was held before; what it returns counts too."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# ---- reports
+
+
+class Progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, max(1, total), 0
+        self.began = time.perf_counter()
+
+    def __call__(self) -> None:
+        self.done += 1
+        if not sys.stderr.isatty():
+            return
+        share = min(1.0, self.done / self.total)
+        left = (time.perf_counter() - self.began) * (1 - share) / max(share, 1e-9)
+        bar = "#" * round(30 * share)
+        end = "\r" if share < 1 else "\n"
+        print(f"{self.what:<24} [{bar:<30}] {self.done}/{self.total}  {left:4.0f} s left ", end=end, file=sys.stderr)
+
+
+def finish(rows: Iterable[Row], options: Options) -> list[Row]:
+    """Add to each row where it was measured, and append all to the output file."""
+    device = torch.cuda.get_device_name() if options.device.type == "cuda" else cpu_name()
+    done = [
+        dataclasses.replace(row, device=device, clock=options.clock, threads=options.threads, commit=commit())
+        for row in rows
+    ]
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with options.output.open("a", encoding="utf-8") as file:
+            for row in done:
+                file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+    return done
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "cpu"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with a plus sign if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; the first is flush left."""
+    cells = [list(header), *[list(line) for line in lines]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    print(f"\n{title}")
+    for i, line in enumerate(cells):
+        print(
+            "  ".join(
+                cell.ljust(w) if j == 0 else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+        )
+        if i == 0:
+            print("  ".join("-" * w for w in widths))

@@ -1,0 +1,81 @@
+"""The harness measures what it says."""
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness import commit, parse_options, peak_memory, print_table, quantiles, time_in_turn
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_cpu_time_is_of_this_process_only() -> None:
+    options, _ = parse_options("", ["--rounds", "3"])
+    samples = time_in_turn({"burns": lambda: burn(0.01), "sleeps": lambda: time.sleep(0.01)}, options, min_seconds=0.01)
+    assert [len(s) for s in samples.values()] == [3, 3]
+    assert 0.009 < quantiles(samples["burns"])[1] < 0.03
+    assert quantiles(samples["sleeps"])[1] < 0.003
+
+
+def test_variants_run_in_turn_and_in_another_order_each_round() -> None:
+    options, _ = parse_options("", ["--rounds", "3"])
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) or burn(0.001) for name in "abc"}  # type: ignore[misc, func-returns-value]
+    time_in_turn(calls, options, min_seconds=1e-6)
+    assert order[6:] == list("abcbcacab")  # after two of each for warming up
+
+
+def test_wall_clock_sees_sleep() -> None:
+    options, _ = parse_options("", ["--rounds", "2", "--clock", "wall", "--threads", "1"])
+    samples = time_in_turn({"sleeps": lambda: time.sleep(0.01)}, options, min_seconds=0.01)
+    assert quantiles(samples["sleeps"])[1] > 0.009
+
+
+def test_peak_memory_is_exact() -> None:
+    held = torch.zeros(1000)
+
+    def call() -> Tensor:
+        a = torch.zeros(1_000_000)  # 4 MB
+        b = a + 1  # 8
+        del a
+        c = b[:1000] * 2  # 4 + a little
+        d = torch.zeros(500_000)  # 6
+        return c + d[:1000] + held
+
+    device = torch.device("cpu")
+    assert peak_memory(call, device) == pytest.approx(8_000_000, abs=100)  # numbers such as the 1 are tensors as well
+    assert peak_memory(lambda: held + held, device) == pytest.approx(4000, abs=100)
+    assert peak_memory(lambda: None, device) == 0
+
+
+def test_clocks_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--clock", "cuda", "--device", "cpu"], "--clock cuda does not fit --device cpu"),
+        (["--clock", "cpu", "--threads", "2", "--device", "cpu"], "it needs --threads 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_options("", arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_quantiles_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == pytest.approx([1.8, 3.0, 4.2])
+    print_table("title", ["a", "b"], [["x", "1"], ["long", "22"]])
+    assert capsys.readouterr().out == "\ntitle\na      b\n----  --\nx      1\nlong  22\n"
+
+
+def test_the_commit_is_that_of_the_checkout() -> None:
+    assert len(commit().rstrip("+")) >= 7
