@@ -3,10 +3,10 @@
     python -m benchmarks.gpu --output benchmarks/results/gpu.jsonl
 
 bf16 throughout. The ceiling is a large matmul measured in the same run; the limit of a MoE layer is a dense SwiGLU of
-equal active FLOPs. Also: does the layer synchronise with the host, can a CUDA graph capture it, attention to 128k tokens,
-the loss at Llama 4's vocabulary, and a training step with its MFU (active FLOPs over the chip's dense bf16 peak, by the
-table here). Needs torch >= 2.10, einops and CUDA (PYTHONPATH=src is enough); --smoke --device cpu runs the same code at
-toy sizes.
+equal active FLOPs. Also: does the layer synchronise with the host, can a CUDA graph capture it, attention to 128k
+tokens, the loss at Llama 4's vocabulary, and a training step with its MFU (active FLOPs over the chip's dense bf16
+peak, by the table here). Needs torch >= 2.10, einops and CUDA (PYTHONPATH=src is enough); --smoke --device cpu runs the
+same code at toy sizes.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
+from benchmarks.limit import DenseSwiGLU
 from moesaic.layers import Attention, MoE, RotaryEmbedding
 from moesaic.losses import linear_cross_entropy, load_balance_loss
 from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
@@ -43,19 +44,6 @@ def device_peak(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in DENSE_PEAK.items() if all(word in name for word in part.split())), None)
-
-
-class DenseTwin(nn.Module):
-    """SwiGLU of the width that a token meets in the MoE layer, gate and up in one product."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(dim, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
 
 
 def forward(layer: nn.Module, x: Tensor) -> None:
@@ -83,7 +71,7 @@ def moe_layers(options: Options) -> Iterator[Row]:
     for dim, width, experts, tokens in shapes:
         with options.device:
             moe = MoE.build(dim, width, experts, dtype=torch.bfloat16)
-            dense = DenseTwin(dim, 2 * width).bfloat16()
+            dense = DenseSwiGLU(dim, 2 * width).bfloat16()
             x = torch.randn(tokens, dim, dtype=torch.bfloat16).requires_grad_()
             upstream = torch.randn(tokens, dim, dtype=torch.bfloat16)
         forward_flops = 6.0 * tokens * dim * 2 * width
@@ -146,8 +134,8 @@ def graph_capture(layer: nn.Module, x: Tensor, device: torch.device) -> str:
             return f"cannot be captured: {str(error).splitlines()[0]}"
         static.copy_(other)
         graph.replay()
-        error = (captured - layer(other)).float().norm() / captured.float().norm()
-    return f"captured; replay with other tokens differs by {error.item():.1e}"
+        distance = (captured - layer(other)).float().norm() / captured.float().norm()
+    return f"captured; replay with other tokens differs by {distance.item():.1e}"
 
 
 def attention(options: Options) -> Iterator[Row]:
@@ -288,7 +276,7 @@ def report(rows: Sequence[Row]) -> None:
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB"
         shape = " ".join(f"{key} {value}" for key, value in row.shape.items())
         lines.append([row.benchmark, row.variant, row.what, shape, ratio, peak, row.note])
-    print_table("gpu suite", ["", "", "", "shape", "time / limit", "peak", ""], lines)
+    print_table("gpu suite", ["question", "", "", "shape", "time / limit", "peak", ""], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:

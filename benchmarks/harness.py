@@ -46,6 +46,8 @@ class Row:
     ratio: float | None = None
     ratio_to: str = "dense"
     peak_bytes: int | None = None
+    activation_bytes: int | None = None
+    """peak_bytes less the gradients of weights, which every layer has to return."""
     flops: float | None = None
     """Active, of one call."""
     note: str = ""

@@ -12,6 +12,7 @@ from moesaic.layers.attention import (
     causal_attention,
     masked_attention,
 )
+from moesaic.layers.benchmark import benchmark_layer
 from moesaic.layers.dispatch import DispatchContext, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import BACKENDS, Experts, choose_backend, run_experts
 from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
@@ -40,6 +41,7 @@ __all__ = [
     "ShortConvolution",
     "TopKRouter",
     "UniformRouter",
+    "benchmark_layer",
     "causal_attention",
     "choose_backend",
     "count_tokens",
