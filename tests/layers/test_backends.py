@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from reference.comparing import assert_close, assert_gradients, redraw
-from torch import Tensor
+from reference.comparing import OutputSizes, assert_close, assert_gradients, redraw
+from torch import Tensor, nn
 
-from moesaic.layers import ACTIVATIONS, BACKENDS, Experts, MoE, choose_backend
+from moesaic.layers import ACTIVATIONS, BACKENDS, Experts, MoE, choose_backend, run_experts
 
 DIM, HIDDEN = 16, 24
 
@@ -86,6 +86,11 @@ def test_loop_equals_one_row_at_a_time(activation: str) -> None:
         "silu": lambda x: x / (1 + torch.exp(-x)),
         "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
         "relu": lambda x: x * (x > 0),
+        "gelu_tanh": lambda x: x * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+        "relu2": lambda x: x * x * (x > 0),
+        "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+        "linear": lambda x: x,
     }
     counts = [2, 0, 3]
     experts = redraw(Experts(3, DIM, HIDDEN, activation=activation, backend="loop", dtype=torch.float64))
@@ -152,27 +157,43 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "dim", "hidden_dim", "name", "reason"),
+    ("device", "dtype", "dim", "hidden_dim", "asked", "name", "reason"),
     [
-        (CPU, torch.float32, 16, 24, "grouped", "no padding"),
-        (CPU, torch.bfloat16, 16, 24, "grouped", "no padding"),
-        (CUDA, torch.bfloat16, 16, 24, "grouped", "no padding"),
-        (CPU, torch.float64, 16, 24, "loop", "float64"),
-        (CUDA, torch.float32, 16, 24, "padded", "bfloat16"),
-        (MPS, torch.float32, 16, 24, "padded", "mps"),
-        (CPU, torch.float32, 6, 24, "loop", "dim=6"),
-        (CPU, torch.float32, 16, 10, "loop", "hidden_dim=10"),
-        (CPU, torch.bfloat16, 12, 24, "loop", "dim=12"),  # 24 bytes, where fp32 has 48
-        (CPU, torch.float32, 12, 24, "grouped", "no padding"),
-        (CUDA, torch.bfloat16, 16, 4, "loop", "hidden_dim=4"),
+        (CPU, torch.float32, 16, 24, "auto", "sliced", "the least memory"),
+        (CPU, torch.float64, 6, 10, "auto", "sliced", "the least memory"),
+        (CUDA, torch.bfloat16, 16, 24, "auto", "grouped", "no padding"),
+        (CUDA, torch.float32, 16, 24, "auto", "padded", "wants bfloat16"),
+        (CUDA, torch.bfloat16, 16, 4, "auto", "padded", "hidden_dim=4"),
+        (MPS, torch.float32, 16, 24, "auto", "padded", "mps"),
+        (CPU, torch.float32, 16, 24, "grouped", "grouped", "as asked for"),
+        (CPU, torch.float64, 16, 24, "grouped", "sliced", "no torch.float64 kernel"),
+        (CPU, torch.float32, 6, 24, "grouped", "sliced", "dim=6"),
+        (CPU, torch.bfloat16, 12, 24, "grouped", "sliced", "dim=12"),  # 24 bytes, where fp32 has 48
+        (CPU, torch.float32, 12, 24, "grouped", "grouped", "as asked for"),
+        (CPU, torch.float64, 6, 10, "padded", "padded", "as asked for"),
+        (CPU, torch.float64, 6, 10, "loop", "loop", "as asked for"),
     ],
 )
 def test_choose_backend(
-    device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, name: str, reason: str
+    device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, asked: str, name: str, reason: str
 ) -> None:
-    found, why = choose_backend(device, dtype, dim, hidden_dim)
+    """What a backend cannot do falls to one that can, and the reason is told."""
+    found, why = choose_backend(device, dtype, dim, hidden_dim, asked)
     assert found == name
     assert reason in why
+
+
+def test_an_activation_that_cannot_be_repeated_is_not_given_to_sliced() -> None:
+    """Its backward calls the activation again: parameters would get no gradient, random numbers would differ."""
+    trained, random = nn.PReLU(dtype=torch.float64), nn.RReLU()
+    for activation, reason in ((trained, "parameters that train"), (random, "random numbers")):
+        found, why = choose_backend(CPU, torch.float64, 16, 16, "sliced", activation)
+        assert found not in ("sliced", "sliced_recompute") and reason in why
+    assert choose_backend(CPU, torch.float64, 16, 16, "sliced", nn.ReLU())[0] == "sliced"
+    weights = [torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)]
+    rows, counts = torch.randn(5, 3, dtype=torch.float64), torch.tensor([2, 3])
+    run_experts(rows, *weights, counts, trained).sum().backward()
+    assert trained.weight.grad is not None and trained.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
@@ -196,11 +217,116 @@ def test_auto_runs_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     counts = torch.tensor([2, 2])
     Experts(2, 16, 16)(torch.randn(4, 16), counts)
-    Experts(2, 6, 16)(torch.randn(4, 6), counts)
     Experts(2, 16, 16, backend="padded")(torch.randn(4, 16), counts)
+    Experts(2, 6, 16, backend="grouped")(torch.randn(4, 6), counts)
     with torch.autocast("cpu", torch.bfloat16):  # 12 columns are enough for grouped_mm in fp32, not in bf16
-        Experts(2, 12, 16)(torch.randn(4, 12), counts)
-    assert ran == ["grouped", "loop", "padded", "loop"]
+        Experts(2, 12, 16, backend="grouped")(torch.randn(4, 12), counts)
+    assert ran == ["sliced", "padded", "sliced", "sliced"]
+
+
+SLICED = [name for name in BACKENDS if name.startswith("sliced")]
+
+
+@pytest.mark.parametrize("name", SLICED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_transposed_weights_and_their_gradients(name: str, dtype: torch.dtype) -> None:
+    """Stacked (E, out, in), as in Mixtral: no copy is made, and gradients have the layout of the weights."""
+    gate_up, down = torch.randn(3, 2 * HIDDEN, DIM, dtype=dtype), torch.randn(3, DIM, HIDDEN, dtype=dtype)
+    counts = torch.tensor([2, 0, 5])
+    rows = torch.randn(7, DIM, dtype=dtype)
+    results = []
+    for backend in (name, "loop"):
+        leaves = [x.clone().requires_grad_() for x in (rows, gate_up, down)]
+        y = run_experts(leaves[0], leaves[1].mT, leaves[2].mT, counts, F.silu, backend)
+        y.sum().backward()
+        results.append((y, {n: leaf.grad for n, leaf in zip(("rows", "gate_up", "down"), leaves, strict=True)}))
+    tolerance = 1e-12 if dtype == torch.float64 else 0.03
+    assert_close(results[0][0], results[1][0], tolerance, "rows out")
+    assert_gradients(results[0][1], results[1][1], tolerance)
+
+
+@pytest.mark.parametrize("frozen", ["rows", "gate_up", "down", "weights", "everything"])
+@pytest.mark.parametrize("name", SLICED)
+def test_only_what_needs_a_gradient_gets_one(name: str, frozen: str) -> None:
+    needed = {"rows", "gate_up", "down"} - {frozen}
+    if frozen in ("weights", "everything"):
+        needed = {"rows"} if frozen == "weights" else set()
+    shapes = {"rows": (7, DIM), "gate_up": (3, DIM, 2 * HIDDEN), "down": (3, HIDDEN, DIM)}
+    drawn = {n: torch.randn(shape, dtype=torch.float64) for n, shape in shapes.items()}
+    results = []
+    for backend in (name, "loop"):
+        leaves = {n: x.clone().requires_grad_(n in needed) for n, x in drawn.items()}
+        y = run_experts(*leaves.values(), torch.tensor([2, 0, 5]), F.silu, backend)
+        assert y.requires_grad == bool(needed)
+        if needed:
+            y.square().sum().backward()
+        results.append({n: leaf.grad for n, leaf in leaves.items() if n in needed})
+        assert all(leaf.grad is None for n, leaf in leaves.items() if n not in needed)
+    assert_gradients(results[0], results[1], 1e-12)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_second_derivatives_are_refused(name: str) -> None:
+    experts = Experts(2, DIM, HIDDEN, backend=name)
+    rows = torch.randn(4, DIM, requires_grad=True)
+    (first,) = torch.autograd.grad(experts(rows, torch.tensor([1, 3])).sum(), rows, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only: use backend='loop'"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_gradients_accumulate(name: str) -> None:
+    experts, oracle = Experts(3, DIM, HIDDEN, backend=name), Experts(3, DIM, HIDDEN, backend="loop")
+    oracle.load_state_dict(experts.state_dict())
+    for counts in ([1, 0, 4], [0, 5, 0]):
+        rows = torch.randn(5, DIM)
+        for layer in (experts, oracle):
+            layer(rows, torch.tensor(counts)).square().sum().backward()
+    found, expected = ({n: p.grad for n, p in layer.named_parameters()} for layer in (experts, oracle))
+    assert_gradients(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_many_rows_of_one_expert_are_worked_on_in_pieces(name: str) -> None:
+    experts, oracle = Experts(2, 4, 3, backend=name), Experts(2, 4, 3, backend="loop")
+    oracle.load_state_dict(experts.state_dict())
+    rows, counts = torch.randn(2500, 4), torch.tensor([2300, 200])
+    results = []
+    for layer in (experts, oracle):
+        leaf = rows.clone().requires_grad_()
+        y = layer(leaf, counts)
+        y.square().mean().backward()
+        results.append((y, {"rows": leaf.grad, **{n: p.grad for n, p in layer.named_parameters()}}))
+    assert_close(results[0][0], results[1][0], 1e-5, "rows out")
+    assert_gradients(results[0][1], results[1][1], 1e-4)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_no_cast_of_a_whole_stacked_weight(name: str) -> None:
+    """Under autocast fp32 weights become bf16 one expert at a time, forward and backward."""
+    experts = Experts(8, DIM, HIDDEN, backend=name)
+    rows, counts = torch.randn(8, DIM, requires_grad=True), torch.full((8,), 1)
+    with OutputSizes() as sizes, torch.autocast("cpu", torch.bfloat16):
+        y = experts(rows, counts)
+    with sizes:
+        y.float().sum().backward()
+    whole = {(8, DIM, 2 * HIDDEN), (8, HIDDEN, DIM)}
+    assert sizes.calls["aten::_to_copy"] <= 4  # rows, their gradient, the result and its gradient
+    casts = {shape for shape in sizes.shapes if shape in whole}
+    assert casts == whole  # the weights' gradients, and nothing else of that size
+    assert experts.gate_up_proj.grad is not None and experts.gate_up_proj.grad.dtype == torch.float32
+
+
+def test_half_precision_matmuls_meet_few_shapes() -> None:
+    """oneDNN compiles a matmul for every new shape, which takes longer than running it."""
+    experts = Experts(4, DIM, HIDDEN, dtype=torch.bfloat16)
+    shapes = set()
+    for i in range(12):
+        counts = torch.tensor([30 + i, 40 - i, 17 + 2 * i, 1 + i])
+        with OutputSizes() as sizes, torch.no_grad():
+            experts(torch.randn(int(counts.sum()), DIM, dtype=torch.bfloat16), counts)
+        shapes |= {shape for shape in sizes.shapes if len(shape) == 2 and shape[1] == 2 * HIDDEN}
+    assert len(shapes) <= 12
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, "auto"])
@@ -227,7 +353,7 @@ def test_one_expert_is_a_feed_forward_network() -> None:
     ("arguments", "message"),
     [
         ({"activation": "swish"}, r"activation='swish': allowed are silu, gelu, relu"),
-        ({"backend": "fast"}, r"backend='fast': allowed are auto, loop, padded, grouped"),
+        ({"backend": "fast"}, r"backend='fast': allowed are auto, loop, padded, grouped, sliced, sliced_recompute"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, str], message: str) -> None:

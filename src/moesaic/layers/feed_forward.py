@@ -9,7 +9,6 @@ from torch import Tensor, nn
 __all__ = ["ACTIVATIONS", "FeedForward"]
 
 
-
 def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
