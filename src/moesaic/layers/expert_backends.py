@@ -31,7 +31,8 @@ def loop(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, a
 
 def padded(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, activation: Activation) -> Tensor:
     """One batched matmul, every expert padded to the fullest one: good when balanced, memory grows with skew."""
-    num_experts, capacity = gate_up.size(0), int(rows_per_expert.max())
+    # at least 2 rows: a compiler would otherwise have to ask whether they are 0 or 1
+    num_experts, capacity = gate_up.size(0), torch.sym_max(int(rows_per_expert.max()), 2)
     first_row = rows_per_expert.cumsum(0) - rows_per_expert
     expert_of_row = torch.arange(num_experts, device=rows.device).repeat_interleave(rows_per_expert)
     place = torch.arange(rows.size(0), device=rows.device) - first_row[expert_of_row]
