@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 
-.PHONY: install train test lint clean
+.PHONY: install train test bench lint clean
 
 install: .venv/installed
 
@@ -25,6 +25,9 @@ train: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: install
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("harness", "limit", "__init__"))
+NAMES = sorted(
+    path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("harness", "limit", "__init__", "__main__")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +79,19 @@ def test_what_needs_too_much_memory_is_left_out_with_the_size() -> None:
     assert case.copied_bytes() == 3 * 1000 * 8 * 3 * 100 * 100 * 4
     assert "about 3 GB, allowed 1" in (acceleration.obstacle(case, "batched_mm", 1.0) or "")
     assert acceleration.obstacle(case, "grouped_mm", 1.0) is None
+
+
+def test_all_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import NAMES as IN_TURN
+    from benchmarks.__main__ import main
+
+    assert set(IN_TURN) == set(NAMES) - {"acceleration", "gpu"}
+    arguments = ["--smoke", "--only", "experts", "scaling", "--directory", str(tmp_path / "new")]
+    main(arguments)
+    rows = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
+    assert {row["benchmark"] for row in rows} == {"experts", "scaling"}
+    for name in ("experts", "scaling"):
+        assert (tmp_path / "new" / f"{name}.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "choose another directory" in capsys.readouterr().err
