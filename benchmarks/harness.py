@@ -29,6 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 __all__ = ["Options", "Progress", "Row", "parse_options", "peak_memory", "print_table", "quantiles", "time_in_turn"]
 
 Clock = Literal["cpu", "wall", "cuda"]
+PATIENCE = 0.5
+"""Seconds."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -109,18 +111,23 @@ def time_in_turn(
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant, one sample per round.
 
-    A sample repeats the call for at least min_seconds. Before the first round every variant runs twice.
+    A sample repeats the call for at least min_seconds. Before the first round every variant runs twice; one that takes
+    longer than PATIENCE then, and four times as long as the fastest, is not run again.
 
     Args:
         tell: called after each sample, for a progress bar.
     """
-    repeats = {}
+    once = {}
     for name, call in calls.items():
         call()
-        took = _sample(call, 1, options)
-        repeats[name] = 1 if options.smoke else max(1, round(min_seconds / max(took, 1e-7)))
+        once[name] = _sample(call, 1, options)
+    fastest = min(once.values())
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    for name, took in once.items():
+        if took > PATIENCE and took > 4 * fastest:
+            samples[name].append(took)
+    names = [name for name in calls if not samples[name]]
+    repeats = {n: 1 if options.smoke else max(1, round(min_seconds / max(once[n], 1e-7))) for n in names}
     for i in range(options.rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             for _ in range(3):  # a disturbed sample is taken again, but not for ever

@@ -98,8 +98,8 @@ def run_sliced(
         raise ValueError(f"rows_per_expert sums to {sum(counts)}: there are {rows.size(0)} rows")
     place = None
     if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
-        counts, place = pad_to_16(counts, rows_per_expert)
-        rows = rows.new_zeros(sum(counts), rows.size(1)).index_copy(0, place, rows)
+        counts, source, place = pad_to_16(rows_per_expert)
+        rows = rows.index_select(0, source)
     rows = rows.contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, gate_up, down)):
         y = SlicedExperts.apply(rows, gate_up, down, counts, activation, recompute)[0]
@@ -108,15 +108,22 @@ def run_sliced(
     return y if place is None else y.index_select(0, place)
 
 
-def pad_to_16(counts: list[int], rows_per_expert: Tensor) -> tuple[list[int], Tensor]:
-    """Row counts rounded up to multiples of 16, and the place (R,) of each row among the rows padded that way.
+def pad_to_16(rows_per_expert: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """Row counts rounded up to multiples of 16, the row to put at each place, and the place (R,) of each row.
 
     oneDNN, which does torch's half precision matmuls on a CPU, compiles one for every shape that it has not met lately.
     That takes longer than to run it, and row counts never stop to change. 16 rows are a tile of AMX.
+
+    An expert is filled up with its own last row, whose copies get no gradient: a row of zeros is where some activations
+    have no derivative.
     """
-    padded = [-(-count // 16) * 16 for count in counts]
-    shifts = torch.tensor([0, *padded[:-1]]).cumsum(0) - torch.tensor([0, *counts[:-1]]).cumsum(0)
-    return padded, torch.arange(sum(counts)) + shifts.repeat_interleave(rows_per_expert)
+    padded = (rows_per_expert + 15) // 16 * 16
+    first_row, first_place = rows_per_expert.cumsum(0) - rows_per_expert, padded.cumsum(0) - padded
+    expert = torch.arange(padded.size(0)).repeat_interleave(padded)
+    place_in_expert = torch.arange(expert.size(0)) - first_place[expert]
+    source = first_row[expert] + torch.minimum(place_in_expert, rows_per_expert[expert] - 1)
+    place = torch.arange(int(rows_per_expert.sum())) + (first_place - first_row).repeat_interleave(rows_per_expert)
+    return padded.tolist(), source, place
 
 
 class SlicedExperts(torch.autograd.Function):
