@@ -3,10 +3,10 @@
     python -m moesaic.interop logits DIRECTORY INPUTS OUTPUT [--dtype float32] [--prefill N]
     python -m moesaic.interop roundtrip DIRECTORY OUTPUT_DIRECTORY
 
-DIRECTORY has config.json and (sharded) safetensors in transformers' format. INPUTS holds input_ids (B, L) and, if some of
-them are padding, attention_mask (B, L): .safetensors, .npz or .pt with these names, .json with these keys, or .npy with
-the ids alone. OUTPUT gets the logits (B, L, V) in fp32 (fp64 for fp64 weights): .safetensors, .npz or .pt under the name
-logits, or .npy. --prefill N runs the first N tokens at once and the rest one by one through the KV cache.
+DIRECTORY has config.json and (sharded) safetensors in transformers' format. INPUTS holds input_ids (B, L) and, if some
+of them are padding, attention_mask (B, L): .safetensors, .npz or .pt with these names, .json with these keys, or .npy
+with the ids alone. OUTPUT gets the logits (B, L, V) in fp32 (fp64 of fp64 weights): .safetensors, .npz or .pt under the
+name logits, or .npy. --prefill N runs the first N tokens at once and the rest one by one through the KV cache.
 """
 
 import argparse
