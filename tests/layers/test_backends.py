@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from reference.comparing import OutputSizes, assert_close, assert_gradients, redraw
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moesaic.layers import ACTIVATIONS, BACKENDS, Experts, MoE, choose_backend, run_experts
 
@@ -227,6 +228,136 @@ def test_auto_runs_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 SLICED = [name for name in BACKENDS if name.startswith("sliced")]
 
 
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "in place", "no derivative at 0"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", SLICED)
+def test_any_activation(name: str, dtype: torch.dtype, activation: str) -> None:
+    others: dict[str, Callable[[Tensor], Tensor]] = {
+        "in place": lambda x: x.mul_(2).add_(1),
+        "no derivative at 0": lambda x: x.abs().sqrt(),
+    }
+    function = {**ACTIVATIONS, **others}[activation]
+    oracle = (lambda x: 2 * x + 1) if activation == "in place" else function
+    drawn = [torch.randn(5, DIM), torch.randn(3, DIM, 2 * HIDDEN) * DIM**-0.5, torch.randn(3, HIDDEN, DIM)]
+    drawn = [x.to(dtype) for x in drawn]
+    results = []
+    for backend, f in ((name, function), ("loop", oracle)):
+        leaves = [x.clone().requires_grad_() for x in (drawn if backend == name else [x.double() for x in drawn])]
+        y = run_experts(*leaves, torch.tensor([1, 0, 4]), f, backend)
+        y.sum().backward()
+        results.append((y, dict(zip(("rows", "gate_up", "down"), (leaf.grad for leaf in leaves), strict=True))))
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    assert_close(results[0][0], results[1][0], tolerance, "rows out")
+    assert_gradients(results[0][1], results[1][1], tolerance)
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, torch.tanh])
+@pytest.mark.parametrize("name", SLICED)
+def test_gradcheck_of_the_function(name: str, activation: Callable[[Tensor], Tensor]) -> None:
+    shapes = [(5, 4), (3, 4, 6), (3, 3, 4)]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    counts = torch.tensor([1, 0, 4])
+    assert torch.autograd.gradcheck(lambda *x: run_experts(*x, counts, activation, name), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", SLICED)
+def test_rows_need_not_be_contiguous(name: str, dtype: torch.dtype) -> None:
+    experts, counts = Experts(3, DIM, HIDDEN, backend=name, dtype=dtype), torch.tensor([1, 0, 4])
+    rows = torch.randn(DIM, 5, dtype=dtype).t()
+    assert torch.equal(experts(rows, counts), experts(rows.contiguous(), counts))
+    assert torch.equal(experts(rows[:1].expand(5, -1), counts), experts(rows[:1].repeat(5, 1), counts))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", SLICED)
+def test_under_activation_checkpointing(name: str, reentrant: bool) -> None:
+    experts, counts = Experts(3, DIM, HIDDEN, backend=name), torch.tensor([1, 0, 4])
+    rows = torch.randn(5, DIM, requires_grad=True)
+    results = []
+    for checkpointed in (False, True):
+        experts.zero_grad()
+        rows.grad = None
+        y = checkpoint(experts, rows, counts, use_reentrant=reentrant) if checkpointed else experts(rows, counts)
+        y.square().sum().backward()
+        results.append({"rows": rows.grad, **{n: p.grad for n, p in experts.named_parameters()}})
+    assert_gradients(results[1], results[0], 0)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_functional_gradients(name: str) -> None:
+    experts, counts = Experts(3, DIM, HIDDEN, backend=name, dtype=torch.float64), torch.tensor([1, 0, 4])
+    rows = torch.randn(5, DIM, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(experts, weights, (rows, counts)).square().sum()
+
+    found = torch.func.grad(loss)({n: p.detach() for n, p in experts.named_parameters()})
+    experts(rows, counts).square().sum().backward()
+    assert_gradients(found, {n: p.grad for n, p in experts.named_parameters()}, 1e-12)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_nothing_is_kept_without_gradients(name: str) -> None:
+    experts, counts = Experts(3, DIM, HIDDEN, backend=name), torch.tensor([400, 0, 300])
+    rows = torch.randn(700, DIM)
+    with torch.inference_mode(), OutputSizes() as sizes:
+        y = experts(rows, counts)
+    assert sizes.largest < 700 * 2 * HIDDEN  # the pre-activations of all rows
+    assert torch.equal(y, experts(rows, counts))
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_memory_grows_with_rows_not_with_experts(name: str) -> None:
+    experts, counts = Experts(64, 4, 3, backend=name), torch.tensor([0] * 10 + [200] + [0] * 53)
+    rows = torch.randn(200, 4, requires_grad=True)
+    with OutputSizes() as sizes:
+        experts(rows, counts).sum().backward()
+    assert sizes.largest <= 64 * 4 * 6  # the weights; rows of all experts would be 64 * 200 * 4
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_what_keeps_the_pre_activations_and_what_does_not(name: str) -> None:
+    saved: list[tuple[int, ...]] = []
+    experts, rows = Experts(2, DIM, HIDDEN, backend=name), torch.randn(8, DIM)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)), lambda _: None):
+        experts(rows, torch.tensor([3, 5]))
+    own = {"sliced": [(8, 2 * HIDDEN)], "sliced_recompute": []}[name]
+    assert sorted(saved) == sorted([(8, DIM), (2, DIM, 2 * HIDDEN), (2, HIDDEN, DIM), *own])
+
+
+@pytest.mark.parametrize("name", SLICED)
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [([2, 2], "counts the rows of 2 experts: gate_up has 3"), ([2, 2, 2], "sums to 6: there are 5 rows")],
+)
+def test_counts_that_do_not_fit(name: str, counts: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Experts(3, DIM, HIDDEN, backend=name)(torch.randn(5, DIM), torch.tensor(counts))
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
+def test_rows_and_weights_of_different_dtypes(name: str) -> None:
+    with pytest.raises(ValueError, match=r"rows are torch\.bfloat16, gate_up torch\.float32"):
+        Experts(3, DIM, HIDDEN, backend=name)(torch.randn(5, DIM).bfloat16(), torch.tensor([1, 0, 4]))
+
+
+def test_under_compilation_sliced_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for dtype, name in ((torch.float32, "padded"), (torch.bfloat16, "grouped")):
+        for asked in ("auto", *SLICED):
+            found, why = choose_backend(CPU, dtype, 16, 24, asked)
+            assert found == name
+            assert asked == "auto" or "torch.compile would compile anew" in why
+
+
+def test_the_printed_module_says_what_runs() -> None:
+    assert "backend=grouped (runs sliced: grouped_mm has no torch.float64" in repr(
+        Experts(2, 16, 16, backend="grouped", dtype=torch.float64)
+    )
+    assert "backend=grouped)" in repr(Experts(2, 16, 16, backend="grouped"))
+
+
 @pytest.mark.parametrize("name", SLICED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_transposed_weights_and_their_gradients(name: str, dtype: torch.dtype) -> None:
@@ -286,19 +417,30 @@ def test_gradients_accumulate(name: str) -> None:
     assert_gradients(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", SLICED)
-def test_many_rows_of_one_expert_are_worked_on_in_pieces(name: str) -> None:
+def test_many_rows_of_one_expert_are_worked_on_in_pieces(name: str, autocast: bool) -> None:
     experts, oracle = Experts(2, 4, 3, backend=name), Experts(2, 4, 3, backend="loop")
     oracle.load_state_dict(experts.state_dict())
     rows, counts = torch.randn(2500, 4), torch.tensor([2300, 200])
     results = []
     for layer in (experts, oracle):
         leaf = rows.clone().requires_grad_()
-        y = layer(leaf, counts)
-        y.square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and layer is experts):
+            y = layer(leaf, counts)
+        y.float().square().mean().backward()
         results.append((y, {"rows": leaf.grad, **{n: p.grad for n, p in layer.named_parameters()}}))
-    assert_close(results[0][0], results[1][0], 1e-5, "rows out")
-    assert_gradients(results[0][1], results[1][1], 1e-4)
+    assert_close(results[0][0], results[1][0], 0.03 if autocast else 1e-5, "rows out")
+    assert_gradients(results[0][1], results[1][1], 0.05 if autocast else 1e-4)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_the_backward_makes_nothing_as_large_as_the_pre_activations(name: str) -> None:
+    experts, rows = Experts(8, DIM, HIDDEN, backend=name), torch.randn(4000, DIM, requires_grad=True)
+    y = experts(rows, torch.full((8,), 500))
+    with OutputSizes() as sizes:
+        y.sum().backward()
+    assert sizes.largest <= 4000 * DIM  # gradients of rows
 
 
 @pytest.mark.parametrize("name", SLICED)
