@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["main"]
 
-NAMES = ("experts", "peers", "scaling", "attention", "loss", "training_step")
+NAMES = ("experts", "peers", "scaling", "attention", "loss", "training_step", "decoding")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ TIERS = {
     "testing": 2,
     "training": 3,
 }
-ALLOWED_WITHIN_TIER = {("config", "errors")}
+ALLOWED_WITHIN_TIER = {("config", "errors"), ("models", "losses")}
 CORE = {"layers", "losses", "models"}
 
 MODULES = sorted(

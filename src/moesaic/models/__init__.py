@@ -4,6 +4,7 @@ from moesaic.models.accounting import Account, LayerAccount, account, kv_cache_b
 from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.decoder import Block, Decoder, DecoderOutput, build_decoder
 from moesaic.models.generation import generate, sample
+from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
 from moesaic.models.presets import llama4_behemoth_guess, llama4_maverick, llama4_scout, llama4_toy
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "DecoderOutput",
     "LayerAccount",
     "LayerConfig",
+    "MemoryEstimate",
     "MoEConfig",
     "account",
     "build_decoder",
+    "estimate_memory",
     "generate",
     "kv_cache_bytes",
     "llama4_behemoth_guess",
@@ -25,4 +28,5 @@ __all__ = [
     "llama4_scout",
     "llama4_toy",
     "sample",
+    "trace_memory",
 ]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.models import Account, Decoder, DecoderConfig
+from moesaic.models.memory import LiveBytes
 from moesaic.training.config import RunConfig
 
 __all__ = ["activation_bytes", "print_summary", "print_verdict"]
@@ -20,19 +21,10 @@ def activation_bytes(decoder: Decoder, batch_size: int, seq_len: int) -> int:
 
     The logits are not among them: the training loss never builds them all.
     """
-    stored: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            stored[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=decoder.embedding.weight.device)
-        kept = decoder.hidden_states(tokens)  # alive until counted, so that no storage is reused
-        total = sum(stored.values())
+    tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=decoder.embedding.weight.device)
+    with LiveBytes([tokens, *decoder.parameters()]) as live:
+        kept = decoder.hidden_states(tokens)[0]
+        total = live.current
         del kept
     return total * batch_size
 

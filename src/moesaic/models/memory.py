@@ -1,0 +1,577 @@
+"""Bytes of a training step and of a KV cache: by formula, and counted on tensors without memory.
+
+`estimate_memory` is closed forms over the layers. `trace_memory` runs the real step on fake tensors (shapes, no memory)
+and counts the storages that are alive, so it knows own parts as well. Both describe one process on a CPU. The tests
+hold both against the peak that torch's profiler sees in a real step.
+"""
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moesaic.errors import InputError
+from moesaic.layers import (
+    ACTIVATIONS,
+    Attention,
+    AttentionCache,
+    Experts,
+    FeedForward,
+    MoE,
+    ShortConvolution,
+    TopKRouter,
+    choose_backend,
+)
+from moesaic.losses.cross_entropy import CHUNK_ELEMENTS, VOCABULARY_BLOCK, linear_cross_entropy
+from moesaic.models.accounting import kv_cache_bytes
+from moesaic.models.config import DecoderConfig
+from moesaic.models.decoder import Block, Decoder, build_decoder
+
+__all__ = ["LiveBytes", "MemoryEstimate", "estimate_memory", "trace_memory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. What is alive at different times does not add up: `step`, `optimizer_step` and `total` are peaks."""
+
+    weights: int
+    gradients: int
+    """Of all weights, as they stand after the backward."""
+    optimizer: int
+    """The optimiser's state; 0 without one."""
+    activations: int
+    """What the forward pass keeps for the backward, up to the hidden states that the loss sees."""
+    loss: int
+    """Most that `linear_cross_entropy` holds on top: a chunk of logits, and the gradients of head and hidden states."""
+    step: int
+    """Peak of forward, loss and backward above weights and optimiser state. Gradients appear on the way."""
+    optimizer_step: int
+    """Most that the optimiser holds while it steps, above weights and state: the gradients, and Muon's matrices."""
+    kv_cache: int
+    """Keys and values that decoding token number seq_len of every sequence reads, see `kv_cache_bytes`."""
+
+    @property
+    def total(self) -> int:
+        """Peak of training."""
+        return self.weights + self.optimizer + max(self.step, self.optimizer_step)
+
+    @property
+    def decoding(self) -> int:
+        """Weights and KV cache; the activations of one token are small beside them."""
+        return self.weights + self.kv_cache
+
+
+def _check_sizes(batch_size: int, seq_len: int, dtype: torch.dtype) -> None:
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise InputError(f"{name}={value}: allowed are numbers >= 1")
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype={dtype}: allowed are floating-point types")
+
+
+# ---- by formula
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One stretch of the forward pass, and its backward. Bytes."""
+
+    kept: int
+    """For the backward."""
+    peak: int
+    """Most that is alive in its backward: what it kept, temporaries, gradients; not the residual stream's gradient."""
+    gradients: int = 0
+    """Of its weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the formulas of all parts need."""
+
+    batch_size: int
+    seq_len: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of one number in the dtype of the weights."""
+        return self.dtype.itemsize
+
+    @property
+    def exact_bytes(self) -> int:
+        """Of one number where statistics, rotations and softmax are computed: at least fp32."""
+        return max(self.dtype.itemsize, torch.float32.itemsize)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def stream(self) -> int:
+        """Bytes of one (T, D)."""
+        return self.tokens * self.dim * self.bytes
+
+
+def estimate_memory(
+    config: DecoderConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    optimizer: str | None = "adamw",
+    checkpoint_activations: bool = False,
+) -> MemoryEstimate:
+    """Memory of one training step and of decoding, in closed form; nothing is allocated.
+
+    Every token is routed evenly, and the experts run on the backend that `choose_backend` takes on a CPU. The formulas
+    count what autograd keeps for each operation of our layers, and find the peak by walking backwards over them. They
+    are made for the backends "sliced" and "sliced_recompute"; others are counted as one FFN over all rows.
+
+    Args:
+        dtype: of weights, activations, gradients, optimiser state and KV cache (no autocast).
+        optimizer: "adamw", "muon" (`MuonAdamW`) or None.
+        checkpoint_activations: as `build_decoder` takes it.
+
+    Raises:
+        InputError: impossible sizes, an unknown optimiser, or own parts, which only `trace_memory` can count.
+    """
+    _check_sizes(batch_size, seq_len, dtype)
+    if optimizer not in ("adamw", "muon", None):
+        raise InputError(f"optimizer={optimizer!r}: allowed are adamw, muon, None")
+    decoder = build_decoder(config, device="meta", dtype=dtype)
+    sizes = _Sizes(batch_size, seq_len, config.dim, dtype)
+    gradients = _nbytes(decoder)
+    blocks = [_block(config, block, i, sizes) for i, block in enumerate(decoder.layers)]
+    activations, loss, step = _walk(config, blocks, sizes, gradients, checkpoint_activations)
+    state, optimizer_step = _optimizer(decoder, optimizer)
+    return MemoryEstimate(
+        weights=gradients,
+        gradients=gradients,
+        optimizer=state,
+        activations=activations,
+        loss=loss,
+        step=step,
+        optimizer_step=optimizer_step,
+        kv_cache=batch_size * kv_cache_bytes(config, seq_len, dtype),
+    )
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _walk(
+    config: DecoderConfig, blocks: list[list[_Part]], sizes: _Sizes, all_gradients: int, checkpoint: bool
+) -> tuple[int, int, int]:
+    """Activations, loss, and the peak of the step."""
+    stream = sizes.stream
+    head = config.vocab_size * config.dim * sizes.bytes
+    # in the statistics' own dtype a norm keeps its input itself, which a checkpoint keeps as well
+    shared = stream if sizes.bytes == sizes.exact_bytes else 0
+    final_norm = _norm(sizes)
+    kept_by_block = [stream if checkpoint else sum(part.kept for part in parts) for parts in blocks]
+    activations = sum(kept_by_block) + final_norm.kept + stream  # the last are the hidden states
+    loss = _loss(config, sizes)
+    peak = activations + loss
+    held = sum(kept_by_block) + final_norm.kept
+    gradients = head
+    peak = max(peak, held + gradients + final_norm.peak - final_norm.kept)
+    held -= final_norm.kept
+    for parts, kept in zip(reversed(blocks), reversed(kept_by_block), strict=True):
+        if checkpoint:
+            held += sum(part.kept for part in parts) - shared
+        for part in reversed(parts):
+            peak = max(peak, held + gradients + stream + part.peak - part.kept)
+            held -= part.kept
+            gradients += part.gradients
+        if checkpoint:
+            held -= kept - shared
+    # the gradient of the embedding is as large as the embedding, and a tied head's waits for it
+    return activations, loss, max(peak, all_gradients + stream + (head if config.tie_embeddings else 0))
+
+
+def _loss(config: DecoderConfig, sizes: _Sizes) -> int:
+    """`linear_cross_entropy` at its peak, without the hidden states."""
+    vocabulary, dim = config.vocab_size, config.dim
+    chunk = min(sizes.tokens, max(64, min(256, CHUNK_ELEMENTS // vocabulary)))
+    head_gradient, working = vocabulary * dim * sizes.exact_bytes, chunk * vocabulary * sizes.exact_bytes
+    if sizes.bytes != sizes.exact_bytes:
+        block = min(vocabulary, VOCABULARY_BLOCK)
+        # a block of logits or their gradients, the gradient of its rows of the head, and of that a cast copy to add
+        working += chunk * (block * sizes.bytes + dim * sizes.exact_bytes)
+        working += block * dim * (sizes.bytes + sizes.exact_bytes)
+        working = max(working, vocabulary * dim * sizes.bytes)  # the cast of the head's gradient comes last
+    return sizes.stream + head_gradient + working
+
+
+def _block(config: DecoderConfig, block: nn.Module, i: int, sizes: _Sizes) -> list[_Part]:
+    """In the order of the forward pass."""
+    assert isinstance(block, Block)
+    mixer, ffn, norm = block.mixer, block.ffn, _norm(sizes)
+    if not isinstance(mixer, Attention):
+        raise _no_formula(i, "mixer", mixer)
+    parts = [norm, _attention(mixer, sizes), norm]
+    if isinstance(ffn, FeedForward):
+        return [*parts, _feed_forward(ffn, sizes)]
+    if not isinstance(ffn, MoE):
+        raise _no_formula(i, "ffn", ffn)
+    assert config.moe is not None
+    parts.append(_routed(ffn, config.moe.top_k, sizes))
+    if ffn.shared_expert is not None:
+        assert isinstance(ffn.shared_expert, FeedForward)
+        shared = _feed_forward(ffn.shared_expert, sizes)
+        # the input is kept once for all experts
+        parts.append(_Part(shared.kept - sizes.stream, shared.peak - sizes.stream, shared.gradients))
+    return parts
+
+
+def _no_formula(i: int, name: str, part: nn.Module) -> InputError:
+    return InputError(
+        f"layer {i} {name}={type(part).__name__}: only built-in parts have a formula; use trace_memory, which counts"
+    )
+
+
+def _norm(sizes: _Sizes) -> _Part:
+    """`RMSNorm`: its input, 1 / rms, and what the gain multiplies. What comes out is kept by whoever reads it."""
+    elements = sizes.tokens * sizes.dim
+    kept = elements * (sizes.exact_bytes + sizes.bytes) + sizes.tokens * sizes.exact_bytes
+    return _Part(kept, 6 * elements * sizes.exact_bytes, sizes.dim * sizes.bytes)
+
+
+KEPT_BY_GATED_FFN = {"relu": 3, "sigmoid": 3, "linear": 3, "quick_gelu": 5}
+"""How many (T, F) a gated FFN keeps where it is not 4: the gate, the gate activated, up, and their product."""
+
+
+def _feed_forward(layer: FeedForward, sizes: _Sizes) -> _Part:
+    hidden = sizes.tokens * layer.down_proj.in_features * sizes.bytes
+    kept = sizes.stream + KEPT_BY_GATED_FFN.get(layer.activation, 4) * hidden
+    # fullest where the product has handed its gradient to both factors
+    return _Part(kept, kept + 2 * hidden + layer.down_proj.weight.nbytes, _nbytes(layer))
+
+
+def _attention(layer: Attention, sizes: _Sizes) -> _Part:
+    """What is kept in order: the input, the convolution's, angles, what QK norm normalises, and softmax attention's."""
+    tokens, length = sizes.tokens, sizes.seq_len
+    queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    channels = queries + 2 * keys
+    heads = layer.num_heads + layer.num_kv_heads
+    kept = sizes.stream
+    if layer.conv is not None:
+        padded = sizes.batch_size * (length + layer.conv.width - 1) * channels * sizes.bytes
+        kept += padded
+    if layer.rotary is not None:
+        kept += 2 * length * layer.head_dim * sizes.exact_bytes  # sine and cosine, for queries and for keys
+    if layer.qk_norm is not None:
+        kept += tokens * (queries + keys + heads) * sizes.exact_bytes
+
+    chunk = length if layer.attention_chunk_size is None else min(length, layer.attention_chunk_size)
+    rest = length % chunk
+    viewed = False
+    extra = 0
+    for size, span in ((length - rest, chunk), (rest, rest)):
+        if not size:
+            continue
+        cast = sizes.bytes == 2 and span * layer.head_dim <= 16384  # see layers.attention._attend
+        piece = sizes.batch_size * size * (sizes.exact_bytes if cast else sizes.bytes)
+        if cast or (rest and size > span and sizes.batch_size > 1):
+            kept += piece * channels
+        else:
+            viewed = True
+        kept += piece * queries
+        extra = max(extra, 2 * piece * (queries + keys))
+    if viewed:  # without a copy, softmax attention keeps what queries, keys and values are views of
+        source = channels
+        if layer.conv is not None:
+            # its output, and apart from it what is rotated or scaled
+            moved_queries = layer.rotary is not None or layer.temperature is not None
+            source += queries * moved_queries + keys * (layer.rotary is not None)
+        kept += tokens * source * sizes.bytes
+    if cast or rest:
+        kept += tokens * queries * sizes.bytes  # the output projection's own input
+    kept += tokens * layer.num_heads * sizes.exact_bytes  # log-sum-exp
+    softmax = kept + extra + layer.o_proj.weight.nbytes
+    convolution = 0 if layer.conv is None else sizes.stream + 5 * padded
+    return _Part(kept, max(softmax, convolution), _nbytes(layer))
+
+
+def _routed(layer: MoE, top_k: int, sizes: _Sizes) -> _Part:
+    """Router, dispatch, experts and combine, rows spread evenly. Without the shared expert."""
+    experts = layer.experts
+    assert isinstance(experts, Experts)
+    rows = sizes.tokens * top_k
+    weights = _nbytes(experts)
+    kept = sizes.stream + sizes.tokens * experts.num_experts * sizes.exact_bytes  # probabilities
+    kept += rows * (8 * (3 if top_k == 1 else 4) + sizes.bytes)  # expert ids, permutations, scores
+    dispatched = rows * sizes.dim * sizes.bytes
+    backend, _ = choose_backend(
+        torch.device("cpu"),
+        sizes.dtype,
+        sizes.dim,
+        experts.hidden_dim,
+        experts.backend,
+        ACTIVATIONS[experts.activation],
+    )
+    is_sliced = backend in ("sliced", "sliced_recompute")
+    counts = _evenly(rows, experts.num_experts)
+    is_padded = is_sliced and sizes.bytes == 2
+    if is_padded:  # see layers.expert_backends.pad_to_16
+        counts = [math.ceil(count / 16) * 16 for count in counts]
+        kept += 8 * (rows + sum(counts))
+    padded = sum(counts) * sizes.dim * sizes.bytes
+    kept += dispatched + padded  # on both sides of the scores
+    hidden = sum(counts) * experts.hidden_dim * sizes.bytes
+    if is_sliced:
+        kept += 2 * hidden if backend == "sliced" else 0
+        scratch = _block_rows(counts) * experts.hidden_dim * sizes.bytes
+        scratches = (4 if backend == "sliced" else 6) + (0 if experts.activation == "silu" else 3)
+        working = weights + scratches * scratch
+    else:
+        kept += max(4, KEPT_BY_GATED_FFN.get(experts.activation, 4)) * hidden  # gate and up are one tensor
+        working = max(2 * hidden + experts.down_proj.nbytes, weights)
+    # gradients of the rows on both sides; what came out is gone by now if the scores were applied to it
+    working += 2 * padded - (0 if layer.score_before_experts else dispatched)
+    combine = 3 * padded if is_padded or top_k > 1 or not layer.score_before_experts else 2 * dispatched
+    shared_gradient = 0 if layer.shared_expert is None else sizes.stream
+    return _Part(kept, kept + max(combine, working) + shared_gradient, weights + _nbytes(layer.router))
+
+
+def _evenly(rows: int, num_experts: int) -> list[int]:
+    return [rows // num_experts + (i < rows % num_experts) for i in range(num_experts)]
+
+
+def _block_rows(counts: list[int]) -> int:
+    """Rows that the sliced backends work on at a time: whole experts up to at least 256, and at most 1024 of one."""
+    of_one = max(counts)
+    if of_one >= 256:
+        return min(of_one, 1024)
+    return min(sum(counts), of_one * math.ceil(256 / of_one))
+
+
+def _optimizer(decoder: nn.Module, name: str | None) -> tuple[int, int]:
+    """Bytes of the state, and what a step holds besides it and the weights."""
+    gradients = _nbytes(decoder)
+    if name is None:
+        return 0, 0
+    state = 2 * gradients + sum(torch.float32.itemsize for _ in decoder.parameters())  # each counts its steps
+    if name == "adamw":
+        return state, gradients
+    by_shape: dict[torch.Size, int] = {}
+    for parameter in _hidden_matrices(decoder):
+        shape = parameter.shape[-2:]
+        by_shape[shape] = by_shape.get(shape, 0) + parameter.nbytes
+        state -= parameter.nbytes  # one moment
+        itemsize = parameter.dtype.itemsize
+    held, peak, last_updates = gradients, gradients, 0
+    for shape, size in by_shape.items():
+        # one batch in fp32, normalised; then polynomials of its small Gram matrices, and the result
+        x = size // itemsize * 4
+        gram = x // max(shape) * min(shape)
+        orthogonalize = max(x + 6 * gram, 2 * x + 3 * gram)
+        peak = max(peak, held + last_updates + 2 * size + orthogonalize)
+        held, last_updates = held - size, size
+    return state, peak
+
+
+def _hidden_matrices(decoder: nn.Module) -> list[nn.Parameter]:
+    """Those that Muon steps: neither embedding nor head, router or short convolution."""
+    excluded = (nn.Embedding, ShortConvolution, TopKRouter)
+    found = {
+        parameter: None
+        for name, module in decoder.named_modules()
+        if not isinstance(module, excluded) and name.rpartition(".")[2] != "head"
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() >= 2
+    }
+    return list(found)
+
+
+# ---- by counting
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of the tensors that operations inside it make, until the last reference to it is gone.
+
+    Args:
+        outside: tensors whose memory does not count.
+    """
+
+    def __init__(self, outside: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in outside)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.peak = max(self.peak, self.current + _cast_by_kernel(func, args))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage)
+                self.current += storage.nbytes()
+                self.peak = max(self.peak, self.current)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.current -= size
+
+
+def _cast_by_kernel(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes of the copies that elementwise operations on a CPU make of operands in another dtype than the result."""
+    if torch.Tag.pointwise not in func.tags:
+        return 0
+    operands = [x for x in args if isinstance(x, Tensor) and x.dim() and x.device.type == "cpu"]
+    if len({x.dtype for x in operands}) < 2:
+        return 0
+    common = functools.reduce(torch.promote_types, (x.dtype for x in operands))
+    return sum(x.numel() * common.itemsize for x in operands if x.dtype != common)
+
+
+def trace_memory(
+    config: DecoderConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    make_optimizer: Callable[[Decoder], torch.optim.Optimizer] | None = None,
+    checkpoint_activations: bool = False,
+) -> MemoryEstimate:
+    """`estimate_memory` counted: a step of the real model on fake tensors, which have shapes and lifetimes, no memory.
+
+    Their values are unknown, so rows are spread evenly over the experts; what a kernel takes and gives back within
+    itself is not seen. Its time grows with the number of operations, not with their size: seconds, even for Llama 4.
+
+    Args:
+        make_optimizer: called with the decoder; None for no optimiser.
+
+    Raises:
+        InputError: impossible sizes, or the backend "grouped" in another dtype than bfloat16.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here, because it loads a lot
+
+    _check_sizes(batch_size, seq_len, dtype)
+    with torch.device("meta"):
+        decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, dtype=dtype)
+    for module in decoder.modules():
+        if isinstance(module, Experts):
+            if module.backend == "grouped" and dtype != torch.bfloat16:
+                raise InputError(f"backend='grouped', dtype={dtype}: fake tensors know grouped_mm in bfloat16 only")
+            module.register_forward_pre_hook(_route_evenly)
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealWhereKnown():
+        _move_to_fake_cpu(decoder)
+        tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        labels = torch.zeros(batch_size * seq_len, dtype=torch.int64)
+        parameters = list(decoder.parameters())
+        if config.tie_embeddings:  # fake gradients are not added in place, so two leaves share the weight until then
+            decoder.head.weight = nn.Parameter(decoder.embedding.weight.detach())
+        with LiveBytes([tokens, labels, *parameters]) as live:
+            hidden = decoder.hidden_states(tokens)[0]
+            activations, forward_peak, live.peak = live.current, live.peak, live.current
+            loss = linear_cross_entropy(hidden.flatten(0, 1), decoder.head.weight, labels)
+            loss_bytes = live.peak - activations
+            del hidden
+            loss.backward()
+            del loss
+            if config.tie_embeddings:
+                decoder.head.weight = decoder.embedding.weight
+            step = max(forward_peak, live.peak)
+            gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+            state = optimizer_step = 0
+            if make_optimizer is not None:
+                state, optimizer_step = _trace_optimizer(make_optimizer(decoder), parameters, live)
+        kv_cache = sum(_cache_bytes(block, batch_size, seq_len, dtype) for block in decoder.layers)
+    return MemoryEstimate(
+        weights=_nbytes(decoder),
+        gradients=gradients,
+        optimizer=state,
+        activations=activations,
+        loss=loss_bytes,
+        step=step,
+        optimizer_step=optimizer_step,
+        kv_cache=kv_cache,
+    )
+
+
+def _move_to_fake_cpu(decoder: Decoder) -> None:
+    """From the meta device to the CPU of a fake mode (`Module.to` cannot do it)."""
+    made: dict[Tensor, Tensor] = {}
+    for module in decoder.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor not in made:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                made[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            setattr(module, name, made[tensor])
+
+
+class _RealWhereKnown(TorchDispatchMode):
+    """Carries out operations on real tensors alone, though fake ones surround them: the row counts are real."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not tensors or any(isinstance(x, FakeTensor) for x in tensors):
+            return func(*args, **(kwargs or {}))
+        with unset_fake_temporarily():
+            return func(*args, **(kwargs or {}))
+
+
+def _route_evenly(experts: nn.Module, arguments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Fake tensors cannot say how many rows an expert has, so each has as many as any other."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    assert isinstance(experts, Experts)
+    rows, num_experts = arguments[0], experts.num_experts
+    with unset_fake_temporarily():
+        return rows, torch.tensor(_evenly(rows.size(0), num_experts))
+
+
+def _trace_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], live: LiveBytes
+) -> tuple[int, int]:
+    optimizer.step()  # the first one makes the state
+    state = sum(x.nbytes for x in tree_leaves(dict(optimizer.state)) if isinstance(x, Tensor))
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    live.peak = live.current
+    optimizer.step()
+    return state, live.peak - state
+
+
+class _WatchedCache(AttentionCache):
+    read = 0
+    """Bytes of keys and values that the last queries could see."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = super().append(k, v)
+        self.read = keys.nbytes + values.nbytes
+        return keys, values
+
+
+@torch.no_grad()
+def _cache_bytes(block: nn.Module, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:
+    """Of one layer, at the fullest it gets while seq_len tokens are decoded."""
+    assert isinstance(block, Block)
+    mixer = block.mixer
+    if not isinstance(mixer, Attention):
+        return 0
+    cache = _WatchedCache(mixer.attention_chunk_size)
+    length = min(seq_len, mixer.attention_chunk_size or seq_len)
+    x = torch.empty(batch_size, length, mixer.o_proj.out_features, dtype=dtype)
+    if length > 1:
+        mixer(x[:, :-1], cache)
+    mixer(x[:, -1:], cache)
+    return cache.read

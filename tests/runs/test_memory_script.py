@@ -1,0 +1,53 @@
+"""scripts/memory.py as a person uses it."""
+
+from pathlib import Path
+
+import memory
+import pytest
+
+from moesaic.models.memory import estimate_memory
+
+MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", [*memory.PRESETS, *MODELS])
+def test_every_model_has_a_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    memory.main([model, "--batch-size", "2", "--seq-len", "128", "--dtype", "float32", "--optimizer", "none"])
+    printed = capsys.readouterr().out
+    found = estimate_memory(memory.find_config(model), batch_size=2, seq_len=128, optimizer=None)
+    assert f"{model}: 2 x 128 tokens, float32" in printed
+    for n in (found.weights, found.activations, found.total, found.kv_cache):
+        assert memory.show(n) in printed
+
+
+def test_both_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--seq-len", "64", "--trace", "--checkpoint-activations", "--optimizer"]
+    for optimizer in ("muon", "none"):
+        memory.main(["small", *options, optimizer])
+        lines = capsys.readouterr().out.splitlines()
+        assert any("formula" in line and "traced" in line for line in lines)
+        state = next(line for line in lines if line.split()[1:2] == ["optimizer"])
+        assert ("0.0 MB" in state) == (optimizer == "none")
+
+
+def test_units() -> None:
+    assert (memory.show(12_345), memory.show(1_234_567_890), memory.show(10**13)) == (
+        "0.0 MB",
+        "1.23 GB",
+        "10,000.00 GB",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama5"], "error: model=llama5: allowed are scout, maverick, behemoth_guess, "),
+        (["scout", "--batch-size", "0"], "error: batch_size=0: allowed are numbers >= 1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        memory.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
