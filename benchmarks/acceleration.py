@@ -35,6 +35,7 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
+from benchmarks.limit import output_of
 from moesaic.interop import accelerate
 
 __all__ = ["Case", "main", "measure"]
@@ -102,11 +103,6 @@ def variant(block: nn.Module, implementation: str) -> nn.Module:
     if implementation != "own bmm":
         made.experts.config._experts_implementation = implementation  # type: ignore[union-attr]
     return made
-
-
-def output_of(block: nn.Module, x: Tensor) -> Tensor:
-    result = block(x)
-    return result[0] if isinstance(result, tuple) else result
 
 
 def forward(block: nn.Module, x: Tensor) -> None:
