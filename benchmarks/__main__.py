@@ -6,16 +6,17 @@ Rows go to DIRECTORY/rows.jsonl, pictures beside it if matplotlib is there. Unde
 """
 
 import argparse
-import importlib
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["main"]
 
-NAMES = ("experts", "peers", "scaling", "attention", "loss", "training_step", "decoding")
+NAMES = ("experts", "peers", "scaling", "roofline", "attention", "loss", "training_step", "decoding")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,14 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     for i, name in enumerate(given.only, start=1):
         print(f"\n[{i}/{len(given.only)}] {name}", flush=True)
-        module = importlib.import_module(f"benchmarks.{name}")
-        module.main([*(["--smoke"] if given.smoke else []), "--output", str(rows)])
+        # a process for each: threads and allocator settings of one are not those of the next
+        smoke = ["--smoke"] if given.smoke else []
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *smoke, "--output", str(rows)])
+        if done.returncode:
+            sys.exit(f"benchmarks.{name} failed; what was measured before is in {rows}")
     pictures = plot([json.loads(line) for line in rows.read_text().splitlines()], directory)
     print(f"\n{time.perf_counter() - began:.0f} s; written {rows}{''.join(f', {path}' for path in pictures)}")
 
 
 def plot(rows: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
-    """Time over the dense limit against rows per expert, and against the number of experts."""
+    """Time over the dense limit against rows per expert and number of experts, memory over tokens, the roofline."""
     try:
         import matplotlib
 
@@ -46,30 +50,87 @@ def plot(rows: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         from matplotlib import pyplot
     except ImportError:
         return []
-    pictures = {
-        "experts": ("rows per expert", "rows_each", {"part": "layer", "load": "even"}),
-        "scaling": ("experts, at fixed active FLOPs", "experts", {"sweep": "experts"}),
-    }
     written = []
-    for question, (label, x, wanted) in pictures.items():
-        ours = [row for row in rows if (row["benchmark"], row["variant"]) == (question, "MoE") and row["ratio"]]
-        ours = [row for row in ours if wanted.items() <= row["shape"].items()]
-        if not ours:
-            continue
+    for name, draw in PICTURES.items():
         figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
-        for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
-            for dtype in sorted({row["dtype"] for row in ours}):
-                points = sorted((r["shape"][x], r["ratio"]) for r in ours if (r["dtype"], r["what"]) == (dtype, what))
-                axis.plot([a for a, _ in points], [b for _, b in points], marker="o", label=dtype)
-            axis.axhline(1, color="grey", linewidth=1)
-            axis.set_xscale("log", base=2)
-            axis.set(xlabel=label, title=what)
-        axes[0].set_ylabel("time / dense layer of equal active FLOPs")
-        axes[0].legend()
-        written.append(directory / f"{question}.png")
-        figure.savefig(written[-1], dpi=120, bbox_inches="tight")
+        if draw(axes, [row for row in rows if row["seconds"]]):
+            written.append(directory / f"{name}.png")
+            figure.savefig(written[-1], dpi=120, bbox_inches="tight")
         pyplot.close(figure)
     return written
+
+
+def draw_rows_each(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
+    wanted = {"part": "layer", "load": "even"}
+    return draw_ratio(axes, rows, "experts", "rows_each", "rows per expert (tokens / experts)", wanted)
+
+
+def draw_experts(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
+    return draw_ratio(axes, rows, "scaling", "experts", "experts, at fixed active FLOPs", {"sweep": "experts"})
+
+
+def draw_ratio(
+    axes: Any, rows: Sequence[dict[str, Any]], benchmark: str, x: str, label: str, wanted: dict[str, Any]
+) -> bool:
+    ours = [row for row in rows if (row["benchmark"], row["variant"]) == (benchmark, "MoE")]
+    ours = [row for row in ours if wanted.items() <= row["shape"].items()]
+    for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
+        for dtype in sorted({row["dtype"] for row in ours}):
+            points = sorted((r["shape"][x], r["ratio"]) for r in ours if (r["dtype"], r["what"]) == (dtype, what))
+            axis.plot([a for a, _ in points], [b for _, b in points], marker="o", label=dtype)
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel=label, title=what)
+    axes[0].set_ylabel("time / dense layer of equal active FLOPs")
+    axes[0].legend()
+    return bool(ours)
+
+
+def draw_memory(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
+    ours = [row for row in rows if row["benchmark"] == "scaling" and row["shape"]["sweep"] == "tokens"]
+    ours = [row for row in ours if row["what"] == "forward+backward" and row["variant"] in ("MoE", "dense")]
+    for axis, dtype in zip(axes, ("fp32", "bf16"), strict=True):
+        for variant in ("dense", "MoE"):
+            found = [row for row in ours if (row["variant"], row["dtype"]) == (variant, dtype)]
+            points = sorted((row["shape"]["tokens"], row["activation_bytes"] / 1e6) for row in found)
+            axis.plot([a for a, _ in points], [b for _, b in points], marker="o", label=variant)
+        axis.set(xlabel="tokens", title=dtype)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+    axes[0].set_ylabel("held between forward and backward, MB")
+    axes[0].legend()
+    return bool(ours)
+
+
+def draw_roofline(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
+    ours = [row for row in rows if row["benchmark"] == "roofline"]
+    copies = [row for row in ours if row["what"] == "copy"]
+    if not copies:
+        return False
+    bandwidth = copies[0]["shape"]["bytes"] / copies[0]["seconds"][1]
+    colors = {"fp32": "C0", "bf16": "C1", "mixed": "C2"}
+    for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
+        for dtype in ("fp32", "bf16"):
+            rates = [r["flops"] / r["seconds"][1] for r in ours if (r["what"], r["dtype"]) == ("matmul", dtype)]
+            x = [2.0**i for i in range(3, 13)]
+            axis.plot(x, [min(max(rates), a * bandwidth) / 1e9 for a in x], color=colors[dtype], linewidth=1)
+        for row in ours:
+            if row["what"] == what:
+                place = row["flops"] / row["shape"]["bytes"], row["flops"] / row["seconds"][1] / 1e9
+                axis.plot(*place, marker="s" if row["variant"] == "dense" else "o", color=colors[row["dtype"]])
+                axis.annotate(row["variant"].removeprefix("MoE of "), place, fontsize=7)
+        axis.set(xlabel="FLOPs per byte that must be moved", title=what, xscale="log", yscale="log")
+    axes[0].set_ylabel("GFLOP/s; lines: fastest matmul and copy")
+    axes[0].legend(handles=[axes[0].plot([], [], color=c, label=n)[0] for n, c in colors.items()])
+    return True
+
+
+PICTURES: dict[str, Callable[[Any, Sequence[dict[str, Any]]], bool]] = {
+    "experts": draw_rows_each,
+    "scaling": draw_experts,
+    "memory": draw_memory,
+    "roofline": draw_roofline,
+}
 
 
 if __name__ == "__main__":

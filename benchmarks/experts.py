@@ -174,10 +174,11 @@ def shapes_for(options: Options, precision: Precision) -> list[Shape]:
     elif options.device.type == "cuda":
         rows, dim, hidden_dim, numbers, loaded = 16_384, 2048, 4096, [128, 64, 32, 16, 8], 16
     else:
-        rows, dim, hidden_dim, numbers, loaded = 1024, 256, 1024, [64, 32, 16, 8, 4], 16
+        rows, dim, hidden_dim, numbers, loaded = 2048, 256, 1024, [128, 64, 32, 16, 8], 16
     parts = ("experts", "layer")
     shapes = [Shape(part, e, rows, dim, hidden_dim) for part in parts for e in numbers]
-    shapes.append(Shape("layer", loaded, 4 * rows, dim, hidden_dim))  # do more tokens do what fewer experts do?
+    # do more tokens do what fewer experts do?
+    shapes.append(Shape("layer", 4 * loaded, 4 * rows, dim, hidden_dim))
     if options.smoke or options.device.type == "cuda" or precision.name == "fp32":
         uneven = [load for load in LOADS if load != "even"]
         shapes += [Shape(part, loaded, rows, dim, hidden_dim, load) for part in parts for load in uneven]

@@ -1,4 +1,4 @@
-"""How every benchmark times, measures memory, and reports. Needs torch only.
+"""How every benchmark times, measures memory, and reports. Needs torch and this package.
 
 Times are compared within one process: the variants run in turn, in an order that changes every round, and the median
 over rounds is given. Machines are shared, so a ratio between two variants is the result; an absolute time is not.
@@ -26,7 +26,19 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Options", "Progress", "Row", "parse_options", "peak_memory", "print_table", "quantiles", "time_in_turn"]
+from moesaic.allocator import keep_freed_memory
+
+__all__ = [
+    "Options",
+    "Progress",
+    "Row",
+    "held_memory",
+    "parse_options",
+    "peak_memory",
+    "print_table",
+    "quantiles",
+    "time_in_turn",
+]
 
 Clock = Literal["cpu", "wall", "cuda"]
 PATIENCE = 0.5
@@ -49,7 +61,7 @@ class Row:
     ratio_to: str = "dense"
     peak_bytes: int | None = None
     activation_bytes: int | None = None
-    """peak_bytes less the gradients of weights, which every layer has to return."""
+    """Of a forward pass: peak_bytes. With a backward: what is held between the two, the output included."""
     flops: float | None = None
     """Active, of one call."""
     note: str = ""
@@ -57,6 +69,8 @@ class Row:
     device: str = ""
     clock: str = ""
     threads: int = 0
+    keeps_freed_memory: bool = False
+    """Whether the C allocator was told to, see `moesaic.allocator`."""
     torch: str = torch.__version__
     commit: str = ""
 
@@ -71,6 +85,7 @@ class Options:
     threads: int
     rounds: int
     output: Path | None
+    keeps_freed_memory: bool = False
 
 
 def parse_options(description: str, arguments: Sequence[str] | None = None, *extra: Any) -> tuple[Options, Any]:
@@ -81,6 +96,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     parser.add_argument("--clock", choices=["cpu", "wall", "cuda"], help="default: cpu, or cuda on a GPU")
     parser.add_argument("--threads", type=int, help="default: 1 under --clock cpu, else torch's choice")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--keep-freed-memory", action="store_true", help="the allocator hint of scripts/train.py")
     parser.add_argument("--output", type=Path, help="append JSON lines to this file")
     for flags, keywords in extra:
         parser.add_argument(*flags, **keywords)
@@ -95,8 +111,9 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     if clock == "cpu" and threads != 1:
         parser.error("--clock cpu counts the time of all threads: it needs --threads 1")
     torch.set_num_threads(threads)
+    kept = device.type == "cpu" and given.keep_freed_memory and keep_freed_memory()
     rounds = 1 if given.smoke else given.rounds
-    return Options(given.smoke, device, clock, threads, rounds, given.output), given
+    return Options(given.smoke, device, clock, threads, rounds, given.output, kept), given
 
 
 # ---- time
@@ -188,21 +205,34 @@ def quantiles(samples: Sequence[float]) -> list[float]:
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     """Bytes that the call's tensors took at their peak, above what was held before; what it returns counts too."""
+    return memory(call, device)[0]
+
+
+def held_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that are held as long as what the call returns is, a graph included."""
+    return memory(call, device)[1]
+
+
+def memory(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """(peak, held while the result lives), in bytes above what was held before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        held = torch.cuda.memory_allocated() - before
+        del result
+        return torch.cuda.max_memory_allocated() - before, held
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
+        result = call()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    del result
+    return peak, held
 
 
 # ---- reports
@@ -230,7 +260,14 @@ def finish(rows: Iterable[Row], options: Options) -> list[Row]:
     """Add to each row where it was measured, and append all to the output file."""
     device = torch.cuda.get_device_name() if options.device.type == "cuda" else cpu_name()
     done = [
-        dataclasses.replace(row, device=device, clock=options.clock, threads=options.threads, commit=commit())
+        dataclasses.replace(
+            row,
+            device=device,
+            clock=options.clock,
+            threads=options.threads,
+            keeps_freed_memory=options.keeps_freed_memory,
+            commit=commit(),
+        )
         for row in rows
     ]
     if options.output is not None:

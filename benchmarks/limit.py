@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Row, peak_memory, print_table, quantiles, time_in_turn
+from benchmarks.harness import Options, Row, held_memory, peak_memory, print_table, quantiles, time_in_turn
 
 __all__ = [
     "DENSE",
@@ -84,10 +84,14 @@ def forward(layer: nn.Module, x: Tensor, precision: Precision) -> Tensor:
         return output_of(layer, x)
 
 
+def with_graph(layer: nn.Module, x: Tensor, precision: Precision) -> Tensor:
+    with precision(x.device):
+        return output_of(layer, x)
+
+
 def forward_backward(layer: nn.Module, x: Tensor, precision: Precision) -> None:
     """Gradients of everything that wants one, in new memory."""
-    with precision(x.device):
-        y = output_of(layer, x)
+    y = with_graph(layer, x, precision)
     wanted = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
     torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)  # an expert without tokens may be unused
 
@@ -117,18 +121,20 @@ def compare(
         row: what is the same in all rows; its `flops` are those of a forward pass.
         notes: by name, where there is something to say.
     """
-    weight_bytes = {name: sum(p.nbytes for p in layer.parameters()) for name, layer in layers.items()}
     for what, run in PASSES.items():
         calls = {name: functools.partial(run, layer, x, precision) for name, layer in layers.items()}
         if precision.autocast:
             calls[DENSE_FP32] = functools.partial(run, layers[DENSE], x, FP32)
         row = dataclasses.replace(row, dtype=precision.name, what=what, ratio_to=DENSE)
         peaks: dict[str, int] = {}
+        kept: dict[str, int] = {}
         took: dict[str, float] = {}
         for name in list(calls):
             began = time.perf_counter()
             try:
-                peaks[name] = peak_memory(calls[name], options.device)
+                peaks[name] = kept[name] = peak_memory(calls[name], options.device)
+                if what != "forward":
+                    kept[name] = held_memory(functools.partial(with_graph, *calls[name].args), options.device)
             except Exception as error:  # whatever a layer raises is the answer
                 del calls[name]
                 yield dataclasses.replace(row, variant=name, flops=None, note=f"not run: {reason(error)}")
@@ -145,14 +151,13 @@ def compare(
                 said.append("timed once")
             if precision.autocast and name != DENSE_FP32:
                 said.append(f"{medians[name] / medians[DENSE_FP32]:.2f}x the limit in fp32")
-            gradients = 0 if what == "forward" else weight_bytes[DENSE if name == DENSE_FP32 else name]
             yield dataclasses.replace(
                 row,
                 variant=name,
                 seconds=quantiles(samples[name]),
                 ratio=medians[name] / medians[DENSE],
                 peak_bytes=peaks[name],
-                activation_bytes=max(0, peaks[name] - gradients),
+                activation_bytes=kept[name],
                 flops=None if row.flops is None else row.flops * (1 if what == "forward" else 3),
                 note="; ".join(filter(None, said)),
             )
@@ -189,7 +194,7 @@ def print_ratios(title: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
     times = [[*line, *(_ratio(of.get(name)) for name in names)] for line, of in cells.items()]
     print_table(f"{title}: time / limit", header, times)
     memory = [[*line, *(share(of.get(name), of[DENSE]) for name in names)] for line, of in cells.items()]
-    print_table(f"{title}: peak memory without weight gradients / limit", header, memory)
+    print_table(f"{title}: memory (forward: peak; with backward: held between the two) / limit", header, memory)
     for said in dict.fromkeys(f"{row.variant}: {row.note}" for row in rows if row.seconds is None):
         print(said)
 

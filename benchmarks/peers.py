@@ -421,7 +421,7 @@ def report(rows: Sequence[Row]) -> None:
             for name in dict.fromkeys(name for name, *_ in cells)
         ]
         title = title_of(**dict(shape))
-        header = ["time (memory without weight gradients)", *(f"{dtype} {what}" for dtype, what in columns)]
+        header = ["time (memory)", *(f"{dtype} {what}" for dtype, what in columns)]
         print_table(f"{title}: all / limit", header, lines)
         for row in cells.values():
             ours = cells[(OURS, row.dtype, row.what)]

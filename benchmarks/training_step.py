@@ -3,9 +3,10 @@
     python -m benchmarks.training_step [--smoke] [--device cuda] [--output results.jsonl]
 
 The default model of conf/model (dim 96, 4 layers, 8 experts in every second layer, top-1 and shared, vocabulary 2048),
-8 sequences of 256 tokens: forward, loss, backward, clipping, fused AdamW. "dense" is its twin of equal active FLOPs,
-and ratios are to it at the same precision. Without short convolutions it is Llama 4's layout, which transformers has
-too: there weights, data, optimiser and precision are the same, and so is the loss. "mixed" is bf16 autocast.
+8 sequences of 256 tokens: forward, loss, backward, clipping, fused AdamW, under the trainer's allocator hint. "dense"
+is its twin of equal active FLOPs, and ratios are to it at the same precision. Without short convolutions it is Llama
+4's layout, which transformers has too: there weights, data, optimiser and precision are the same, and so is the loss.
+"mixed" is bf16 autocast.
 
 Every step sees other tokens, as in training: experts get other numbers of rows each time, which matters where kernels
 are made for a shape at its first use (bf16 on CPUs).
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -188,7 +190,8 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    options, _ = parse_options(__doc__ or "", arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options, _ = parse_options(__doc__ or "", ["--keep-freed-memory", *given])  # as scripts/train.py does
     rows = finish(measure(options), options)
     report(rows)
     return rows

@@ -86,11 +86,11 @@ def test_all_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.__main__ import main
 
     assert set(IN_TURN) == set(NAMES) - {"acceleration", "gpu"}
-    arguments = ["--smoke", "--only", "experts", "scaling", "--directory", str(tmp_path / "new")]
+    arguments = ["--smoke", "--only", "experts", "scaling", "roofline", "--directory", str(tmp_path / "new")]
     main(arguments)
     rows = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
-    assert {row["benchmark"] for row in rows} == {"experts", "scaling"}
-    for name in ("experts", "scaling"):
+    assert {row["benchmark"] for row in rows} == {"experts", "scaling", "roofline"}
+    for name in ("experts", "scaling", "memory", "roofline"):
         assert (tmp_path / "new" / f"{name}.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         main(arguments)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import commit, parse_options, peak_memory, print_table, quantiles, time_in_turn
+from benchmarks.harness import commit, held_memory, parse_options, peak_memory, print_table, quantiles, time_in_turn
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,7 @@ def test_peak_memory_is_exact() -> None:
     assert peak_memory(call, device) == pytest.approx(8_000_000, abs=100)  # numbers such as the 1 are tensors as well
     assert peak_memory(lambda: held + held, device) == pytest.approx(4000, abs=100)
     assert peak_memory(lambda: None, device) == 0
+    assert held_memory(call, device) == pytest.approx(4000, abs=100)
 
 
 def test_clocks_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ A dispatcher is a parameter-free object, so that another one (padded groups for 
 parallelism) can take its place without touching `MoE`.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ class DispatchContext(NamedTuple):
     """(R, 1), the router's score of each dispatched row."""
     rows_per_expert: Tensor
     """(E,) int64: the rows of expert 0 come first, then those of expert 1, ..."""
+    slot_of_row: Tensor
+    """(R,) int64: row i is for slot t * K + k, the k-th expert of token t."""
     row_of_slot: Tensor
-    """(R,) int64: where the result for slot t * K + k stands among the rows."""
+    """(R,) int64: its inverse, where the result for a slot stands among the rows."""
     top_k: int
 
 
@@ -41,13 +43,54 @@ class LocalDispatcher:
         slot_of_row = routing.expert_ids.flatten().argsort(stable=True)
         row_of_slot = torch.empty_like(slot_of_row)
         row_of_slot[slot_of_row] = torch.arange(slot_of_row.size(0), device=x.device)
-        token_of_row = slot_of_row if top_k == 1 else slot_of_row // top_k
-        # index_select, not x[...]: its backward is a plain index_add
-        rows = x.index_select(0, token_of_row)
+        rows: Tensor = TakeRows.apply(x, slot_of_row, row_of_slot, top_k)
         row_scores = routing.scores.reshape(-1, 1).index_select(0, slot_of_row)
-        return rows, DispatchContext(row_scores, routing.tokens_per_expert, row_of_slot, top_k)
+        return rows, DispatchContext(row_scores, routing.tokens_per_expert, slot_of_row, row_of_slot, top_k)
 
     def combine(self, rows: Tensor, context: DispatchContext) -> Tensor:
         """Rows (R, D) in the order of `dispatch` -> (T, K, D) summed over K: (T, D)."""
-        slots = rows.index_select(0, context.row_of_slot)
-        return slots if context.top_k == 1 else slots.unflatten(0, (-1, context.top_k)).sum(dim=1)
+        y: Tensor = SumRows.apply(rows, context.slot_of_row, context.row_of_slot, context.top_k)
+        return y
+
+
+class TakeRows(torch.autograd.Function):
+    """x (T, D) -> rows (R, D), row i from token slot_of_row[i] // top_k.
+
+    `SumRows` is its transpose, so each is the backward of the other: a gather both ways, where autograd's own backward
+    of a gather adds into zeros, row by row, and on CUDA in any order.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
+        return x.index_select(0, slot_of_row if top_k == 1 else slot_of_row // top_k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *order, ctx.top_k = inputs
+        ctx.save_for_backward(*order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return SumRows.apply(gradient, *ctx.saved_tensors, ctx.top_k), None, None, None
+
+
+class SumRows(torch.autograd.Function):
+    """rows (R, D) -> (T, D), the sum of each token's top_k rows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
+        slots = rows.index_select(0, row_of_slot)
+        return slots if top_k == 1 else slots.unflatten(0, (-1, top_k)).sum(dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *order, ctx.top_k = inputs
+        ctx.save_for_backward(*order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return TakeRows.apply(gradient, *ctx.saved_tensors, ctx.top_k), None, None, None

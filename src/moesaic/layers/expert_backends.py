@@ -14,6 +14,7 @@ from torch import Tensor, nn
 __all__ = ["cannot_repeat", "grouped", "is_silu", "loop", "padded", "sliced", "sliced_recompute"]
 
 Activation = Callable[[Tensor], Tensor]
+BLOCK_ROWS = 512
 
 
 def loop(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, activation: Activation) -> Tensor:
@@ -96,20 +97,39 @@ def run_sliced(
         raise ValueError(f"rows_per_expert counts the rows of {len(counts)} experts: gate_up has {gate_up.size(0)}")
     if sum(counts) != rows.size(0):
         raise ValueError(f"rows_per_expert sums to {sum(counts)}: there are {rows.size(0)} rows")
-    place = None
-    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
-        counts, source, place = pad_to_16(rows_per_expert)
-        rows = rows.index_select(0, source)
+    padding = None
+    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16) and any(n % 16 for n in counts):
+        counts, padding = pad_to_16(rows_per_expert)
     rows = rows.contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, gate_up, down)):
-        y = SlicedExperts.apply(rows, gate_up, down, counts, activation, recompute)[0]
-    else:
-        y = forward_in_slices(rows, gate_up, down, counts, activation)
-    return y if place is None else y.index_select(0, place)
+        y: Tensor = SlicedExperts.apply(rows, gate_up, down, counts, padding, activation, recompute)[0]
+        return y
+    return forward_in_slices(rows, gate_up, down, counts, padding, activation)
 
 
-def pad_to_16(rows_per_expert: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """Row counts rounded up to multiples of 16, the row to put at each place, and the place (R,) of each row.
+class Padding(NamedTuple):
+    """Row counts rounded up."""
+
+    source: Tensor
+    """(P,) int64: the row to put at each place."""
+    place: Tensor
+    """(R,) int64: the place of each row."""
+
+    def add(self, rows: Tensor) -> Tensor:
+        """(R, D) -> (P, D)."""
+        return rows.index_select(0, self.source)
+
+    def remove(self, rows: Tensor) -> Tensor:
+        """(P, D) -> (R, D)."""
+        return rows.index_select(0, self.place)
+
+    def add_zeros(self, rows: Tensor) -> Tensor:
+        """(R, D) -> (P, D), the gradient of `remove`."""
+        return rows.new_zeros(self.source.size(0), rows.size(1)).index_copy_(0, self.place, rows)
+
+
+def pad_to_16(rows_per_expert: Tensor) -> tuple[list[int], Padding]:
+    """Row counts rounded up to multiples of 16.
 
     oneDNN, which does torch's half precision matmuls on a CPU, compiles one for every shape that it has not met lately.
     That takes longer than to run it, and row counts never stop to change. 16 rows are a tile of AMX.
@@ -123,22 +143,28 @@ def pad_to_16(rows_per_expert: Tensor) -> tuple[list[int], Tensor, Tensor]:
     place_in_expert = torch.arange(expert.size(0)) - first_place[expert]
     source = first_row[expert] + torch.minimum(place_in_expert, rows_per_expert[expert] - 1)
     place = torch.arange(int(rows_per_expert.sum())) + (first_place - first_row).repeat_interleave(rows_per_expert)
-    return padded.tolist(), source, place
+    return padded.tolist(), Padding(source, place)
 
 
 class SlicedExperts(torch.autograd.Function):
-    """-> rows out (R, D), and the pre-activations (R, 2F) kept for the backward or None."""
+    """-> rows out (R, D), and the pre-activations (P, 2F) kept for the backward or None. P is R with the padding."""
 
     @staticmethod
     def forward(
-        rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], activation: Activation, recompute: bool
+        rows: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        counts: list[int],
+        padding: Padding | None,
+        activation: Activation,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        kept = None if recompute else rows.new_empty(rows.size(0), gate_up.size(2))
-        return forward_in_slices(rows, gate_up, down, counts, activation, kept), kept
+        kept = None if recompute else rows.new_empty(sum(counts), gate_up.size(2))
+        return forward_in_slices(rows, gate_up, down, counts, padding, activation, kept), kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        rows, gate_up, down, ctx.counts, ctx.activation, _ = inputs
+        rows, gate_up, down, ctx.counts, ctx.padding, ctx.activation, _ = inputs
         kept = output[1]
         if kept is not None:
             ctx.mark_non_differentiable(kept)
@@ -148,11 +174,11 @@ class SlicedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor | None, d_kept: None) -> tuple[Tensor | None, ...]:
         if d_y is None:
-            return (None,) * 6
-        arguments = (d_y, *ctx.saved_tensors, ctx.counts, ctx.activation, ctx.needs_input_grad[:3])
+            return (None,) * 7
+        arguments = (d_y, *ctx.saved_tensors, ctx.counts, ctx.padding, ctx.activation, ctx.needs_input_grad[:3])
         wants_graph = torch.is_grad_enabled()  # create_graph=True, or torch.func
         gradients = SlicedGradients.apply(*arguments) if wants_graph else backward_in_slices(*arguments)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 class SlicedGradients(torch.autograd.Function):
@@ -176,10 +202,12 @@ def forward_in_slices(
     gate_up: Tensor,
     down: Tensor,
     counts: list[int],
+    padding: Padding | None,
     activation: Activation,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """`kept` (R, 2F) receives the pre-activations."""
+    """`kept` (P, 2F) receives the pre-activations."""
+    rows = rows if padding is None else padding.add(rows)
     blocks = make_blocks(counts)
     y = rows.new_empty(rows.size(0), down.size(2))
     hidden_scratch = scratch(rows, down.size(1), blocks)
@@ -192,7 +220,7 @@ def forward_in_slices(
         hidden = gated(activation, gate_and_up, out=hidden_scratch[: block.size])
         for expert, h, y_e in block.zip(hidden, y[block.rows]):
             torch.mm(h, down_of[expert], out=y_e)
-    return y
+    return y if padding is None else padding.remove(y)
 
 
 def backward_in_slices(
@@ -202,12 +230,15 @@ def backward_in_slices(
     down: Tensor,
     kept: Tensor | None,
     counts: list[int],
+    padding: Padding | None,
     activation: Activation,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of rows, gate_up and down, where needed; `kept` as the forward left it."""
     need_rows, need_gate_up, need_down = needed
     d_y = d_y.contiguous()
+    if padding is not None:
+        rows, d_y = padding.add(rows), padding.add_zeros(d_y)
     blocks = make_blocks(counts)
     d_rows = torch.empty_like(rows) if need_rows else None
     d_gate_up = WeightGradient(gate_up, rows.dtype, counts) if need_gate_up else None
@@ -239,6 +270,8 @@ def backward_in_slices(
         if d_rows is not None:
             for expert, d_h, d_x in block.zip(d_gate_and_up, d_rows[block.rows]):
                 torch.mm(d_h, gate_up_of[expert].t(), out=d_x)
+    if d_rows is not None and padding is not None:
+        d_rows = padding.remove(d_rows)
     return d_rows, d_gate_up.total if d_gate_up else None, d_down.total if d_down else None
 
 
@@ -259,16 +292,16 @@ class Block(NamedTuple):
 
 
 def make_blocks(counts: list[int]) -> list[Block]:
-    """At least 256 rows each, because operations on few rows are all overhead, at most 1024 of them of one expert."""
+    """At least BLOCK_ROWS each, because operations on few rows are all overhead; of one expert at most as many."""
     blocks: list[Block] = []
     pieces: list[tuple[int, slice]] = []
     first = end = 0
     for expert, count in enumerate(counts):
         begin, end = end, end + count
-        for start in range(begin, end, 1024):
-            stop = min(start + 1024, end)
+        for start in range(begin, end, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, end)
             pieces.append((expert, slice(start - first, stop - first)))
-            if stop - first >= 256:
+            if stop - first >= BLOCK_ROWS:
                 blocks.append(Block(slice(first, stop), pieces))
                 first, pieces = stop, []
     if pieces:

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
-from moesaic.layers.experts import Experts
-from moesaic.layers.feed_forward import FeedForward
+from moesaic.layers.experts import CASTING_BACKENDS, Experts, choose_backend, run_experts
+from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
+
+LEAN_TOKENS = 512
+"""Fewer rows than these are not worth the copy of the gate's and up's weights into one."""
 
 
 def mix_experts(
@@ -132,7 +135,48 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, x.size(-1))
         routing: Routing = self.router(tokens)
         routed = mix_experts(tokens, routing, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
-        return (routed if self.shared_expert is None else self.shared_expert(x) + routed), routing
+        if self.shared_expert is None:
+            return routed, routing
+        if torch.is_grad_enabled() and runs_lean(
+            self.shared_expert, self.experts, tokens.size(0), tokens.device, tokens.dtype
+        ):
+            return run_as_expert(self.shared_expert, self.experts, x) + routed, routing
+        return self.shared_expert(x) + routed, routing
 
     def extra_repr(self) -> str:
         return f"score_before_experts={self.score_before_experts}"
+
+
+def runs_lean(shared: nn.Module, experts: nn.Module, num_tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to train the shared expert on the backend of the routed ones, which keeps half as much for the backward.
+
+    Only where that is not slower, in fp32 on a CPU and for enough tokens, or where "sliced_recompute" asks for little
+    memory. And only if nobody replaced or hooked its parts.
+    """
+    if type(shared) is not FeedForward or type(experts) is not Experts or num_tokens < LEAN_TOKENS:
+        return False
+    projections = (shared.gate_proj, shared.up_proj, shared.down_proj)
+    if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in projections):
+        return False
+    is_fp32 = dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    if not is_fp32 and experts.backend != "sliced_recompute":
+        return False
+    activation = ACTIVATIONS[shared.activation]
+    sizes = shared.gate_proj.in_features, shared.gate_proj.out_features
+    return choose_backend(device, dtype, *sizes, experts.backend, activation)[0] in CASTING_BACKENDS
+
+
+def run_as_expert(shared: nn.Module, experts: nn.Module, x: Tensor) -> Tensor:
+    """shared(x (..., D)), as one expert that all tokens go to."""
+    assert isinstance(shared, FeedForward) and isinstance(experts, Experts)
+    rows = x.reshape(-1, x.size(-1))
+    gate_up = torch.cat((shared.gate_proj.weight, shared.up_proj.weight)).t()
+    y = run_experts(
+        rows,
+        gate_up[None],
+        shared.down_proj.weight.t()[None],
+        torch.tensor([rows.size(0)]),
+        ACTIVATIONS[shared.activation],
+        experts.backend,
+    )
+    return y.view_as(x)

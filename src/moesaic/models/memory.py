@@ -29,6 +29,8 @@ from moesaic.layers import (
     TopKRouter,
     choose_backend,
 )
+from moesaic.layers.expert_backends import make_blocks
+from moesaic.layers.moe import runs_lean
 from moesaic.losses.cross_entropy import CHUNK_ELEMENTS, VOCABULARY_BLOCK, linear_cross_entropy
 from moesaic.models.accounting import kv_cache_bytes
 from moesaic.models.config import DecoderConfig
@@ -227,7 +229,7 @@ def _block(config: DecoderConfig, block: nn.Module, i: int, sizes: _Sizes) -> li
     parts.append(_routed(ffn, config.moe.top_k, sizes))
     if ffn.shared_expert is not None:
         assert isinstance(ffn.shared_expert, FeedForward)
-        shared = _feed_forward(ffn.shared_expert, sizes)
+        shared = _shared_expert(ffn, sizes)
         # the input is kept once for all experts
         parts.append(_Part(shared.kept - sizes.stream, shared.peak - sizes.stream, shared.gradients))
     return parts
@@ -255,6 +257,21 @@ def _feed_forward(layer: FeedForward, sizes: _Sizes) -> _Part:
     kept = sizes.stream + KEPT_BY_GATED_FFN.get(layer.activation, 4) * hidden
     # fullest where the product has handed its gradient to both factors
     return _Part(kept, kept + 2 * hidden + layer.down_proj.weight.nbytes, _nbytes(layer))
+
+
+def _shared_expert(moe: MoE, sizes: _Sizes) -> _Part:
+    """As `MoE` runs it: see `layers.moe.runs_lean`."""
+    shared, experts = moe.shared_expert, moe.experts
+    assert isinstance(shared, FeedForward) and isinstance(experts, Experts)
+    if not runs_lean(shared, experts, sizes.tokens, torch.device("cpu"), sizes.dtype):
+        return _feed_forward(shared, sizes)
+    hidden_dim = shared.down_proj.in_features
+    width = hidden_dim * sizes.bytes
+    block, keeps_all = max(block.size for block in make_blocks([sizes.tokens])), experts.backend != "sliced_recompute"
+    fused = shared.gate_proj.weight.nbytes + shared.up_proj.weight.nbytes
+    kept = sizes.stream + fused + 2 * sizes.tokens * width * keeps_all  # padding to 16 rows at most is left out
+    scratches = (4 if keeps_all else 6) + (0 if shared.activation == "silu" else 3)
+    return _Part(kept, kept + _nbytes(shared) + scratches * block * width + sizes.stream, _nbytes(shared))
 
 
 def _attention(layer: Attention, sizes: _Sizes) -> _Part:
@@ -309,7 +326,7 @@ def _routed(layer: MoE, top_k: int, sizes: _Sizes) -> _Part:
     rows = sizes.tokens * top_k
     weights = _nbytes(experts)
     kept = sizes.stream + sizes.tokens * experts.num_experts * sizes.exact_bytes  # probabilities
-    kept += rows * (8 * (3 if top_k == 1 else 4) + sizes.bytes)  # expert ids, permutations, scores
+    kept += rows * (8 * 3 + sizes.bytes)  # expert ids, permutations, scores
     dispatched = rows * sizes.dim * sizes.bytes
     backend, _ = choose_backend(
         torch.device("cpu"),
@@ -330,7 +347,7 @@ def _routed(layer: MoE, top_k: int, sizes: _Sizes) -> _Part:
     hidden = sum(counts) * experts.hidden_dim * sizes.bytes
     if is_sliced:
         kept += 2 * hidden if backend == "sliced" else 0
-        scratch = _block_rows(counts) * experts.hidden_dim * sizes.bytes
+        scratch = max(block.size for block in make_blocks(counts)) * experts.hidden_dim * sizes.bytes
         scratches = (4 if backend == "sliced" else 6) + (0 if experts.activation == "silu" else 3)
         working = weights + scratches * scratch
     else:
@@ -345,14 +362,6 @@ def _routed(layer: MoE, top_k: int, sizes: _Sizes) -> _Part:
 
 def _evenly(rows: int, num_experts: int) -> list[int]:
     return [rows // num_experts + (i < rows % num_experts) for i in range(num_experts)]
-
-
-def _block_rows(counts: list[int]) -> int:
-    """Rows that the sliced backends work on at a time: whole experts up to at least 256, and at most 1024 of one."""
-    of_one = max(counts)
-    if of_one >= 256:
-        return min(of_one, 1024)
-    return min(sum(counts), of_one * math.ceil(256 / of_one))
 
 
 def _optimizer(decoder: nn.Module, name: str | None) -> tuple[int, int]:
