@@ -36,6 +36,44 @@ def test_an_epoch_sees_every_window_once_and_epochs_differ() -> None:
     assert first != second
 
 
+@pytest.mark.parametrize("fixed_windows", [False, True])
+def test_starts_say_where_the_windows_are(fixed_windows: bool) -> None:
+    for batch in training(n=203, fixed_windows=fixed_windows):
+        assert batch["starts"].dtype == torch.int64
+        assert torch.equal(batch["starts"], batch["tokens"][:, 0])  # token i of this stream is i
+
+
+def test_fixed_windows_are_the_same_in_every_epoch_and_for_every_seed() -> None:
+    n = 8 * 11 + 1  # eleven windows and the last label: not one more than needed
+    orders = []
+    for seed in (0, 1):
+        loader = training(n=n, batch_size=1, num_batches=22, seed=seed, fixed_windows=True)
+        assert loader.windows_per_epoch == 11
+        starts = [int(batch["starts"]) for batch in loader]
+        orders += [starts[:11], starts[11:]]
+    for order in orders:
+        assert sorted(order) == list(range(0, 88, 8))
+    assert len({tuple(order) for order in orders}) == 4
+    assert training(n=n + 7, fixed_windows=True).windows_per_epoch == 11
+    assert training(n=n - 1, fixed_windows=True).windows_per_epoch == 10
+
+
+def test_fixed_windows_resume_and_are_shared_by_ranks() -> None:
+    whole = [batch["starts"] for batch in training(fixed_windows=True)]
+    resumed = training(fixed_windows=True)
+    resumed.load_state_dict({"next_batch": 5})
+    assert all(torch.equal(a, b["starts"]) for a, b in zip(whole[5:], resumed, strict=True))
+    shared = [training(batch_size=1, rank=rank, world_size=2, fixed_windows=True) for rank in (0, 1)]
+    for i, starts in enumerate(whole):
+        assert torch.equal(torch.cat([loader.batch(i)["starts"] for loader in shared]), starts)
+
+
+def test_fixed_windows_need_one_window() -> None:
+    training(n=9, fixed_windows=True)
+    with pytest.raises(InputError, match=r"seq_len=8: the training split has 8 tokens; at least 9 are needed$"):
+        training(n=8, fixed_windows=True)
+
+
 @settings(deadline=None)
 @given(seen=st.integers(0, 12), seed=st.integers(0, 3))
 def test_resumed_loader_continues_as_if_never_stopped(seen: int, seed: int) -> None:

@@ -10,13 +10,27 @@ from torch import Tensor
 from moesaic.data.tokenizers import Ids
 from moesaic.errors import InputError
 
-__all__ = ["EvaluationLoader", "TrainingLoader"]
+__all__ = ["EvaluationLoader", "TrainingLoader", "windows_at"]
 
 Batch = dict[str, Tensor]
 
 
+def windows_at(tokens: Ids, starts: npt.NDArray[np.int64], seq_len: int) -> Batch:
+    """The windows of a stream (n,) that begin at `starts` (B,), each followed by at least one more token.
+
+    Returns:
+        {"tokens", "labels"}, each (B, L) int64, labels the tokens one further, and "starts", (B,) int64.
+    """
+    ids = torch.from_numpy(np.stack([tokens[start : start + seq_len + 1] for start in starts]).astype(np.int64))
+    return {
+        "tokens": ids[:, :-1].clone(memory_format=torch.contiguous_format),  # even of one row, no memory is shared
+        "labels": ids[:, 1:].clone(memory_format=torch.contiguous_format),
+        "starts": torch.from_numpy(np.array(starts, dtype=np.int64)),
+    }
+
+
 class TrainingLoader:
-    """num_batches batches of {"tokens", "labels"}, each (B, L) int64; labels are the tokens one further.
+    """num_batches batches as `windows_at` makes them: tokens, labels, and where in the stream each window starts.
 
     An epoch visits every window of the stream once, in an order and with an offset of the windows that depend on
     (seed, epoch). So batch i needs no memory of the batches before it, and a resumed run sees what it would have seen.
@@ -26,6 +40,8 @@ class TrainingLoader:
         seq_len: L.
         batch_size: B, per rank.
         rank, world_size: the ranks share each global batch of world_size * B windows.
+        fixed_windows: offset 0 in every epoch, so that a window (number start // seq_len) is the same one for every
+            epoch, seed and run, as cached targets need it.
 
     Raises:
         InputError: a stream shorter than one window.
@@ -41,11 +57,14 @@ class TrainingLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        fixed_windows: bool = False,
     ) -> None:
-        if len(tokens) < 2 * seq_len + 1:
+        needed = seq_len + 1 if fixed_windows else 2 * seq_len + 1
+        if len(tokens) < needed:
+            reason = "" if fixed_windows else " (windows start at a random offset)"
             raise InputError(
                 f"training.seq_len={seq_len}: the training split has {len(tokens)} tokens; at least "
-                f"{2 * seq_len + 1} are needed (windows start at a random offset)"
+                f"{needed} are needed{reason}"
             )
         self.tokens = tokens
         self.seq_len = seq_len
@@ -54,7 +73,10 @@ class TrainingLoader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.windows_per_epoch = (len(tokens) - 1) // seq_len - 1  # one less, whatever the offset
+        self.fixed_windows = fixed_windows
+        self.windows_per_epoch = (len(tokens) - 1) // seq_len
+        if not fixed_windows:
+            self.windows_per_epoch -= 1  # whatever the offset
         self._next_batch = 0
         self._epoch = -1
         self._starts = np.zeros(0, dtype=np.int64)
@@ -70,19 +92,17 @@ class TrainingLoader:
     def batch(self, i: int) -> Batch:
         """Batch i of this rank."""
         first = (i * self.world_size + self.rank) * self.batch_size
-        windows = [self._window(first + j) for j in range(self.batch_size)]
-        ids = torch.from_numpy(np.stack(windows).astype(np.int64))
-        return {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+        starts = np.array([self._start(first + j) for j in range(self.batch_size)], dtype=np.int64)
+        return windows_at(self.tokens, starts, self.seq_len)
 
-    def _window(self, number: int) -> Ids:
+    def _start(self, number: int) -> int:
         epoch, place = divmod(number, self.windows_per_epoch)
         if epoch != self._epoch:
             draw = np.random.default_rng((self.seed, epoch))
-            offset = draw.integers(self.seq_len)
+            offset = 0 if self.fixed_windows else int(draw.integers(self.seq_len))
             self._starts = offset + self.seq_len * draw.permutation(self.windows_per_epoch)
             self._epoch = epoch
-        start = self._starts[place]
-        return self.tokens[start : start + self.seq_len + 1]
+        return int(self._starts[place])
 
     def state_dict(self) -> dict[str, int]:
         return {"next_batch": self._next_batch}

@@ -1,0 +1,157 @@
+"""Compute a teacher's targets once: python scripts/cache_targets.py teacher=PATH directory=NEW [key=value ...]"""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from _cli import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moesaic.config import from_mapping
+from moesaic.data import DataConfig, load_data
+from moesaic.data.loaders import Batch, windows_at
+from moesaic.data.tokenizers import Ids
+from moesaic.distillation import (
+    CacheIdentity,
+    CacheThrough,
+    FrozenTeacher,
+    TargetCache,
+    TargetFormat,
+    cache_identity,
+    forecast,
+    kept_targets,
+)
+from moesaic.errors import InputError
+from moesaic.losses.targets import HeadTargets, SampledTargets
+from moesaic.training.config import require_accelerator
+from moesaic.training.teachers import load_teacher, require_teacher
+
+FORMAT_KEYS = ("kind", "temperature", "k", "num_samples", "exponent")
+
+
+def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Fill a cache, from where it stands; returns what it holds, as a plain mapping.
+
+    Raises:
+        InputError: bad configuration, teacher, data or directory; all of it before anything is computed.
+    """
+    for key, example in (("teacher", "RUN/checkpoints/last.ckpt"), ("directory", "targets")):
+        if not isinstance(config[key], str):
+            raise InputError(f"{key}={config[key]!r}: it is needed ({key}={example})")
+    for key in ("seq_len", "batch_size", "windows_per_shard"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise InputError(f"{key}={config[key]!r}: allowed are integers >= 1")
+    batch_size, windows_per_shard = config["batch_size"], config["windows_per_shard"]
+    if windows_per_shard % batch_size:
+        # else a resumed run would batch windows in another way, and differ in the last bit
+        raise InputError(f"windows_per_shard={windows_per_shard}: allowed are multiples of batch_size={batch_size}")
+    form = from_mapping(TargetFormat, {key: config[key] for key in FORMAT_KEYS})
+    require_accelerator("accelerator", config["accelerator"])
+    require_teacher(config["teacher"])
+    data = load_data(from_mapping(DataConfig, config["data"], "data"))
+    decoder = load_teacher(config["teacher"], data.tokenizer, data.vocab_size)
+    identity = cache_identity(decoder, data, seq_len=config["seq_len"], form=form, seed=config["seed"])
+    device = torch.device("cuda" if config["accelerator"] == "gpu" else "cpu")
+    teacher = FrozenTeacher(decoder.to(device))
+    tokens = data.train.tokens
+
+    directory = Path(config["directory"])
+    ids_per_token = _distinct_ids(teacher, tokens, identity) if form.kind == "sampled" else None
+    expected = forecast(identity, windows_per_shard, ids_per_token)
+    about = "" if ids_per_token is None else f", at about {ids_per_token:.1f} distinct ids per token"
+    settings = ", ".join(f"{key} {value}" for key, value in form.settings().items())
+    console.print(f"teacher   {config['teacher']}, {sum(p.numel() for p in decoder.parameters()):,} parameters")
+    console.print(f"targets   {settings}; {expected.windows:,} windows of {identity.seq_len} tokens")
+    console.print(
+        f"forecast  {expected.total_bytes / 1e6:,.1f} MB, {expected.bytes_per_token:.1f} bytes per token{about}"
+    )
+    expected.require_room(directory)
+    cache = TargetCache.create(directory, identity, windows_per_shard)
+    try:
+        if len(cache):
+            console.print(f"resumed   {len(cache):,} windows are there already")
+        before, started = len(cache), time.monotonic()
+        through = CacheThrough(cache, teacher, identity)
+        for batch in _missing_batches(cache, tokens, batch_size, console):
+            through.fill({name: value.to(device) for name, value in batch.items()})
+        cache.close()
+    finally:
+        cache.release()
+    return {
+        "windows": len(cache),
+        "new windows": len(cache) - before,
+        "seconds": time.monotonic() - started,
+        "bytes": cache.stored_bytes,
+    }
+
+
+def _distinct_ids(teacher: FrozenTeacher, tokens: Ids, identity: CacheIdentity) -> float:
+    """Mean number of distinct ids of a token, on a few windows spread over the stream."""
+    count = min(identity.num_windows, max(4, 4096 // identity.seq_len))
+    found = []
+    for window in np.linspace(0, identity.num_windows - 1, count).round().astype(np.int64).tolist():
+        batch = windows_at(tokens, np.array([window * identity.seq_len]), identity.seq_len)
+        batch = {name: value.to(teacher.decoder.head.weight.device) for name, value in batch.items()}
+        hidden, weight = teacher.targets(batch)
+        labels = batch["labels"].flatten()
+        sampled = kept_targets(HeadTargets(hidden, weight), labels, identity.form, identity.generator(window))
+        assert isinstance(sampled, SampledTargets)
+        found.append((sampled.weights != 0).sum(dim=1).float().mean().item())
+    return sum(found) / len(found)
+
+
+def _missing_batches(cache: TargetCache, tokens: Ids, batch_size: int, console: Console) -> Iterator[Batch]:
+    """What the cache lacks, with a progress bar, or a line every few seconds where there is no terminal.
+
+    Windows are grouped by their number, so that a window is computed beside the same others after a resume.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    first, started, told = len(cache), time.monotonic(), time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("windows", total=cache.num_windows, completed=first)
+        for group in range(0, cache.num_windows, batch_size):
+            numbers = range(group, min(group + batch_size, cache.num_windows))
+            missing = np.array([number for number in numbers if number not in cache], dtype=np.int64)
+            if not len(missing):
+                continue
+            yield windows_at(tokens, missing * cache.seq_len, cache.seq_len)
+            done, now = len(cache), time.monotonic()
+            bar.update(task, completed=done)
+            if not console.is_terminal and (now - told > 15 or done == cache.num_windows):
+                told = now
+                left = (now - started) / max(1, done - first) * (cache.num_windows - done)
+                console.print(f"window {done:,}/{cache.num_windows:,}  {left:.0f} s left", highlight=False)
+
+
+def describe(config: dict[str, Any], found: dict[str, Any]) -> str:
+    """What was written, and the command that trains from it."""
+    directory = config["directory"]
+    return (
+        f"written   {directory}: {found['windows']:,} windows, {found['bytes'] / 1e6:,.1f} MB; "
+        f"{found['new windows']:,} of them now, in {found['seconds']:.0f} s\n"
+        f"next\n  python scripts/train.py experiment=codistill_cached distillation.cache={directory}"
+    )
+
+
+@hydra.main(config_path=CONFIG_PATH, config_name="cache_targets", version_base="1.3")
+def main(config: DictConfig) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        given = exit_on_bad_input(lambda: plain(config))
+        found = exit_on_bad_input(lambda: cache_targets(given, console))
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues after the last complete shard")
+        sys.exit(130)
+    console.print(describe(given, found))
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(lambda: refuse_unknown_keys("cache_targets", sys.argv[1:]))
+    main()

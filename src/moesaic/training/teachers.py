@@ -1,0 +1,77 @@
+"""A teacher from a checkpoint of ours or a transformers directory, refused where its ids mean something else."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from moesaic.data import Tokenizer
+from moesaic.errors import InputError
+from moesaic.models import Decoder
+from moesaic.training.checkpoints import load_model
+
+__all__ = ["load_teacher", "require_teacher"]
+
+logger = logging.getLogger("moesaic.training")
+
+
+def require_teacher(path: str | Path) -> None:
+    """Raise InputError if there is no such file or directory: a check that costs nothing, before data are read."""
+    if not Path(path).exists():
+        raise InputError(
+            f"teacher={str(path)!r}: no such file or directory; give a checkpoint, such as a run's "
+            "checkpoints/last.ckpt, or a transformers directory"
+        )
+
+
+def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Decoder:
+    """The teacher, in evaluation mode on the CPU.
+
+    Where one side has no tokeniser, only the sizes of the vocabularies can be compared; the log says so.
+
+    Args:
+        path: a checkpoint, or a directory of config.json and safetensors (needs the [hf] extra).
+        tokenizer: the student's.
+        vocab_size: the student's.
+
+    Raises:
+        InputError: not there, not readable, another vocabulary or another tokeniser.
+    """
+    require_teacher(path)
+    theirs: dict[str, Any] | None
+    if Path(path).is_dir():
+        try:
+            from moesaic.interop import from_hf
+        except ImportError as error:
+            raise InputError(f"teacher={str(path)!r}: a directory needs the [hf] extra ({error})") from error
+        decoder = from_hf(path)
+        text = decoder.foreign_files.get("tokenizer.json")
+        theirs = None if text is None else {"kind": "bpe", "json": text}
+    else:
+        model = load_model(path)
+        decoder, theirs = model.decoder, None if model.tokenizer is None else model.tokenizer.to_dict()
+    if decoder.vocab_size != vocab_size:
+        raise InputError(
+            f"teacher={str(path)!r}: a vocabulary of {decoder.vocab_size}, the student's has {vocab_size}; soft "
+            "targets need the same"
+        )
+    if theirs is None or tokenizer is None:
+        side = "teacher" if theirs is None else "data"
+        logger.warning("%s: the %s came without a tokeniser, only the vocabulary size was compared", path, side)
+    elif _meaning(theirs, path) != _meaning(tokenizer.to_dict(), path):
+        raise InputError(
+            f"teacher={str(path)!r}: its tokeniser ({theirs['kind']}) is not that of the student's data "
+            f"({tokenizer.to_dict()['kind']}); soft targets need the same ids, so read the data as it was trained on"
+        )
+    return decoder
+
+
+def _meaning(tokenizer: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """What decides about ids: not how ids become text, nor markers that are only added on request."""
+    if tokenizer["kind"] != "bpe":
+        return tokenizer
+    try:
+        content = json.loads(tokenizer["json"])
+        return {key: value for key, value in content.items() if key not in ("decoder", "post_processor")}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: its tokenizer.json is damaged ({error})") from error

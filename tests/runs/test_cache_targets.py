@@ -1,0 +1,206 @@
+"""scripts/cache_targets.py as a person uses it: forecast, resume after kill -9, what is refused and how it is said."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cache_targets
+import pytest
+import torch
+from rich.console import Console
+
+from moesaic.config import from_mapping
+from moesaic.data import ByteTokenizer, DataConfig, TrainingLoader, load_data
+from moesaic.distillation import CachedTargets, TargetCache, TargetFormat, cache_identity, data_settings
+from moesaic.errors import InputError
+from moesaic.losses.targets import TopKTargets
+from moesaic.models import DecoderConfig, MoEConfig, build_decoder, llama4_toy
+from moesaic.training.checkpoints import load_model, save_model
+
+Composed = Callable[..., dict[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ["data=files", "data.tokenizer=bytes", "seq_len=64", "batch_size=4", "windows_per_shard=8"]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    toy = llama4_toy(moe=MoEConfig(num_experts=4, hidden_dim=32))
+    path = tmp_path / "teacher.ckpt"
+    torch.manual_seed(0)
+    sizes = {name: getattr(toy, name) for name in toy.__dataclass_fields__}
+    save_model(path, build_decoder(DecoderConfig(**{**sizes, "vocab_size": 257})), ByteTokenizer())
+    return path
+
+
+@pytest.fixture
+def given(composed: Composed, teacher: Path, tmp_path: Path) -> Composed:
+    """given("key=value", ...) -> the config of a small cache in tmp_path/targets."""
+
+    def compose(*overrides: str) -> dict[str, Any]:
+        basis = [f"teacher={teacher}", f"directory={tmp_path / 'targets'}", *SIZES]
+        return composed(*basis, *overrides, config="cache_targets")
+
+    return compose
+
+
+def fill(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the cache holds, and what was printed."""
+    console = Console(record=True, quiet=False, file=open(os.devnull, "w"), width=200)  # noqa: SIM115, PTH123
+    with console.file:
+        found = cache_targets.cache_targets(config, console)
+        return found, console.export_text()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
+def test_the_forecast_is_right_and_training_batches_find_their_targets(given: Composed, kind: str) -> None:
+    config = given(f"kind={kind}", "k=5")
+    found, printed = fill(config)
+    directory = Path(config["directory"])
+    [megabytes] = re.findall(r"forecast  ([\d.]+) MB", printed)
+    real = sum(len(content) for content in contents(directory).values()) / 1e6
+    assert float(megabytes) == pytest.approx(real, rel=0.05, abs=0.05)
+    assert (" distinct ids per token" in printed) == (kind == "sampled")
+    assert f"window {found['windows']:,}/{found['windows']:,}" in printed
+
+    data = load_data(from_mapping(DataConfig, config["data"], "data"))
+    cache = TargetCache.open(directory, {**data_settings(data, 64), "kind": kind, "temperature": 1.0})
+    cache.verify()
+    assert len(cache) == cache.num_windows == found["windows"] == (len(data.train.tokens) - 1) // 64
+    source = CachedTargets(cache)
+    for batch in TrainingLoader(data.train.tokens, seq_len=64, batch_size=3, num_batches=4, seed=9, fixed_windows=True):
+        targets = source.targets(batch)
+        if isinstance(targets, TopKTargets):
+            with torch.no_grad():
+                logits = load_model(config["teacher"]).decoder(batch["tokens"]).logits.flatten(0, 1)
+            expected = logits.log_softmax(dim=-1).gather(1, targets.ids)
+            torch.testing.assert_close(targets.log_probs, expected, rtol=2**-9, atol=2**-9)
+    assert fill(config)[0]["new windows"] == 0
+    assert f"distillation.cache={directory}" in cache_targets.describe(config, found)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path, corpus: Path, kind: str) -> None:
+    sizes = [*SIZES, f"kind={kind}", "seq_len=16"]  # many small shards: time enough to be killed in
+    config = given(*sizes, f"directory={tmp_path / 'whole'}")
+    fill(config)
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "scripts" / "cache_targets.py"), *sizes]
+    command += [f"teacher={config['teacher']}", f"directory={killed}", f"data.path={corpus}"]
+    command += [f"data.cache_dir={tmp_path / 'cache'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    listed = 0
+    wanted = random.Random(kind).randrange(1, 12)
+    while listed < wanted and process.poll() is None:
+        time.sleep(0.001)
+        if (killed / "manifest.json").exists():
+            listed = len(json.loads((killed / "manifest.json").read_text())["shards"])
+    time.sleep(random.random() / 50)  # in the middle of whatever comes next
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+
+    cache = TargetCache.open(killed)
+    cache.verify()
+    assert 8 * listed <= len(cache) < cache.num_windows
+    before = contents(killed)
+    found, printed = fill(given(*sizes, f"directory={killed}"))
+    assert f"resumed   {len(cache):,} windows are there already" in printed
+    assert found["new windows"] == cache.num_windows - len(cache)
+    after = contents(killed)
+    assert after == contents(tmp_path / "whole")
+    for shard in json.loads(before["manifest.json"])["shards"]:
+        assert after[shard["file"]] == before[shard["file"]]
+
+
+def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    batches = cache_targets._missing_batches
+
+    def interrupted(*arguments: Any) -> Any:
+        for i, batch in enumerate(batches(*arguments)):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(cache_targets, "_missing_batches", interrupted)
+    config = given()
+    with pytest.raises(KeyboardInterrupt):
+        fill(config)
+    monkeypatch.undo()
+    assert len(TargetCache.open(config["directory"])) == 16  # two shards of two batches
+    fill(config)
+    other = given(f"directory={tmp_path / 'whole'}")
+    fill(other)
+    assert contents(Path(config["directory"])) == contents(Path(other["directory"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher=null"], r"teacher=None: it is needed \(teacher=RUN/checkpoints/last.ckpt\)"),
+        (["directory=null"], r"directory=None: it is needed \(directory=targets\)"),
+        (["seq_len=0"], r"seq_len=0: allowed are integers >= 1"),
+        (["windows_per_shard=6"], r"windows_per_shard=6: allowed are multiples of batch_size=4"),
+        (["kind=top_p"], r"kind: found 'top_p' \(str\); allowed: top_k \| sampled \| dense"),
+        (["temperature=0"], r"temperature=0.0: allowed are numbers > 0"),
+        (["k=258"], r"k=258: the vocabulary has 257 entries"),
+        (["seq_len=99999999"], r"seq_len=99999999: the training split has \d+ tokens"),
+        (["teacher=/nowhere"], r"teacher='/nowhere': no such file or directory"),
+        (["data.tokenizer=bpe", "data.vocab_size=257"], r"its tokeniser \(bytes\) is not that of .* data \(bpe\)"),
+        (["data.tokenizer=bpe", "data.vocab_size=280"], r"a vocabulary of 257, the student's has 280"),
+        (["accelerator=tpu"], r"accelerator='tpu': allowed are"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    given: Composed, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        fill(given(*overrides))
+    assert not (tmp_path / "targets").exists()
+
+
+def test_a_full_disk_is_refused(given: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match=r"directory='.*targets': 0.0 MB free, but the targets need \d"):
+        fill(given())
+    assert not (tmp_path / "targets").exists()
+
+
+def test_a_cache_of_another_teacher_is_refused(given: Composed, teacher: Path) -> None:
+    config = given()
+    fill(config)
+    model = load_model(teacher)
+    with torch.no_grad():
+        model.decoder.head.weight[0, 0] += 1e-3
+    changed = teacher.with_name("changed.ckpt")
+    save_model(changed, model.decoder, model.tokenizer)
+    with pytest.raises(InputError, match=r"is stale: made by a teacher with other weights"):
+        fill(given(f"teacher={changed}"))
+    data = load_data(from_mapping(DataConfig, config["data"], "data"))
+    of = cache_identity(load_model(teacher).decoder, data, seq_len=64, form=TargetFormat())
+    TargetCache.open(config["directory"], of.settings())
+
+
+def test_the_command_line(given: Composed, teacher: Path, tmp_path: Path, corpus: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "cache_targets.py")]
+    refused = subprocess.run([*command, "sequence=3"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: sequence: unknown key; allowed: data, teacher, directory, seq_len, ")
+    command += [*SIZES, f"teacher={teacher}", "directory=targets", f"data.path={corpus}", "seq_len=128"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("python scripts/train.py experiment=codistill_cached distillation.cache=targets\n")
+    assert (tmp_path / "targets" / "manifest.json").exists()

@@ -1,0 +1,82 @@
+"""A frozen teacher from a checkpoint or a transformers directory, and whose ids are refused."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic.data import BPETokenizer, ByteTokenizer, Tokenizer
+from moesaic.distillation import weights_hash
+from moesaic.errors import InputError
+from moesaic.interop import to_hf
+from moesaic.models import Decoder, build_decoder, llama4_toy
+from moesaic.training.checkpoints import save_model
+from moesaic.training.teachers import load_teacher
+
+TEXTS = [b"def f(x):\n    return x\n" * 20, b"a tokeniser needs some text to learn from " * 20]
+BPE = BPETokenizer.train(TEXTS, 270)
+OTHER_BPE = BPETokenizer.train([b"zyxwvut abab cdcd efef ghgh ijij klkl mnmn opop " * 30], 270)
+
+
+def decoder(tokenizer: Tokenizer = BPE) -> Decoder:
+    return build_decoder(dataclasses.replace(llama4_toy(), vocab_size=tokenizer.vocab_size))
+
+
+def test_checkpoint_and_directory_are_the_same_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    teacher = decoder()
+    save_model(tmp_path / "t.ckpt", teacher, BPE)
+    # as scripts/convert.py writes it: the same tokeniser with another way back to text
+    content = {**json.loads(BPE.to_dict()["json"]), "decoder": {"type": "ByteLevel"}}
+    teacher.foreign_files = {"config.json": "{}", "tokenizer.json": json.dumps(content)}
+    to_hf(teacher, tmp_path / "hf")
+    tokens = torch.randint(BPE.vocab_size, (2, 12))
+    with torch.no_grad():
+        expected = teacher.eval()(tokens).logits
+    for path in (tmp_path / "t.ckpt", tmp_path / "hf"):
+        found = load_teacher(path, BPE, BPE.vocab_size)
+        assert not found.training
+        assert weights_hash(found) == weights_hash(teacher)
+        with torch.no_grad():
+            assert torch.equal(found(tokens).logits, expected)
+        with pytest.raises(InputError, match=r"its tokeniser \(bpe\) is not that of the student's data \(bpe\)"):
+            load_teacher(path, OTHER_BPE, BPE.vocab_size)
+        with pytest.raises(InputError, match=r"a vocabulary of 270, the student's has 257; soft targets need the same"):
+            load_teacher(path, ByteTokenizer(), 257)
+    assert not caplog.records
+
+
+def test_other_kinds_of_tokenisers_are_refused(tmp_path: Path) -> None:
+    tokenizer = BPETokenizer.train(TEXTS, 257)
+    save_model(tmp_path / "t.ckpt", decoder(tokenizer), tokenizer)
+    with pytest.raises(InputError, match=r"its tokeniser \(bpe\) is not that of the student's data \(bytes\)"):
+        load_teacher(tmp_path / "t.ckpt", ByteTokenizer(), 257)
+
+
+def test_an_unknown_tokeniser_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_model(tmp_path / "without.ckpt", decoder())
+    save_model(tmp_path / "with.ckpt", decoder(), BPE)
+    with caplog.at_level(logging.WARNING):
+        load_teacher(tmp_path / "without.ckpt", BPE, 270)
+        load_teacher(tmp_path / "with.ckpt", None, 270)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "the teacher came without a tokeniser, only the vocabulary size was compared",
+        "the data came without a tokeniser, only the vocabulary size was compared",
+    ]
+
+
+def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"teacher='.*nowhere.ckpt': no such file or directory"):
+        load_teacher(tmp_path / "nowhere.ckpt", BPE, 270)
+    (tmp_path / "broken.ckpt").write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"broken.ckpt: truncated or not a checkpoint"):
+        load_teacher(tmp_path / "broken.ckpt", BPE, 270)
+    with pytest.raises(InputError, match=r"no config.json in this directory"):
+        load_teacher(tmp_path, BPE, 270)
+    teacher = decoder()
+    teacher.foreign_files = {"config.json": "{}", "tokenizer.json": "{"}
+    to_hf(teacher, tmp_path / "hf")
+    with pytest.raises(InputError, match=r"hf: its tokenizer.json is damaged"):
+        load_teacher(tmp_path / "hf", BPE, 270)
