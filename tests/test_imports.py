@@ -19,6 +19,7 @@ SCRIPTS = SOURCE.parents[1] / "scripts"
 TIERS = {
     "errors": 0,
     "config": 0,
+    "allocator": 0,
     "layers": 0,
     "losses": 1,
     "models": 1,
@@ -26,7 +27,9 @@ TIERS = {
     "evaluation": 2,
     "interop": 2,
     "testing": 2,
-    "training": 3,
+    "distillation": 3,
+    "training": 4,
+    "studies": 5,
 }
 ALLOWED_WITHIN_TIER = {("config", "errors"), ("models", "losses")}
 CORE = {"layers", "losses", "models"}

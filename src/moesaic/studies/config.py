@@ -1,0 +1,361 @@
+"""What a study is, which runs it consists of, and which of them are missing: pure functions of a config and of rows."""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from moesaic.config import flatten, from_mapping, to_mapping
+from moesaic.errors import InputError
+from moesaic.models import DecoderConfig
+from moesaic.training.config import RunConfig
+
+__all__ = [
+    "AxisConfig",
+    "Cell",
+    "Job",
+    "Plan",
+    "Probe",
+    "Row",
+    "StudyConfig",
+    "TuneConfig",
+    "Tuning",
+    "VariantConfig",
+    "apply_overrides",
+    "canonical",
+    "config_hash",
+    "import_probe",
+    "job_of",
+    "plan",
+    "row_key",
+    "score",
+    "tuning",
+    "validate",
+]
+
+Row = dict[str, Any]
+"""One line of rows.jsonl: a finished or diverged run, see `moesaic.studies.worker`."""
+
+Overrides = dict[str, Any]
+"""Dotted keys of the run config and their values."""
+
+Probe = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str, float]]
+"""(checkpoint, run config, study.probe_options) -> numbers that join the metrics of the row."""
+
+EXTENSIONS = 2
+"""How often a grid of learning rates grows by one factor when the best one is at its edge; the same for every arm."""
+
+NOT_COMPARED = frozenset(
+    {"name", "output_dir", "run_dir", "resume", "trainer.threads", "trainer.keep_freed_memory"}
+    | {"data.cache_dir", "data.path"}
+)
+"""Keys that say where a run happens, not what it computes (data are compared by their content hash)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """The learning rates of each cell are multiplied by each factor on a seed of its own; the best one is measured."""
+
+    seed: int
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    keys: tuple[str, ...] = ("optimizer.learning_rate", "optimizer.muon_learning_rate")
+
+    def __post_init__(self) -> None:
+        if len(set(self.factors)) < 2 or len(set(self.factors)) < len(self.factors) or min(self.factors) <= 0:
+            raise ValueError(f"factors={list(self.factors)}: allowed are two or more different numbers > 0")
+        if not self.keys:
+            raise ValueError("keys=[]: name at least one learning rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisConfig:
+    """A second dimension: every arm is run at every value, except arms that the axis does not change."""
+
+    values: dict[str, Overrides]
+    fixed: tuple[str, ...] = ()  # arms that are run once, without the axis, and compared at each of its values
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantConfig:
+    """The checkpoints of an arm, evaluated with another model config; nothing is trained."""
+
+    arm: str
+    overrides: Overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """The `study` block of an experiment. The rest of the experiment is the run that all arms start from."""
+
+    question: str
+    equal: str  # what is held equal, in words
+    baseline: str  # the arm that all others are compared with
+    arms: dict[str, Overrides]
+    seeds: tuple[int, ...]
+    metric: str = "validation/bits_per_byte"  # of metrics.json or of a probe
+    higher_is_better: bool = False
+    also: tuple[str, ...] = ()  # more metrics for the table; of a pattern with * the mean over what it matches
+    tune: TuneConfig | None = None  # null: every arm at the learning rates of the config
+    axes: dict[str, AxisConfig] = dataclasses.field(default_factory=dict)
+    variants: dict[str, VariantConfig] = dataclasses.field(default_factory=dict)
+    probes: tuple[str, ...] = ()  # dotted paths of `Probe` functions
+    probe_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = ", ".join(self.arms)
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline={self.baseline!r}: unknown arm; allowed: {known}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: allowed are one or more different integers")
+        if self.tune is not None and self.tune.seed in self.seeds:
+            raise ValueError(f"tune.seed={self.tune.seed}: it must not be one of seeds={list(self.seeds)}")
+        for name, axis in self.axes.items():
+            for arm in axis.fixed:
+                if arm not in self.arms:
+                    raise ValueError(f"axes.{name}.fixed: unknown arm {arm!r}; allowed: {known}")
+        for name, variant in self.variants.items():
+            if variant.arm not in self.arms:
+                raise ValueError(f"variants.{name}.arm={variant.arm!r}: unknown arm; allowed: {known}")
+            if name in self.arms:
+                raise ValueError(f"variants.{name}: an arm has this name already")
+            for key in variant.overrides:
+                if not key.startswith("model."):
+                    raise ValueError(f"variants.{name}.overrides.{key}: allowed are keys of the model (model....)")
+
+    @property
+    def points(self) -> list[tuple[str, str] | None]:
+        """(axis, value) of every place at which arms are compared; [None] without axes."""
+        return [(name, value) for name, axis in self.axes.items() for value in axis.values] or [None]
+
+    def cell(self, arm: str, point: tuple[str, str] | None) -> "Cell":
+        """Where the runs of an arm (not of a variant) at a point are kept."""
+        if point is None or arm in self.axes[point[0]].fixed:
+            return Cell(arm, None, self.arms[arm])
+        axis, value = point
+        return Cell(arm, f"{axis}={value}", {**self.axes[axis].values[value], **self.arms[arm]})
+
+    def result_cell(self, name: str, point: tuple[str, str] | None) -> "Cell":
+        """As `cell`, of an arm or of the arm that a variant evaluates."""
+        return self.cell(self.variants[name].arm if name in self.variants else name, point)
+
+    @property
+    def cells(self) -> list["Cell"]:
+        cells = [self.cell(arm, point) for point in self.points for arm in self.arms]
+        return list({(cell.arm, cell.axis): cell for cell in cells}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """An arm at one value of an axis: what learning rates are tuned for. Where both set a key, the arm wins."""
+
+    arm: str
+    axis: str | None  # "experts=4"
+    overrides: Overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How far the learning rate of a cell is known."""
+
+    factors: tuple[float, ...]  # tried, or to be tried
+    best: float | None  # None: not all of them have a row yet
+    at_edge: bool = False  # the best one is the smallest or the largest, and the grid is not extended further
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    arm: str
+    axis: str | None
+    purpose: Literal["tune", "measure"]
+    seed: int
+    factor: float
+    overrides: Overrides  # on the study's base config, seed and learning rates included
+
+    @property
+    def key(self) -> str:
+        return row_key(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where a study stands."""
+
+    missing: list[Job]  # runs that can start now, those for tuning first
+    done: int
+    total: int  # as far as known: a learning rate at the edge of its grid adds some
+
+
+def row_key(row: Mapping[str, Any]) -> str:
+    """What a run is called and found by; no two rows of a study share it."""
+    place = f"{row['arm']}, {row['axis']}" if row["axis"] else str(row["arm"])
+    return f"{place}, {row['purpose']}, seed {row['seed']}, learning rate x{row['factor']:g}"
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A copy of `config` with the values at the dotted keys replaced.
+
+    Raises:
+        InputError: a key that the config does not have; it names `where`.
+    """
+    changed = copy.deepcopy(dict(config))
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        section: Any = changed
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            close = difflib.get_close_matches(key, flatten(config), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise InputError(f"{where}.{key}: the run config has no such key{hint}")
+        section[last] = copy.deepcopy(value)
+    return changed
+
+
+def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides what a run computes, by dotted key, with today's defaults filled in.
+
+    Raises:
+        InputError: the config is not one of a run.
+    """
+    run_config = from_mapping(RunConfig, config)
+    model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}  # 1: as the data say
+    whole = {**to_mapping(run_config), "model": to_mapping(from_mapping(DecoderConfig, model, "model"))}
+    return {
+        key: value for key, value in flatten(whole).items() if key not in NOT_COMPARED and not key.startswith("sample.")
+    }
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(canonical(config), sort_keys=True).encode()).hexdigest()
+
+
+def import_probe(path: str) -> Probe:
+    """The function at a dotted path.
+
+    Raises:
+        InputError: there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        probe = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"study.probes: {path!r} cannot be imported ({error})") from error
+    if not callable(probe):
+        raise InputError(f"study.probes: {path!r} is not a function")
+    return probe
+
+
+def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
+    """Refuse before the first run what would fail in any of them.
+
+    Raises:
+        InputError: an override, a resulting config or a probe is bad; the arm or variant is named.
+    """
+    for probe in study.probes:
+        import_probe(probe)
+    for name, axis in study.axes.items():
+        for value, overrides in axis.values.items():
+            apply_overrides(base, overrides, f"study.axes.{name}.values.{value}")
+    for cell in study.cells:
+        apply_overrides(base, study.arms[cell.arm], f"study.arms.{cell.arm}")
+        at = f"study.arms.{cell.arm}" + (f" at {cell.axis}" if cell.axis else "")
+        config = apply_overrides(base, job_of(study, base, cell, "measure", 0, 1.0).overrides, at)
+        _named(at, config)
+        for name, variant in study.variants.items():
+            if variant.arm == cell.arm:
+                where = f"study.variants.{name}"
+                _named(where, apply_overrides(config, variant.overrides, f"{where}.overrides"))
+
+
+def _named(where: str, config: Mapping[str, Any]) -> None:
+    try:
+        canonical(config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def job_of(
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    cell: Cell,
+    purpose: Literal["tune", "measure"],
+    seed: int,
+    factor: float,
+) -> Job:
+    """The run of a cell with this seed and this factor on its learning rates."""
+    config = apply_overrides(base, cell.overrides, f"study.arms.{cell.arm}")
+    flat = flatten(config)
+    rates: Overrides = {}
+    for key in study.tune.keys if study.tune is not None else ():
+        if not isinstance(flat.get(key), (int, float)):
+            raise InputError(f"study.tune.keys: {key!r} is no number of the run config")
+        rates[key] = flat[key] * factor
+    return Job(cell.arm, cell.axis, purpose, seed, factor, {**cell.overrides, **rates, "seed": seed})
+
+
+def score(study: StudyConfig, row: Row) -> float:
+    """The metric of a row with lower as better; infinite for a diverged run."""
+    value = row["metrics"].get(study.metric)
+    if row["status"] != "finished" or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return math.inf
+    return -value if study.higher_is_better else float(value)
+
+
+def tuning(study: StudyConfig, cell: Cell, rows: Mapping[str, Row]) -> Tuning:
+    """The learning-rate factors of a cell, the best of them if all have a row. The same rule for every cell."""
+    if study.tune is None:
+        return Tuning((1.0,), 1.0)
+    factors = sorted(study.tune.factors)
+    extensions = 0
+    while True:
+        keys = [
+            row_key({**dataclasses.asdict(cell), "purpose": "tune", "seed": study.tune.seed, "factor": factor})
+            for factor in factors
+        ]
+        if not all(key in rows for key in keys):
+            return Tuning(tuple(factors), None)
+        scores = [score(study, rows[key]) for key in keys]
+        best = scores.index(min(scores))
+        at_edge = best in (0, len(factors) - 1)
+        if not at_edge or extensions == EXTENSIONS:
+            return Tuning(tuple(factors), factors[best], at_edge)
+        if best == 0:
+            factors.insert(0, factors[0] ** 2 / factors[1])
+        else:
+            factors.append(factors[-1] ** 2 / factors[-2])
+        extensions += 1
+
+
+def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row]) -> Plan:
+    """What is missing. A measured run is missing as long as any of its variants is; tuning decides what is measured."""
+    jobs: dict[str, list[Job]] = {"tune": [], "measure": []}
+    unknown = 0
+    for cell in study.cells:
+        tuned = tuning(study, cell, rows)
+        if study.tune is not None:
+            jobs["tune"] += [job_of(study, base, cell, "tune", study.tune.seed, factor) for factor in tuned.factors]
+        if tuned.best is None:
+            unknown += len(study.seeds)
+        else:
+            jobs["measure"] += [job_of(study, base, cell, "measure", seed, tuned.best) for seed in study.seeds]
+    known = jobs["tune"] + jobs["measure"]
+    missing = [job for job in known if not all(key in rows for key in _keys(study, job, rows))]
+    return Plan(missing, len(known) - len(missing), len(known) + unknown)
+
+
+def _keys(study: StudyConfig, job: Job, rows: Mapping[str, Row]) -> Iterator[str]:
+    """The keys of all rows that a job makes; the variants of a diverged run have none."""
+    yield job.key
+    diverged = job.key in rows and rows[job.key]["status"] != "finished"
+    if job.purpose == "measure" and not diverged:
+        for name, variant in study.variants.items():
+            if variant.arm == job.arm:
+                yield row_key({**dataclasses.asdict(job), "arm": name, "purpose": "variant"})

@@ -1,0 +1,278 @@
+"""What a study leaves to be read: table.md, summary.json, effect.png and curves.png, all made from rows.jsonl alone."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.config import flatten
+from moesaic.evaluation.plots import COLOURS, GREY, Floats, _figure, _save
+from moesaic.studies.config import Row, StudyConfig, row_key
+from moesaic.studies.statistics import ArmResult, Interval, summarise
+from moesaic.training.records import write_atomically, write_json
+
+__all__ = ["plot_curves", "plot_effects", "write_study_report"]
+
+EDGE = "†"
+
+
+def write_study_report(
+    study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], results: Path, command: str, console: Console
+) -> None:
+    """Print table and verdict, and write table.md, summary.json, effect.png and curves.png into `results`."""
+    arms = summarise(study, rows)
+    title = f"{base['name']}: {study.metric}, {'higher' if study.higher_is_better else 'lower'} is better"
+    columns, lines = _table(study, base, arms)
+    table = Table(*columns, title=title)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    verdicts = [arm.verdict for arm in arms if arm.verdict]
+    notes = _notes(study, arms, rows)
+    for text in [*verdicts, *notes]:
+        console.print(f"- {text}", markup=False, highlight=False, soft_wrap=True)
+    paragraphs = [
+        f"# {base['name']}",
+        f"**Question.** {study.question}",
+        f"**Held equal.** {study.equal}",
+        f"**Command.** `{command}`",
+        "\n".join(["**Verdict**, made from the numbers:", "", *(f"- {text}" for text in verdicts)]),
+        f"{study.metric}, {title.rpartition(', ')[2]}:",
+        "\n".join(_markdown(line) for line in (columns, ["---"] + ["---:"] * (len(columns) - 1), *lines)),
+        "\n".join(f"- {note}" for note in notes),
+    ]
+    with_effect = plot_effects(study, arms, results / "effect.png")
+    with_curves = plot_curves(study, arms, results / "curves.png")
+    if with_effect:
+        paragraphs.append(f"![differences to {study.baseline} with 95% intervals](effect.png)")
+    if with_curves:
+        paragraphs.append("![checks during training over tokens, seconds and active FLOPs](curves.png)")
+    write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
+    write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
+
+
+def _table(study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:
+    columns = ["arm", "seeds", "mean ± 95%", "difference [95%]", "learning rate", "parameters", "active", "FLOPs"]
+    columns += ["seconds", "CPU s", "tuning", *(name.rpartition("/")[2] for name in study.also)]
+    lines = []
+    for arm in arms:
+        cells = [arm.name, f"{arm.level.n} of {len(study.seeds)}", _plus_minus(arm.level)]
+        cells += ["-" if arm.difference is None else _bounds(arm.difference), _rate(study, base, arm)]
+        cells += [_number(arm.mean_of(name), ",.0f") for name in ("parameters/total", "parameters/active")]
+        cells += [_number(arm.mean_of("active_flops"), ".3g")]
+        cells += [_number(arm.mean_of(name), ".0f") for name in ("seconds", "cpu_seconds")]
+        cells += [f"{arm.tuning_cpu_seconds:.0f}" if arm.tuning_cpu_seconds else "-"]
+        lines.append([*cells, *(_number(arm.mean_of(name), ".4g") for name in study.also)])
+    return columns, lines
+
+
+def _rate(study: StudyConfig, base: Mapping[str, Any], arm: ArmResult) -> str:
+    """The learning rate that was measured; a mark if a better one may lie beyond the factors tried."""
+    key = study.tune.keys[0] if study.tune is not None else "optimizer.learning_rate"
+    if arm.rows:
+        rate = arm.rows[0]["overrides"].get(key, flatten(base).get(key))
+    elif arm.tuning.best is None:
+        return "not yet found"
+    else:
+        return f"x{arm.tuning.best:g}"
+    return f"{rate:g} (x{arm.tuning.best:g}){EDGE if arm.tuning.at_edge else ''}"
+
+
+def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row]) -> list[str]:
+    notes = [
+        f"95% intervals over seeds by Student's t; differences to {study.baseline}, paired by seed, which is also the "
+        "data order.",
+        "Per run: active FLOPs, seconds of training, CPU seconds of everything; tuning: CPU seconds in all.",
+    ]
+    if len(study.seeds) < 2:
+        notes.append("One seed: no interval.")
+    compared = sum(arm.difference is not None for arm in arms)
+    if compared > 2:
+        notes.append(f"Each interval stands for itself: no correction for {compared} comparisons.")
+    if any(arm.tuning.at_edge for arm in arms):
+        notes.append(f"{EDGE} the best learning rate is at the edge of what was tried.")
+    tried = [row for row in rows.values() if row["purpose"] == "tune" and row["status"] != "finished"]
+    for row in [*(row for arm in arms for row in arm.rows if row["status"] != "finished"), *tried]:
+        notes.append(f"diverged: {row_key(row)}: {row['error']}")
+    for arm in arms:
+        if arm.missing:
+            notes.append(f"missing: {arm.name}, seed {', '.join(map(str, arm.missing))}")
+    cpu = math.fsum(row["cpu_seconds"] for row in rows.values())
+    where = {name: sorted({str(row[name])[:12] for row in rows.values()}) for name in ("data_hash", "commit", "torch")}
+    known = ", ".join(f"{name} {' and '.join(values)}" for name, values in where.items() if values)
+    notes.append(f"{len(rows)} rows, {cpu / 3600:.2f} CPU hours. {known}")
+    if any(row["uncommitted_changes"] for row in rows.values()):
+        notes.append("Some rows were made with uncommitted changes in src/ or conf/.")
+    return notes
+
+
+def _summary(
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    arms: Sequence[ArmResult],
+    rows: Mapping[str, Row],
+    command: str,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    results = [
+        {
+            "arm": arm.arm,
+            "axis": arm.axis,
+            "values": arm.values,
+            "level": _finite(arm.level),
+            "baseline": arm.baseline,
+            "difference": None if arm.difference is None else _finite(arm.difference),
+            "verdict": arm.verdict,
+            "factor": arm.tuning.best,
+            "factor_at_edge": arm.tuning.at_edge,
+            "diverged": arm.diverged,
+            "missing": list(arm.missing),
+            "cpu_seconds": [row["cpu_seconds"] for row in arm.rows],
+            "tuning_cpu_seconds": arm.tuning_cpu_seconds,
+        }
+        for arm in arms
+    ]
+    described = {name: getattr(study, name) for name in ("question", "equal", "metric", "higher_is_better", "baseline")}
+    return {
+        "study": base["name"],
+        **described,
+        "command": command,
+        "complete": not any(arm.missing for arm in arms),
+        "cpu_seconds": round(math.fsum(row["cpu_seconds"] for row in rows.values()), 1),
+        "results": results,
+        "notes": list(notes),
+    }
+
+
+def plot_effects(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
+    """Paired differences to the baseline, dot and 95% bar, one panel per axis; False (no file) if there is none."""
+    found = {(arm.arm, arm.axis): arm for arm in arms if arm.difference is not None and arm.difference.n}
+    if not found:
+        return False
+    names = [name for name in (*study.arms, *study.variants) if any(name == arm for arm, _ in found)]
+    axes: list[str | None] = [*study.axes] or [None]
+    ticks = [list(study.axes[axis].values) if axis else names for axis in axes]
+    width = sum(max(4.0, 1.0 + 1.1 * len(labels)) for labels in ticks)
+    figure, panels = _figure(1, len(axes), width=max(6.0, width), height=4.2)
+    for panel, axis, labels in zip(panels, axes, ticks, strict=True):
+        for i, name in enumerate(names):
+            for at, label in enumerate(labels):
+                if axis is None and name != label:
+                    continue
+                arm = found.get((name, study.result_cell(name, (axis, label) if axis else None).axis))
+                if arm is None or arm.difference is None:
+                    continue
+                x = at + (0.6 * (i - (len(names) - 1) / 2) / len(names) if axis else 0.0)
+                colour = _style(study, name)["color"]
+                if arm.difference.n > 1:
+                    panel.vlines(x, arm.difference.low, arm.difference.high, color=colour, linewidth=2, alpha=0.8)
+                panel.plot(x, arm.difference.mean, "o", color=colour, markersize=7)
+        panel.axhline(0, color=GREY, linewidth=1, linestyle="--")
+        panel.annotate(
+            study.baseline, (1, 0), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            va="center", color=GREY, fontsize=8, annotation_clip=False,
+        )  # fmt: skip
+        panel.set_xticks(range(len(labels)), labels)
+        if max(map(len, labels)) > 12:
+            for tick in panel.get_xticklabels():
+                tick.set(rotation=25, ha="right")
+        panel.set_xlim(-0.6, len(labels) - 0.4)
+        panel.margins(y=0.15)
+        panel.grid(axis="x", visible=False)
+        panel.set_xlabel(axis or "")
+        panel.set_title(f"difference to {study.baseline}, 95% interval", fontsize=11)
+    better = "higher" if study.higher_is_better else "lower"
+    panels[0].set_ylabel(f"{study.metric}\n({better} is better)")
+    if study.axes:
+        _legend(study, figure, panels[0], names)
+    _save(figure, out)
+    return True
+
+
+def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
+    """The checks during training over tokens, seconds and active FLOPs: mean over seeds, band from lowest to highest.
+
+    One row of panels for each point of an axis; False (no file) if no row has a curve. The first quarter of the
+    training may leave the panel, so that the end can be told apart.
+    """
+    curves = {(arm.arm, arm.axis): [row["curve"] for row in arm.rows if row["curve"]] for arm in arms}
+    names = [name for name in study.arms if any(name == arm and found for (arm, _), found in curves.items())]
+    if not names:
+        return False
+    metric = next(found[0]["metric"] for found in curves.values() if found)
+    figure, panels = _figure(len(study.points), 3, width=13.5, height=0.6 + 3.0 * len(study.points))
+    columns = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "active FLOPs"}
+    for line, point in enumerate(study.points):
+        for i, (column, label) in enumerate(columns.items()):
+            panel = panels[3 * line + i]
+            late = []
+            for name in names:
+                if found := curves.get((name, study.cell(name, point).axis)):
+                    late.append(_band(panel, found, column, _style(study, name)))
+            if late:
+                values = np.concatenate(late)
+                margin = 0.05 * max(float(values.max() - values.min()), 1e-3)
+                panel.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            panel.set_title(f"{f'{point[0]}={point[1]}: ' if point else ''}over {label}", fontsize=11)
+        panels[3 * line].set_ylabel(f"{metric}\n(checks on a part of it)")
+    _legend(study, figure, panels[0], names)
+    _save(figure, out)
+    return True
+
+
+def _band(panel: Axes, curves: Sequence[Mapping[str, Any]], column: str, style: Mapping[str, str]) -> Floats:
+    """Draw one arm; returns its values without those of the first quarter."""
+    shared = min(len(curve["values"]) for curve in curves)
+    x = np.mean([curve[column][:shared] for curve in curves], axis=0)
+    values = np.array([curve["values"][:shared] for curve in curves])
+    panel.plot(x, values.mean(axis=0), linewidth=1.8, marker="o", markersize=3, **style)  # type: ignore[arg-type]
+    panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+    return values[:, shared // 4 :].ravel()
+
+
+def _style(study: StudyConfig, arm: str) -> dict[str, str]:
+    """The same for an arm in every plot; dashed once the colours are used up."""
+    i = [*study.arms, *study.variants].index(arm)
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
+
+
+def _legend(study: StudyConfig, figure: Figure, panel: Axes, names: Sequence[str]) -> None:
+    handles = [panel.plot([], [], marker="o", **_style(study, name))[0] for name in names]  # type: ignore[arg-type]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plus_minus(value: Interval) -> str:
+    if value.n < 2:
+        return f"{value.mean:.4f} (n=1)" if value.n else "-"
+    return f"{value.mean:.4f} ± {value.high - value.mean:.4f}"
+
+
+def _bounds(value: Interval) -> str:
+    if value.n < 2:
+        return f"{value.mean:+.4f} (n=1)" if value.n else "-"
+    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _finite(value: Interval) -> dict[str, Any]:
+    """As a mapping; JSON has no nan."""
+    numbers = dataclasses.asdict(value)
+    return {
+        key: None if isinstance(number, float) and math.isnan(number) else number for key, number in numbers.items()
+    }

@@ -1,0 +1,260 @@
+"""Run what is missing of a study, several runs at a time, each in a process of its own; one row per run."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moesaic.config import from_mapping
+from moesaic.data import DataConfig, load_data
+from moesaic.errors import InputError
+from moesaic.studies.config import (
+    Job,
+    Plan,
+    Row,
+    StudyConfig,
+    apply_overrides,
+    canonical,
+    config_hash,
+    job_of,
+    plan,
+    row_key,
+    validate,
+)
+from moesaic.training.records import write_atomically, write_json, write_yaml
+
+__all__ = ["read_rows", "run_study"]
+
+
+def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
+    """The rows of a results directory by key; none if there is no such directory.
+
+    Raises:
+        InputError: damaged, or of another configuration or data; it names the file and what differs.
+    """
+    path, config_path = results / "rows.jsonl", results / "config.yaml"
+    rows: dict[str, Row] = {}
+    if not path.exists():
+        return rows
+    if not config_path.exists():
+        raise InputError(f"{path}: rows without the config.yaml they were made with; choose another results_dir")
+    stored = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    _require_equal(config_path, canonical({**stored, "seed": 0}), canonical({**base, "seed": 0}))
+    cells = {(cell.arm, cell.axis): cell for cell in study.cells}
+    data_hashes: dict[str, str | None] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+            key, overrides, data_hash = row_key(row), row["overrides"], row["data_hash"]
+            variant = study.variants.get(row["arm"]) if row["purpose"] == "variant" else None
+            cell = cells.get((row["arm"] if variant is None else variant.arm, row["axis"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{where}: damaged ({error!r})") from error
+        if key in rows:
+            raise InputError(f"{where}: a second row for {key}")
+        rows[key] = row
+        if cell is None:
+            continue  # of an arm that the study no longer has
+        expected = job_of(study, base, cell, row["purpose"], row["seed"], row["factor"]).overrides
+        _require_equal(where, overrides, expected | ({} if variant is None else variant.overrides))
+        first = data_hashes.setdefault(_data_of(overrides), data_hash)
+        _require_equal(where, {"content hash of the data": data_hash}, {"content hash of the data": first})
+    return rows
+
+
+def run_study(
+    study: StudyConfig, base: Mapping[str, Any], *, results: Path, runs: Path, workers: int, console: Console
+) -> dict[str, str]:
+    """Run what has no row in `results` yet, until nothing is missing; returns the runs that failed and why.
+
+    Args:
+        base: the run config that all arms start from.
+        results: keeps rows.jsonl and config.yaml; they are enough to continue elsewhere.
+        runs: keeps the run directories; a killed run continues from its last checkpoint there.
+
+    Raises:
+        InputError: bad configuration, or results of another configuration or data.
+        KeyboardInterrupt: Ctrl-C; no worker is left behind.
+    """
+    validate(study, base)
+    with _locked(runs):
+        rows = read_rows(results, study, base)
+        if not plan(study, base, rows).missing:
+            return {}
+        data_hashes = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
+        results.mkdir(parents=True, exist_ok=True)
+        if not (results / "config.yaml").exists():
+            write_yaml(results / "config.yaml", dict(base))
+        loaded: dict[str, str | None] = {}
+        failed: dict[str, str] = {}
+        running: dict[subprocess.Popen[bytes], tuple[Job, Path]] = {}
+        progress = _Progress(console)
+        try:
+            with progress.bar:
+                while True:
+                    todo = plan(study, base, rows)
+                    hopeless = len(failed) > workers and not progress.here
+                    busy = failed.keys() | {job.key for job, _ in running.values()}
+                    waiting = [] if hopeless else [job for job in todo.missing if job.key not in busy]
+                    for job in waiting[: workers - len(running)]:
+                        config = apply_overrides(base, job.overrides, f"study.arms.{job.arm}")
+                        data = _data_of(job.overrides)
+                        if data not in loaded:
+                            loaded[data] = _load(config, results / "rows.jsonl", data_hashes.get(data))
+                        folder = _prepare(study, job, config, loaded[data], runs)
+                        running[_start(folder)] = (job, folder)
+                    progress.show([job.key for job, _ in running.values()], todo)
+                    if not running:
+                        return failed
+                    process = _next_to_end(running)
+                    job, folder = running.pop(process)
+                    _end(process)
+                    if process.returncode == 0:
+                        new = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+                        rows |= {row_key(row): row for row in new if row_key(row) not in rows}
+                        text = "".join(json.dumps(row) + "\n" for row in rows.values())
+                        write_atomically(results / "rows.jsonl", text)
+                        progress.finished(rows[job.key], study.metric, plan(study, base, rows))
+                    else:
+                        failed[job.key] = _reason(process.returncode, folder / "log.txt")
+                        progress.bar.console.print(
+                            f"failed: {job.key}: {failed[job.key]}", markup=False, soft_wrap=True
+                        )
+        finally:
+            for process in running:
+                _end(process)
+
+
+def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> str | None:
+    """Fill the data cache before the workers need it; returns the content hash of the data."""
+    found: str | None = load_data(from_mapping(DataConfig, config["data"], "data")).facts.get("content_hash")
+    if known is not None:
+        _require_equal(rows, {"content hash of the data": known}, {"content hash of the data": found})
+    return found
+
+
+def _prepare(study: StudyConfig, job: Job, config: Mapping[str, Any], data_hash: str | None, runs: Path) -> Path:
+    """The folder of a run, with job.json in it; another configuration or other data have another folder."""
+    digest = config_hash(config)
+    place = re.sub(r"[^\w.=-]+", "_", f"{job.arm} {job.axis or ''} {job.purpose} seed{job.seed} x{job.factor:g}")
+    folder = runs / f"{place}-{hashlib.sha256(f'{digest} {data_hash}'.encode()).hexdigest()[:8]}"
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.json").unlink(missing_ok=True)
+    row = {"study": config["name"], **dataclasses.asdict(job), "config_hash": digest, "data_hash": data_hash}
+    threads = {"trainer.threads": 1}
+    variants = {n: v.overrides for n, v in study.variants.items() if v.arm == job.arm and job.purpose == "measure"}
+    description = {
+        "row": row,
+        "config": apply_overrides(config, threads, "trainer"),
+        "metric": study.metric,
+        "probes": study.probes,
+        "probe_options": study.probe_options,
+        "variants": variants,
+    }
+    write_json(folder / "job.json", description)
+    return folder
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes]:
+    """A worker on one thread. Its own session keeps Ctrl-C from it; the pipe ends it when this process is gone."""
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "moesaic.studies.worker", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Safe at any time: a run continues from its last checkpoint."""
+    process.kill()
+    process.wait()
+    assert process.stdin is not None  # see `_start`
+    process.stdin.close()
+
+
+def _reason(returncode: int, log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = f"killed by signal {-returncode}" if returncode < 0 or not lines else lines[-1].removeprefix("error: ")
+    return f"{last} (see {log})"
+
+
+def _next_to_end(running: Mapping[subprocess.Popen[bytes], Any]) -> subprocess.Popen[bytes]:
+    while True:
+        for process in running:
+            if process.poll() is not None:
+                return process
+        time.sleep(0.05)
+
+
+def _data_of(overrides: Mapping[str, Any]) -> str:
+    """What tells runs of one study on different data apart."""
+    return json.dumps({key: value for key, value in overrides.items() if key.startswith("data.")}, sort_keys=True)
+
+
+class _Progress:
+    """A bar on terminals; on both terminals and pipes a line per finished run."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("")
+        self.here, self.began = 0, time.monotonic()
+
+    def show(self, running: Sequence[str], todo: Plan) -> None:
+        self.bar.update(self.task, completed=todo.done, total=todo.total, description=" | ".join(running))
+
+    def finished(self, row: Row, metric: str, todo: Plan) -> None:
+        self.here += 1
+        elapsed = time.monotonic() - self.began
+        left = elapsed / self.here * (todo.total - todo.done)
+        result = f"{row['metrics'][metric]:.4f}" if row["status"] == "finished" else row["status"]
+        self.bar.console.print(
+            f"run {todo.done} of about {todo.total}: {row_key(row)}: {result} in {row['cpu_seconds']:.0f} CPU s; "
+            f"{elapsed / 60:.1f} min so far, about {left / 60:.1f} min left",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _require_equal(path: Path | str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    missing = "(absent)"
+    differing = [
+        f"{key}: {found.get(key, missing)!r} there, {wanted.get(key, missing)!r} now"
+        for key in sorted(found.keys() | wanted.keys())
+        if json.dumps(found.get(key, missing)) != json.dumps(wanted.get(key, missing))
+    ]
+    if differing:
+        raise InputError(
+            f"{path}: results of another configuration, nothing was changed; choose another results_dir, or put the "
+            "config back: " + "; ".join(differing)
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another process is running this study") from error
+        yield

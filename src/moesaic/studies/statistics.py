@@ -1,0 +1,150 @@
+"""From rows to intervals and a verdict: means over seeds, differences paired by seed, Student's t."""
+
+import dataclasses
+import fnmatch
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from moesaic.evaluation.report import STUDENT_T
+from moesaic.studies.config import Row, StudyConfig, Tuning, row_key, tuning
+
+__all__ = ["ArmResult", "Interval", "interval", "paired_difference", "summarise", "verdict"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over n values and its 95% interval (Student t, two-sided); low and high are nan for n < 2."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmResult:
+    """An arm or a variant at one point of an axis (None: no axis, or an arm that the axis does not change)."""
+
+    arm: str
+    axis: str | None
+    baseline: str | None  # name of the arm it is compared with; None for that arm itself
+    rows: tuple[Row, ...]  # measured or evaluated, in the order of the seeds; diverged ones included
+    values: dict[int, float]  # the metric by seed; finished runs only
+    missing: tuple[int, ...]  # seeds without a row
+    tuning: Tuning
+    tuning_cpu_seconds: float
+    level: Interval
+    difference: Interval | None  # to the baseline, paired by seed
+    verdict: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} ({self.axis})" if self.axis else self.arm
+
+    @property
+    def diverged(self) -> list[int]:
+        return [row["seed"] for row in self.rows if _diverged(row)]
+
+    def mean_of(self, pattern: str) -> float:
+        """Mean over finished runs of a metric, of all metrics that match, or of the row's cpu_seconds; nan without."""
+        numbers = [{**row["metrics"], "cpu_seconds": row["cpu_seconds"]} for row in self.rows if not _diverged(row)]
+        found = [value for of_run in numbers for key, value in of_run.items() if fnmatch.fnmatchcase(key, pattern)]
+        return statistics.fmean(found) if found else math.nan
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """mean ± t(0.975, n - 1) * s / sqrt(n), s the sample's standard deviation."""
+    n = len(values)
+    mean = statistics.fmean(values) if n else math.nan
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    quantile = STUDENT_T[n - 2] if n <= len(STUDENT_T) + 1 else 1.96
+    half = quantile * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
+    """Interval of arm - baseline over the seeds that both have: the same data order, so its noise cancels."""
+    return interval([arm[seed] - baseline[seed] for seed in arm if seed in baseline])
+
+
+def verdict(arm: str, baseline: str, difference: Interval, higher_is_better: bool) -> str:
+    """One sentence, from the numbers alone."""
+    if difference.n == 0:
+        return f"{arm} against {baseline}: no pair of finished runs, no verdict"
+    if difference.n == 1:
+        return f"{arm} minus {baseline} is {difference.mean:+.4f} on one seed: no interval, no verdict"
+    pairs = f"({difference.n} pairs)"
+    if difference.low <= 0 <= difference.high:
+        bounds = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
+        return f"no difference seen between {arm} and {baseline}: the interval {bounds} holds 0 {pairs}"
+    word = "better" if (difference.mean > 0) == higher_is_better else "worse"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return f"{arm} is {word} than {baseline} by {abs(difference.mean):.4f} [{low:.4f}, {high:.4f}] {pairs}"
+
+
+def summarise(study: StudyConfig, rows: Mapping[str, Row]) -> list[ArmResult]:
+    """Every arm and variant at every point, the baseline first; an arm that an axis does not change comes once."""
+    others = [arm for arm in study.arms if arm != study.baseline]
+    results: dict[tuple[str, str | None], ArmResult] = {}
+    for point in study.points:
+        baseline = _result(study, rows, study.baseline, point, None)
+        for arm in (*others, *study.variants):
+            result = _result(study, rows, arm, point, baseline)
+            results.setdefault((baseline.arm, baseline.axis), baseline)
+            results.setdefault((arm, result.axis), result)
+        results.setdefault((baseline.arm, baseline.axis), baseline)
+    return list(results.values())
+
+
+def _result(
+    study: StudyConfig,
+    rows: Mapping[str, Row],
+    arm: str,
+    point: tuple[str, str] | None,
+    baseline: ArmResult | None,
+) -> ArmResult:
+    cell = study.result_cell(arm, point)
+    tuned = tuning(study, cell, rows)
+    purpose = "variant" if arm in study.variants else "measure"
+    found: dict[int, Row] = {}
+    for seed in study.seeds if tuned.best is not None else ():
+        run = {"arm": arm, "axis": cell.axis, "purpose": purpose, "seed": seed, "factor": tuned.best}
+        if row_key(run) in rows:
+            found[seed] = rows[row_key(run)]
+    values = {seed: row["metrics"][study.metric] for seed, row in found.items() if not _diverged(row)}
+    place = f"{arm} at {cell.axis}" if cell.axis else arm
+    if baseline is None:
+        difference, text = None, ""
+    else:
+        difference = paired_difference(values, baseline.values)
+        against = f"{baseline.arm} at {baseline.axis}" if baseline.axis not in (None, cell.axis) else baseline.arm
+        text = verdict(place, against, difference, study.higher_is_better)
+    diverged = len(found) - len(values)
+    if diverged:
+        text = "; ".join(
+            filter(None, [text, f"{place}: {diverged} of {len(found)} runs diverged and count in no mean"])
+        )
+    cost = [
+        row["cpu_seconds"]
+        for row in rows.values()
+        if (row["arm"], row["axis"], row["purpose"]) == (cell.arm, cell.axis, "tune")
+    ]
+    return ArmResult(
+        arm=arm,
+        axis=cell.axis,
+        baseline=None if baseline is None else baseline.name,
+        rows=tuple(found.values()),
+        values=values,
+        missing=tuple(seed for seed in study.seeds if seed not in found),
+        tuning=tuned,
+        tuning_cpu_seconds=math.fsum(cost) if purpose == "measure" else 0.0,
+        level=interval(list(values.values())),
+        difference=difference,
+        verdict=text,
+    )
+
+
+def _diverged(row: Row) -> bool:
+    return bool(row["status"] != "finished")

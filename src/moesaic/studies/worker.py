@@ -1,0 +1,183 @@
+"""One run of a study in a process of its own: python -m moesaic.studies.worker FOLDER
+
+FOLDER holds job.json; the worker adds run/ (an ordinary run directory), cpu_seconds and, at the end, rows.json. It may
+be killed at any time and started again. It ends when its standard input does, so that it never outlives the study.
+"""
+
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.config import from_mapping
+from moesaic.data import DataConfig, EvaluationLoader, load_data
+from moesaic.errors import InputError
+from moesaic.evaluation.language_modelling import evaluate_language_model
+from moesaic.evaluation.plots import read_columns
+from moesaic.models import DecoderConfig, build_decoder
+from moesaic.studies.config import Row, apply_overrides, import_probe
+from moesaic.training.checkpoints import load_model, save_model
+from moesaic.training.records import write_atomically, write_json
+from moesaic.training.run import run
+
+__all__ = ["evaluate_variant", "main", "work"]
+
+CURVE_POINTS = 40
+
+
+def work(folder: Path) -> list[Row]:
+    """Train (or continue, or find finished) the run of `folder`/job.json; returns its row and those of its variants."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    clock = _CpuClock(folder / "cpu_seconds")
+    config, run_dir = job["config"], folder / "run"
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    result = _train(config, run_dir, needs_checkpoint=bool(job["variants"] or job["probes"]))
+    environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    changes = [line for line in environment["git_uncommitted_changes"] or () if line[3:].startswith(("src/", "conf/"))]
+    row: Row = {
+        **job["row"],
+        "status": result["status"],
+        "error": result.get("error"),
+        "commit": environment["git_commit"],
+        "uncommitted_changes": bool(changes),
+        "torch": torch.__version__,
+        "metrics": {key: value for key, value in result.items() if _is_number(value)},
+        "warnings": result["warnings"],
+    }
+    finished = result["status"] == "finished"
+    # probes are for measured runs, unless one of them is what is tuned for
+    probed = finished and (row["purpose"] == "measure" or job["metric"] not in row["metrics"])
+    if probed:
+        row["metrics"] |= _probe(job, checkpoint, config)
+    if finished and job["metric"] not in row["metrics"]:
+        found = ", ".join(sorted(row["metrics"]))
+        raise InputError(f"study.metric={job['metric']!r}: the run has none; found: {found}")
+    if finished and not math.isfinite(row["metrics"][job["metric"]]):
+        finished = False
+        row |= {"status": "diverged", "error": f"{job['metric']} is {row['metrics'][job['metric']]}"}
+    row["metrics"] = {key: value for key, value in row["metrics"].items() if math.isfinite(value)}
+    row |= {"curve": _curve(run_dir / "metrics.csv", job["metric"]), "cpu_seconds": clock.read()}
+    rows = [row]
+    for name, overrides in job["variants"].items() if finished else ():
+        began = clock.read()
+        changed = apply_overrides(config, overrides, f"study.variants.{name}.overrides")
+        place = folder / f"{name}.ckpt"
+        metrics = evaluate_variant(checkpoint, changed, place) | _probe(job, place, changed)
+        place.unlink()
+        variant = {**row, "arm": name, "purpose": "variant", "overrides": {**row["overrides"], **overrides}}
+        rows.append({**variant, "metrics": metrics, "curve": {}, "cpu_seconds": clock.read() - began})
+    if job["row"]["purpose"] == "tune":
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+    return rows
+
+
+def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> dict[str, float]:
+    """Write the checkpoint's weights under the model of `config` to `out`; returns its loss on the validation split.
+
+    Raises:
+        InputError: the weights do not fit that model.
+    """
+    trained = load_model(checkpoint)
+    model = from_mapping(DecoderConfig, {**config["model"], "vocab_size": trained.config.vocab_size}, "model")
+    weights = trained.decoder.state_dict()
+    decoder = build_decoder(model, dtype=weights["embedding.weight"].dtype)
+    try:
+        decoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{out.stem}: the weights of {checkpoint} do not fit this model: {error}") from error
+    training = config["training"]
+    out.unlink(missing_ok=True)
+    save_model(out, decoder, trained.tokenizer, training["seq_len"])
+    data = load_data(from_mapping(DataConfig, config["data"], "data"))
+    seq_len = training["validation_seq_len"] or training["seq_len"]
+    batch_size = max(1, training["batch_size"] * training["seq_len"] // seq_len)
+    score = evaluate_language_model(
+        decoder, EvaluationLoader(data.validation.tokens, seq_len=seq_len, batch_size=batch_size), trained.token_bytes
+    )
+    score.num_bytes = score.num_bytes or data.validation.num_bytes or 0
+    bits = {} if score.bits_per_byte is None else {"validation/bits_per_byte": score.bits_per_byte}
+    return {"validation/loss": score.loss, **bits, "validation/seq_len": seq_len}
+
+
+def _train(config: Mapping[str, Any], run_dir: Path, needs_checkpoint: bool) -> dict[str, Any]:
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    try:
+        found: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = {}
+    if found.get("status") == "diverged" or (
+        found.get("status") == "finished" and (checkpoint.is_file() or not needs_checkpoint)
+    ):
+        return found
+    if checkpoint.is_file():
+        return run({**config, "resume": True, "run_dir": str(run_dir)})
+    shutil.rmtree(run_dir, ignore_errors=True)  # killed before its first checkpoint: nothing in it is worth keeping
+    return run({**config, "run_dir": str(run_dir)})
+
+
+def _probe(job: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for path in job["probes"]:
+        numbers |= import_probe(path)(checkpoint, config, job["probe_options"])
+    return numbers
+
+
+def _curve(metrics_csv: Path, metric: str) -> dict[str, Any]:
+    """The checks during the run, thinned; of the loss if the metric is known only at the end."""
+    for name in (metric, "validation/bits_per_byte", "validation/loss"):
+        columns = read_columns(metrics_csv, "tokens", "seconds", "active_flops", name)
+        if len(columns[0]):
+            every = math.ceil(len(columns[0]) / CURVE_POINTS)
+            values = [[float(f"{x:.6g}") for x in column[::-1][::every][::-1]] for column in columns]
+            return {"metric": name, **dict(zip(("tokens", "seconds", "active_flops", "values"), values, strict=True))}
+    return {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class _CpuClock:
+    """CPU seconds of this process and of those that were killed before it in the same folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    def read(self) -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return round(self.before + usage.ru_utime + usage.ru_stime, 2)
+
+    def _tick(self) -> None:
+        while True:
+            time.sleep(1.0)
+            write_atomically(self.path, str(self.read()))
+
+
+def _end_with_the_study() -> None:
+    while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: its lock would be held at the interpreter's end
+        pass
+    os._exit(1)
+
+
+def main(folder: Path) -> None:
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
+    try:
+        write_json(folder / "rows.json", work(folder))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

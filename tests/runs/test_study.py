@@ -1,0 +1,277 @@
+"""A whole study as a person runs it: runs in processes, rows, a second call, refusals, kill -9."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import study
+import yaml
+from rich.console import Console
+
+from moesaic.config import from_mapping
+from moesaic.errors import InputError
+from moesaic.studies.config import StudyConfig, validate
+from moesaic.training.run import run
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("study_*.yaml"))
+TINY = [
+    *("data=files", "data.tokenizer=bytes", "model.dim=16", "model.attention.head_dim=4", "model.hidden_dim=16"),
+    *("training.steps=4", "training.batch_size=2", "training.seq_len=32", "training.validate_every=2"),
+    *("training.validation_seq_len=32", "training.validation_batches=2", "training.checkpoint_every=2"),
+    *("schedule.warmup_steps=1", "sample.max_new_tokens=2"),
+]
+
+PROBES = """
+def count(checkpoint, config, options):
+    from moesaic.training.checkpoints import load_model
+    model = load_model(checkpoint)
+    return {"probe/eps": model.config.norm_eps, "probe/seed": config["seed"], "probe/option": options["number"]}
+"""
+
+
+@pytest.fixture
+def tiny(composed: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """The composed config of a study of two arms without tuning, runs of a second."""
+    config = composed(*TINY, f"output_dir={tmp_path / 'outputs'}", "name=tiny", config="study")
+    config["results_dir"] = str(tmp_path / "results")
+    config["trainer"]["precision"] = "auto"
+    config["study"] |= {
+        **{"question": "?", "equal": "=", "baseline": "dense", "tune": None, "seeds": [0, 1]},
+        "arms": {"dense": {"model.dense_twin": True}, "moe": {}},
+    }
+    return config
+
+
+def call(config: dict[str, Any]) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=200)
+    status = study.study({**config}, "python scripts/study.py ...", console)
+    assert isinstance(console.file, io.StringIO)
+    return status, console.file.getvalue()
+
+
+def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(config["results_dir"], "rows.jsonl").read_text().splitlines()]
+
+
+def test_from_nothing_to_a_verdict_and_again(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "study_probe_samples.py").write_text(PROBES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    tiny["study"] |= {
+        "seeds": [3],
+        "variants": {"moe, other eps": {"arm": "moe", "overrides": {"model.norm_eps": 0.5}}},
+        "probes": ["study_probe_samples.count"],
+        "probe_options": {"number": 7},
+    }
+    status, printed = call(tiny)
+    assert status == 0, printed
+    assert "run 2 of about 2" in printed
+    found = {row["arm"]: row for row in rows(tiny)}
+    assert set(found) == {"dense", "moe", "moe, other eps"}
+    [checkpoint] = Path(tiny["output_dir"], "study_tiny").glob("moe_measure*/run/checkpoints/last.ckpt")
+    moe, variant = found["moe"], found["moe, other eps"]
+    assert moe["metrics"]["tokens"] == 4 * 2 * 32
+    assert moe["metrics"]["probe/option"] == 7
+    assert moe["metrics"]["probe/seed"] == 3
+    assert (moe["metrics"]["probe/eps"], variant["metrics"]["probe/eps"]) == (1e-5, 0.5)
+    assert moe["metrics"]["validation/loss"] != variant["metrics"]["validation/loss"]
+    assert moe["curve"]["tokens"] == [128, 256]
+    assert moe["cpu_seconds"] > 0
+    assert moe["overrides"] == {"seed": 3}
+    final = json.loads((checkpoint.parents[1] / "metrics.json").read_text())
+    assert moe["metrics"]["validation/bits_per_byte"] == final["validation/bits_per_byte"]
+
+    results = Path(tiny["results_dir"])
+    precision = yaml.safe_load((results / "config.yaml").read_text())["trainer"]["precision"]
+    assert precision == "32-true", "auto would let each machine choose"
+    before = (results / "rows.jsonl").read_bytes()
+    shutil.rmtree(tiny["output_dir"])  # another machine: only what is committed is there
+    status, printed = call(tiny)
+    assert (status, "run 1" in printed) == (0, False)
+    assert (results / "rows.jsonl").read_bytes() == before
+    assert not list(Path(tiny["output_dir"]).glob("study_tiny/*/")), "nothing was run"
+
+    changed = {**tiny, "training": {**tiny["training"], "steps": 6}}
+    with pytest.raises(
+        InputError, match=r"config.yaml: results of another configuration.*training.steps: 4 there, 6 now"
+    ):
+        call(changed)
+    changed = {**tiny, "study": {**tiny["study"], "arms": {"dense": {}, "moe": {}}}}
+    with pytest.raises(InputError, match=r"rows.jsonl:.: .*model.dense_twin: True there, '\(absent\)' now"):
+        call(changed)
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(12):
+        (other / f"file{i}.py").write_text(f"# another text {i}\n" * 200)
+    changed = {**tiny, "data": {**tiny["data"], "path": str(other)}, "study": {**tiny["study"], "seeds": [3, 4]}}
+    with pytest.raises(InputError, match=r"rows.jsonl: .*content hash of the data: '[0-9a-f]{64}' there"):
+        call(changed)
+    assert (results / "rows.jsonl").read_bytes() == before
+    with (results / "rows.jsonl").open("a") as file:
+        file.write('{"arm": "mo')
+    with pytest.raises(InputError, match=r"rows.jsonl:4: damaged"):
+        call(tiny)
+
+
+def test_learning_rates_are_tuned_in_processes(tiny: dict[str, Any]) -> None:
+    tiny["study"] |= {"arms": {"dense": {}}, "seeds": [0]}
+    tiny["study"]["tune"] = {"seed": 9, "factors": [1e-6, 1.0, 1e6], "keys": ["optimizer.learning_rate"]}
+    status, printed = call({**tiny, "workers": 3})
+    assert status == 0, printed
+    *tuned, measured = rows(tiny)
+    assert {row["factor"]: row["purpose"] for row in tuned} == dict.fromkeys([1e-6, 1.0, 1e6], "tune")
+    assert (measured["purpose"], measured["factor"], measured["seed"]) == ("measure", 1.0, 0)
+    assert {row["seed"] for row in tuned} == {9}
+    kept = [path.parents[1].name for path in Path(tiny["output_dir"], "study_tiny").glob("*/run/checkpoints")]
+    assert [name.startswith("dense_measure_seed0") for name in kept] == [True], "those of tuning are not needed"
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) -> None:
+    tiny["study"] |= {"arms": {"dense": {}, "broken": {"training.seq_len": 10**6}}, "seeds": [0]}
+    status, printed = call(tiny)
+    assert status == 1
+    assert [row["arm"] for row in rows(tiny)] == ["dense"]
+    assert "error: broken, measure, seed 0, learning rate x1 failed: " in printed
+    assert "missing: broken, seed 0" in printed
+
+
+def test_bad_input_is_refused_before_anything_is_written(tiny: dict[str, Any], tmp_path: Path) -> None:
+    for changes, message in (
+        ({"arms": {"dense": {"model.depth": 3}}}, r"study.arms.dense.model.depth: the run config has no such key"),
+        ({"baseline": "sparse"}, r"study.baseline='sparse': unknown arm; allowed: dense, moe"),
+        ({"arms": None}, r"experiment: give a study; allowed: .*study_score_placement"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call({**tiny, "study": {**tiny["study"], **changes}})
+    with pytest.raises(InputError, match=r"workers=0: allowed are integers >= 1"):
+        call({**tiny, "workers": 0})
+    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_that_ships_is_valid(composed: Callable[..., dict[str, Any]], name: str) -> None:
+    config = composed(f"experiment={name}", "data.path=null", config="study")
+    shipped = from_mapping(StudyConfig, config.pop("study"), "study")
+    for key in ("workers", "results_dir"):
+        config.pop(key)
+    validate(shipped, config)
+    assert len(shipped.seeds) >= 3
+    assert shipped.tune is not None
+
+
+def test_train_says_where_a_study_belongs() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "experiment=study_score_placement"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: this is a study: python scripts/study.py experiment=study_score_placement\n"
+
+
+DRIVER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import study
+sys.exit(study.study(json.load(open(sys.argv[2])), "python scripts/study.py ..."))
+"""
+
+
+@pytest.fixture
+def long_run(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A study of one run of some seconds, and its config in tmp_path/study.json."""
+    tiny["study"] |= {"arms": {"dense": {}}, "seeds": [0]}
+    tiny["training"] |= {"steps": 200, "checkpoint_every": 10, "validate_every": 100}
+    (tmp_path / "study.json").write_text(json.dumps(tiny))
+    return tiny
+
+
+@contextlib.contextmanager
+def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", DRIVER, str(ROOT / "scripts"), str(tmp_path / "study.json")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def workers_in(folder: Path) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if "moesaic.studies.worker" in (text := path.read_text()) and str(folder) in text:
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
+def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp_path: Path) -> None:
+    outputs = Path(long_run["output_dir"])
+
+    def step() -> str:
+        found = [path.read_text().splitlines()[-1] for path in outputs.glob("study_tiny/*/run/metrics.csv")]
+        return found[0].split(",")[0] if found and list(outputs.glob("study_tiny/*/run/checkpoints/last.ckpt")) else ""
+
+    with started(tmp_path) as process:
+        wait_for(step, "a checkpoint")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_for(lambda: not workers_in(outputs), "the worker's end after that of the study")
+    stopped_at = step()
+    assert int(stopped_at) < 200, "the run was over before it could be killed"
+    assert not Path(long_run["results_dir"], "rows.jsonl").exists()
+
+    with started(tmp_path) as process:
+        wait_for(lambda: int(step() or 0) > int(stopped_at), "the continued run")
+        [worker] = workers_in(outputs)
+        os.kill(worker, signal.SIGKILL)
+        printed, _ = process.communicate()
+    assert process.returncode == 1
+    assert "failed: killed by signal 9" in printed
+
+    with started(tmp_path) as process:
+        printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    [row] = rows(long_run)
+    whole = {key: value for key, value in long_run.items() if key not in ("study", "workers", "results_dir")}
+    trainer = {**whole["trainer"], "threads": 1, "precision": "32-true"}
+    expected = run({**whole, "run_dir": str(tmp_path / "whole"), "trainer": trainer})
+    assert row["metrics"]["validation/loss"] == expected["validation/loss"]
+    assert row["metrics"]["steps"] == 200
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
+def test_interrupt_ends_the_workers_and_says_how_to_continue(long_run: dict[str, Any], tmp_path: Path) -> None:
+    outputs = Path(long_run["output_dir"])
+    with started(tmp_path) as process:
+        wait_for(lambda: workers_in(outputs), "a worker")
+        with pytest.raises(InputError, match=r"another process is running this study"):
+            call(long_run)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate()
+    assert process.returncode == 130
+    assert "continue from their last checkpoints with\n  python scripts/study.py ..." in printed
+    assert "Traceback" not in printed
+    assert workers_in(outputs) == []

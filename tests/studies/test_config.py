@@ -1,0 +1,207 @@
+"""What a study consists of: bad input by name, learning rates tuned by one rule for all, and what is missing."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from moesaic.errors import InputError
+from moesaic.studies.config import (
+    Cell,
+    Job,
+    StudyConfig,
+    apply_overrides,
+    canonical,
+    config_hash,
+    plan,
+    score,
+    tuning,
+    validate,
+)
+
+StudyOf = Callable[..., StudyConfig]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "sparse"}, "study.baseline='sparse': unknown arm; allowed: dense, moe"),
+        ({"seeds": []}, "study.seeds=[]: allowed are one or more different integers"),
+        ({"seeds": [1, 1]}, "study.seeds=[1, 1]: allowed"),
+        ({"seeds": [9]}, "study.tune.seed=9: it must not be one of seeds=[9]"),
+        ({"tune": {"seed": 9, "factors": [1.0]}}, "study.tune.factors=[1.0]: allowed are two or more"),
+        ({"variants": {"hot": {"arm": "x", "overrides": {}}}}, "study.variants.hot.arm='x': unknown arm"),
+        ({"variants": {"moe": {"arm": "moe", "overrides": {}}}}, "study.variants.moe: an arm has this name"),
+        (
+            {"variants": {"hot": {"arm": "moe", "overrides": {"training.steps": 1}}}},
+            "study.variants.hot.overrides.training.steps: allowed are keys of the model",
+        ),
+        ({"axes": {"experts": {"values": {}, "fixed": ["x"]}}}, "study.axes.experts.fixed: unknown arm 'x'"),
+        ({"arm": {}}, "study.arm: unknown key (did you mean study.arms?)"),
+        ({"question": None}, "study.question: found None (NoneType); allowed: a string"),
+    ],
+)
+def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        study_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"arms": {"dense": {"model.dense_twn": True}, "moe": {}}},
+            "study.arms.dense.model.dense_twn: the run config has no such key (did you mean model.dense_twin?)",
+        ),
+        ({"arms": {"dense": {"model.moe.top_k": 5}}}, "study.arms.dense: model.moe.top_k=5: allowed are 1 to"),
+        ({"arms": {"dense": {"training.steps": "many"}}}, "study.arms.dense: training.steps: found 'many' (str)"),
+        (
+            {"axes": {"experts": {"values": {"2": {"model.experts": 2}}}}},
+            "study.axes.experts.values.2.model.experts: the run config has no such key",
+        ),
+        (
+            {"axes": {"experts": {"values": {"0": {"model.moe.num_experts": 0}}}}},
+            "study.arms.dense at experts=0: model.moe.num_experts=0",
+        ),
+        (
+            {"variants": {"hot": {"arm": "dense", "overrides": {"model.dim": -1}}}},
+            "study.variants.hot: model.dim=-1: allowed are numbers > 0",
+        ),
+        ({"probes": ["moesaic.nothing.here"]}, "study.probes: 'moesaic.nothing.here' cannot be imported"),
+        ({"probes": ["moesaic.__doc__"]}, "study.probes: 'moesaic.__doc__' is not a function"),
+        ({"tune": {"seed": 9, "keys": ["optimizer.rate"]}}, "study.tune.keys: 'optimizer.rate' is no number"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_first_and_by_name(
+    study_of: StudyOf, base: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    study = study_of(**changes)
+    with pytest.raises(InputError, match=re.escape(message)):
+        validate(study, base)
+
+
+def test_a_good_study_is_not_refused(study_of: StudyOf, base: dict[str, Any]) -> None:
+    validate(study_of(probes=["moesaic.config.flatten"]), base)
+
+
+def test_overrides_leave_the_original_alone(base: dict[str, Any]) -> None:
+    changed = apply_overrides(base, {"model.moe.num_experts": 9, "seed": 3}, "here")
+    assert (changed["model"]["moe"]["num_experts"], changed["seed"]) == (9, 3)
+    assert (base["model"]["moe"]["num_experts"], base["seed"]) == (4, 0)
+
+
+def test_the_hash_knows_what_a_run_computes_and_not_where(base: dict[str, Any]) -> None:
+    first = config_hash(base)
+    for key, value in {"name": "other", "trainer.threads": 3, "data.cache_dir": "elsewhere"}.items():
+        section = base
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    assert config_hash(base) == first
+    base["training"]["accumulate"] = 1  # as by default
+    assert config_hash(base) == first
+    for key, value in {"training.steps": 5, "seed": 1, "model.dense_twin": True}.items():
+        assert config_hash(apply_overrides(base, {key: value}, "")) != first, key
+    assert canonical(base)["model.moe.top_k"] == 1, "defaults are filled in"
+
+
+def loss_with_best_at(best: float) -> Callable[[Job], float]:
+    return lambda job: 1.0 + abs(job.factor - best)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "at_edge"),
+    [
+        (1.0, (0.5, 1.0, 2.0), False),
+        (4.0, (0.5, 1.0, 2.0, 4.0, 8.0), False),
+        (2.0, (0.5, 1.0, 2.0, 4.0), False),
+        (0.125, (0.125, 0.25, 0.5, 1.0, 2.0), True),
+        (64.0, (0.5, 1.0, 2.0, 4.0, 8.0), True),
+    ],
+)
+def test_the_grid_is_extended_at_most_twice(
+    study_of: StudyOf,
+    base: dict[str, Any],
+    run_all: Callable[..., Any],
+    best: float,
+    tried: tuple[float],
+    at_edge: bool,
+) -> None:
+    study = study_of()
+    rows = run_all(study, base, loss_with_best_at(best))
+    for cell in study.cells:
+        found = tuning(study, cell, rows)
+        assert found.factors == tried
+        assert found.best == min(tried, key=lambda factor: abs(factor - best))
+        assert found.at_edge == at_edge
+    measured = [row for row in rows.values() if row["purpose"] == "measure"]
+    assert {row["factor"] for row in measured} == {found.best}
+    assert all(row["overrides"]["optimizer.learning_rate"] == 0.01 * found.best for row in measured)
+    assert all(row["overrides"]["optimizer.muon_learning_rate"] == 0.001 * found.best for row in measured)
+    assert {row["seed"] for row in rows.values() if row["purpose"] == "tune"} == {9}
+
+
+def test_diverged_runs_lose_the_tuning(study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]) -> None:
+    study = study_of()
+    rows = run_all(study, base, lambda job: None if job.factor >= 1 else 1.0 - job.factor)
+    found = tuning(study, study.cells[0], rows)
+    assert found.factors == (0.25, 0.5, 1.0, 2.0)
+    assert (found.best, found.at_edge) == (0.5, False)
+
+
+def test_higher_may_be_better(study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]) -> None:
+    study = study_of(higher_is_better=True)
+    rows = run_all(study, base, lambda job: -abs(job.factor - 1))
+    assert tuning(study, study.cells[0], rows).best == 1.0
+    row = next(iter(rows.values()))
+    assert score(study, {**row, "metrics": {"validation/bits_per_byte": 2.0}}) == -2.0
+
+
+def test_without_tuning_there_are_only_measured_runs(study_of: StudyOf, base: dict[str, Any]) -> None:
+    study = study_of(tune=None)
+    todo = plan(study, base, {})
+    assert [job.key for job in todo.missing[:2]] == [
+        "dense, measure, seed 0, learning rate x1",
+        "dense, measure, seed 1, learning rate x1",
+    ]
+    assert (todo.done, todo.total) == (0, 6)
+    assert todo.missing[0].overrides == {"model.dense_twin": True, "seed": 0}
+
+
+def test_tuning_comes_first_and_decides(study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]) -> None:
+    study = study_of()
+    todo = plan(study, base, {})
+    assert {job.purpose for job in todo.missing} == {"tune"}
+    assert (len(todo.missing), todo.done, todo.total) == (6, 0, 12)
+    rows = run_all(study, base, loss_with_best_at(1.0))
+    assert plan(study, base, rows).missing == []
+    del rows["moe, measure, seed 1, learning rate x1"]
+    todo = plan(study, base, rows)
+    assert [job.key for job in todo.missing] == ["moe, measure, seed 1, learning rate x1"]
+    assert (todo.done, todo.total) == (11, 12)
+
+
+def test_a_run_is_missing_until_its_variants_are_there(
+    study_of: StudyOf, base: dict[str, Any], row_of: Callable[..., Any]
+) -> None:
+    variants = {"hot": {"arm": "moe", "overrides": {"model.norm_eps": 0.1}}}
+    study = study_of(tune=None, seeds=[0], variants=variants, arms={"dense": {}, "moe": {}})
+    _, job = plan(study, base, {}).missing
+    rows = {job.key: row_of(job, 1.0)}
+    assert [found.arm for found in plan(study, base, rows).missing] == ["dense", "moe"]
+    diverged = {job.key: row_of(job, 1.0, "diverged")}
+    assert [found.arm for found in plan(study, base, diverged).missing] == ["dense"]
+    rows["hot, variant, seed 0, learning rate x1"] = row_of(job, 2.0)
+    assert [found.arm for found in plan(study, base, rows).missing] == ["dense"]
+
+
+def test_where_arm_and_axis_set_the_same_key_the_arm_wins(study_of: StudyOf) -> None:
+    study = study_of(
+        arms={"dense": {"seed": 1}, "moe": {}}, axes={"x": {"values": {"a": {"seed": 2, "training.steps": 3}}}}
+    )
+    assert study.cells == [
+        Cell("dense", "x=a", {"seed": 1, "training.steps": 3}),
+        Cell("moe", "x=a", {"seed": 2, "training.steps": 3}),
+    ]

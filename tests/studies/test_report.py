@@ -1,0 +1,101 @@
+"""What a reader gets: table, verdicts, notes, numbers and plots, from rows alone."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moesaic.studies.config import Job, StudyConfig
+from moesaic.studies.report import write_study_report
+
+StudyOf = Callable[..., StudyConfig]
+
+
+def loss(job: Job) -> float | None:
+    if job.arm == "moe" and job.factor == 2.0:
+        return None
+    return 2.0 + 0.1 * job.seed + abs(job.factor - 0.1) - (0.2 if job.arm == "moe" else 0) + 0.001 * job.seed**2
+
+
+def report(study: StudyConfig, base: dict[str, Any], rows: dict[str, Any], out: Path) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    write_study_report(study, base, rows, out, "the command", console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_everything_is_written(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of(also=["router/*/load"])
+    printed = report(study, base, run_all(study, base, loss), tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "**Question.** Is it better?" in table
+    assert "**Command.** `the command`" in table
+    assert "| arm | seeds | mean ± 95% | difference [95%] |" in table
+    assert "| moe | 3 of 3 | 1.9267 ± " in table
+    assert "-0.2000 [-0.2000, -0.2000] | 0.00125 (x0.125)† |" in table
+    assert "- moe is better than dense by 0.2000 [0.2000, 0.2000] (3 pairs)" in table
+    assert "† the best learning rate is at the edge of what was tried" in table
+    assert "- diverged: moe, tune, seed 9, learning rate x2: the loss is nan" in table
+    assert "moe is better than dense by 0.2000" in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["complete"] is True
+    dense, moe = summary["results"]
+    assert dense["difference"] is None
+    assert moe["difference"]["mean"] == pytest.approx(-0.2)
+    assert moe["factor_at_edge"] is True
+    assert summary["cpu_seconds"] == 16 * 40
+    for name in ("effect.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_has_no_interval_and_says_so(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of(seeds=[0])
+    printed = report(study, base, run_all(study, base, loss), tmp_path)
+    assert "One seed: no interval." in printed
+    assert "moe minus dense is -0.2000 on one seed: no interval, no verdict" in printed
+    assert "-0.2000 (n=1)" in printed
+    assert json.loads((tmp_path / "summary.json").read_text())["results"][1]["difference"]["low"] is None
+
+
+def test_unfinished_and_diverged_studies_are_reported_too(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of()
+    whole = run_all(study, base, loss)
+    printed = report(study, base, dict(list(whole.items())[:2]), tmp_path)
+    assert "missing: moe, seed 0, 1, 2" in printed
+    assert json.loads((tmp_path / "summary.json").read_text())["complete"] is False
+    assert not (tmp_path / "effect.png").exists()
+    broken = study_of(tune=None)
+    printed = report(broken, base, run_all(broken, base, lambda job: None), tmp_path)
+    assert "moe against dense: no pair of finished runs, no verdict; moe: 3 of 3 runs diverged" in printed
+
+
+def test_axes_and_variants_are_drawn(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], row_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    values = {"2": {"model.moe.num_experts": 2}, "8": {"model.moe.num_experts": 8}}
+    study = study_of(
+        tune=None,
+        axes={"experts": {"values": values, "fixed": ["dense"]}},
+        variants={"hot": {"arm": "moe", "overrides": {"model.norm_eps": 0.1}}},
+    )
+    trained = study_of(tune=None, axes={"experts": {"values": values, "fixed": ["dense"]}})
+    rows = run_all(trained, base, loss)
+    for key, row in list(rows.items()):
+        if row["arm"] == "moe":
+            new = key.replace("moe", "hot").replace("measure", "variant")
+            rows[new] = {**row, "arm": "hot", "purpose": "variant", "curve": {}}
+    printed = report(study, base, rows, tmp_path)
+    assert "hot (experts=8)" in printed
+    assert "moe at experts=2 is better than dense by 0.2000" in printed
+    assert "no correction for 4 comparisons" in printed
+    assert (tmp_path / "effect.png").stat().st_size > 5000
