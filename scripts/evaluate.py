@@ -1,6 +1,11 @@
-"""Score a checkpoint on any data source: python scripts/evaluate.py checkpoint=PATH [data=files data.path=...]"""
+"""Score a checkpoint on any data source: python scripts/evaluate.py checkpoint=PATH [data=files data.path=...]
+
+Long contexts, with switches of the model turned at inference only:
+python scripts/evaluate.py checkpoint=PATH task=loss_by_position|needle variants=[as_trained,no_temperature,window]
+"""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +13,35 @@ import hydra
 from _cli import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import Progress, track
+from rich.table import Column, Table
 
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, EvaluationLoader, load_data
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import evaluate_language_model
+from moesaic.evaluation.long_context import LossByPositionConfig
+from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
+from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.plots import plot_loss_by_position
 from moesaic.evaluation.routing import load_health
 from moesaic.training.checkpoints import load_model
 from moesaic.training.config import require_accelerator
+from moesaic.training.probes import (
+    open_source,
+    run_loss_by_position,
+    run_needles,
+    summarise_loss_by_position,
+    summarise_needle_variants,
+)
 from moesaic.training.records import write_json
 
 
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     """Loss in nats per token, bits per byte and router load of a checkpoint, as a plain mapping."""
+    _require_checkpoint(config)
+    if config["variants"] != ["as_trained"]:
+        raise InputError(f"variants={config['variants']}: they need task=loss_by_position or task=needle")
     if config["split"] not in ("validation", "train"):
         raise InputError(f"split={config['split']!r}: allowed are validation, train")
     for key in ("seq_len", "batch_size", "max_batches"):
@@ -65,8 +83,86 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
+def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The tasks loss_by_position and needle: numbers per variant."""
+    if config["task"] not in ("loss_by_position", "needle"):
+        raise InputError(f"task={config['task']!r}: allowed are score, loss_by_position, needle")
+    _require_checkpoint(config)
+    for key in ("seq_len", "max_batches"):
+        if config[key] is not None:
+            raise InputError(f"{key}={config[key]!r}: only task=score has it; see the section {config['task']}")
+    if not isinstance(config["batch_size"], int) or config["batch_size"] < 1:
+        raise InputError(f"batch_size={config['batch_size']!r}: allowed are integers >= 1")
+    variants = config["variants"]
+    if not isinstance(variants, list) or not all(isinstance(name, str) for name in variants):
+        raise InputError(f"variants={variants!r}: allowed is a list of names and key=value")
+    require_accelerator("accelerator", config["accelerator"])
+    loss_config = from_mapping(LossByPositionConfig, config["loss_by_position"], "loss_by_position")
+    needle_config = from_mapping(NeedleConfig, config["needle"], "needle")
+    source = open_source(
+        config["checkpoint"],
+        from_mapping(DataConfig, config["data"], "data"),
+        config["split"],
+        "cuda" if config["accelerator"] == "gpu" else "cpu",
+    )
+    output = Path(config["output"]) if config["output"] else None
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(config["task"], total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, advance=done, total=total)
+
+        if config["task"] == "needle":
+            needles = run_needles(
+                source, needle_config, variants, batch_size=config["batch_size"], output=output, advance=advance
+            )
+            if output is not None:
+                plot_needles(needles, output / "needle.png", needle_config, source.train_length)
+            return summarise_needle_variants(needles, needle_config.distractors, source.train_length)
+        losses = run_loss_by_position(
+            source, loss_config, variants, batch_size=config["batch_size"], output=output, advance=advance
+        )
+    if output is not None:
+        plot_variants_by_position(losses, output / "loss_by_position.png", source.train_length)
+    return summarise_loss_by_position(losses, source.train_length)
+
+
+def _require_checkpoint(config: dict[str, Any]) -> None:
+    if config["checkpoint"] is None:
+        raise InputError("checkpoint: missing; give checkpoint=<run>/checkpoints/last.ckpt")
+
+
+def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Table:
+    """One row per variant; a standard error stands beside its number."""
+    wanted = ["within/loss", "beyond/loss", "beyond/bits_per_byte", "within/difference", "beyond/difference"]
+    wanted += [f"{place}/{score}" for place in ("within", "beyond") for score in ("accuracy", "exact_match")]
+    wanted += ["beyond/accuracy_difference"]
+    columns = [key for key in wanted if any(key in numbers for numbers in summary.values())]
+    if "beyond/difference" in columns:
+        columns.remove("within/difference")
+    headings = [key.replace("/", "\n").replace("_", " ") for key in columns]
+    table = Table(
+        Column("variant", overflow="fold"),
+        *headings,
+        title=title,
+        caption="within and beyond the training length; ± standard error",
+    )
+    for name, numbers in summary.items():
+        cells = []
+        for key in columns:
+            error = numbers.get(f"{key}_standard_error")
+            cell = f"{numbers[key]:.4f}" if key in numbers else "-"
+            cells.append(cell if error is None else f"{cell} ± {error:.4f}")
+        table.add_row(name, *cells)
+    return table
+
+
 @hydra.main(config_path=CONFIG_PATH, config_name="evaluate", version_base="1.3")
 def main(config: DictConfig) -> None:
+    if config.task != "score":
+        summary = exit_on_bad_input(lambda: evaluate_long_context(plain(config)))
+        Console().print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
+        return
     numbers = exit_on_bad_input(lambda: evaluate(plain(config)))
     table = Table("measure", "value", title=str(config.checkpoint))
     for name, value in numbers.items():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConf
 
 from moesaic.errors import InputError
 from moesaic.interop import check_hf, config_from_hf, from_hf, to_hf
+from moesaic.layers import AttentionTemperature
 from moesaic.models import Decoder, build_decoder, llama4_maverick, llama4_scout, llama4_toy
 
 
@@ -321,13 +322,14 @@ def test_models_that_are_no_llama4_are_not_written(tmp_path: Path) -> None:
 
     other = replace(
         toy,
-        attention=replace(toy.attention, conv_width=3),
+        attention=replace(toy.attention, conv_width=3, temperature=AttentionTemperature(scalable_softmax=0.5)),
         moe=replace(toy.moe, score_function="softmax", shared_hidden_dim=0),
     )
     with pytest.raises(InputError) as error:
         to_hf(build_decoder(other), tmp_path / "out")
     for part in (
         "attention.conv_width: found 3, allowed is 0",
+        "attention.temperature.scalable_softmax: found 0.5, allowed is null",
         "moe.score_function: found 'softmax', allowed is sigmoid",
         "moe.shared_hidden_dim: found 0, allowed is moe.hidden_dim=32",
     ):

@@ -244,6 +244,13 @@ def test_published_temperatures() -> None:
     assert factors[1] == 1 and factors.dtype == torch.float32
 
 
+def test_scalable_softmax_multiplies_scores_by_s_log_n() -> None:
+    factors = AttentionTemperature(scalable_softmax=0.5)(torch.tensor([0, 1, 7, 1023]))
+    expected = 0.5 * torch.tensor([1.0, 2.0, 8.0, 1024.0]).log()
+    torch.testing.assert_close(factors, expected)
+    assert factors.dtype == torch.float32
+
+
 def test_the_convolution_is_the_identity_at_first() -> None:
     x = torch.randn(2, 5, 3)
     y, tail = ShortConvolution(3, 4)(x)
@@ -294,6 +301,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     [
         ({"floor_scale": 0}, "floor_scale=0: allowed are numbers >= 1"),
         ({"attn_scale": -0.1}, "attn_scale=-0.1: allowed are numbers >= 0"),
+        ({"scalable_softmax": 0.0}, "scalable_softmax=0.0: allowed are numbers > 0, or null"),
     ],
 )
 def test_bad_temperature(arguments: dict[str, Any], message: str) -> None:

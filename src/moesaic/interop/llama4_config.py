@@ -321,6 +321,8 @@ def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:
     found: dict[str, Any] = {}
     if attention.conv_width:
         found["attention.conv_width"] = (attention.conv_width, "0")
+    if attention.temperature is not None and attention.temperature.scalable_softmax is not None:
+        found["attention.temperature.scalable_softmax"] = (attention.temperature.scalable_softmax, "null")
     if moe is not None and any(layer.ffn == "moe" for layer in config.layers):
         allowed = {
             "router": "top_k",

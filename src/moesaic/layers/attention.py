@@ -26,19 +26,27 @@ class AttentionTemperature:
 
     It sharpens attention over long contexts on layers without positions, and is 1 before position floor_scale - 1
     (transformers `Llama4TextAttention`; the idea is Scalable-Softmax, Nakanishi 2025, arXiv 2501.19399).
+
+    With `scalable_softmax` = s the factor is that paper's s * log(position + 1) instead, whatever the two others say.
+    Its s is learned per head; here s is a constant, and the query projection can learn any factor on top of it.
     """
 
     attn_scale: float = 0.1
     floor_scale: int = 8192
+    scalable_softmax: float | None = None
 
     def __post_init__(self) -> None:
         if self.floor_scale < 1:
             raise ValueError(f"floor_scale={self.floor_scale}: allowed are numbers >= 1")
         if self.attn_scale < 0:
             raise ValueError(f"attn_scale={self.attn_scale}: allowed are numbers >= 0")
+        if self.scalable_softmax is not None and self.scalable_softmax <= 0:
+            raise ValueError(f"scalable_softmax={self.scalable_softmax}: allowed are numbers > 0, or null")
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions (L,) -> factors (L,) in fp32."""
+        if self.scalable_softmax is not None:
+            return self.scalable_softmax * torch.log(positions.float() + 1)
         return 1 + self.attn_scale * torch.log1p(torch.floor((positions.float() + 1) / self.floor_scale))
 
 

@@ -157,7 +157,10 @@ def _describe_mixer(config: DecoderConfig, mixer: str) -> str:
     if positions and attention.qk_norm:
         words.append("QK norm")
     if not positions and attention.temperature is not None:
-        words.append(f"temperature {attention.temperature.attn_scale} / {attention.temperature.floor_scale}")
+        temperature = attention.temperature
+        scale = temperature.scalable_softmax
+        described = f"temperature {temperature.attn_scale} / {temperature.floor_scale}"
+        words.append(described if scale is None else f"scalable softmax {scale:g}")
     if attention.conv_width:
         words.append(f"conv {attention.conv_width}")
     return ", ".join(words)
