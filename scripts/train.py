@@ -26,6 +26,8 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
 
     When resuming, the stored config of the run counts; `overrides` (key=value) that contradict it are refused.
     """
+    if "study" in config:
+        raise InputError(f"this is a study: python scripts/study.py experiment=study_{config['name']}")
     if config.get("resume"):
         stored, _ = resolve_resume(config)
         for override in overrides:
@@ -39,7 +41,9 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
-    """One run of a sweep: a failure is recorded and the sweep goes on."""
+    """One run of a sweep: a failure is recorded and the sweep goes on. All have one precision, to be comparable."""
+    if config["trainer"]["precision"] == "auto":
+        config = {**config, "trainer": {**config["trainer"], "precision": "32-true"}}
     sweeps.setdefault(run_dir.parent, 0)
     try:
         metrics = train({**config, "run_dir": str(run_dir)})

@@ -12,7 +12,14 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
-SMOKE = ["debug=smoke", "data=files", "data.tokenizer=bytes", "model.dim=16", "model.attention.head_dim=4"]
+SMOKE = [
+    "debug=smoke",
+    "trainer.precision=32-true",
+    "data=files",
+    "data.tokenizer=bytes",
+    "model.dim=16",
+    "model.attention.head_dim=4",
+]
 
 
 @pytest.fixture(scope="session")

@@ -225,3 +225,13 @@ def test_token_ids_without_a_tokenizer(composed: Composed, tmp_path: Path) -> No
     assert not (only_run(config) / "sample.txt").exists()
     with pytest.raises(InputError, match=r"a directory; give a file, such as its checkpoints/last.ckpt"):
         load_model(only_run(config))
+
+
+def test_auto_precision_is_chosen_once_and_said(
+    composed: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics_dir = Path(composed()["output_dir"])
+    run(composed("training.steps=1", "trainer.precision=auto", "sample.max_new_tokens=0"))
+    stored = yaml.safe_load(next(metrics_dir.rglob("config.yaml")).read_text())
+    assert stored["trainer"]["precision"] in ("32-true", "bf16-mixed")
+    assert f"{stored['trainer']['precision']}: bf16-mixed takes" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from moesaic.errors import InputError
 __all__ = [
     "BalanceConfig",
     "OptimizerConfig",
+    "Precision",
     "RunConfig",
     "SampleConfig",
     "ScheduleConfig",
@@ -18,6 +19,9 @@ __all__ = [
     "TrainingConfig",
     "require_accelerator",
 ]
+
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +101,11 @@ class TrainerConfig:
     """Where and in what precision."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = "32-true"
+    precision: Precision = "32-true"  # auto: what is faster here
     compile: bool = False  # torch.compile of every block
     checkpoint_activations: bool = False
     threads: int | None = None  # CPU threads; null: torch's choice
+    keep_freed_memory: bool = False  # glibc on a CPU: do not return memory to the system, which is slow to get again
 
     def __post_init__(self) -> None:
         _check(self, "threads", self.threads is None or self.threads >= 1, "numbers >= 1, or null")

@@ -1,5 +1,6 @@
 """One run from config to verdict."""
 
+import dataclasses
 import functools
 import logging
 import resource
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 
+from moesaic.allocator import keep_freed_memory
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.data import Data, EvaluationLoader, TrainingLoader, load_data
 from moesaic.errors import InputError
@@ -27,6 +29,7 @@ from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
 from moesaic.training.checkpoints import load_checkpoint, require_same_model, sample_text, token_bytes
 from moesaic.training.config import RunConfig, require_accelerator
 from moesaic.training.module import Diverged, LanguageModel
+from moesaic.training.precision import choose_precision
 from moesaic.training.records import (
     RunLogger,
     create_run_dir,
@@ -62,6 +65,8 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     checkpoint = resume_dir / "checkpoints" / "last.ckpt" if resume_dir else run_config.ckpt_path
     loaded = load_checkpoint(checkpoint) if checkpoint else None
 
+    if run_config.trainer.keep_freed_memory:
+        keep_freed_memory()
     if run_config.trainer.threads:
         torch.set_num_threads(run_config.trainer.threads)
     pl.seed_everything(run_config.seed, verbose=False)
@@ -74,6 +79,12 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         require_same_model(str(checkpoint), loaded, model_config)
     training_loader, validation_loader, test_loader = _loaders(run_config, data)
 
+    why_precision = ""
+    if run_config.trainer.precision == "auto":
+        precision, why_precision = choose_precision(model_config, run_config.training, run_config.trainer.accelerator)
+        run_config = dataclasses.replace(
+            run_config, trainer=dataclasses.replace(run_config.trainer, precision=precision)
+        )
     accounted = account(model_config, run_config.training.seq_len)
     if resume_dir is None:
         run_dir = _new_run_dir(run_config)
@@ -105,6 +116,8 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         activation_bytes(module.decoder, training.batch_size, training.seq_len),
         run_dir,
     )
+    if why_precision:
+        console.print(f"[bold]trainer[/] {run_config.trainer.precision}: {why_precision}", highlight=False)
 
     logger = RunLogger(run_dir)
     monitor = RunMonitor(run_dir)
@@ -271,7 +284,7 @@ def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: R
     return pl.Trainer(
         accelerator=trainer.accelerator,
         devices=1,
-        precision=trainer.precision,
+        precision=trainer.precision,  # type: ignore[arg-type]  # "auto" has been resolved
         max_steps=training.steps,
         max_epochs=-1,
         accumulate_grad_batches=training.accumulate,

@@ -17,16 +17,16 @@ __all__ = ["activation_bytes", "print_summary", "print_verdict"]
 
 
 def activation_bytes(decoder: Decoder, batch_size: int, seq_len: int) -> int:
-    """Bytes that one forward pass keeps for backward, measured on a single sequence and scaled to the batch.
+    """Bytes that one forward pass keeps for backward, measured.
 
     The logits are not among them: the training loss never builds them all.
     """
-    tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=decoder.embedding.weight.device)
+    tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=decoder.embedding.weight.device)
     with LiveBytes([tokens, *decoder.parameters()]) as live:
         kept = decoder.hidden_states(tokens)[0]
         total = live.current
         del kept
-    return total * batch_size
+    return total
 
 
 def print_summary(
