@@ -501,3 +501,33 @@ def test_one_expert_is_a_feed_forward_network() -> None:
 def test_bad_arguments(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Experts(2, DIM, HIDDEN, **arguments)
+
+
+@pytest.mark.parametrize("name", SLICED)
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize("counts", [[1, 0, 17, 15, 31, 600], [5, 3, 1, 1, 0, 2], [0, 0, 0, 0, 0, 7], [513, 1, 0, 15]])
+def test_rounding_row_counts_up_leaves_no_trace(
+    name: str, dtype: torch.dtype, autocast: bool, counts: list[int]
+) -> None:
+    """In half precision an expert's matmuls reach into the rows of the next ones, and beyond the last row."""
+    experts = redraw(Experts(len(counts), DIM, HIDDEN, backend=name, dtype=dtype))
+    oracle = Experts(len(counts), DIM, HIDDEN, backend="loop", dtype=torch.float64)
+    oracle.load_state_dict({key: value.double() for key, value in experts.state_dict().items()})
+    rows, d_y = torch.randn(sum(counts), DIM, dtype=dtype, requires_grad=True), torch.randn(sum(counts), DIM)
+    exact_rows = rows.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = experts(rows, torch.tensor(counts))
+    y.backward(d_y.to(y.dtype))
+    expected = oracle(exact_rows, torch.tensor(counts))
+    expected.backward(d_y.to(y.dtype).double())
+    assert_close(y, expected, 0.02, "rows out")
+    assert rows.grad is not None and exact_rows.grad is not None
+    assert_close(rows.grad, exact_rows.grad, 0.02, "gradient of rows")
+    for (parameter_name, found), exact in zip(experts.named_parameters(), oracle.parameters(), strict=True):
+        assert found.grad is not None and exact.grad is not None
+        for expert, count in enumerate(counts):
+            if count:
+                what = f"gradient of {parameter_name}[{expert}]"
+                assert_close(found.grad[expert], exact.grad[expert], 0.02, what)
+            else:
+                assert not found.grad[expert].any()

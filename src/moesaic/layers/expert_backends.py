@@ -97,74 +97,41 @@ def run_sliced(
         raise ValueError(f"rows_per_expert counts the rows of {len(counts)} experts: gate_up has {gate_up.size(0)}")
     if sum(counts) != rows.size(0):
         raise ValueError(f"rows_per_expert sums to {sum(counts)}: there are {rows.size(0)} rows")
-    padding = None
-    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16) and any(n % 16 for n in counts):
-        counts, padding = pad_to_16(rows_per_expert)
     rows = rows.contiguous()
+    blocks = make_blocks(counts, rounding(rows))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, gate_up, down)):
-        y: Tensor = SlicedExperts.apply(rows, gate_up, down, counts, padding, activation, recompute)[0]
+        y: Tensor = SlicedExperts.apply(rows, gate_up, down, blocks, activation, recompute)[0]
         return y
-    return forward_in_slices(rows, gate_up, down, counts, padding, activation)
+    return forward_in_slices(rows, gate_up, down, blocks, activation)
 
 
-class Padding(NamedTuple):
-    """Row counts rounded up."""
-
-    source: Tensor
-    """(P,) int64: the row to put at each place."""
-    place: Tensor
-    """(R,) int64: the place of each row."""
-
-    def add(self, rows: Tensor) -> Tensor:
-        """(R, D) -> (P, D)."""
-        return rows.index_select(0, self.source)
-
-    def remove(self, rows: Tensor) -> Tensor:
-        """(P, D) -> (R, D)."""
-        return rows.index_select(0, self.place)
-
-    def add_zeros(self, rows: Tensor) -> Tensor:
-        """(R, D) -> (P, D), the gradient of `remove`."""
-        return rows.new_zeros(self.source.size(0), rows.size(1)).index_copy_(0, self.place, rows)
-
-
-def pad_to_16(rows_per_expert: Tensor) -> tuple[list[int], Padding]:
-    """Row counts rounded up to multiples of 16.
+def rounding(rows: Tensor) -> int:
+    """What the numbers of rows of matmuls are rounded up to.
 
     oneDNN, which does torch's half precision matmuls on a CPU, compiles one for every shape that it has not met lately.
     That takes longer than to run it, and row counts never stop to change. 16 rows are a tile of AMX.
-
-    An expert is filled up with its own last row, whose copies get no gradient: a row of zeros is where some activations
-    have no derivative.
     """
-    padded = (rows_per_expert + 15) // 16 * 16
-    first_row, first_place = rows_per_expert.cumsum(0) - rows_per_expert, padded.cumsum(0) - padded
-    expert = torch.arange(padded.size(0)).repeat_interleave(padded)
-    place_in_expert = torch.arange(expert.size(0)) - first_place[expert]
-    source = first_row[expert] + torch.minimum(place_in_expert, rows_per_expert[expert] - 1)
-    place = torch.arange(int(rows_per_expert.sum())) + (first_place - first_row).repeat_interleave(rows_per_expert)
-    return padded.tolist(), Padding(source, place)
+    return 16 if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16) else 1
 
 
 class SlicedExperts(torch.autograd.Function):
-    """-> rows out (R, D), and the pre-activations (P, 2F) kept for the backward or None. P is R with the padding."""
+    """-> rows out (R, D), and the pre-activations (P, 2F) kept for the backward or None. P is R, rounded up."""
 
     @staticmethod
     def forward(
         rows: Tensor,
         gate_up: Tensor,
         down: Tensor,
-        counts: list[int],
-        padding: Padding | None,
+        blocks: "list[Block]",
         activation: Activation,
         recompute: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        kept = None if recompute else rows.new_empty(sum(counts), gate_up.size(2))
-        return forward_in_slices(rows, gate_up, down, counts, padding, activation, kept), kept
+        kept = None if recompute else rows.new_empty(sum(block.size for block in blocks), gate_up.size(2))
+        return forward_in_slices(rows, gate_up, down, blocks, activation, kept), kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        rows, gate_up, down, ctx.counts, ctx.padding, ctx.activation, _ = inputs
+        rows, gate_up, down, ctx.blocks, ctx.activation, _ = inputs
         kept = output[1]
         if kept is not None:
             ctx.mark_non_differentiable(kept)
@@ -174,11 +141,11 @@ class SlicedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor | None, d_kept: None) -> tuple[Tensor | None, ...]:
         if d_y is None:
-            return (None,) * 7
-        arguments = (d_y, *ctx.saved_tensors, ctx.counts, ctx.padding, ctx.activation, ctx.needs_input_grad[:3])
+            return (None,) * 6
+        arguments = (d_y, *ctx.saved_tensors, ctx.blocks, ctx.activation, ctx.needs_input_grad[:3])
         wants_graph = torch.is_grad_enabled()  # create_graph=True, or torch.func
         gradients = SlicedGradients.apply(*arguments) if wants_graph else backward_in_slices(*arguments)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None
 
 
 class SlicedGradients(torch.autograd.Function):
@@ -201,26 +168,23 @@ def forward_in_slices(
     rows: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    counts: list[int],
-    padding: Padding | None,
+    blocks: "list[Block]",
     activation: Activation,
     kept: Tensor | None = None,
 ) -> Tensor:
     """`kept` (P, 2F) receives the pre-activations."""
-    rows = rows if padding is None else padding.add(rows)
-    blocks = make_blocks(counts)
-    y = rows.new_empty(rows.size(0), down.size(2))
+    y = with_room(rows, down.size(2))
     hidden_scratch = scratch(rows, down.size(1), blocks)
     memory = scratch(rows, gate_up.size(2), blocks) if kept is None else kept
     gate_up_of, down_of = per_expert(gate_up, rows.dtype), per_expert(down, rows.dtype)
     for block in blocks:
-        gate_and_up = memory[: block.size] if kept is None else memory[block.rows]
-        for expert, x, h in block.zip(rows[block.rows], gate_and_up):
-            torch.mm(x, gate_up_of[expert], out=h)
+        gate_and_up = memory[: block.size] if kept is None else memory[block.places]
+        for piece in block.pieces:
+            torch.mm(reach(rows, piece), gate_up_of[piece.expert], out=gate_and_up[piece.place])
         hidden = gated(activation, gate_and_up, out=hidden_scratch[: block.size])
-        for expert, h, y_e in block.zip(hidden, y[block.rows]):
-            torch.mm(h, down_of[expert], out=y_e)
-    return y if padding is None else padding.remove(y)
+        for piece in block.pieces:
+            torch.mm(hidden[piece.place], down_of[piece.expert], out=y[piece.rows])
+    return y[: rows.size(0)]
 
 
 def backward_in_slices(
@@ -229,84 +193,108 @@ def backward_in_slices(
     gate_up: Tensor,
     down: Tensor,
     kept: Tensor | None,
-    counts: list[int],
-    padding: Padding | None,
+    blocks: "list[Block]",
     activation: Activation,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of rows, gate_up and down, where needed; `kept` as the forward left it."""
     need_rows, need_gate_up, need_down = needed
     d_y = d_y.contiguous()
-    if padding is not None:
-        rows, d_y = padding.add(rows), padding.add_zeros(d_y)
-    blocks = make_blocks(counts)
-    d_rows = torch.empty_like(rows) if need_rows else None
-    d_gate_up = WeightGradient(gate_up, rows.dtype, counts) if need_gate_up else None
-    d_down = WeightGradient(down, rows.dtype, counts) if need_down else None
+    d_rows = with_room(rows, rows.size(1)) if need_rows else None
+    d_gate_up = WeightGradient(gate_up, rows.dtype, blocks) if need_gate_up else None
+    d_down = WeightGradient(down, rows.dtype, blocks) if need_down else None
     hidden_scratch, d_hidden_scratch = scratch(rows, down.size(1), blocks), scratch(rows, down.size(1), blocks)
     memory = scratch(rows, gate_up.size(2), blocks) if kept is None else kept
     d_gate_up_scratch = scratch(rows, gate_up.size(2), blocks)
     gate_up_of, down_of = per_expert(gate_up, rows.dtype), per_expert(down, rows.dtype)
     for block in blocks:
-        x, d_out = rows[block.rows], d_y[block.rows]
-        gate_and_up = memory[: block.size] if kept is None else memory[block.rows]
+        gate_and_up = memory[: block.size] if kept is None else memory[block.places]
         hidden, d_hidden = hidden_scratch[: block.size], d_hidden_scratch[: block.size]
         d_gate_and_up = d_gate_up_scratch[: block.size]
         if kept is None:
-            for expert, x_e, h in block.zip(x, gate_and_up):
-                torch.mm(x_e, gate_up_of[expert], out=h)
+            for piece in block.pieces:
+                torch.mm(reach(rows, piece), gate_up_of[piece.expert], out=gate_and_up[piece.place])
         if need_rows or need_gate_up:
-            for expert, d_out_e, d_h in block.zip(d_out, d_hidden):
-                torch.mm(d_out_e, down_of[expert].t(), out=d_h)
+            for piece in block.pieces:
+                torch.mm(reach(d_y, piece), down_of[piece.expert].t(), out=d_hidden[piece.place])
             gated_backward(activation, gate_and_up, d_hidden, out=d_gate_and_up, hidden=hidden)
         else:
             gated(activation, gate_and_up, out=hidden)
+        for piece in block.pieces:  # what was reached beyond the piece must not count in sums over its rows
+            if piece.surplus is not None:
+                hidden[piece.surplus].zero_()
+                d_gate_and_up[piece.surplus].zero_()
         if d_down:
-            for expert, h, d_out_e in block.zip(hidden, d_out):
-                d_down.add(expert, h, d_out_e)
+            for piece in block.pieces:
+                d_down.add(piece.expert, hidden[piece.place], reach(d_y, piece))
         if d_gate_up:
-            for expert, x_e, d_h in block.zip(x, d_gate_and_up):
-                d_gate_up.add(expert, x_e, d_h)
+            for piece in block.pieces:
+                d_gate_up.add(piece.expert, reach(rows, piece), d_gate_and_up[piece.place])
         if d_rows is not None:
-            for expert, d_h, d_x in block.zip(d_gate_and_up, d_rows[block.rows]):
-                torch.mm(d_h, gate_up_of[expert].t(), out=d_x)
-    if d_rows is not None and padding is not None:
-        d_rows = padding.remove(d_rows)
+            for piece in block.pieces:
+                torch.mm(d_gate_and_up[piece.place], gate_up_of[piece.expert].t(), out=d_rows[piece.rows])
+    d_rows = None if d_rows is None else d_rows[: rows.size(0)]
     return d_rows, d_gate_up.total if d_gate_up else None, d_down.total if d_down else None
 
 
-class Block(NamedTuple):
-    """Neighbouring rows whose activations are computed at once, in cache; they may belong to several experts."""
+class Piece(NamedTuple):
+    """Rows of one expert in a block. Rounded up, they reach into the rows of the next expert.
 
+    What is read there is computed with and thrown away; what is written there is overwritten, as the next expert comes
+    next. So rounding up copies nothing.
+    """
+
+    expert: int
     rows: slice
-    pieces: list[tuple[int, slice]]
-    """Experts, and where in the block their rows stand."""
+    place: slice
+    """In the block's scratch memory, where pieces do not overlap."""
+    surplus: slice | None
+    """The places of what was rounded up."""
+
+
+class Block(NamedTuple):
+    """Neighbouring pieces whose activations are computed at once, in cache."""
+
+    pieces: list[Piece]
+    places: slice
+    """Among those of all blocks."""
 
     @property
     def size(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    def zip(self, a: Tensor, b: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """Each expert with its rows of two tensors, which have a row for each row of the block."""
-        return [(expert, a[piece], b[piece]) for expert, piece in self.pieces]
+        return self.places.stop - self.places.start
 
 
-def make_blocks(counts: list[int]) -> list[Block]:
+def make_blocks(counts: list[int], multiple: int) -> list[Block]:
     """At least BLOCK_ROWS each, because operations on few rows are all overhead; of one expert at most as many."""
     blocks: list[Block] = []
-    pieces: list[tuple[int, slice]] = []
-    first = end = 0
+    pieces: list[Piece] = []
+    begin = first = size = 0
     for expert, count in enumerate(counts):
-        begin, end = end, end + count
-        for start in range(begin, end, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, end)
-            pieces.append((expert, slice(start - first, stop - first)))
-            if stop - first >= BLOCK_ROWS:
-                blocks.append(Block(slice(first, stop), pieces))
-                first, pieces = stop, []
+        for start in range(begin, begin + count, BLOCK_ROWS):
+            exact = min(BLOCK_ROWS, begin + count - start)
+            rounded = -(-exact // multiple) * multiple
+            surplus = slice(size + exact, size + rounded) if rounded > exact else None
+            pieces.append(Piece(expert, slice(start, start + rounded), slice(size, size + rounded), surplus))
+            size += rounded
+            if size >= BLOCK_ROWS:
+                blocks.append(Block(pieces, slice(first, first + size)))
+                first, pieces, size = first + size, [], 0
+        begin += count
     if pieces:
-        blocks.append(Block(slice(first, end), pieces))
+        blocks.append(Block(pieces, slice(first, first + size)))
     return blocks
+
+
+def reach(rows: Tensor, piece: Piece) -> Tensor:
+    """The rows of a piece, with zeros where it reaches beyond the last row of all."""
+    found = rows[piece.rows]
+    missing = piece.rows.stop - piece.rows.start - found.size(0)
+    return found if not missing else torch.cat((found, found.new_zeros(missing, found.size(1))))
+
+
+def with_room(rows: Tensor, width: int) -> Tensor:
+    """Memory for results of all rows, and for what the last pieces write beyond them."""
+    return rows.new_empty(rows.size(0) + rounding(rows) - 1, width)
 
 
 def scratch(like: Tensor, width: int, blocks: list[Block]) -> Tensor:
@@ -335,13 +323,12 @@ class CastExperts:
 class WeightGradient:
     """The gradient of a stacked weight (E, in, out): a sum of a.T @ b for each expert, zero for those without rows."""
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, counts: list[int]) -> None:
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, blocks: list[Block]) -> None:
         self.total = torch.empty_like(weight)
         self.product = torch.empty_like(weight[0], dtype=compute_dtype) if weight.dtype != compute_dtype else None
         self.expert = -1
-        for expert, count in enumerate(counts):
-            if not count:
-                self.total[expert].zero_()
+        for expert in set(range(weight.size(0))) - {piece.expert for block in blocks for piece in block.pieces}:
+            self.total[expert].zero_()
 
     def add(self, expert: int, a: Tensor, b: Tensor) -> None:
         """Experts come one after the other."""

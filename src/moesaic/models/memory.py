@@ -7,7 +7,6 @@ hold both against the peak that torch's profiler sees in a real step.
 
 import dataclasses
 import functools
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -267,9 +266,12 @@ def _shared_expert(moe: MoE, sizes: _Sizes) -> _Part:
         return _feed_forward(shared, sizes)
     hidden_dim = shared.down_proj.in_features
     width = hidden_dim * sizes.bytes
-    block, keeps_all = max(block.size for block in make_blocks([sizes.tokens])), experts.backend != "sliced_recompute"
+    block, keeps_all = (
+        max(block.size for block in make_blocks([sizes.tokens], 1)),
+        experts.backend != "sliced_recompute",
+    )
     fused = shared.gate_proj.weight.nbytes + shared.up_proj.weight.nbytes
-    kept = sizes.stream + fused + 2 * sizes.tokens * width * keeps_all  # padding to 16 rows at most is left out
+    kept = sizes.stream + fused + 2 * sizes.tokens * width * keeps_all
     scratches = (4 if keeps_all else 6) + (0 if shared.activation == "silu" else 3)
     return _Part(kept, kept + _nbytes(shared) + scratches * block * width + sizes.stream, _nbytes(shared))
 
@@ -338,24 +340,21 @@ def _routed(layer: MoE, top_k: int, sizes: _Sizes) -> _Part:
     )
     is_sliced = backend in ("sliced", "sliced_recompute")
     counts = _evenly(rows, experts.num_experts)
-    is_padded = is_sliced and sizes.bytes == 2
-    if is_padded:  # see layers.expert_backends.pad_to_16
-        counts = [math.ceil(count / 16) * 16 for count in counts]
-        kept += 8 * (rows + sum(counts))
-    padded = sum(counts) * sizes.dim * sizes.bytes
-    kept += dispatched + padded  # on both sides of the scores
-    hidden = sum(counts) * experts.hidden_dim * sizes.bytes
+    blocks = make_blocks(counts, 16 if sizes.bytes == 2 else 1)  # see layers.expert_backends.rounding
+    kept += 2 * dispatched  # on both sides of the scores
+    places = sum(block.size for block in blocks) if is_sliced else rows
+    hidden = places * experts.hidden_dim * sizes.bytes
     if is_sliced:
         kept += 2 * hidden if backend == "sliced" else 0
-        scratch = max(block.size for block in make_blocks(counts)) * experts.hidden_dim * sizes.bytes
+        scratch = max(block.size for block in blocks) * experts.hidden_dim * sizes.bytes
         scratches = (4 if backend == "sliced" else 6) + (0 if experts.activation == "silu" else 3)
         working = weights + scratches * scratch
     else:
         kept += max(4, KEPT_BY_GATED_FFN.get(experts.activation, 4)) * hidden  # gate and up are one tensor
         working = max(2 * hidden + experts.down_proj.nbytes, weights)
     # gradients of the rows on both sides; what came out is gone by now if the scores were applied to it
-    working += 2 * padded - (0 if layer.score_before_experts else dispatched)
-    combine = 3 * padded if is_padded or top_k > 1 or not layer.score_before_experts else 2 * dispatched
+    working += 2 * dispatched - (0 if layer.score_before_experts else dispatched)
+    combine = 3 * dispatched if top_k > 1 or not layer.score_before_experts else 2 * dispatched
     shared_gradient = 0 if layer.shared_expert is None else sizes.stream
     return _Part(kept, kept + max(combine, working) + shared_gradient, weights + _nbytes(layer.router))
 
