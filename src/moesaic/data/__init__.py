@@ -1,8 +1,9 @@
-"""Text to batches: corpora, tokenisers, token streams on disk, loaders."""
+"""Text to batches: corpora, tokenisers, token streams on disk, loaders; and recall tasks, which need no text."""
 
 from moesaic.data.corpora import Corpus, Document
 from moesaic.data.loaders import EvaluationLoader, TrainingLoader
 from moesaic.data.streams import Data, DataConfig, TokenStream, load_data
+from moesaic.data.tasks import Task, TaskEvaluationLoader, TaskTrainingLoader
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenizer_from_dict
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "DataConfig",
     "Document",
     "EvaluationLoader",
+    "Task",
+    "TaskEvaluationLoader",
+    "TaskTrainingLoader",
     "TokenStream",
     "Tokenizer",
     "TrainingLoader",

@@ -1,4 +1,4 @@
-"""A corpus as two streams of token ids on disk, made once and memory-mapped afterwards."""
+"""A corpus as two streams of token ids on disk, made once and memory-mapped afterwards; or a recall task."""
 
 import dataclasses
 import errno
@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moesaic.config import from_mapping, to_mapping
 from moesaic.data.corpora import Corpus, Document, load_files, load_huggingface, load_packages, load_stdlib
+from moesaic.data.tasks import TASKS, Task
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
 
@@ -27,14 +29,17 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """A source of text, and how it becomes tokens."""
+    """A source of text, and how it becomes tokens; or a recall task, which is made of tokens and has its own keys."""
 
-    source: Literal["stdlib", "packages", "files", "huggingface", "memmap"] = "stdlib"
+    source: Literal[
+        "stdlib", "packages", "files", "huggingface", "memmap", "associative_recall", "selective_copying", "induction"
+    ] = "stdlib"
     path: str | None = None  # of files, huggingface and memmap
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     vocab_size: int = 2048  # of bpe
     validation_fraction: float = 0.06
     cache_dir: str = ".cache"
+    task: dict[str, Any] | None = None  # keys of the recall task that `source` names; null: its defaults
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
@@ -46,6 +51,17 @@ class DataConfig:
             raise ValueError(f"path={self.path}: source={self.source} needs one (data.path=...)")
         if self.path and not needs_path:
             raise ValueError(f"path={self.path!r}: source={self.source} takes none; for your own text use source=files")
+        if self.task is not None and self.source not in TASKS:
+            raise ValueError(f"task={self.task}: source={self.source} takes none; it is for {', '.join(TASKS)}")
+        self.make_task()
+
+    def make_task(self) -> Task | None:
+        """The recall task, or None for text.
+
+        Raises:
+            InputError: an unknown key or impossible value in `task`.
+        """
+        return from_mapping(TASKS[self.source], self.task or {}, "data.task") if self.source in TASKS else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +76,7 @@ class TokenStream:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Both splits, ready to train on."""
+    """Both splits, ready to train on; of a recall task both are empty, see `moesaic.data.tasks`."""
 
     train: TokenStream
     validation: TokenStream
@@ -68,6 +84,8 @@ class Data:
     vocab_size: int
     facts: dict[str, Any]
     """What identifies the corpus, and under `baselines` the bits per byte of simple compressors on validation."""
+    task: Task | None = None
+    """In place of text: its loaders make the batches."""
 
 
 def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
@@ -79,6 +97,8 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
     Raises:
         InputError: missing, empty, binary or damaged data, or no disk space for the cache.
     """
+    if (task := config.make_task()) is not None:
+        return _task_data(config.source, task)
     if config.source == "memmap":
         assert config.path is not None  # checked by the config
         return _open(Path(config.path))
@@ -100,6 +120,13 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
             raise InputError(f"data.cache_dir={config.cache_dir!r}: cannot be written ({reason})") from error
         data = _open(folder)
     return dataclasses.replace(data, facts={**data.facts, **facts})
+
+
+def _task_data(name: str, task: Task) -> Data:
+    keys = to_mapping(task)
+    digest = hashlib.sha256(f"{VERSION} {name} {json.dumps(keys, sort_keys=True)}".encode()).hexdigest()[:16]
+    nothing = TokenStream(np.zeros(0, dtype=np.uint16), None)
+    return Data(nothing, nothing, None, task.vocab_size, {"source": name, "content_hash": digest, "task": keys}, task)
 
 
 def _load_corpus(config: DataConfig) -> Corpus:
