@@ -67,7 +67,11 @@ class CacheThrough:
     """A cache in which the teacher fills in what is missing.
 
     What comes out has always been through the cache's precision, so a window's targets are the same when it was just
-    computed and when it is read again. `cache.close()` at the end writes what did not fill a shard.
+    computed and when it is read again. The teacher runs outside of autocast: what is kept does not depend on the
+    precision of the student that asked first. `cache.close()` at the end writes what did not fill a shard.
+
+    With `state_dict` in its checkpoint a run that was killed computes and counts what it did the first time, in the
+    same batches, whatever the cache got since: it stays bit-equal.
 
     Attributes:
         hits, misses: windows so far that were there, and that the teacher computed.
@@ -79,6 +83,21 @@ class CacheThrough:
         self.identity = identity
         self.hits = 0
         self.misses = 0
+        self._known = self._in_cache()
+
+    def _in_cache(self) -> Tensor:
+        """(num_windows,) bool."""
+        return torch.tensor([window in self.cache for window in range(self.cache.num_windows)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes; all windows that it speaks of are on disk afterwards."""
+        self.cache.flush()
+        return {"known": self._known.clone(), "hits": self.hits, "misses": self.misses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["known"]) == self.cache.num_windows:
+            self._known = state["known"] & self._in_cache()  # the folder may have been deleted since
+        self.hits, self.misses = state["hits"], state["misses"]
 
     def targets(self, batch: Batch) -> StoredTargets:
         self.fill(batch)
@@ -87,19 +106,21 @@ class CacheThrough:
     def fill(self, batch: Batch) -> None:
         """Compute and add the windows of a batch that the cache does not hold."""
         windows = self.cache.windows(batch["starts"])
-        missing = [i for i, window in enumerate(windows) if window not in self.cache]
+        missing = [i for i, window in enumerate(windows) if not self._known[window]]
         self.misses += len(missing)
         self.hits += len(windows) - len(missing)
         if not missing:
             return
         chosen = {name: batch[name][missing] for name in ("tokens", "labels", "starts")}
-        hidden, weight = self.teacher.targets(chosen)
+        with torch.autocast(chosen["tokens"].device.type, enabled=False):
+            hidden, weight = self.teacher.targets(chosen)
         rows = hidden.unflatten(0, chosen["tokens"].shape)
         for i, place in enumerate(missing):
             one = slice(i, i + 1)
             generator = self.identity.generator(windows[place])
             targets = kept_targets(HeadTargets(rows[i], weight), chosen["labels"][i], self.identity.form, generator)
             self.cache.add(chosen["starts"][one], chosen["tokens"][one], targets)
+        self._known[windows] = True
 
 
 def cache_identity(decoder: Decoder, data: Data, *, seq_len: int, form: TargetFormat, seed: int = 0) -> CacheIdentity:

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-__all__ = ["plot_curves", "plot_expert_load", "plot_loss", "plot_loss_by_position", "read_columns"]
+__all__ = ["plot_curves", "plot_distillation", "plot_expert_load", "plot_loss", "plot_loss_by_position", "read_columns"]
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
 COLOURS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -68,6 +68,32 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], fina
         steps, loss = read_columns(metrics_csv, "step", "validation/loss")
         right.plot(steps, loss, color=BLUE, marker="o", markersize=3)
         _label(right, "Held-out text", "optimiser step", "nats per token")
+    _save(figure, out)
+
+
+def plot_distillation(metrics_csv: Path, out: Path) -> None:
+    """Weight of the soft targets, running loss gap, and losses of student and teacher, over the student's tokens."""
+    figure, (left, middle, right) = _figure(1, 3, width=14, height=4)
+
+    def draw(axis: Axes, column: str, colour: str, label: str) -> None:
+        tokens, values = read_columns(metrics_csv, "tokens", column)
+        if len(tokens):
+            axis.plot(tokens, values, color=colour, linewidth=1.4, label=label)
+
+    draw(left, "distillation/soft_weight", BLUE, "mean over tokens")
+    draw(left, "distillation/agreement", GREY, "agreement on the most likely token")
+    left.set_ylim(-0.02, 1.02)
+    _label(left, "Weight of the soft targets", "tokens", "share")
+    draw(middle, "distillation/loss_gap", BLUE, "student's loss minus teacher's")
+    middle.axhline(0, color=GREY, linestyle=":", linewidth=1)
+    _label(middle, "Loss gap, running mean", "tokens", "nats per token")
+    draw(right, "train/loss", BLUE, "student, hard")
+    draw(right, "distillation/teacher_loss", ORANGE, "teacher, hard")
+    draw(right, "distillation/soft", COLOURS[2], "student, soft")
+    _label(right, "Training losses", "tokens", "nats per token")
+    for axis in (left, middle, right):
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.legend(frameon=False, fontsize=8)
     _save(figure, out)
 
 

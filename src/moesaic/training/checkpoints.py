@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.data import Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.models import Decoder, DecoderConfig, build_decoder, generate
-from moesaic.training.config import RunConfig, SampleConfig, TrainingConfig
+from moesaic.training.config import RunConfig, SampleConfig, TrainingConfig, teacher_mapping
 
 __all__ = [
     "TrainedModel",
+    "decoder_weights",
     "load_checkpoint",
     "load_model",
+    "require_same_distillation",
     "require_same_model",
     "sample_text",
     "save_model",
@@ -56,7 +59,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path) -> TrainedModel:
-    """The model of a checkpoint, in evaluation mode on the CPU.
+    """The model of a checkpoint, in evaluation mode on the CPU; of a codistilled run the student.
 
     Raises:
         InputError: as `load_checkpoint`, or weights that do not fit the stored config.
@@ -64,7 +67,7 @@ def load_model(path: str | Path) -> TrainedModel:
     checkpoint = load_checkpoint(path)
     stored = checkpoint["hyper_parameters"]
     config = from_mapping(DecoderConfig, stored["model"], "model")
-    weights = {key.removeprefix("decoder."): value for key, value in checkpoint["state_dict"].items()}
+    weights = decoder_weights(checkpoint)
     decoder = build_decoder(config, dtype=weights["embedding.weight"].dtype if "embedding.weight" in weights else None)
     try:
         decoder.load_state_dict(weights)
@@ -80,6 +83,12 @@ def load_model(path: str | Path) -> TrainedModel:
         tokenizer=tokenizer,
         token_bytes=None if lengths is None else torch.tensor(lengths),
     )
+
+
+def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict of the decoder alone: a codistilled run keeps more in its checkpoints."""
+    prefix = "decoder."
+    return {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
 
 
 def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None = None, seq_len: int = 1024) -> None:
@@ -129,14 +138,40 @@ def token_bytes(tokenizer: Tokenizer) -> list[int]:
 
 def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:
     """Raise InputError that names every key in which a checkpoint's model differs from `model`."""
-    stored, wanted = flatten(checkpoint["hyper_parameters"]["model"]), flatten(to_mapping(model))
+    _require_same("model", path, checkpoint["hyper_parameters"]["model"], to_mapping(model))
+
+
+def _require_same(key: str, path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    stored, wanted = flatten(stored), flatten(wanted)
     differing = [
-        f"model.{key}: {stored.get(key)!r} in the checkpoint, {wanted.get(key)!r} in the config"
-        for key in sorted(stored.keys() | wanted.keys())
-        if stored.get(key) != wanted.get(key) and key not in ("moe.backend", "init_std")
+        f"{key}.{name}: {stored.get(name)!r} in the checkpoint, {wanted.get(name)!r} in the config"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name) and name not in ("moe.backend", "init_std")
     ]
     if differing:
         raise InputError(f"checkpoint {path}: a model of another shape; " + "; ".join(differing))
+
+
+def require_same_distillation(path: str, checkpoint: dict[str, Any], config: RunConfig, model: DecoderConfig) -> None:
+    """Raise InputError if a checkpoint's optimiser has a teacher or a weight policy where `config` has none, or others.
+
+    A checkpoint of weights only starts any run.
+    """
+    if "optimizer_states" not in checkpoint:
+        return
+    stored = checkpoint["hyper_parameters"]["config"].get("distillation")
+    wanted = config.distillation
+    found = "none" if stored is None else stored["source"]
+    asked = "none" if wanted is None else wanted.source
+    on_disk = ("frozen", "cached")  # these two may follow each other: the state of a run is the same
+    if found != asked and not (found in on_disk and asked in on_disk):
+        raise InputError(
+            f"checkpoint {path}: of a run with distillation source {found}, the config has {asked}; to start from its "
+            "weights alone, write them with moesaic.training.checkpoints.save_model"
+        )
+    if stored is not None and wanted is not None and asked == "joint":
+        theirs = teacher_mapping(checkpoint["hyper_parameters"]["model"], stored["teacher_model"])
+        _require_same("teacher_model", path, theirs, teacher_mapping(to_mapping(model), wanted.teacher_model))
 
 
 def sample_text(decoder: Decoder, tokenizer: Tokenizer, sampling: SampleConfig, seed: int) -> str:

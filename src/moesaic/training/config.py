@@ -1,15 +1,19 @@
 """The configuration of a whole run: what conf/train.yaml composes, as strict frozen dataclasses."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 
 from moesaic.data import DataConfig
 from moesaic.errors import InputError
+from moesaic.losses import DIVERGENCES, SoftWeightConfig
 
 __all__ = [
     "BalanceConfig",
+    "DistillationConfig",
     "OptimizerConfig",
     "Precision",
     "RunConfig",
@@ -18,6 +22,7 @@ __all__ = [
     "TrainerConfig",
     "TrainingConfig",
     "require_accelerator",
+    "teacher_mapping",
 ]
 
 
@@ -81,6 +86,7 @@ class TrainingConfig:
     batch_size: int
     seq_len: int
     accumulate: int = 1
+    fixed_windows: bool = False  # the same windows in every epoch, as runs from cached targets have them
     gradient_clip: float = 1.0  # norm; 0 switches it off
     validate_every: int = 200  # optimiser steps
     validation_batches: int | None = 16  # of each check during the run, spread over the split; null: all
@@ -129,6 +135,53 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """Soft targets beside the labels, and where they come from.
+
+    `frozen`: a trained teacher looks on. `joint`: the teacher trains along, as if alone, with the run's seed, balance
+    and schedule. `cached`: targets from disk, which serve any number of students; what they lack, `teacher` adds.
+    """
+
+    source: Literal["frozen", "joint", "cached"]
+    teacher: str | None = None  # frozen, cached: a checkpoint or a transformers directory
+    cache: str | None = None  # cached: directory
+    teacher_model: dict[str, Any] = dataclasses.field(default_factory=dict)  # joint: what differs from `model`
+    teacher_learning_rate: float | None = None  # joint; null: optimizer.learning_rate
+    teacher_muon_learning_rate: float | None = None  # joint; null: optimizer.muon_learning_rate
+    divergence: str = "forward_kl"
+    coefficient: float = 0.5  # of jsd and the skew divergences
+    temperature: float = 1.0  # of the soft term
+    soft_weight: SoftWeightConfig | None = None  # null: see `weight_policy`
+
+    def __post_init__(self) -> None:
+        needs = {"frozen": "teacher", "cached": "cache"}.get(self.source)
+        if needs is not None and not getattr(self, needs):
+            example = {"teacher": "RUN/checkpoints/last.ckpt", "cache": "TARGETS"}[needs]
+            raise ValueError(f"{needs}=None: source={self.source} needs one (distillation.{needs}={example})")
+        takes = {"frozen": ("teacher",), "joint": (), "cached": ("teacher", "cache")}[self.source]
+        for name in ("teacher", "cache"):
+            if getattr(self, name) is not None and name not in takes:
+                raise ValueError(f"{name}={getattr(self, name)!r}: source={self.source} takes none; allowed is null")
+        for name in ("teacher_model", "teacher_learning_rate", "teacher_muon_learning_rate"):
+            if getattr(self, name) and self.source != "joint":
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: the teacher of source={self.source} is built already"
+                )
+        if "vocab_size" in self.teacher_model:
+            raise ValueError("teacher_model.vocab_size: the teacher has the student's; leave it out")
+        _check(self, "divergence", self.divergence in DIVERGENCES, ", ".join(DIVERGENCES))
+        _check(self, "coefficient", 0 < self.coefficient < 1, "0 < value < 1")
+        _check(self, "temperature", 0 < self.temperature < math.inf, "numbers > 0")
+        for name in ("teacher_learning_rate", "teacher_muon_learning_rate"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "numbers > 0, or null")
+
+    @property
+    def weight_policy(self) -> SoftWeightConfig:
+        """`soft_weight`, by default under gap control, up to .5 for a teacher that trains along, else .9."""
+        return self.soft_weight or SoftWeightConfig(value=0.5 if self.source == "joint" else 0.9, gap=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything about one run. `model` stays a mapping until the data has said how large the vocabulary is."""
 
@@ -141,6 +194,7 @@ class RunConfig:
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    distillation: DistillationConfig | None = None  # null: labels only
     seed: int = 0
     output_dir: str = "outputs"
     run_dir: str | None = None  # null: a new directory under output_dir
@@ -160,6 +214,16 @@ class RunConfig:
                 f"balance.expert_bias_update_rate={self.balance.expert_bias_update_rate}: it needs "
                 "model.moe.expert_bias=true"
             )
+
+
+def teacher_mapping(model: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The model of a teacher that trains along: the student's with `distillation.teacher_model` merged into it."""
+    merged = dict(model)
+    for key, value in overrides.items():
+        below = merged.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = teacher_mapping(below, value) if nested else value  # type: ignore[arg-type]
+    return merged
 
 
 def require_accelerator(key: str, accelerator: str) -> None:

@@ -52,8 +52,16 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, beside: tuple[nn.Module, OptimizerConfig] | None = None
+) -> torch.optim.AdamW:
+    """One optimiser for a model, and for another `beside` it, which moves as if it had its own of the same betas, eps.
+
+    The groups of the other one come last. No group holds parameters of both: nothing is stepped together.
+    """
     groups = parameter_groups(model, config)
+    if beside is not None:
+        groups += [{**group, "name": f"teacher {group['name']}"} for group in parameter_groups(*beside)]
     return MuonAdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
 
 

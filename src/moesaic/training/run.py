@@ -1,5 +1,6 @@
 """One run from config to verdict."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -19,15 +20,33 @@ from rich.console import Console
 
 from moesaic.allocator import keep_freed_memory
 from moesaic.config import flatten, from_mapping, to_mapping
-from moesaic.data import Data, EvaluationLoader, TrainingLoader, load_data
+from moesaic.data import (
+    Data,
+    EvaluationLoader,
+    Task,
+    TaskEvaluationLoader,
+    TaskTrainingLoader,
+    TrainingLoader,
+    load_data,
+)
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
-from moesaic.evaluation.plots import plot_expert_load, plot_loss, plot_loss_by_position
+from moesaic.evaluation.plots import plot_distillation, plot_expert_load, plot_loss, plot_loss_by_position
+from moesaic.evaluation.recall import evaluate_recall, plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
-from moesaic.models import DecoderConfig, account
+from moesaic.models import Decoder, DecoderConfig, account
 from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
-from moesaic.training.checkpoints import load_checkpoint, require_same_model, sample_text, token_bytes
-from moesaic.training.config import RunConfig, require_accelerator
+from moesaic.training.checkpoints import (
+    decoder_weights,
+    load_checkpoint,
+    require_same_distillation,
+    require_same_model,
+    sample_text,
+    save_model,
+    token_bytes,
+)
+from moesaic.training.config import RunConfig, TrainingConfig, require_accelerator, teacher_mapping
+from moesaic.training.distillation import open_targets, require_paths, require_same_teacher
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import (
@@ -39,7 +58,7 @@ from moesaic.training.records import (
     write_json,
     write_yaml,
 )
-from moesaic.training.summary import activation_bytes, print_summary, print_verdict
+from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
 __all__ = ["resolve_resume", "run"]
 
@@ -52,7 +71,11 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     Raises:
         InputError: bad configuration, data or checkpoint.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    with contextlib.ExitStack() as at_the_end:
+        return _run(config, console or Console(width=None if sys.stdout.isatty() else 120), at_the_end)
+
+
+def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.ExitStack) -> dict[str, Any]:
     resume_dir = None
     if config.get("resume"):
         config, resume_dir = resolve_resume(config)
@@ -61,6 +84,11 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     if model_mapping.get("vocab_size") is None:
         model_mapping["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
     from_mapping(DecoderConfig, model_mapping, "model")
+    distillation = run_config.distillation
+    if distillation is not None:
+        overridden = teacher_mapping(model_mapping, distillation.teacher_model)
+        from_mapping(DecoderConfig, overridden, "distillation.teacher_model")
+        require_paths(distillation)
     require_accelerator("trainer.accelerator", run_config.trainer.accelerator)
     checkpoint = resume_dir / "checkpoints" / "last.ckpt" if resume_dir else run_config.ckpt_path
     loaded = load_checkpoint(checkpoint) if checkpoint else None
@@ -70,13 +98,15 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     if run_config.trainer.threads:
         torch.set_num_threads(run_config.trainer.threads)
     pl.seed_everything(run_config.seed, verbose=False)
-    console.print(
-        f"reading {run_config.data.source} data (the first time they are tokenised and cached)", highlight=False
-    )
+    if run_config.data.make_task() is None:
+        console.print(
+            f"reading {run_config.data.source} data (the first time they are tokenised and cached)", highlight=False
+        )
     data = load_data(run_config.data)
     model_config = _fit_vocabulary(run_config, data)
     if loaded is not None:
         require_same_model(str(checkpoint), loaded, model_config)
+        require_same_distillation(str(checkpoint), loaded, run_config, model_config)
     training_loader, validation_loader, test_loader = _loaders(run_config, data)
 
     why_precision = ""
@@ -86,14 +116,22 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
             run_config, trainer=dataclasses.replace(run_config.trainer, precision=precision)
         )
     accounted = account(model_config, run_config.training.seq_len)
+    opened = None
+    if distillation is not None and distillation.source != "joint":
+        opened = open_targets(
+            distillation, data, vocab_size=model_config.vocab_size, seq_len=run_config.training.seq_len
+        )
+        at_the_end.callback(opened.close)  # also where the run fails: other runs may want to add to the cache
+        if resume_dir is not None:
+            require_same_teacher(opened, resume_dir / "environment.json")
     if resume_dir is None:
         run_dir = _new_run_dir(run_config)
         write_yaml(run_dir / "config.yaml", to_mapping(run_config))
     else:
         run_dir = resume_dir
-    require_disk_space(run_dir, 3 * 3 * accounted.weight_bytes() + 20_000_000)  # last, best and one being written
     name = "environment.json" if resume_dir is None else "environment-resumed.json"
-    write_json(run_dir / name, {**environment(), "data": data.facts})
+    teacher_facts = {} if opened is None else {"teacher": {"hash": opened.teacher_hash, "source": opened.description}}
+    write_json(run_dir / name, {**environment(), "data": data.facts, **teacher_facts})
 
     lengths_in_bytes = None if data.tokenizer is None else token_bytes(data.tokenizer)
     module = LanguageModel(
@@ -101,9 +139,13 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         to_mapping(model_config),
         None if data.tokenizer is None else data.tokenizer.to_dict(),
         lengths_in_bytes,
+        None if opened is None else opened.source,
     )
-    if loaded is not None and "optimizer_states" not in loaded:  # made by scripts/convert.py: weights only
-        module.load_state_dict(loaded["state_dict"])
+    weight_bytes = sum(p.numel() * p.itemsize for p in module.parameters())
+    require_disk_space(run_dir, 3 * 3 * weight_bytes + 20_000_000)  # last, best and one being written
+    # weights only: made by scripts/convert.py, or a teacher.ckpt
+    if loaded is not None and "optimizer_states" not in loaded:
+        module.decoder.load_state_dict(decoder_weights(loaded))
         checkpoint = None
     training = run_config.training
     print_summary(
@@ -112,9 +154,10 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         model_config,
         accounted,
         data.facts,
-        {"train": len(data.train.tokens), "validation": len(data.validation.tokens)},
+        _num_tokens(run_config, data),
         activation_bytes(module.decoder, training.batch_size, training.seq_len),
         run_dir,
+        None if distillation is None else describe_teacher(opened, module.teacher_account),
     )
     if why_precision:
         console.print(f"[bold]trainer[/] {run_config.trainer.precision}: {why_precision}", highlight=False)
@@ -137,6 +180,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         "active_flops": tokens * accounted.training_flops,
         "parameters/total": accounted.parameters,
         "parameters/active": accounted.active_parameters,
+        **_teacher_cost(module),
         "warnings": monitor.warnings,
     }
     baselines = data.facts.get("baselines", {})
@@ -147,8 +191,21 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         score = evaluate_language_model(module.decoder, test_loader, lengths)
         score.num_bytes = score.num_bytes or data.validation.num_bytes or 0  # of a memory map without tokeniser
         metrics |= {**_final_numbers(score), "validation/seq_len": test_loader.seq_len}
+        if (teacher := module.teacher or (None if opened is None else opened.decoder)) is not None:
+            theirs = evaluate_language_model(teacher, test_loader, lengths)
+            theirs.num_bytes = score.num_bytes
+            metrics["validation/teacher_loss"] = theirs.loss
+            if theirs.bits_per_byte is not None:
+                metrics["validation/teacher_bits_per_byte"] = theirs.bits_per_byte
+        if module.teacher is not None:
+            # last.ckpt holds both, and is the student to whoever loads it
+            alone = run_dir / "checkpoints" / "teacher.ckpt"
+            alone.unlink(missing_ok=True)
+            save_model(alone, module.teacher, data.tokenizer, training.seq_len)
         metrics |= {f"baselines/{name}": value for name, value in baselines.items()}
         _plots(run_dir, run_config, model_config, baselines, score)
+        if data.task is not None:
+            metrics |= _score_recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
         if data.tokenizer is not None:
             sample = sample_text(module.decoder, data.tokenizer, run_config.sample, run_config.seed)
             write_atomically(run_dir / "sample.txt", sample)
@@ -164,8 +221,8 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
 def _fit(
     trainer: pl.Trainer,
     module: LanguageModel,
-    training_loader: TrainingLoader,
-    validation_loader: EvaluationLoader,
+    training_loader: TrainingLoader | TaskTrainingLoader,
+    validation_loader: EvaluationLoader | TaskEvaluationLoader,
     checkpoint: str | Path | None,
     monitor: RunMonitor,
     run_dir: Path,
@@ -247,15 +304,26 @@ def _fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
     return from_mapping(DecoderConfig, {**config.model, "vocab_size": wanted}, "model")
 
 
-def _loaders(config: RunConfig, data: Data) -> tuple[TrainingLoader, EvaluationLoader, EvaluationLoader]:
+def _loaders(
+    config: RunConfig, data: Data
+) -> tuple[
+    TrainingLoader | TaskTrainingLoader,
+    EvaluationLoader | TaskEvaluationLoader,
+    EvaluationLoader | TaskEvaluationLoader,
+]:
     """(training, validation during the run, the whole validation split at the end)."""
     training = config.training
+    if data.task is not None:
+        return _task_loaders(data.task, training, config.seed)
     train = TrainingLoader(
         data.train.tokens,
         seq_len=training.seq_len,
         batch_size=training.batch_size,
         num_batches=training.steps * training.accumulate,
         seed=config.seed,
+        # as targets are kept for; without a cache, windows begin elsewhere in every epoch
+        fixed_windows=training.fixed_windows
+        or (config.distillation is not None and config.distillation.source == "cached"),
     )
     seq_len = training.validation_seq_len or training.seq_len
     batch_size = max(1, training.batch_size * training.seq_len // seq_len)
@@ -263,6 +331,54 @@ def _loaders(config: RunConfig, data: Data) -> tuple[TrainingLoader, EvaluationL
         data.validation.tokens, seq_len=seq_len, batch_size=batch_size, max_batches=training.validation_batches
     )
     return train, validation, EvaluationLoader(data.validation.tokens, seq_len=seq_len, batch_size=batch_size)
+
+
+def _task_loaders(
+    task: Task, training: TrainingConfig, seed: int
+) -> tuple[TaskTrainingLoader, TaskEvaluationLoader, TaskEvaluationLoader]:
+    train = TaskTrainingLoader(
+        task,
+        seq_len=training.seq_len,
+        batch_size=training.batch_size,
+        num_batches=training.steps * training.accumulate,
+        seed=seed,
+    )
+    seq_len = training.validation_seq_len or training.seq_len
+    evaluation = functools.partial(
+        TaskEvaluationLoader,
+        task,
+        seq_len=seq_len,
+        batch_size=max(1, training.batch_size * training.seq_len // seq_len),
+    )
+    return train, evaluation(max_batches=training.validation_batches), evaluation()
+
+
+def _score_recall(
+    decoder: Decoder, task: Task, training: TrainingConfig, plot: Path, console: Console
+) -> dict[str, float]:
+    """Numbers of the test sets at all lengths; they are plotted and shown too."""
+    scores = {}
+    for multiple in task.test_multiples:
+        batch_size = max(1, training.batch_size // multiple)
+        loader = TaskEvaluationLoader(
+            task, seq_len=multiple * training.seq_len, batch_size=batch_size, growth=task.growth(multiple)
+        )
+        scores[multiple] = evaluate_recall(decoder, loader)
+    plot_recall(scores, plot, training.seq_len, task.chance)
+    shown = ", ".join(f"{score.accuracy:.1%} at {multiple}x" for multiple, score in sorted(scores.items()))
+    console.print(f"[bold]recall[/]  accuracy {shown} the training length; chance {task.chance:.1%}", highlight=False)
+    return {**recall_numbers(scores), "recall/chance": task.chance}
+
+
+def _num_tokens(config: RunConfig, data: Data) -> dict[str, int]:
+    """Of both splits; a recall task draws every training sequence once."""
+    if data.task is None:
+        return {"train": len(data.train.tokens), "validation": len(data.validation.tokens)}
+    training = config.training
+    return {
+        "train": training.steps * training.accumulate * training.batch_size * training.seq_len,
+        "validation": data.task.test_sequences * (training.validation_seq_len or training.seq_len),
+    }
 
 
 def _new_run_dir(config: RunConfig) -> Path:
@@ -329,6 +445,17 @@ def _final_numbers(score: LanguageModelScore) -> dict[str, float]:
     return numbers
 
 
+def _teacher_cost(module: LanguageModel) -> dict[str, float]:
+    """What to add to the student's numbers; a teacher that is nowhere near (a complete cache) has no parameters."""
+    if module.soft_weight is None:
+        return {}
+    cost: dict[str, float] = {"teacher_flops": module.teacher_flops}
+    if module.teacher_account is not None:
+        cost["parameters/teacher_total"] = module.teacher_account.parameters
+        cost["parameters/teacher_active"] = module.teacher_account.active_parameters
+    return cost
+
+
 def _plots(
     run_dir: Path, config: RunConfig, model: DecoderConfig, baselines: Mapping[str, float], score: LanguageModelScore
 ) -> None:
@@ -336,6 +463,10 @@ def _plots(
     plot_loss(run_dir / "metrics.csv", plots / "loss.png", baselines, score.bits_per_byte)
     if (run_dir / "routing.csv").exists():
         plot_expert_load(run_dir / "routing.csv", plots / "expert_load.png")
+    if config.distillation is not None:
+        plot_distillation(run_dir / "metrics.csv", plots / "distillation.png")
+    if config.data.make_task() is not None:
+        return  # most positions of its sequences have no loss
     plot_loss_by_position(
         score.loss_by_position,
         plots / "loss_by_position.png",
@@ -346,6 +477,13 @@ def _plots(
 
 def _next_commands(run_dir: Path, config: RunConfig) -> list[str]:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    if config.data.make_task() is not None:
+        sweep = f"python scripts/train.py -m experiment=recall data={config.data.source} seed=0,1,2"
+        mixers = "model.nope_layer_interval=0,1,2 model.attention.attention_chunk_size=null"
+        return [
+            f"{sweep} {mixers}   # positions in all layers, in none, in every second",
+            f"tensorboard --logdir {config.output_dir}",
+        ]
     return [
         f"python scripts/generate.py {checkpoint} 'import os'",
         f"tensorboard --logdir {config.output_dir}",

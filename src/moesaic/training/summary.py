@@ -12,8 +12,9 @@ from rich.table import Table
 from moesaic.models import Account, Decoder, DecoderConfig
 from moesaic.models.memory import LiveBytes
 from moesaic.training.config import RunConfig
+from moesaic.training.distillation import OpenedTargets
 
-__all__ = ["activation_bytes", "print_summary", "print_verdict"]
+__all__ = ["activation_bytes", "describe_teacher", "print_summary", "print_verdict"]
 
 
 def activation_bytes(decoder: Decoder, batch_size: int, seq_len: int) -> int:
@@ -38,6 +39,7 @@ def print_summary(
     num_tokens: Mapping[str, int],
     activations: int,
     run_dir: Path,
+    teacher: str | None = None,
 ) -> None:
     training = config.training
     table = Table(title=f"{config.name}: {model.num_layers} layers, dim {model.dim}, vocabulary {model.vocab_size}")
@@ -79,7 +81,22 @@ def print_summary(
         f"{total_tokens * account.training_flops / 1e12:.2f} TFLOP active; {config.optimizer.name}, "
         f"{config.schedule.name}, {config.trainer.precision}"
     )
+    if teacher is not None:
+        console.print(f"[bold]teacher[/] {teacher}", highlight=False)
     console.print(f"[bold]run[/]     {run_dir}", highlight=False)
+
+
+def describe_teacher(opened: OpenedTargets | None, account: Account | None) -> str:
+    """Where soft targets come from and what a pass of the teacher costs; None is one that trains along."""
+    words = ["joint: trains along, on top of the memory and FLOPs above" if opened is None else opened.description]
+    if account is not None:
+        words.append(f"{account.parameters:,} parameters, {account.active_parameters:,} active")
+        words.append(f"{account.forward_flops / 1e6:.3f} MFLOP/token forward")
+        if opened is None:
+            words.append(
+                f"weights {_bytes(account.weight_bytes())}, optimiser at most {_bytes(account.optimizer_bytes())}"
+            )
+    return "; ".join(words)
 
 
 def print_verdict(
@@ -96,13 +113,18 @@ def print_verdict(
         table.add_column("what", min_width=36)
         table.add_column("bits per byte", justify="right")
         rows = {**baselines, "this model": bits}
+        if "validation/teacher_bits_per_byte" in metrics:
+            rows["its teacher"] = metrics["validation/teacher_bits_per_byte"]
         for name, value in sorted(rows.items(), key=lambda row: -row[1]):
             table.add_row(name, f"{value:.3f}", style="bold green" if name == "this model" else "")
         console.print(table)
     if loss is not None:
+        theirs = metrics.get("validation/teacher_loss")
+        its_teacher = "" if theirs is None else f"; its teacher {theirs:.4f}"
         console.print(
             f"[bold]loss[/]    {loss:.4f} nats per token on the whole validation split, in windows of "
             f"{metrics['validation/seq_len']}"
+            f"{its_teacher}"
         )
     if sample is not None:
         console.print("[bold]sample[/]")
@@ -114,9 +136,10 @@ def print_verdict(
         )
     for warning in metrics["warnings"]:
         console.print(f"[bold red]warning[/] {warning}", highlight=False)
+    teacher = f" and {metrics['teacher_flops'] / 1e12:.2f} of the teacher" if "teacher_flops" in metrics else ""
     console.print(
         f"[bold]cost[/]    {metrics['tokens'] / 1e6:.2f}M tokens in {_duration(metrics['seconds'])}, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['active_flops'] / 1e12:.2f} TFLOP, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['active_flops'] / 1e12:.2f} TFLOP{teacher}, "
         f"peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     console.print(f"[bold]written[/] {run_dir}", highlight=False, soft_wrap=True)

@@ -1,0 +1,148 @@
+"""The targets of a run from a trained teacher or a cache, opened and checked before anything is written."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from moesaic.data import Data
+from moesaic.distillation import (
+    CachedTargets,
+    CacheIdentity,
+    CacheThrough,
+    FrozenTeacher,
+    TargetCache,
+    TargetFormat,
+    data_settings,
+    weights_hash,
+)
+from moesaic.errors import InputError
+from moesaic.models import Decoder
+from moesaic.training.config import DistillationConfig
+from moesaic.training.teachers import load_teacher, require_teacher
+
+__all__ = ["OpenedTargets", "open_targets", "require_paths", "require_same_teacher"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedTargets:
+    source: FrozenTeacher | CachedTargets | CacheThrough
+    decoder: Decoder | None
+    """The teacher, if it is at hand."""
+    teacher_hash: str
+    """See `weights_hash`."""
+    description: str
+
+    def close(self) -> None:
+        """Write what a cache-through still has in memory, and let other processes add to the cache."""
+        if isinstance(self.source, CacheThrough):
+            self.source.cache.close()
+
+
+def require_paths(config: DistillationConfig) -> None:
+    """Raise InputError if the teacher or, where nobody could fill a new one, the cache is not there: costs nothing."""
+    if config.teacher is not None:
+        with _naming("teacher"):
+            require_teacher(config.teacher)
+    elif config.cache is not None:
+        with _naming("cache"):
+            TargetCache.open(config.cache)
+
+
+def open_targets(config: DistillationConfig, data: Data, *, vocab_size: int, seq_len: int) -> OpenedTargets:
+    """Teacher and cache, of source frozen or cached. Random state is left as it was.
+
+    A cache without a teacher must hold every window of the training split, and all shards are read once to see that
+    they are what was written.
+
+    Args:
+        vocab_size: of the student.
+
+    Raises:
+        InputError: names distillation.teacher or distillation.cache: missing, another vocabulary or tokeniser, stale,
+            of other data, incomplete, corrupt, or targets that cannot serve the divergence.
+    """
+    decoder, teacher_hash = None, ""
+    if config.teacher is not None:
+        with _naming("teacher"), torch.random.fork_rng(devices=[]):  # the student begins as without a teacher
+            decoder = load_teacher(config.teacher, data.tokenizer, vocab_size)
+        teacher_hash = weights_hash(decoder)
+        if config.source == "frozen":
+            return OpenedTargets(FrozenTeacher(decoder), decoder, teacher_hash, f"frozen: {config.teacher}")
+    if vocab_size != data.vocab_size:
+        raise InputError(
+            f"model.vocab_size={vocab_size}: cached targets have the vocabulary of the data, {data.vocab_size}; "
+            "allowed is null"
+        )
+    if data.task is not None:
+        raise InputError("distillation.cache: a recall task never draws a sequence twice; allowed are frozen, joint")
+    with _naming("cache"):
+        return _open_cache(config, data, seq_len, decoder, teacher_hash)
+
+
+def _open_cache(
+    config: DistillationConfig, data: Data, seq_len: int, decoder: Decoder | None, teacher_hash: str
+) -> OpenedTargets:
+    assert config.cache is not None  # checked by the config
+    expected = data_settings(data, seq_len) | {"temperature": config.temperature}
+    form, seed = TargetFormat(temperature=config.temperature), 0
+    if decoder is not None:
+        expected["teacher"] = teacher_hash
+    if decoder is None or (Path(config.cache) / "manifest.json").exists():
+        cache = TargetCache.open(config.cache, expected)
+        names = [field.name for field in dataclasses.fields(TargetFormat)]
+        form = TargetFormat(**{name: cache.settings[name] for name in names if name in cache.settings})
+        seed = cache.settings.get("seed", 0)
+        cache.verify()
+    if form.kind != "dense" and config.divergence != "forward_kl":
+        raise InputError(
+            f"{config.cache}: holds {form.kind} targets, which serve divergence=forward_kl only, not "
+            f"{config.divergence}; a cache of kind=dense serves every divergence"
+        )
+    kept = ", ".join(f"{key} {value}" for key, value in form.settings().items())
+    if decoder is None:
+        if len(cache) < cache.num_windows:
+            raise InputError(
+                f"{config.cache}: it holds {len(cache)} of {cache.num_windows} windows of the training split; "
+                "scripts/cache_targets.py adds the rest, or, while training, distillation.teacher=<its teacher>"
+            )
+        return OpenedTargets(
+            CachedTargets(cache), None, cache.settings["teacher"], f"cached: {config.cache} ({kept}), complete"
+        )
+    identity = CacheIdentity(teacher=teacher_hash, **data_settings(data, seq_len), form=form, seed=seed)
+    writable = TargetCache.create(config.cache, identity)
+    there = f"{len(writable):,} of {writable.num_windows:,} windows are there, the rest is computed by {config.teacher}"
+    return OpenedTargets(
+        CacheThrough(writable, FrozenTeacher(decoder), identity),
+        decoder,
+        teacher_hash,
+        f"cached: {config.cache} ({kept}), {there}",
+    )
+
+
+def require_same_teacher(opened: OpenedTargets, environment: Path) -> None:
+    """Raise InputError if the run whose environment.json this is began with another teacher.
+
+    A missing or damaged file says nothing.
+    """
+    try:
+        stored = json.loads(environment.read_text(encoding="utf-8"))["teacher"]["hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if stored != opened.teacher_hash:
+        raise InputError(
+            f"distillation: the teacher's weights have changed since this run began ({stored[:12]} in {environment}, "
+            f"{opened.teacher_hash[:12]} now); a resumed run needs the same teacher"
+        )
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Put the config key in front of what is refused within."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"distillation.{key}: {error}") from error

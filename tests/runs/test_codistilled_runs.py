@@ -1,0 +1,357 @@
+"""Codistilled runs end to end: frozen, joint, cached and cache-through; what they leave, refuse and survive."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cache_targets
+import evaluate
+import generate
+import pytest
+import torch
+from rich.console import Console
+
+from moesaic.data import ByteTokenizer
+from moesaic.distillation import TargetCache
+from moesaic.errors import InputError
+from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
+from moesaic.training.checkpoints import load_checkpoint, load_model, save_model
+from moesaic.training.run import run
+
+Composed = Callable[..., dict[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL_TEACHER = ["distillation.teacher_model.dim=24", "distillation.teacher_model.hidden_dim=64"]
+SMALL_TEACHER += ["distillation.teacher_model.moe.hidden_dim=32"]
+
+
+def make_teacher(path: Path, seed: int = 0, vocab_size: int = 257) -> Path:
+    toy = llama4_toy(moe=MoEConfig(num_experts=4, hidden_dim=32, expert_bias=True))
+    sizes = {name: getattr(toy, name) for name in toy.__dataclass_fields__}
+    torch.manual_seed(seed)
+    decoder = build_decoder(DecoderConfig(**{**sizes, "vocab_size": vocab_size}))
+    save_model(path, decoder, ByteTokenizer() if vocab_size == 257 else None)
+    return path
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    return make_teacher(tmp_path / "teacher.ckpt")
+
+
+@pytest.fixture
+def cache(composed: Composed, teacher: Path, tmp_path: Path) -> Path:
+    """A complete one for windows of 64 tokens."""
+    return make_cache(composed, teacher, tmp_path / "targets")
+
+
+def make_cache(composed: Composed, teacher: Path, directory: Path, *overrides: str) -> Path:
+    sizes = ["data=files", "data.tokenizer=bytes", "seq_len=64", "batch_size=4", "windows_per_shard=8", "k=5"]
+    sizes += [f"teacher={teacher}", f"directory={directory}", *overrides]
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        cache_targets.cache_targets(composed(*sizes, config="cache_targets"), Console(file=nowhere))
+    return directory
+
+
+def rows(run_dir: Path, table: str = "metrics.csv") -> list[dict[str, str]]:
+    with (run_dir / table).open(newline="") as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in csv.DictReader(file)
+        ]
+
+
+def states(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run_dir / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def trained(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    metrics = run({**config, "run_dir": str(run_dir)})
+    assert metrics["status"] == "finished"
+    assert metrics == json.loads((run_dir / "metrics.json").read_text())
+    assert (run_dir / "plots" / "distillation.png").read_bytes().startswith(b"\x89PNG")
+    logged = [row for row in rows(run_dir) if row["train/loss"]]
+    for name in ("soft_weight", "loss_gap", "hard", "soft", "teacher_loss", "agreement"):
+        assert all(row[f"distillation/{name}"] for row in logged), name
+    assert all(row["train/loss"] == row["distillation/hard"] for row in logged)
+    return metrics
+
+
+# ---- the three sources
+
+
+def test_frozen(composed: Composed, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = composed(
+        "experiment=codistill_frozen", f"distillation.teacher={teacher}", "distillation.soft_weight.gap=null"
+    )
+    metrics = trained(config, tmp_path / "it")
+    shown = capsys.readouterr().out
+    assert "frozen: " in shown
+    assert "its teacher" in shown
+    assert metrics["validation/teacher_loss"] > 5, "it was never trained"
+    assert metrics["parameters/teacher_total"] == sum(p.numel() for p in load_model(teacher).decoder.parameters())
+    last = rows(tmp_path / "it")[-1]
+    assert float(last["teacher_flops"]) == pytest.approx(metrics["teacher_flops"])
+    assert not any(name.startswith("teacher") for name in states(tmp_path / "it"))
+
+    plain = run({**composed(), "run_dir": str(tmp_path / "plain")})
+    assert plain["active_flops"] == metrics["active_flops"]
+    assert "teacher_flops" not in plain
+    first, other = (float(rows(tmp_path / name)[0]["train/loss"]) for name in ("it", "plain"))
+    assert first == pytest.approx(other, rel=1e-6), "the same student begins with the same batch"
+    assert "distillation/hard" not in rows(tmp_path / "plain")[0]
+
+
+def test_joint_leaves_a_student_and_a_teacher_that_equals_a_run_of_its_own(composed: Composed, tmp_path: Path) -> None:
+    bias = ["model.moe.expert_bias=true", "balance.expert_bias_update_rate=0.01", "training.accumulate=2"]
+    config = composed("experiment=codistill_joint", *SMALL_TEACHER, *bias)
+    metrics = trained(config, tmp_path / "both")
+    alone = composed(*bias)
+    given = config["distillation"]["teacher_model"]
+    for key, value in given.items():
+        alone["model"][key] = {**alone["model"][key], **value} if isinstance(value, dict) else value
+    solo = run({**alone, "run_dir": str(tmp_path / "solo")})
+    theirs = load_model(tmp_path / "both" / "checkpoints" / "teacher.ckpt")
+    assert_equal(
+        theirs.decoder.state_dict(), load_model(tmp_path / "solo" / "checkpoints" / "last.ckpt").decoder.state_dict()
+    )
+    assert metrics["validation/teacher_loss"] == solo["validation/loss"]
+    assert metrics["teacher_flops"] == solo["active_flops"]
+    assert metrics["parameters/teacher_total"] == solo["parameters/total"]
+    for mine, other in zip(rows(tmp_path / "both"), rows(tmp_path / "solo"), strict=True):
+        assert mine["teacher/grad_norm"] == other["train/grad_norm"]
+        assert mine["validation/teacher_loss"] == other["validation/loss"]
+        if mine["train/loss"]:
+            assert float(mine["distillation/teacher_loss"]) == pytest.approx(float(other["train/loss"]), rel=1e-6)
+
+    student = load_model(tmp_path / "both" / "checkpoints" / "last.ckpt")
+    assert student.config.dim == 16
+    assert sum(p.numel() for p in student.decoder.parameters()) == metrics["parameters/total"]
+    teacher = tmp_path / "both" / "checkpoints" / "teacher.ckpt"
+    next_one = composed("experiment=codistill_frozen", f"distillation.teacher={teacher}", "training.steps=2")
+    assert trained(next_one, tmp_path / "next")["validation/teacher_loss"] == metrics["validation/teacher_loss"]
+
+
+def test_cached(
+    composed: Composed, teacher: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed("experiment=codistill_cached", f"distillation.cache={cache}", "training.accumulate=2")
+    metrics = trained(config, tmp_path / "first")
+    assert "complete" in capsys.readouterr().out
+    assert metrics["teacher_flops"] == 0
+    assert "validation/teacher_loss" not in metrics
+    # a second student of another kind, from the same cache
+    dense = composed("experiment=codistill_cached", f"distillation.cache={cache}", "model.dense_twin=true")
+    trained(dense, tmp_path / "second")
+    # with the teacher beside a complete cache, nothing is computed and nothing is different
+    both = composed(
+        "experiment=codistill_cached",
+        f"distillation.cache={cache}",
+        f"distillation.teacher={teacher}",
+        "training.accumulate=2",
+    )
+    assert trained(both, tmp_path / "third")["teacher_flops"] == 0
+    assert_equal(states(tmp_path / "first"), states(tmp_path / "third"))
+
+
+def test_cache_through_pays_for_what_is_missing_once(composed: Composed, teacher: Path, tmp_path: Path) -> None:
+    config = composed(
+        "experiment=codistill_cached", f"distillation.cache={tmp_path / 'new'}", f"distillation.teacher={teacher}"
+    )
+    first = trained(config, tmp_path / "first")
+    forward = first["teacher_flops"] / (20 * 2 * 64)
+    kept = TargetCache.open(tmp_path / "new")
+    kept.verify()
+    assert len(kept) == 40
+    assert forward == account(load_model(teacher).config, 64).forward_flops, "one pass for each window"
+    second = trained(config, tmp_path / "second")
+    assert second["teacher_flops"] == 0
+    assert_equal(states(tmp_path / "first"), states(tmp_path / "second"))
+    with pytest.raises(InputError, match="exists and is not empty"):
+        run({**config, "run_dir": str(tmp_path / "first")})  # and the cache is free again
+    third = trained({**config, "seed": 1}, tmp_path / "third")
+    assert 0 < third["teacher_flops"] <= first["teacher_flops"]
+
+
+@pytest.mark.parametrize("kind", ["sampled", "dense"])
+def test_other_kinds_of_targets(composed: Composed, teacher: Path, tmp_path: Path, kind: str) -> None:
+    cache = make_cache(composed, teacher, tmp_path / kind, f"kind={kind}")
+    settings = ["distillation.divergence=reverse_kl", "distillation.temperature=2"] if kind == "dense" else []
+    trained(composed("experiment=codistill_cached", f"distillation.cache={cache}", *settings), tmp_path / "it")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("source", ["frozen", "joint", "cached"])
+def test_precisions(composed: Composed, teacher: Path, tmp_path: Path, source: str, precision: str) -> None:
+    overrides = [f"experiment=codistill_{source}", f"trainer.precision={precision}", "training.steps=4"]
+    overrides += SMALL_TEACHER if source == "joint" else [f"distillation.teacher={teacher}"]
+    overrides += [f"distillation.cache={tmp_path / 'new'}"] if source == "cached" else []
+    trained(composed(*overrides), tmp_path / "it")
+
+
+def test_evaluate_and_generate_take_the_student(
+    composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = trained(composed("experiment=codistill_joint", *SMALL_TEACHER), tmp_path / "it")
+    for name, key in (("last", "validation/loss"), ("teacher", "validation/teacher_loss")):
+        checkpoint = tmp_path / "it" / "checkpoints" / f"{name}.ckpt"
+        config = composed("data=files", f"checkpoint={checkpoint}", f"output={tmp_path / name}", config="evaluate")
+        assert evaluate.evaluate(config)["loss"] == pytest.approx(metrics[key], rel=1e-5)
+        capsys.readouterr()
+        generate.main([str(checkpoint), "def f1(", "--max-new-tokens", "3"])
+        assert capsys.readouterr().out.startswith("def f1(")
+
+
+# ---- refusals
+
+
+def refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(config)
+    assert not Path(config["output_dir"]).exists(), "refused before the run directory exists"
+
+
+def test_a_missing_or_foreign_teacher_is_refused(composed: Composed, tmp_path: Path) -> None:
+    refused(composed("experiment=codistill_frozen"), r"distillation.teacher=None: source=frozen needs one")
+    nowhere = composed("experiment=codistill_frozen", "distillation.teacher=/nowhere")
+    refused(nowhere, r"distillation.teacher: teacher='/nowhere': no such file")
+    other = make_teacher(tmp_path / "other.ckpt", vocab_size=300)
+    foreign = composed("experiment=codistill_frozen", f"distillation.teacher={other}")
+    refused(foreign, r"distillation.teacher: .*a vocabulary of 300, the student's has 257")
+    ids = composed(
+        "experiment=codistill_frozen",
+        f"distillation.teacher={make_teacher(tmp_path / 'bytes.ckpt')}",
+        "data.tokenizer=bpe",
+        "data.vocab_size=257",
+    )
+    refused(ids, r"distillation.teacher: .*its tokeniser \(bytes\) is not that of the student's data \(bpe\)")
+    shape = composed("experiment=codistill_joint", "distillation.teacher_model.attention.num_heads=3")
+    refused(shape, r"distillation.teacher_model.attention.num_heads=3: must be a multiple")
+
+
+def test_a_cache_that_does_not_fit_is_refused(composed: Composed, teacher: Path, cache: Path, tmp_path: Path) -> None:
+    def cached(*overrides: str) -> dict[str, Any]:
+        return composed("experiment=codistill_cached", f"distillation.cache={cache}", *overrides)
+
+    refused(composed("experiment=codistill_cached"), r"distillation.cache=None: source=cached needs one")
+    refused(cached("distillation.cache=/nowhere"), r"distillation.cache: /nowhere: no cache of targets")
+    refused(cached("training.seq_len=32"), r"distillation.cache: .*windows of another length \(seq_len=64 .* 32 here")
+    refused(cached("distillation.temperature=2"), r"distillation.cache: .*at another temperature")
+    refused(cached("distillation.divergence=jsd"), r"distillation.cache: .*holds top_k targets, .* not jsd")
+    refused(
+        cached("model.vocab_size=260"), r"model.vocab_size=260: cached targets have the vocabulary of the data, 257"
+    )
+    refused(cached("data.validation_fraction=0.3"), r"distillation.cache: .*(other data|another length)")
+    stale = make_teacher(tmp_path / "stale.ckpt", seed=1)
+    refused(
+        cached(f"distillation.teacher={stale}"), r"distillation.cache: .*is stale: made by a teacher with other weights"
+    )
+
+    manifest = json.loads((cache / "manifest.json").read_text())
+    shard = cache / manifest["shards"][1]["file"]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-7] + b"\xff" * 7)
+    refused(cached(), r"distillation.cache: .*shard-00001.safetensors: corrupt")
+    shard.write_bytes(content[:-7])
+    refused(cached(), r"distillation.cache: .*shard-00001.safetensors: truncated")
+    shard.write_bytes(content)
+    incomplete = {**manifest, "shards": manifest["shards"][:2]}
+    (cache / "manifest.json").write_text(json.dumps(incomplete))
+    refused(cached(), r"distillation.cache: .*it holds 16 of \d+ windows of the training split; scripts/cache_targets")
+    with_teacher = cached(f"distillation.teacher={teacher}", "training.steps=2")
+    assert run(with_teacher)["status"] == "finished"
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused(composed: Composed, teacher: Path, tmp_path: Path) -> None:
+    run({**composed("training.steps=2"), "run_dir": str(tmp_path / "plain")})
+    last = tmp_path / "plain" / "checkpoints" / "last.ckpt"
+    start = [f"distillation.teacher={teacher}", f"ckpt_path={last}"]
+    message = r"last.ckpt: of a run with distillation source none, the config has frozen"
+    refused(composed("experiment=codistill_frozen", *start), message)
+    run({**composed("experiment=codistill_joint", *SMALL_TEACHER), "run_dir": str(tmp_path / "both")})
+    last = tmp_path / "both" / "checkpoints" / "last.ckpt"
+    refused(composed(f"ckpt_path={last}"), r"of a run with distillation source joint, the config has none")
+    other = composed(
+        "experiment=codistill_joint", *SMALL_TEACHER, "distillation.teacher_model.dim=32", f"ckpt_path={last}"
+    )
+    refused(other, r"another shape; teacher_model.dim: 24 in the checkpoint, 32 in the config")
+    # weights alone start any run
+    model = load_model(last)
+    save_model(tmp_path / "weights.ckpt", model.decoder, model.tokenizer)
+    start = composed("experiment=codistill_frozen", f"distillation.teacher={teacher}", "training.steps=2")
+    assert trained({**start, "ckpt_path": str(tmp_path / "weights.ckpt")}, tmp_path / "on")["steps"] == 2
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("source", ["frozen", "joint", "cached"])
+def test_killed_and_resumed_equals_uninterrupted(corpus: Path, teacher: Path, tmp_path: Path, source: str) -> None:
+    def command(name: str) -> list[str]:
+        settings = [
+            "debug=smoke",
+            "data=files",
+            "data.tokenizer=bytes",
+            f"data.path={corpus}",
+            f"run_dir={tmp_path / name}",
+        ]
+        settings += [
+            "model.dim=16",
+            "model.attention.head_dim=4",
+            "model.moe.expert_bias=true",
+            "training.accumulate=2",
+        ]
+        settings += ["balance.expert_bias_update_rate=0.01", "training.steps=60", "training.log_every=7"]
+        settings += ["training.validate_every=25", f"experiment=codistill_{source}", f"name={name}"]
+        settings += SMALL_TEACHER if source == "joint" else [f"distillation.teacher={teacher}"]
+        # more than an epoch, so that windows come again
+        settings += [f"distillation.cache={tmp_path / f'cache-{name}'}", "training.batch_size=4"] * (source == "cached")
+        return [sys.executable, str(ROOT / "scripts" / "train.py"), *settings]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole = subprocess.Popen(command("whole"), **quiet)  # type: ignore[call-overload]
+    killed = subprocess.Popen(command("killed"), **quiet)  # type: ignore[call-overload]
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # somewhere after a checkpoint
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert 10 <= load_checkpoint(checkpoint)["global_step"] < 60
+
+    resume = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=true", f"run_dir={tmp_path / 'killed'}"]
+    subprocess.run(resume, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert whole.wait() == 0
+    for table in ("metrics.csv", "routing.csv"):
+        assert rows(tmp_path / "killed", table) == rows(tmp_path / "whole", table), table
+    state = states(tmp_path / "whole")
+    assert_equal(state, states(tmp_path / "killed"))
+    assert int(state["soft_weight.updates"]) == 60
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed"))
+    for key in ("validation/loss", "teacher_flops", "validation/teacher_loss"):
+        assert first[key] == second[key], key
+
+
+def test_a_teacher_that_changed_is_refused_on_resume(composed: Composed, teacher: Path, tmp_path: Path) -> None:
+    config = composed("experiment=codistill_frozen", f"distillation.teacher={teacher}")
+    trained(config, tmp_path / "it")
+    (tmp_path / "it" / "metrics.json").unlink()  # as if it had been killed just before the end
+    teacher.unlink()
+    make_teacher(teacher, seed=1)
+    with pytest.raises(InputError, match=r"the teacher's weights have changed since this run began"):
+        run({**config, "resume": True, "run_dir": str(tmp_path / "it")})
