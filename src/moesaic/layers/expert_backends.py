@@ -301,21 +301,23 @@ def scratch(like: Tensor, width: int, blocks: list[Block]) -> Tensor:
     return like.new_empty(max((block.size for block in blocks), default=0), width)
 
 
-def per_expert(weight: Tensor, dtype: torch.dtype) -> "Tensor | CastExperts":
-    return weight if weight.dtype == dtype else CastExperts(weight, dtype)
+def per_expert(weight: Tensor, dtype: torch.dtype) -> "tuple[Tensor, ...] | CastExperts":
+    return (
+        weight.unbind() if weight.dtype == dtype else CastExperts(weight, dtype)
+    )  # unbind: cheaper than many weight[e]
 
 
 class CastExperts:
     """`weight` (E, in, out) in another dtype, of which only the expert asked for last exists."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight
+        self.weights = weight.unbind()
         self.expert = -1
         self.cast = torch.empty_like(weight[0], dtype=dtype)
 
     def __getitem__(self, expert: int) -> Tensor:
         if expert != self.expert:
-            self.cast.copy_(self.weight[expert])
+            self.cast.copy_(self.weights[expert])
             self.expert = expert
         return self.cast
 
@@ -325,14 +327,15 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype, blocks: list[Block]) -> None:
         self.total = torch.empty_like(weight)
+        self.totals = self.total.unbind()
         self.product = torch.empty_like(weight[0], dtype=compute_dtype) if weight.dtype != compute_dtype else None
         self.expert = -1
         for expert in set(range(weight.size(0))) - {piece.expert for block in blocks for piece in block.pieces}:
-            self.total[expert].zero_()
+            self.totals[expert].zero_()
 
     def add(self, expert: int, a: Tensor, b: Tensor) -> None:
         """Experts come one after the other."""
-        total, is_first, self.expert = self.total[expert], expert != self.expert, expert
+        total, is_first, self.expert = self.totals[expert], expert != self.expert, expert
         if self.product is None:
             if is_first:
                 torch.mm(a.t(), b, out=total)
