@@ -4,6 +4,7 @@ A dispatcher is a parameter-free object, so that another one (padded groups for 
 parallelism) can take its place without touching `MoE`.
 """
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -84,7 +85,12 @@ class SumRows(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
         slots = rows.index_select(0, row_of_slot)
-        return slots if top_k == 1 else slots.unflatten(0, (-1, top_k)).sum(dim=1)
+        if top_k == 1:
+            return slots
+        slots = slots.unflatten(0, (-1, top_k))
+        if top_k > 2 and rows.dtype in (torch.bfloat16, torch.float16):
+            return slots.sum(dim=1)  # rounds once
+        return functools.reduce(torch.add, slots.unbind(1))  # on a CPU up to 10 times faster than sum
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
