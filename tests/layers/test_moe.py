@@ -233,3 +233,56 @@ def test_autocast(backend: str, before: bool) -> None:
     assert_close(y, expected, 0.03, "output")
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in moe.parameters())
+
+
+@pytest.mark.parametrize("backend", ["sliced", "sliced_recompute"])
+def test_the_shared_expert_keeps_less_and_computes_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesaic.layers import moe as module
+
+    layer = redraw(MoE.build(dim=8, hidden_dim=16, num_experts=2, backend=backend))
+    x = torch.randn(3, 20, 8, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    results, kept = [], []
+    for limit in (2**20, 0):
+        monkeypatch.setattr(module, "LEAN_ELEMENTS", limit)
+        sizes: dict[int, int] = {}
+
+        def pack(t: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+        kept.append(sum(sizes.values()))
+    for eager, lean in zip(*results, strict=True):
+        torch.testing.assert_close(lean, eager)
+    gate_and_up, tokens_by_width = 2 * 16 * 8, 60 * 16
+    spared = 2 if backend == "sliced" else 4
+    assert kept[0] - kept[1] >= 4 * (spared * tokens_by_width - gate_and_up)
+
+
+@pytest.mark.parametrize("how", ["hook", "replaced", "bf16", "no gradients"])
+def test_a_shared_expert_whose_parts_are_somebody_elses_is_called(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesaic.layers import moe as module
+
+    monkeypatch.setattr(module, "LEAN_ELEMENTS", 0)
+    dtype = torch.bfloat16 if how == "bf16" else torch.float32
+    layer = MoE.build(dim=8, hidden_dim=16, num_experts=2, dtype=dtype)
+    calls = []
+    if how == "hook":
+        layer.shared_expert.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    elif how == "replaced":
+
+        class Counting(torch.nn.Linear):
+            def forward(self, input: torch.Tensor) -> torch.Tensor:
+                calls.append(1)
+                return super().forward(input)
+
+        layer.shared_expert.down_proj = Counting(16, 8, bias=False)
+    else:
+        forward = layer.shared_expert.forward
+        layer.shared_expert.forward = lambda x: calls.append(1) or forward(x)
+    with torch.set_grad_enabled(how != "no gradients"):
+        layer(torch.randn(5, 8, dtype=dtype))
+    assert calls == [1]

@@ -120,6 +120,16 @@ def test_both_are_within_5_percent_of_a_real_step(name: str, dtype: torch.dtype,
     assert (formula.weights, formula.gradients) == (traced.weights, traced.gradients)
 
 
+@pytest.mark.parametrize("name", ["alternating", "MoE everywhere", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lean_shared_expert_is_counted(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = estimates(CONFIGS[name], dtype)[0]
+    monkeypatch.setattr("moesaic.layers.moe.LEAN_ELEMENTS", 0)
+    test_both_are_within_5_percent_of_a_real_step(name, dtype, False)
+    is_lean = dtype == torch.float32 or name == "recomputed"
+    assert (estimates(CONFIGS[name], dtype)[0].activations < before.activations) == is_lean
+
+
 def test_few_tokens_peak_where_all_gradients_are_there() -> None:
     config, length = small(vocab_size=4000, interleave_moe_layer_step=1), 32
     formula = estimate_memory(config, batch_size=BATCH, seq_len=length)

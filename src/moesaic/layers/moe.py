@@ -13,8 +13,8 @@ from moesaic.layers.router import Routing, ScoreFunction, TopKRouter
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
 
-LEAN_TOKENS = 512
-"""Fewer rows than these are not worth the copy of the gate's and up's weights into one."""
+LEAN_ELEMENTS = 2**20
+"""Hidden activations (tokens x width) from which on it is worth copying the gate's and up's weights into one."""
 
 
 def mix_experts(
@@ -150,12 +150,14 @@ class MoE(nn.Module):
 def runs_lean(shared: nn.Module, experts: nn.Module, num_tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether to train the shared expert on the backend of the routed ones, which keeps half as much for the backward.
 
-    Only where that is not slower, in fp32 on a CPU and for enough tokens, or where "sliced_recompute" asks for little
+    Only where that is not slower, in fp32 on a CPU and at some size, or where "sliced_recompute" asks for little
     memory. And only if nobody replaced or hooked its parts.
     """
-    if type(shared) is not FeedForward or type(experts) is not Experts or num_tokens < LEAN_TOKENS:
+    if type(shared) is not FeedForward or type(experts) is not Experts:
         return False
     projections = (shared.gate_proj, shared.up_proj, shared.down_proj)
+    if num_tokens * shared.down_proj.in_features < LEAN_ELEMENTS:
+        return False
     if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in projections):
         return False
     is_fp32 = dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
