@@ -46,7 +46,7 @@ def refuse_unknown_keys(config_name: str, arguments: Sequence[str]) -> None:
         section, name = config, key
         while "." in name and isinstance(section, DictConfig) and name.split(".")[0] in section:
             section, name = section[name.split(".")[0]], name.partition(".")[2]
-        if not isinstance(section, DictConfig) or name in section.keys():  # noqa: SIM118 (`in` hides required ones)
+        if not isinstance(section, DictConfig) or not section or name in section.keys():  # noqa: SIM118 (`in` hides required ones)
             continue  # below a value that is null by default: Hydra knows better
         prefix = key.removesuffix(name)
         allowed = [prefix + str(other) for other in section if str(other) != "hydra"]

@@ -139,6 +139,88 @@ def test_learning_rates_are_tuned_in_processes(tiny: dict[str, Any]) -> None:
     assert [name.startswith("dense_measure_seed0") for name in kept] == [True], "those of tuning are not needed"
 
 
+def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
+    soft = {"value": 0.9}
+    tiny["training"]["fixed_windows"] = True
+    tiny["study"] |= {
+        **{"baseline": "plain", "seeds": [0], "also": ["distillation/soft_weight", "teacher_flops"]},
+        "prepare": {
+            "teacher": {"train": {"model.dim": 24, "training.steps": 6}},
+            "few": {"cache": {"teacher": "teacher", "k": 5}},
+        },
+        "arms": {
+            "plain": {},
+            "frozen": {"distillation": {"source": "frozen", "teacher": "prepared:teacher", "soft_weight": soft}},
+            "cached": {"distillation": {"source": "cached", "cache": "prepared:few", "soft_weight": soft}},
+        },
+    }
+    status, printed = call({**tiny, "workers": 2})
+    assert status == 0, printed
+    found = {row["arm"]: row for row in rows(tiny)}
+    assert [name for name in found if name in ("teacher", "few", "cached")] == ["teacher", "few", "cached"]
+    assert found.keys() - {"teacher", "few", "cached"} == {"plain", "frozen"}
+    assert {found[name]["purpose"] for name in ("teacher", "few")} == {"prepare"}
+    assert found["teacher"]["metrics"]["steps"] == 6
+    assert found["frozen"]["overrides"]["distillation"]["teacher"] == "prepared:teacher", "no path of this machine"
+    teachers_loss = found["teacher"]["metrics"]["validation/bits_per_byte"]
+    assert found["frozen"]["metrics"]["validation/teacher_bits_per_byte"] == teachers_loss
+    assert found["cached"]["metrics"]["teacher_flops"] == 0
+    assert found["few"]["metrics"]["teacher_flops"] > found["frozen"]["metrics"]["teacher_flops"] > 0
+    assert found["cached"]["metrics"]["distillation/soft_weight"] == pytest.approx(0.9)
+    assert "distillation/soft_weight" not in found["plain"]["metrics"]
+    teacher_flops = found["frozen"]["metrics"]["teacher_flops"]
+    assert found["frozen"]["curve"]["teacher_flops"][-1] == pytest.approx(teacher_flops, rel=1e-5)
+    results = Path(tiny["results_dir"])
+    assert "- prepared: few in " in (results / "table.md").read_text()
+    assert (results / "total_flops.png").exists()
+
+    more = {**tiny, "study": {**tiny["study"], "seeds": [0, 1]}}
+    path = results / "rows.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(line for line in whole.splitlines(keepends=True) if '"arm": "frozen"' not in line))
+    status, printed = call(tiny)
+    assert status == 0, printed
+    assert "prepare" not in printed.replace("prepared: ", ""), "both are still at hand"
+    again = {row["arm"]: row for row in rows(tiny)}
+    assert again["frozen"]["metrics"] == found["frozen"]["metrics"]
+
+    shutil.rmtree(tiny["output_dir"])  # another machine
+    status, printed = call(tiny)
+    assert (status, list(Path(tiny["output_dir"], "study_tiny").glob("*/"))) == (0, [])
+    status, printed = call(more)
+    assert status == 0, printed
+    assert "prepared again: teacher: as in its row" in printed
+    assert "prepared again: few: as in its row" in printed
+    assert sorted((row["arm"], row["seed"]) for row in rows(tiny))[:2] == [("cached", 0), ("cached", 1)]
+    assert len(rows(tiny)) == 8
+
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"frozen"' not in line))
+    [folder] = Path(tiny["output_dir"], "study_tiny").glob("teacher_prepare*")
+    (folder / "rows.json").unlink()  # as if it was killed while it was prepared again
+    assert (folder / "run" / "checkpoints" / "last.ckpt").exists()
+    status, printed = call(tiny)
+    assert status == 0, printed
+    assert "prepared again: teacher" in printed, "a checkpoint alone may be half of one"
+    assert "prepared again: few" not in printed
+
+    other = {"teacher": {"train": {"model.dim": 24, "training.steps": 5}}, "few": tiny["study"]["prepare"]["few"]}
+    with pytest.raises(InputError, match=r"rows.jsonl:[0-9]: results of another.*training.steps: 6 there, 5 now"):
+        call({**tiny, "study": {**more["study"], "prepare": other, "seeds": [0, 1, 2]}})
+    assert len(rows(tiny)) == 7
+
+
+def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[str, Any]) -> None:
+    tiny["study"] |= {
+        **{"seeds": [0], "prepare": {"teacher": {"train": {"training.seq_len": 10**6}}}},
+        "arms": {"dense": {}, "frozen": {"distillation": {"source": "frozen", "teacher": "prepared:teacher"}}},
+    }
+    status, printed = call(tiny)
+    assert status == 1
+    assert [row["arm"] for row in rows(tiny)] == ["dense"]
+    assert "error: teacher, prepare, seed 0, learning rate x1 failed: " in printed
+    assert "missing: frozen, seed 0" in printed
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {"arms": {"dense": {}, "broken": {"training.seq_len": 10**6}}, "seeds": [0]}
     status, printed = call(tiny)

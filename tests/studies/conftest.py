@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {
     "training": {"steps": 4, "batch_size": 2, "seq_len": 16},
     "optimizer": {"learning_rate": 0.01, "muon_learning_rate": 0.001},
     "data": {"source": "stdlib", "cache_dir": "there"},
+    "distillation": None,
 }
 
 STUDY: dict[str, Any] = {
@@ -75,7 +76,7 @@ def made_row(job: Job, value: float, status: str = "finished") -> Row:
 def made_rows(study: StudyConfig, base: dict[str, Any], loss: Callable[[Job], float | None]) -> dict[str, Row]:
     """Rows of a whole study, `loss` in place of training; None: diverged."""
     rows: dict[str, Row] = {}
-    while missing := plan(study, base, rows).missing:
+    while missing := plan(study, base, rows, study.prepare).missing:
         for job in missing:
             value = loss(job)
             rows[job.key] = made_row(job, 0.0, "diverged") if value is None else made_row(job, value)

@@ -7,20 +7,23 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.config import flatten, from_mapping, to_mapping
+from moesaic.distillation import TargetFormat
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
-from moesaic.training.config import RunConfig
+from moesaic.training.config import RunConfig, teacher_mapping
 
 __all__ = [
     "AxisConfig",
+    "CacheConfig",
     "Cell",
     "Job",
     "Plan",
+    "PrepareConfig",
     "Probe",
     "Row",
     "StudyConfig",
@@ -30,10 +33,17 @@ __all__ = [
     "apply_overrides",
     "canonical",
     "config_hash",
+    "fingerprint",
     "import_probe",
+    "job_hash",
     "job_of",
+    "needs",
     "plan",
+    "prepare_job",
+    "prepared_names",
+    "resolve",
     "row_key",
+    "run_config_of",
     "score",
     "tuning",
     "validate",
@@ -47,6 +57,8 @@ Overrides = dict[str, Any]
 
 Probe = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str, float]]
 """(checkpoint, run config, study.probe_options) -> numbers that join the metrics of the row."""
+
+PREPARED = "prepared:"
 
 EXTENSIONS = 2
 """How often a grid of learning rates grows by one factor when the best one is at its edge; the same for every arm."""
@@ -90,6 +102,33 @@ class VariantConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheConfig(TargetFormat):
+    """A teacher's targets for the whole training split; keys as in conf/cache_targets.yaml."""
+
+    teacher: str = ""  # name of a prepared run; windows and data are those of the study's base config
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teacher:
+            raise ValueError("teacher='': name a prepared run")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What is made once before the arms that name it as the value prepared:NAME; one of the two.
+
+    A run of the base config with overrides on the seed of tuning, stands for its checkpoint, a cache for its directory.
+    """
+
+    train: Overrides | None = None
+    cache: CacheConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.train is None) == (self.cache is None):
+            raise ValueError("train, cache: give one of the two")
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyConfig:
     """The `study` block of an experiment. The rest of the experiment is the run that all arms start from."""
 
@@ -102,6 +141,7 @@ class StudyConfig:
     higher_is_better: bool = False
     also: tuple[str, ...] = ()  # more metrics for the table; of a pattern with * the mean over what it matches
     tune: TuneConfig | None = None  # null: every arm at the learning rates of the config
+    prepare: dict[str, PrepareConfig] = dataclasses.field(default_factory=dict)  # in this order
     axes: dict[str, AxisConfig] = dataclasses.field(default_factory=dict)
     variants: dict[str, VariantConfig] = dataclasses.field(default_factory=dict)
     probes: tuple[str, ...] = ()  # dotted paths of `Probe` functions
@@ -127,6 +167,16 @@ class StudyConfig:
             for key in variant.overrides:
                 if not key.startswith("model."):
                     raise ValueError(f"variants.{name}.overrides.{key}: allowed are keys of the model (model....)")
+
+        trained: list[str] = []
+        for name, step in self.prepare.items():
+            if step.cache is None:
+                trained.append(name)
+            elif step.cache.teacher not in trained:
+                raise ValueError(
+                    f"prepare.{name}.cache.teacher={step.cache.teacher!r}: allowed are the prepared runs above it: "
+                    + (", ".join(trained) or "none")
+                )
 
     @property
     def points(self) -> list[tuple[str, str] | None]:
@@ -170,14 +220,14 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One training run."""
+    """One training run, or a cache."""
 
-    arm: str
+    arm: str  # or name of what is prepared
     axis: str | None
-    purpose: Literal["tune", "measure"]
+    purpose: Literal["prepare", "tune", "measure"]
     seed: int
     factor: float
-    overrides: Overrides  # on the study's base config, seed and learning rates included
+    overrides: Overrides  # on the study's base config, seed and learning rates included; of a cache its settings
 
     @property
     def key(self) -> str:
@@ -188,7 +238,7 @@ class Job:
 class Plan:
     """Where a study stands."""
 
-    missing: list[Job]  # runs that can start now, those for tuning first
+    missing: list[Job]  # what can start now: preparations first, then runs for tuning
     done: int
     total: int  # as far as known: a learning rate at the edge of its grid adds some
 
@@ -234,7 +284,65 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(canonical(config), sort_keys=True).encode()).hexdigest()
+    return _hash(canonical(config))
+
+
+def _hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def prepared_names(config: Any) -> list[str]:
+    """The names that stand as prepared:NAME among the values of a config, in order."""
+    if isinstance(config, str):
+        return [config.removeprefix(PREPARED)] if config.startswith(PREPARED) else []
+    values = config.values() if isinstance(config, Mapping) else config if isinstance(config, (list, tuple)) else ()
+    return list(dict.fromkeys(name for value in values for name in prepared_names(value)))
+
+
+def resolve(config: Any, paths: Mapping[str, Path]) -> Any:
+    """A copy of a config with the path of what was prepared for every prepared:NAME."""
+    if isinstance(config, str):
+        return str(paths[config.removeprefix(PREPARED)]) if config.startswith(PREPARED) else config
+    if isinstance(config, Mapping):
+        return {key: resolve(value, paths) for key, value in config.items()}
+    return [resolve(value, paths) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def prepare_job(study: StudyConfig, base: Mapping[str, Any], name: str) -> Job:
+    """What prepares `name`: on the seed of tuning, which no measured run has."""
+    step, seed = study.prepare[name], base.get("seed", 0) if study.tune is None else study.tune.seed
+    overrides = {**step.train, "seed": seed} if step.train is not None else {}
+    if step.cache is not None:
+        overrides = {f"cache.{key}": value for key, value in step.cache.settings().items()}
+        overrides["cache.teacher"] = f"{PREPARED}{step.cache.teacher}"
+    return Job(name, None, "prepare", seed, 1.0, overrides)
+
+
+def run_config_of(study: StudyConfig, base: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """The config of a run with prepared:NAME in it; of a cache the base config, which has its data and windows."""
+    if job.purpose != "prepare":
+        return apply_overrides(base, job.overrides, f"study.arms.{job.arm}")
+    is_run = study.prepare[job.arm].train is not None
+    return apply_overrides(base, job.overrides if is_run else {}, f"study.prepare.{job.arm}.train")
+
+
+def needs(study: StudyConfig, base: Mapping[str, Any], job: Job) -> list[str]:
+    """Names of what has to be prepared before a job starts."""
+    return prepared_names([run_config_of(study, base, job), job.overrides])
+
+
+def job_hash(study: StudyConfig, base: Mapping[str, Any], job: Job) -> str:
+    """`config_hash`, and that of a cache."""
+    config = run_config_of(study, base, job)
+    settings = {key: value for key, value in job.overrides.items() if key.startswith("cache.")}
+    return _hash({**canonical(config), **settings}) if settings else config_hash(config)
+
+
+def fingerprint(study: StudyConfig, base: Mapping[str, Any], job: Job) -> str:
+    """What decides what a job computes, data aside: `job_hash`, and those of all that it needs prepared."""
+    below = [fingerprint(study, base, prepare_job(study, base, name)) for name in needs(study, base, job)]
+    digest = job_hash(study, base, job)
+    return " ".join([digest, *below])
 
 
 def import_probe(path: str) -> Probe:
@@ -261,6 +369,12 @@ def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
     """
     for probe in study.probes:
         import_probe(probe)
+    for step in study.prepare:
+        job = prepare_job(study, base, step)
+        at = f"study.prepare.{step}"
+        config = run_config_of(study, base, job)
+        _require_prepared(study, at, config, list(study.prepare)[: list(study.prepare).index(step)])
+        _named(at, config)
     for name, axis in study.axes.items():
         for value, overrides in axis.values.items():
             apply_overrides(base, overrides, f"study.axes.{name}.values.{value}")
@@ -268,6 +382,7 @@ def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
         apply_overrides(base, study.arms[cell.arm], f"study.arms.{cell.arm}")
         at = f"study.arms.{cell.arm}" + (f" at {cell.axis}" if cell.axis else "")
         config = apply_overrides(base, job_of(study, base, cell, "measure", 0, 1.0).overrides, at)
+        _require_prepared(study, at, config, list(study.prepare))
         _named(at, config)
         for name, variant in study.variants.items():
             if variant.arm == cell.arm:
@@ -275,9 +390,22 @@ def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
                 _named(where, apply_overrides(config, variant.overrides, f"{where}.overrides"))
 
 
+def _require_prepared(study: StudyConfig, where: str, config: Mapping[str, Any], known: Collection[str]) -> None:
+    for key, value in flatten(config).items():
+        for name in prepared_names(value):
+            caches = key == "distillation.cache"
+            fitting = [other for other in known if (study.prepare[other].cache is not None) == caches]
+            if name not in fitting:
+                allowed = ", ".join(f"{PREPARED}{other}" for other in fitting) or "nothing is prepared for it"
+                raise InputError(f"{where}: {key}={PREPARED + name!r}: allowed here: {allowed}")
+
+
 def _named(where: str, config: Mapping[str, Any]) -> None:
     try:
         canonical(config)
+        if overrides := (config.get("distillation") or {}).get("teacher_model"):
+            teacher = teacher_mapping({**config["model"], "vocab_size": 1}, overrides)
+            from_mapping(DecoderConfig, teacher, "distillation.teacher_model")
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -334,8 +462,13 @@ def tuning(study: StudyConfig, cell: Cell, rows: Mapping[str, Row]) -> Tuning:
         extensions += 1
 
 
-def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row]) -> Plan:
-    """What is missing. A measured run is missing as long as any of its variants is; tuning decides what is measured."""
+def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], prepared: Collection[str] = ()) -> Plan:
+    """What is missing. A measured run is missing as long as any of its variants is; tuning decides what is measured.
+
+    Args:
+        prepared: names of `study.prepare` whose results are at hand. Others are prepared if something missing needs
+            them, a second time if they have a row.
+    """
     jobs: dict[str, list[Job]] = {"tune": [], "measure": []}
     unknown = 0
     for cell in study.cells:
@@ -348,7 +481,31 @@ def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row]) -
             jobs["measure"] += [job_of(study, base, cell, "measure", seed, tuned.best) for seed in study.seeds]
     known = jobs["tune"] + jobs["measure"]
     missing = [job for job in known if not all(key in rows for key in _keys(study, job, rows))]
-    return Plan(missing, len(known) - len(missing), len(known) + unknown)
+    lacking: dict[str, Job] = {}
+    for job in missing:
+        _add_lacking(study, base, job, rows, prepared, lacking)
+    ready = [job for job in (*lacking.values(), *missing) if not lacking.keys() & needs(study, base, job)]
+    preparations = [prepare_job(study, base, name) for name in study.prepare]
+    there = sum(job.key in rows and job.arm not in lacking for job in preparations)
+    done = len(known) - len(missing) + there
+    return Plan(ready, done, len(known) + unknown + there + len(lacking))
+
+
+def _add_lacking(
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    job: Job,
+    rows: Mapping[str, Row],
+    prepared: Collection[str],
+    lacking: dict[str, Job],
+) -> None:
+    """To `lacking`: what has to be prepared before `job`, in an order that works; without a row it counts as absent."""
+    for name in needs(study, base, job):
+        preparation = prepare_job(study, base, name)
+        if name in lacking or (name in prepared and preparation.key in rows):
+            continue
+        _add_lacking(study, base, preparation, rows, prepared, lacking)
+        lacking[name] = preparation
 
 
 def _keys(study: StudyConfig, job: Job, rows: Mapping[str, Row]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a study leaves to be read: table.md, summary.json, effect.png and curves.png, all made from rows.jsonl alone."""
+"""What a study leaves to be read: table.md, summary.json and plots, all made from rows.jsonl alone."""
 
 import dataclasses
 import math
@@ -15,19 +15,21 @@ from rich.table import Table
 
 from moesaic.config import flatten
 from moesaic.evaluation.plots import COLOURS, GREY, Floats, _figure, _save
-from moesaic.studies.config import Row, StudyConfig, row_key
+from moesaic.studies.config import Row, StudyConfig, apply_overrides, prepared_names, row_key
 from moesaic.studies.statistics import ArmResult, Interval, summarise
 from moesaic.training.records import write_atomically, write_json
 
-__all__ = ["plot_curves", "plot_effects", "write_study_report"]
+__all__ = ["plot_curves", "plot_effects", "plot_total_flops", "total_flops", "write_study_report"]
 
 EDGE = "†"
+STUDENTS = 10
+"""Of one teacher, where its cost is shared."""
 
 
 def write_study_report(
     study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], results: Path, command: str, console: Console
 ) -> None:
-    """Print table and verdict, and write table.md, summary.json, effect.png and curves.png into `results`."""
+    """Print table and verdict, and write table.md, summary.json and plots into `results`."""
     arms = summarise(study, rows)
     title = f"{base['name']}: {study.metric}, {'higher' if study.higher_is_better else 'lower'} is better"
     columns, lines = _table(study, base, arms)
@@ -55,6 +57,8 @@ def write_study_report(
         paragraphs.append(f"![differences to {study.baseline} with 95% intervals](effect.png)")
     if with_curves:
         paragraphs.append("![checks during training over tokens, seconds and active FLOPs](curves.png)")
+    if plot_total_flops(study, base, arms, rows, results / "total_flops.png"):
+        paragraphs.append("![the end of training over FLOPs, those of the teacher counted in](total_flops.png)")
     write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
     write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
 
@@ -94,6 +98,7 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
     ]
     if len(study.seeds) < 2:
         notes.append("One seed: no interval.")
+    notes += [_preparation(row) for row in rows.values() if row["purpose"] == "prepare"]
     compared = sum(arm.difference is not None for arm in arms)
     if compared > 2:
         notes.append(f"Each interval stands for itself: no correction for {compared} comparisons.")
@@ -112,6 +117,16 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
     if any(row["uncommitted_changes"] for row in rows.values()):
         notes.append("Some rows were made with uncommitted changes in src/ or conf/.")
     return notes
+
+
+def _preparation(row: Row) -> str:
+    metrics, found = row["metrics"], []
+    for name, form in (("validation/bits_per_byte", ".4f"), ("bytes_per_token", ".0f")):
+        if name in metrics:
+            found.append(f"{metrics[name]:{form}} {name.rpartition('/')[2].replace('_', ' ')}")
+    flops = metrics.get("active_flops", metrics.get("teacher_flops", math.nan))
+    told = ", ".join([*found, f"{flops:.3g} FLOPs"])
+    return f"prepared: {row['arm']} in {row['cpu_seconds']:.0f} CPU s ({told})"
 
 
 def _summary(
@@ -146,6 +161,7 @@ def _summary(
         **described,
         "command": command,
         "complete": not any(arm.missing for arm in arms),
+        "prepared": {row["arm"]: row["cpu_seconds"] for row in rows.values() if row["purpose"] == "prepare"},
         "cpu_seconds": round(math.fsum(row["cpu_seconds"] for row in rows.values()), 1),
         "results": results,
         "notes": list(notes),
@@ -208,11 +224,14 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
     if not names:
         return False
     metric = next(found[0]["metric"] for found in curves.values() if found)
-    figure, panels = _figure(len(study.points), 3, width=13.5, height=0.6 + 3.0 * len(study.points))
     columns = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "active FLOPs"}
+    if any("teacher_flops" in curve for found in curves.values() for curve in found):
+        columns["total_flops"] = "active FLOPs and the teacher's passes"
+    width, height = 4.5 * len(columns), 0.6 + 3.0 * len(study.points)
+    figure, panels = _figure(len(study.points), len(columns), width=width, height=height)
     for line, point in enumerate(study.points):
         for i, (column, label) in enumerate(columns.items()):
-            panel = panels[3 * line + i]
+            panel = panels[len(columns) * line + i]
             late = []
             for name in names:
                 if found := curves.get((name, study.cell(name, point).axis)):
@@ -223,20 +242,93 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
                 panel.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.set_title(f"{f'{point[0]}={point[1]}: ' if point else ''}over {label}", fontsize=11)
-        panels[3 * line].set_ylabel(f"{metric}\n(checks on a part of it)")
+        panels[len(columns) * line].set_ylabel(f"{metric}\n(checks on a part of it)")
     _legend(study, figure, panels[0], names)
     _save(figure, out)
     return True
 
 
+def total_flops(
+    base: Mapping[str, Any], arm: ArmResult, rows: Mapping[str, Row], *, training: bool, students: int
+) -> float:
+    """FLOPs per run of an arm: the student's, the teacher's passes, and what was prepared; nan without finished runs.
+
+    Args:
+        training: count the training of a teacher that was prepared. One that trains along counts always.
+        students: that share one teacher: its training, the pass that filled a cache, and a teacher that trains along.
+            A frozen teacher passes over the data of each student anew.
+    """
+    total, passes = arm.mean_of("active_flops"), arm.mean_of("teacher_flops")
+    if math.isnan(total):
+        return math.nan
+    config = apply_overrides(base, arm.rows[0]["overrides"], f"study.arms.{arm.arm}")
+    along = (config.get("distillation") or {}).get("source") == "joint"
+    total += 0.0 if math.isnan(passes) else passes / (students if along else 1)
+    prepared = {row["arm"]: row for row in rows.values() if row["purpose"] == "prepare"}
+    names = prepared_names(config)
+    for name in names:  # grows: a cache has a teacher
+        if name not in prepared:
+            return math.nan
+        row = prepared[name]
+        names += [below for below in prepared_names(row["overrides"]) if below not in names]
+        of_cache = row["metrics"].get("teacher_flops", 0.0)
+        total += (of_cache + (row["metrics"].get("active_flops", 0.0) if training else 0.0)) / students
+    return total
+
+
+def plot_total_flops(
+    study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult], rows: Mapping[str, Row], out: Path
+) -> bool:
+    """The metric at the end over all FLOPs, a point per arm with its 95% interval; False (no file) without teachers."""
+    if not any(row["purpose"] == "prepare" or "teacher_flops" in row["metrics"] for row in rows.values()):
+        return False
+    panels_of = {
+        "with the teacher's passes": (False, 1),
+        "and with its training": (True, 1),
+        f"teacher shared by {STUDENTS} students": (True, STUDENTS),
+    }
+    shown = [arm for arm in arms if arm.level.n and arm.arm in study.arms]
+    if not shown:
+        return False
+    figure, panels = _figure(1, len(panels_of), width=13.5, height=4.6)
+    for panel, (title, (training, students)) in zip(panels, panels_of.items(), strict=True):
+        for arm in shown:
+            x = total_flops(base, arm, rows, training=training, students=students)
+            style = _point(study, arm.arm)
+            if arm.level.n > 1:
+                panel.vlines(x, arm.level.low, arm.level.high, color=style["color"], linewidth=1.5, alpha=0.6)
+            panel.plot(x, arm.level.mean, markersize=7, **style)  # type: ignore[arg-type]
+        panel.set_xscale("log")
+        panel.set_xlabel("FLOPs per student")
+        panel.set_title(title, fontsize=11)
+    panels[0].set_ylabel(study.metric)
+    names = list(dict.fromkeys(arm.arm for arm in shown))
+    handles = [panels[0].plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=9)
+    _save(figure, out)
+    return True
+
+
+def _point(study: StudyConfig, arm: str) -> dict[str, str]:
+    style = _style(study, arm)
+    return {"color": style["color"], "marker": "o" if style["linestyle"] == "-" else "s", "linestyle": "none"}
+
+
 def _band(panel: Axes, curves: Sequence[Mapping[str, Any]], column: str, style: Mapping[str, str]) -> Floats:
     """Draw one arm; returns its values without those of the first quarter."""
     shared = min(len(curve["values"]) for curve in curves)
-    x = np.mean([curve[column][:shared] for curve in curves], axis=0)
+    x = np.mean([_axis(curve, column)[:shared] for curve in curves], axis=0)
     values = np.array([curve["values"][:shared] for curve in curves])
     panel.plot(x, values.mean(axis=0), linewidth=1.8, marker="o", markersize=3, **style)  # type: ignore[arg-type]
     panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
     return values[:, shared // 4 :].ravel()
+
+
+def _axis(curve: Mapping[str, Any], column: str) -> Floats:
+    if column != "total_flops":
+        return np.array(curve[column], dtype=float)
+    own = np.array(curve["active_flops"], dtype=float)
+    return own + np.array(curve.get("teacher_flops", np.zeros(len(own))), dtype=float)
 
 
 def _style(study: StudyConfig, arm: str) -> dict[str, str]:

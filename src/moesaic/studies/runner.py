@@ -28,10 +28,14 @@ from moesaic.studies.config import (
     StudyConfig,
     apply_overrides,
     canonical,
-    config_hash,
+    fingerprint,
+    job_hash,
     job_of,
     plan,
+    prepare_job,
+    resolve,
     row_key,
+    run_config_of,
     validate,
 )
 from moesaic.training.records import write_atomically, write_json, write_yaml
@@ -67,9 +71,17 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         if key in rows:
             raise InputError(f"{where}: a second row for {key}")
         rows[key] = row
-        if cell is None:
+        if row["purpose"] == "prepare":
+            if row["arm"] not in study.prepare:
+                continue
+            preparation = prepare_job(study, base, row["arm"])
+            if preparation.key != key:  # another seed: of tune
+                _require_equal(where, {"prepared": key}, {"prepared": preparation.key})
+            expected = preparation.overrides
+        elif cell is None:
             continue  # of an arm that the study no longer has
-        expected = job_of(study, base, cell, row["purpose"], row["seed"], row["factor"]).overrides
+        else:
+            expected = job_of(study, base, cell, row["purpose"], row["seed"], row["factor"]).overrides
         _require_equal(where, overrides, expected | ({} if variant is None else variant.overrides))
         first = data_hashes.setdefault(_data_of(overrides), data_hash)
         _require_equal(where, {"content hash of the data": data_hash}, {"content hash of the data": first})
@@ -80,6 +92,8 @@ def run_study(
     study: StudyConfig, base: Mapping[str, Any], *, results: Path, runs: Path, workers: int, console: Console
 ) -> dict[str, str]:
     """Run what has no row in `results` yet, until nothing is missing; returns the runs that failed and why.
+
+    What the missing runs need prepared comes first, again if its file is gone: only rows travel between machines.
 
     Args:
         base: the run config that all arms start from.
@@ -100,22 +114,28 @@ def run_study(
         if not (results / "config.yaml").exists():
             write_yaml(results / "config.yaml", dict(base))
         loaded: dict[str, str | None] = {}
+
+        def folder_of(job: Job) -> Path:
+            data = _data_of(job.overrides)
+            if data not in loaded:
+                config = run_config_of(study, base, job)
+                loaded[data] = _load(config, results / "rows.jsonl", data_hashes.get(data))
+            return _folder(study, base, job, loaded[data], runs)
+
+        prepared = {name: folder_of(prepare_job(study, base, name)) for name in study.prepare}
         failed: dict[str, str] = {}
         running: dict[subprocess.Popen[bytes], tuple[Job, Path]] = {}
         progress = _Progress(console)
         try:
             with progress.bar:
                 while True:
-                    todo = plan(study, base, rows)
+                    todo = plan(study, base, rows, _at_hand(study, prepared))
                     hopeless = len(failed) > workers and not progress.here
                     busy = failed.keys() | {job.key for job, _ in running.values()}
                     waiting = [] if hopeless else [job for job in todo.missing if job.key not in busy]
                     for job in waiting[: workers - len(running)]:
-                        config = apply_overrides(base, job.overrides, f"study.arms.{job.arm}")
-                        data = _data_of(job.overrides)
-                        if data not in loaded:
-                            loaded[data] = _load(config, results / "rows.jsonl", data_hashes.get(data))
-                        folder = _prepare(study, job, config, loaded[data], runs)
+                        folder = folder_of(job)
+                        _describe(study, base, job, folder, loaded[_data_of(job.overrides)], prepared)
                         running[_start(folder)] = (job, folder)
                     progress.show([job.key for job, _ in running.values()], todo)
                     if not running:
@@ -125,10 +145,13 @@ def run_study(
                     _end(process)
                     if process.returncode == 0:
                         new = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+                        if job.purpose == "prepare" and job.key in rows:
+                            _tell_again(progress.bar.console, rows[job.key], new[0])
                         rows |= {row_key(row): row for row in new if row_key(row) not in rows}
                         text = "".join(json.dumps(row) + "\n" for row in rows.values())
                         write_atomically(results / "rows.jsonl", text)
-                        progress.finished(rows[job.key], study.metric, plan(study, base, rows))
+                        todo = plan(study, base, rows, _at_hand(study, prepared))
+                        progress.finished(rows[job.key], study.metric, todo)
                     else:
                         failed[job.key] = _reason(process.returncode, folder / "log.txt")
                         progress.bar.console.print(
@@ -147,26 +170,59 @@ def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> str | Non
     return found
 
 
-def _prepare(study: StudyConfig, job: Job, config: Mapping[str, Any], data_hash: str | None, runs: Path) -> Path:
-    """The folder of a run, with job.json in it; another configuration or other data have another folder."""
-    digest = config_hash(config)
+def _folder(study: StudyConfig, base: Mapping[str, Any], job: Job, data_hash: str | None, runs: Path) -> Path:
+    """Of a run; another configuration, another teacher or other data have another folder."""
     place = re.sub(r"[^\w.=-]+", "_", f"{job.arm} {job.axis or ''} {job.purpose} seed{job.seed} x{job.factor:g}")
-    folder = runs / f"{place}-{hashlib.sha256(f'{digest} {data_hash}'.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(f"{fingerprint(study, base, job)} {data_hash}".encode()).hexdigest()
+    return runs / f"{place}-{digest[:8]}"
+
+
+def _result(study: StudyConfig, name: str, folder: Path) -> Path:
+    """What prepared:NAME stands for, of the folder that prepares it."""
+    is_cache = study.prepare[name].cache is not None
+    return folder / "targets" if is_cache else folder / "run" / "checkpoints" / "last.ckpt"
+
+
+def _at_hand(study: StudyConfig, prepared: Mapping[str, Path]) -> list[str]:
+    """What is there and whole: a killed preparation leaves a checkpoint or a cache too, but no rows.json."""
+    return [
+        name
+        for name, folder in prepared.items()
+        if (folder / "rows.json").is_file() and _result(study, name, folder).exists()
+    ]
+
+
+def _describe(
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    job: Job,
+    folder: Path,
+    data_hash: str | None,
+    prepared: Mapping[str, Path],
+) -> None:
+    """Write job.json into the folder of a run."""
     folder.mkdir(exist_ok=True)
     (folder / "rows.json").unlink(missing_ok=True)
+    config = run_config_of(study, base, job)
+    paths = {name: _result(study, name, place).absolute() for name, place in prepared.items()}
+    digest = job_hash(study, base, job)
     row = {"study": config["name"], **dataclasses.asdict(job), "config_hash": digest, "data_hash": data_hash}
     threads = {"trainer.threads": 1}
     variants = {n: v.overrides for n, v in study.variants.items() if v.arm == job.arm and job.purpose == "measure"}
     description = {
         "row": row,
-        "config": apply_overrides(config, threads, "trainer"),
+        "config": resolve(apply_overrides(config, threads, "trainer"), paths),
         "metric": study.metric,
         "probes": study.probes,
         "probe_options": study.probe_options,
         "variants": variants,
+        "cache": {
+            key.removeprefix("cache."): resolve(value, paths)
+            for key, value in job.overrides.items()
+            if key.startswith("cache.")
+        },
     }
     write_json(folder / "job.json", description)
-    return folder
 
 
 def _start(folder: Path) -> subprocess.Popen[bytes]:
@@ -188,6 +244,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     assert process.stdin is not None  # see `_start`
     process.stdin.close()
+
+
+def _tell_again(console: Console, row: Row, again: Row) -> None:
+    """Another machine may round otherwise; the row stays what it was."""
+    numbers = [
+        f"{name} {value:.6g} now, {row['metrics'][name]:.6g} there"
+        for name in sorted(row["metrics"].keys() & again["metrics"].keys())
+        if name.startswith("validation/") and (value := again["metrics"][name]) != row["metrics"][name]
+    ]
+    text = f"differs from its row ({'; '.join(numbers)})" if numbers else "as in its row"
+    console.print(f"prepared again: {row['arm']}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _reason(returncode: int, log: Path) -> str:
@@ -225,7 +292,7 @@ class _Progress:
         self.here += 1
         elapsed = time.monotonic() - self.began
         left = elapsed / self.here * (todo.total - todo.done)
-        result = f"{row['metrics'][metric]:.4f}" if row["status"] == "finished" else row["status"]
+        result = f"{row['metrics'][metric]:.4f}" if metric in row["metrics"] else row["status"]
         self.bar.console.print(
             f"run {todo.done} of about {todo.total}: {row_key(row)}: {result} in {row['cpu_seconds']:.0f} CPU s; "
             f"{elapsed / 60:.1f} min so far, about {left / 60:.1f} min left",

@@ -4,6 +4,8 @@ FOLDER holds job.json; the worker adds run/ (an ordinary run directory), cpu_sec
 be killed at any time and started again. It ends when its standard input does, so that it never outlives the study.
 """
 
+import dataclasses
+import importlib
 import json
 import math
 import os
@@ -17,21 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, EvaluationLoader, load_data
+from moesaic.distillation import TargetFormat
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import evaluate_language_model
 from moesaic.evaluation.plots import read_columns
-from moesaic.models import DecoderConfig, build_decoder
+from moesaic.models import DecoderConfig, account, build_decoder
 from moesaic.studies.config import Row, apply_overrides, import_probe
 from moesaic.training.checkpoints import load_model, save_model
-from moesaic.training.records import write_atomically, write_json
+from moesaic.training.records import environment, write_atomically, write_json
 from moesaic.training.run import run
 
 __all__ = ["evaluate_variant", "main", "work"]
 
 CURVE_POINTS = 40
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 
 
 def work(folder: Path) -> list[Row]:
@@ -40,19 +45,28 @@ def work(folder: Path) -> list[Row]:
     clock = _CpuClock(folder / "cpu_seconds")
     config, run_dir = job["config"], folder / "run"
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    result = _train(config, run_dir, needs_checkpoint=bool(job["variants"] or job["probes"]))
-    environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-    changes = [line for line in environment["git_uncommitted_changes"] or () if line[3:].startswith(("src/", "conf/"))]
+    prepares = job["row"]["purpose"] == "prepare"
+    if cache := job.get("cache"):
+        result, here = _fill_cache(cache, config, folder / "targets"), environment()
+    else:
+        result = _train(config, run_dir, needs_checkpoint=prepares or bool(job["variants"] or job["probes"]))
+        here = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    changes = [line for line in here["git_uncommitted_changes"] or () if line[3:].startswith(("src/", "conf/"))]
     row: Row = {
         **job["row"],
         "status": result["status"],
         "error": result.get("error"),
-        "commit": environment["git_commit"],
+        "commit": here["git_commit"],
         "uncommitted_changes": bool(changes),
         "torch": torch.__version__,
         "metrics": {key: value for key, value in result.items() if _is_number(value)},
         "warnings": result["warnings"],
     }
+    if prepares:
+        if row["status"] != "finished":
+            raise InputError(f"study.prepare.{row['arm']}: {row['error']}")
+        return [{**row, "curve": {}, "cpu_seconds": clock.read()}]
+    row["metrics"] |= _distillation(run_dir / "metrics.csv")
     finished = result["status"] == "finished"
     # probes are for measured runs, unless one of them is what is tuned for
     probed = finished and (row["purpose"] == "measure" or job["metric"] not in row["metrics"])
@@ -78,6 +92,35 @@ def work(folder: Path) -> list[Row]:
     if job["row"]["purpose"] == "tune":
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
     return rows
+
+
+def _fill_cache(cache: Mapping[str, Any], config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Run scripts/cache_targets.py for the data and windows of `config`; it continues what was killed."""
+    sys.path.insert(0, str(SCRIPTS))
+    script = importlib.import_module("cache_targets")
+    seq_len = config["training"]["seq_len"]
+    settings = {
+        **dataclasses.asdict(TargetFormat()),
+        **{"seed": 0, "batch_size": 8, "windows_per_shard": 256, "accelerator": "cpu"},
+        **cache,
+        **{"directory": str(directory), "seq_len": seq_len, "data": config["data"]},
+    }
+    found = script.cache_targets(settings, Console(soft_wrap=True, highlight=False))
+    teacher = account(load_model(cache["teacher"]).config, seq_len)
+    return {
+        "status": "finished",
+        "warnings": [],
+        "windows": found["windows"],
+        "bytes_per_token": found["bytes"] / (found["windows"] * seq_len),
+        "teacher_flops": found["windows"] * seq_len * teacher.forward_flops,
+    }
+
+
+def _distillation(metrics_csv: Path) -> dict[str, float]:
+    """Means over the run of what the teacher did, where there was one."""
+    names = [f"distillation/{name}" for name in ("soft_weight", "agreement")]
+    columns = read_columns(metrics_csv, *names)
+    return {name: float(column.mean()) for name, column in zip(names, columns, strict=True) if len(column)}
 
 
 def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> dict[str, float]:
@@ -134,11 +177,12 @@ def _probe(job: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any]) 
 def _curve(metrics_csv: Path, metric: str) -> dict[str, Any]:
     """The checks during the run, thinned; of the loss if the metric is known only at the end."""
     for name in (metric, "validation/bits_per_byte", "validation/loss"):
-        columns = read_columns(metrics_csv, "tokens", "seconds", "active_flops", name)
-        if len(columns[0]):
-            every = math.ceil(len(columns[0]) / CURVE_POINTS)
-            values = [[float(f"{x:.6g}") for x in column[::-1][::every][::-1]] for column in columns]
-            return {"metric": name, **dict(zip(("tokens", "seconds", "active_flops", "values"), values, strict=True))}
+        for axes in (("tokens", "seconds", "active_flops", "teacher_flops"), ("tokens", "seconds", "active_flops")):
+            columns = read_columns(metrics_csv, *axes, name)
+            if len(columns[0]):
+                every = math.ceil(len(columns[0]) / CURVE_POINTS)
+                values = [[float(f"{x:.6g}") for x in column[::-1][::every][::-1]] for column in columns]
+                return {"metric": name, **dict(zip((*axes, "values"), values, strict=True))}
     return {}
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from moesaic.studies.config import Job, StudyConfig
-from moesaic.studies.report import write_study_report
+from moesaic.studies.report import total_flops, write_study_report
+from moesaic.studies.statistics import summarise
 
 StudyOf = Callable[..., StudyConfig]
 
@@ -99,3 +101,52 @@ def test_axes_and_variants_are_drawn(
     assert "moe at experts=2 is better than dense by 0.2000" in printed
     assert "no correction for 4 comparisons" in printed
     assert (tmp_path / "effect.png").stat().st_size > 5000
+
+
+def test_the_teachers_flops_are_counted(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of(
+        tune=None,
+        baseline="plain",
+        prepare={"teacher": {"train": {}}, "few": {"cache": {"teacher": "teacher"}}},
+        arms={
+            "plain": {},
+            "frozen": {"distillation": {"source": "frozen", "teacher": "prepared:teacher"}},
+            "joint": {"distillation": {"source": "joint"}},
+            "cached": {"distillation": {"source": "cached", "cache": "prepared:few"}},
+        },
+    )
+    rows = run_all(study, base, loss)
+    flops = {"plain": {}, "frozen": {"teacher_flops": 20.0}, "joint": {"teacher_flops": 60.0}}
+    flops |= {"cached": {"teacher_flops": 0.0}, "teacher": {"active_flops": 1000.0}, "few": {"teacher_flops": 50.0}}
+    for row in rows.values():
+        row["metrics"] |= {**({} if row["arm"] == "few" else {"active_flops": 100.0}), **flops[row["arm"]]}
+        if row["arm"] in ("frozen", "joint"):
+            row["curve"]["teacher_flops"] = [1, 2]
+    arms = summarise(study, rows)
+    expected = {  # passes, and training, shared by ten
+        **{"plain": (100, 100, 100), "frozen": (120, 1120, 100 + 20 + 100)},
+        **{"joint": (160, 160, 100 + 6), "cached": (150, 1150, 100 + 5 + 100)},
+    }
+    for arm in arms:
+        found = [
+            total_flops(base, arm, rows, training=training, students=students)
+            for training, students in ((False, 1), (True, 1), (True, 10))
+        ]
+        assert found == pytest.approx(expected[arm.arm]), arm.arm
+    report(study, base, rows, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "- prepared: teacher in 40 CPU s (2.9000 bits per byte, 1e+03 FLOPs)" in table
+    assert (tmp_path / "total_flops.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "summary.json").read_text())["prepared"] == {"teacher": 40.0, "few": 40.0}
+    lacking = {key: row for key, row in rows.items() if row["arm"] != "teacher"}
+    assert math.isnan(total_flops(base, summarise(study, lacking)[1], lacking, training=True, students=1))
+
+
+def test_without_teachers_there_is_no_plot_of_their_flops(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of()
+    report(study, base, run_all(study, base, loss), tmp_path)
+    assert not (tmp_path / "total_flops.png").exists()

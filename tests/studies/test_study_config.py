@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +15,45 @@ from moesaic.studies.config import (
     apply_overrides,
     canonical,
     config_hash,
+    fingerprint,
+    job_hash,
+    job_of,
     plan,
+    prepare_job,
+    prepared_names,
+    resolve,
     score,
     tuning,
     validate,
 )
 
 StudyOf = Callable[..., StudyConfig]
+
+
+def frozen(name: str) -> dict[str, Any]:
+    return {"source": "frozen", "teacher": f"prepared:{name}"}
+
+
+def cached(name: str) -> dict[str, Any]:
+    return {"source": "cached", "cache": f"prepared:{name}"}
+
+
+PREPARED: dict[str, Any] = {
+    "tune": None,
+    "seeds": [0],
+    "prepare": {
+        "teacher": {"train": {"model.dim": 32}},
+        "other": {"train": {}},
+        "few": {"cache": {"teacher": "teacher"}},
+    },
+    "baseline": "plain",
+    "arms": {
+        "plain": {},
+        "frozen": {"distillation": frozen("teacher")},
+        "cached": {"distillation": cached("few")},
+        "third": {"distillation": frozen("other")},
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +71,16 @@ StudyOf = Callable[..., StudyConfig]
             "study.variants.hot.overrides.training.steps: allowed are keys of the model",
         ),
         ({"axes": {"experts": {"values": {}, "fixed": ["x"]}}}, "study.axes.experts.fixed: unknown arm 'x'"),
+        ({"prepare": {"a": {}}}, "study.prepare.a.train, cache: give one of the two"),
+        ({"prepare": {"a": {"train": {}, "cache": {"teacher": "a"}}}}, "study.prepare.a.train, cache: give one of"),
+        (
+            {"prepare": {"a": {"cache": {"teacher": "b"}}, "b": {"train": {}}}},
+            "study.prepare.a.cache.teacher='b': allowed are the prepared runs above it: none",
+        ),
+        (
+            {"prepare": {"b": {"train": {}}, "a": {"cache": {"teacher": "b", "k": 0}}}},
+            "study.prepare.a.cache.k=0: allowed are numbers >= 1",
+        ),
         ({"arm": {}}, "study.arm: unknown key (did you mean study.arms?)"),
         ({"question": None}, "study.question: found None (NoneType); allowed: a string"),
     ],
@@ -71,6 +114,23 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
         ({"probes": ["moesaic.nothing.here"]}, "study.probes: 'moesaic.nothing.here' cannot be imported"),
         ({"probes": ["moesaic.__doc__"]}, "study.probes: 'moesaic.__doc__' is not a function"),
         ({"tune": {"seed": 9, "keys": ["optimizer.rate"]}}, "study.tune.keys: 'optimizer.rate' is no number"),
+        (
+            {"prepare": {"a": {"train": {"model.depth": 1}}}},
+            "study.prepare.a.train.model.depth: the run config has no such key",
+        ),
+        ({"prepare": {"a": {"train": {"model.dim": -1}}}}, "study.prepare.a: model.dim=-1: allowed"),
+        (
+            {"prepare": {"a": {"train": {}}}, "arms": {"dense": {"distillation": frozen("b")}}},
+            "study.arms.dense: distillation.teacher='prepared:b': allowed here: prepared:a",
+        ),
+        (
+            {"prepare": {"a": {"train": {}}}, "arms": {"dense": {"distillation": cached("a")}}},
+            "study.arms.dense: distillation.cache='prepared:a': allowed here: nothing is prepared for it",
+        ),
+        (
+            {"arms": {"dense": {"distillation": {"source": "joint", "teacher_model": {"dim": 0}}}}},
+            "study.arms.dense: distillation.teacher_model.dim=0: allowed",
+        ),
     ],
 )
 def test_what_a_run_would_refuse_is_refused_first_and_by_name(
@@ -205,3 +265,61 @@ def test_where_arm_and_axis_set_the_same_key_the_arm_wins(study_of: StudyOf) -> 
         Cell("dense", "x=a", {"seed": 1, "training.steps": 3}),
         Cell("moe", "x=a", {"seed": 2, "training.steps": 3}),
     ]
+
+
+def missing_of(study: StudyConfig, base: dict[str, Any], rows: dict[str, Any], prepared: tuple[str, ...]) -> list[str]:
+    return [job.arm for job in plan(study, base, rows, prepared).missing]
+
+
+def test_what_is_missing_waits_for_what_it_needs_and_only_that_is_prepared(
+    study_of: StudyOf, base: dict[str, Any], row_of: Callable[..., Any]
+) -> None:
+    study = study_of(**PREPARED)
+    rows: dict[str, Any] = {}
+
+    def add(*names: str) -> None:
+        for job in plan(study, base, rows, tuple(study.prepare)).missing:
+            rows.update({job.key: row_of(job, 1.0)} if job.arm in names else {})
+
+    assert missing_of(study, base, rows, ()) == ["teacher", "other", "plain"], "the others would have no teacher"
+    assert (plan(study, base, rows).done, plan(study, base, rows).total) == (0, 7)
+    add("teacher")
+    assert missing_of(study, base, rows, ("teacher",)) == ["few", "other", "plain", "frozen"]
+    assert plan(study, base, rows, ("teacher",)).done == 1
+    assert missing_of(study, base, rows, ()) == ["teacher", "other", "plain"], "its row is there, its file is not"
+    add("few", "other", "plain", "frozen")
+    assert missing_of(study, base, rows, ("teacher", "other", "few")) == ["cached", "third"]
+    assert missing_of(study, base, rows, ("other", "few")) == ["cached", "third"], "the cache needs no teacher any more"
+    assert missing_of(study, base, rows, ("other",)) == ["teacher", "third"], "for the cache"
+    add("cached", "third")
+    assert missing_of(study, base, rows, ()) == []
+    assert (plan(study, base, rows).done, plan(study, base, rows).total) == (7, 7)
+
+
+def test_what_is_prepared_has_the_seed_of_tuning(study_of: StudyOf, base: dict[str, Any]) -> None:
+    study = study_of(**{**PREPARED, "tune": {"seed": 9}})
+    assert prepare_job(study, base, "teacher").overrides == {"model.dim": 32, "seed": 9}
+    few = prepare_job(study, base, "few")
+    assert few.overrides == {
+        **{"cache.kind": "top_k", "cache.temperature": 1.0, "cache.k": 32, "cache.teacher": "prepared:teacher"}
+    }
+    assert few.key == "few, prepare, seed 9, learning rate x1"
+    validate(study, base)
+
+
+def test_another_teacher_means_another_run_below_the_same_config(study_of: StudyOf, base: dict[str, Any]) -> None:
+    study = study_of(**PREPARED)
+    prepare = {**PREPARED["prepare"], "teacher": {"train": {"model.dim": 64}}}
+    other = study_of(**{**PREPARED, "prepare": prepare})
+    for arm, changes in {"plain": False, "frozen": True, "cached": True, "third": False}.items():
+        job = job_of(study, base, study.cell(arm, None), "measure", 0, 1.0)
+        assert job_hash(study, base, job) == job_hash(other, base, job)
+        assert (fingerprint(study, base, job) != fingerprint(other, base, job)) == changes, arm
+        assert (fingerprint(study, base, job) == job_hash(study, base, job)) == (arm == "plain")
+
+
+def test_placeholders_become_paths_wherever_they_stand() -> None:
+    config = {"a": {"b": ["prepared:x", 1]}, "c": "prepared:y y", "d": "not prepared:x", "e": None}
+    assert prepared_names(config) == ["x", "y y"]
+    paths = {"x": Path("there/x"), "y y": Path("y")}
+    assert resolve(config, paths) == {"a": {"b": ["there/x", 1]}, "c": "y", "d": "not prepared:x", "e": None}
