@@ -39,7 +39,7 @@ def composed(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     from _cli import plain
 
     def compose_plain(*overrides: str, config: str = "train", smoke: bool = True) -> dict[str, Any]:
-        chosen = [f"data.cache_dir={tmp_path / 'cache'}"]
+        chosen = [f"++data.cache_dir={tmp_path / 'cache'}"]
         if config == "train":
             chosen += [f"output_dir={tmp_path / 'outputs'}", *(SMOKE if smoke else [])]
         if smoke:

@@ -14,6 +14,7 @@ from moesaic.config import from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.data.tokenizers import Ids
 from moesaic.errors import InputError
+from moesaic.evaluation.copying import CopyingConfig, copying_score, passages
 from moesaic.evaluation.long_context import (
     LossByPosition,
     LossByPositionConfig,
@@ -30,6 +31,7 @@ from moesaic.training.checkpoints import TrainedModel, load_model
 
 __all__ = [
     "LongContextSource",
+    "copying_probe",
     "loss_by_position_probe",
     "needle_probe",
     "open_source",
@@ -270,6 +272,22 @@ def needle_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[str
             for cell in cells:
                 key = f"needle/{name}/accuracy/{cell.length}/{cell.depth:g}"
                 numbers[key] = summarise_needles([cell], config.distractors)["accuracy"]
+    return numbers
+
+
+def copying_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+    """In-context copying, as "copying/text/second" and the like: see `copying_score`, on real and on random passages.
+
+    Args:
+        options: under "copying" the fields of `CopyingConfig`. Real passages are of the validation split.
+    """
+    config = from_mapping(CopyingConfig, options.get("copying") or {}, "probe_options.copying")
+    source = _probe_source(checkpoint, run_config, _ProbeOptions())
+    vocab_size = source.model.config.vocab_size
+    numbers: dict[str, float] = {}
+    for kind, tokens in (("text", source.tokens), ("random", None)):
+        score = copying_score(source.model.decoder, passages(config, tokens, vocab_size))
+        numbers |= {f"copying/{kind}/{name}": value for name, value in score.items()}
     return numbers
 
 

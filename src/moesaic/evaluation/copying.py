@@ -1,0 +1,70 @@
+"""In-context copying: does a model predict a passage when it comes for the second time?"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import InputError
+
+__all__ = ["CopyingConfig", "copying_score", "passages"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyingConfig:
+    """How much is copied."""
+
+    length: int = 60  # tokens of a passage, which is seen twice
+    sequences: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"length={self.length}: allowed are integers >= 2")
+        if self.sequences < 1:
+            raise ValueError(f"sequences={self.sequences}: allowed are integers >= 1")
+
+
+def passages(config: CopyingConfig, tokens: npt.NDArray[Any] | None, vocab_size: int) -> Tensor:
+    """Passages (sequences, length) int64: from all over a stream, or of ids drawn uniformly if `tokens` is None.
+
+    Raises:
+        InputError: a stream shorter than a passage.
+    """
+    if tokens is None:
+        draw = torch.Generator().manual_seed(config.seed)
+        return torch.randint(vocab_size, (config.sequences, config.length), generator=draw)
+    if len(tokens) < config.length:
+        raise InputError(f"copying.length={config.length}: the split has {len(tokens)} tokens")
+    starts = np.random.default_rng(config.seed).integers(len(tokens) - config.length + 1, size=config.sequences)
+    return torch.from_numpy(np.stack([tokens[i : i + config.length] for i in starts]).astype(np.int64))
+
+
+@torch.inference_mode()
+def copying_score(decoder: nn.Module, first: Tensor, batch_size: int = 16) -> dict[str, float]:
+    """Each passage twice in a row (the test of induction heads of Olsson et al. 2022, arXiv 2209.11895).
+
+    Args:
+        decoder: tokens (B, L) -> logits (B, L, V).
+        first: (N, L) int64.
+
+    Returns:
+        "first" and "second": nats per token of both copies, the first token of each left out; "accuracy" on the second.
+    """
+    was_training = decoder.training
+    decoder.eval()
+    device = next(decoder.parameters()).device
+    length, sums = first.size(1), torch.zeros(3, dtype=torch.float64)
+    for passage in first.to(device).split(batch_size):
+        logits = decoder(torch.cat((passage, passage[:, :-1]), dim=1)).float()
+        log_probs = logits.log_softmax(dim=-1)
+        for i, start in enumerate((0, length)):
+            predicted = log_probs[:, start : start + length - 1]
+            sums[i] -= predicted.gather(2, passage[:, 1:, None]).sum().cpu()
+        sums[2] += (logits[:, length:].argmax(dim=-1) == passage[:, 1:]).sum().cpu()
+    decoder.train(was_training)
+    one, two, right = (sums / (first.size(0) * (length - 1))).tolist()
+    return {"first": one, "second": two, "accuracy": right}
