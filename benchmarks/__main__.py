@@ -74,12 +74,16 @@ def draw_ratio(
 ) -> bool:
     ours = [row for row in rows if (row["benchmark"], row["variant"]) == (benchmark, "MoE")]
     ours = [row for row in ours if wanted.items() <= row["shape"].items()]
+    numbers = [row["shape"].get("rows") for row in ours]
+    ours = [row for row in ours if row["shape"].get("rows") == max(numbers, key=numbers.count)]  # one line, one size
     for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
         for dtype in sorted({row["dtype"] for row in ours}):
             points = sorted((r["shape"][x], r["ratio"]) for r in ours if (r["dtype"], r["what"]) == (dtype, what))
             axis.plot([a for a, _ in points], [b for _, b in points], marker="o", label=dtype)
         axis.axhline(1, color="grey", linewidth=1)
         axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set(xlabel=label, title=what)
     axes[0].set_ylabel("time / dense layer of equal active FLOPs")
     axes[0].legend()
@@ -112,13 +116,14 @@ def draw_roofline(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
     for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
         for dtype in ("fp32", "bf16"):
             rates = [r["flops"] / r["seconds"][1] for r in ours if (r["what"], r["dtype"]) == ("matmul", dtype)]
-            x = [2.0**i for i in range(3, 13)]
+            x = [2.0 ** (i / 8) for i in range(24, 96)]
             axis.plot(x, [min(max(rates), a * bandwidth) / 1e9 for a in x], color=colors[dtype], linewidth=1)
         for row in ours:
             if row["what"] == what:
                 place = row["flops"] / row["shape"]["bytes"], row["flops"] / row["seconds"][1] / 1e9
                 axis.plot(*place, marker="s" if row["variant"] == "dense" else "o", color=colors[row["dtype"]])
-                axis.annotate(row["variant"].removeprefix("MoE of "), place, fontsize=7)
+                label = row["variant"].removeprefix("MoE of ")
+                axis.annotate(label, place, (4, -8), textcoords="offset points", fontsize=7)
         axis.set(xlabel="FLOPs per byte that must be moved", title=what, xscale="log", yscale="log")
     axes[0].set_ylabel("GFLOP/s; lines: fastest matmul and copy")
     axes[0].legend(handles=[axes[0].plot([], [], color=c, label=n)[0] for n, c in colors.items()])
