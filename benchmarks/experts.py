@@ -175,14 +175,14 @@ def shapes_for(options: Options, precision: Precision) -> list[Shape]:
         rows, dim, hidden_dim, numbers, loaded = 16_384, 2048, 4096, [128, 64, 32, 16, 8], 16
     else:
         rows, dim, hidden_dim, numbers, loaded = 2048, 256, 1024, [128, 64, 32, 16, 8], 16
+    alone = [e // 2 for e in numbers[::2]]  # half of the rows and experts: the same rows for each, in half of the time
     shapes = [Shape("layer", e, rows, dim, hidden_dim) for e in numbers]
-    # half of the rows and experts: the same rows for each, in half of the time
-    shapes += [Shape("experts", e // 2, rows // 2, dim, hidden_dim) for e in numbers]
+    shapes += [Shape("experts", e, rows // 2, dim, hidden_dim) for e in alone]
     # do more tokens do what fewer experts do?
     shapes.append(Shape("layer", 4 * loaded, 4 * rows, dim, hidden_dim))
     if options.smoke or options.device.type == "cuda" or precision.name == "fp32":
+        sizes = [("layer", loaded, rows), ("experts", alone[len(alone) // 2], rows // 2)]
         uneven = [load for load in LOADS if load != "even"]
-        sizes = [("layer", loaded, rows), ("experts", loaded // 2, rows // 2)]
         shapes += [Shape(part, e, r, dim, hidden_dim, load) for part, e, r in sizes for load in uneven]
     return shapes
 
