@@ -262,7 +262,7 @@ def test_the_shared_expert_keeps_less_and_computes_the_same(backend: str, monkey
     assert kept[0] - kept[1] >= 4 * (spared * tokens_by_width - gate_and_up)
 
 
-@pytest.mark.parametrize("how", ["hook", "replaced", "bf16", "no gradients"])
+@pytest.mark.parametrize("how", ["hook", "replaced", "bf16"])
 def test_a_shared_expert_whose_parts_are_somebody_elses_is_called(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from moesaic.layers import moe as module
 
@@ -283,6 +283,5 @@ def test_a_shared_expert_whose_parts_are_somebody_elses_is_called(how: str, monk
     else:
         forward = layer.shared_expert.forward
         layer.shared_expert.forward = lambda x: calls.append(1) or forward(x)
-    with torch.set_grad_enabled(how != "no gradients"):
-        layer(torch.randn(5, 8, dtype=dtype))
+    layer(torch.randn(5, 8, dtype=dtype))
     assert calls == [1]

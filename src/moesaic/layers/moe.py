@@ -137,9 +137,7 @@ class MoE(nn.Module):
         routed = mix_experts(tokens, routing, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
         if self.shared_expert is None:
             return routed, routing
-        if torch.is_grad_enabled() and runs_lean(
-            self.shared_expert, self.experts, tokens.size(0), tokens.device, tokens.dtype
-        ):
+        if runs_lean(self.shared_expert, self.experts, tokens.size(0), tokens.device, tokens.dtype):
             return run_as_expert(self.shared_expert, self.experts, x) + routed, routing
         return self.shared_expert(x) + routed, routing
 
@@ -148,7 +146,7 @@ class MoE(nn.Module):
 
 
 def runs_lean(shared: nn.Module, experts: nn.Module, num_tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to train the shared expert on the backend of the routed ones, which keeps half as much for the backward.
+    """Whether to run the shared expert on the backend of the routed ones, which keeps half as much for the backward.
 
     Only where that is not slower, in fp32 on a CPU and at some size, or where "sliced_recompute" asks for little
     memory. And only if nobody replaced or hooked its parts.
