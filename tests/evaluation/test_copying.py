@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import InputError
 from moesaic.evaluation.copying import CopyingConfig, copying_score, passages
+from moesaic.models import DecoderOutput
 
 VOCABULARY = 11
 
@@ -21,11 +22,11 @@ class Copier(nn.Module):
         self.distance = distance
         self.anything = nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> DecoderOutput:
         logits = torch.zeros(*tokens.shape, VOCABULARY)
         for t in range(self.distance - 1, tokens.size(1)):
             logits[torch.arange(tokens.size(0)), t, tokens[:, t + 1 - self.distance]] = 50.0
-        return logits
+        return DecoderOutput(logits, {})
 
 
 def test_a_copier_knows_the_second_copy_only() -> None:

@@ -19,7 +19,7 @@ from moesaic.data import BPETokenizer, DataConfig
 from moesaic.errors import InputError
 from moesaic.models import build_decoder, llama4_toy
 from moesaic.training.checkpoints import save_model
-from moesaic.training.probes import loss_by_position_probe, needle_probe, open_source
+from moesaic.training.probes import copying_probe, loss_by_position_probe, needle_probe, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -228,3 +228,12 @@ def test_ids_outside_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
         torch.arange(100, dtype=torch.int16).numpy().tofile(tmp_path / f"{name}.bin")
     with pytest.raises(InputError, match="token ids up to 4999, but the checkpoint has a vocabulary of"):
         open_source(checkpoint, DataConfig(source="memmap", path=str(tmp_path)), "train")
+
+
+def test_copying_is_a_probe_too(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    run_config = {"data": {"source": "files", "path": str(corpus), "cache_dir": str(tmp_path)}}
+    found = copying_probe(checkpoint, run_config, {"copying": {"length": 9, "sequences": 5}})
+    names = {f"copying/{kind}/{name}" for kind in ("text", "random") for name in ("first", "second", "accuracy")}
+    assert set(found) == names and all(math.isfinite(value) for value in found.values())
+    with pytest.raises(InputError, match=r"probe_options.copying.length=1"):
+        copying_probe(checkpoint, run_config, {"copying": {"length": 1}})

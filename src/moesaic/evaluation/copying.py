@@ -48,7 +48,7 @@ def copying_score(decoder: nn.Module, first: Tensor, batch_size: int = 16) -> di
     """Each passage twice in a row (the test of induction heads of Olsson et al. 2022, arXiv 2209.11895).
 
     Args:
-        decoder: tokens (B, L) -> logits (B, L, V).
+        decoder: tokens (B, L) -> `DecoderOutput`.
         first: (N, L) int64.
 
     Returns:
@@ -59,7 +59,7 @@ def copying_score(decoder: nn.Module, first: Tensor, batch_size: int = 16) -> di
     device = next(decoder.parameters()).device
     length, sums = first.size(1), torch.zeros(3, dtype=torch.float64)
     for passage in first.to(device).split(batch_size):
-        logits = decoder(torch.cat((passage, passage[:, :-1]), dim=1)).float()
+        logits = decoder(torch.cat((passage, passage[:, :-1]), dim=1)).logits.float()
         log_probs = logits.log_softmax(dim=-1)
         for i, start in enumerate((0, length)):
             predicted = log_probs[:, start : start + length - 1]
