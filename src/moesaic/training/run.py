@@ -32,7 +32,7 @@ from moesaic.data import (
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
 from moesaic.evaluation.plots import plot_distillation, plot_expert_load, plot_loss, plot_loss_by_position
-from moesaic.evaluation.recall import evaluate_recall, plot_recall, recall_numbers
+from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
 from moesaic.models import Decoder, DecoderConfig, account
 from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
@@ -49,6 +49,7 @@ from moesaic.training.config import RunConfig, TrainingConfig, require_accelerat
 from moesaic.training.distillation import open_targets, require_paths, require_same_teacher
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.precision import choose_precision
+from moesaic.training.recall import score_recall
 from moesaic.training.records import (
     RunLogger,
     create_run_dir,
@@ -205,7 +206,7 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
         metrics |= {f"baselines/{name}": value for name, value in baselines.items()}
         _plots(run_dir, run_config, model_config, baselines, score)
         if data.task is not None:
-            metrics |= _score_recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
+            metrics |= _recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
         if data.tokenizer is not None:
             sample = sample_text(module.decoder, data.tokenizer, run_config.sample, run_config.seed)
             write_atomically(run_dir / "sample.txt", sample)
@@ -353,17 +354,9 @@ def _task_loaders(
     return train, evaluation(max_batches=training.validation_batches), evaluation()
 
 
-def _score_recall(
-    decoder: Decoder, task: Task, training: TrainingConfig, plot: Path, console: Console
-) -> dict[str, float]:
+def _recall(decoder: Decoder, task: Task, training: TrainingConfig, plot: Path, console: Console) -> dict[str, float]:
     """Numbers of the test sets at all lengths; they are plotted and shown too."""
-    scores = {}
-    for multiple in task.test_multiples:
-        batch_size = max(1, training.batch_size // multiple)
-        loader = TaskEvaluationLoader(
-            task, seq_len=multiple * training.seq_len, batch_size=batch_size, growth=task.growth(multiple)
-        )
-        scores[multiple] = evaluate_recall(decoder, loader)
+    scores = score_recall(decoder, task, training.seq_len, training.batch_size)
     plot_recall(scores, plot, training.seq_len, task.chance)
     shown = ", ".join(f"{score.accuracy:.1%} at {multiple}x" for multiple, score in sorted(scores.items()))
     console.print(f"[bold]recall[/]  accuracy {shown} the training length; chance {task.chance:.1%}", highlight=False)
