@@ -29,7 +29,7 @@ from moesaic.evaluation.language_modelling import evaluate_language_model
 from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.recall import recall_numbers
 from moesaic.models import DecoderConfig, account, build_decoder
-from moesaic.studies.config import Row, apply_overrides, import_probe
+from moesaic.studies.config import Row, VariantConfig, apply_overrides, import_probe, variant_options
 from moesaic.training.checkpoints import load_model, save_model
 from moesaic.training.recall import score_recall
 from moesaic.training.records import environment, write_atomically, write_json
@@ -85,12 +85,15 @@ def work(folder: Path) -> list[Row]:
     rows = [row]
     for name, overrides in job["variants"].items() if finished else ():
         began = clock.read()
-        changed = apply_overrides(config, overrides, f"study.variants.{name}.overrides")
+        where, variant = f"study.variants.{name}.overrides", VariantConfig(job["row"]["arm"], overrides)
+        changed = apply_overrides(config, variant.model, where)
+        options = variant_options(job["probe_options"], variant, where)
         place = folder / f"{name}.ckpt"
-        metrics = evaluate_variant(checkpoint, changed, place) | _probe(job, place, changed)
+        metrics = evaluate_variant(checkpoint, changed, place)
+        metrics |= _probe({**job, "probe_options": options}, place, changed)
         place.unlink()
-        variant = {**row, "arm": name, "purpose": "variant", "overrides": {**row["overrides"], **overrides}}
-        rows.append({**variant, "metrics": metrics, "curve": {}, "cpu_seconds": clock.read() - began})
+        line = {**row, "arm": name, "purpose": "variant", "overrides": {**row["overrides"], **overrides}}
+        rows.append({**line, "metrics": metrics, "curve": {}, "cpu_seconds": clock.read() - began})
     if job["row"]["purpose"] == "tune":
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
     return rows
