@@ -258,10 +258,11 @@ def test_every_study_that_ships_is_valid(composed: Callable[..., dict[str, Any]]
 
 
 IROPE = [
-    *("data=files", "data.tokenizer=bpe", "data.vocab_size=300", "training.seq_len=64"),
-    *("study.probe_options.loss_by_position.stretches=2", "study.probe_options.needle.samples=2"),
+    *("data=files", "data.tokenizer=bpe", "data.vocab_size=300", "training.seq_len=128"),
+    *("study.probe_options.loss_by_position.stretches=1", "study.probe_options.needle.samples=1"),
     *("++study.probe_options.loss_by_position.split=train", "++study.probe_options.needle.split=train"),
-    "study.probe_options.needle.multiples=[0.5,4]",
+    *("study.probe_options.needle.multiples=[1,4]", "study.probe_options.needle.depths=[0.5]"),
+    "study.probe_options.loss_by_position.multiple=8",
 ]
 
 

@@ -31,6 +31,7 @@ from moesaic.data import (
 )
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
+from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.evaluation.plots import plot_distillation, plot_expert_load, plot_loss, plot_loss_by_position
 from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
@@ -47,6 +48,16 @@ from moesaic.training.checkpoints import (
 )
 from moesaic.training.config import RunConfig, TrainingConfig, require_accelerator, teacher_mapping
 from moesaic.training.distillation import open_targets, require_paths, require_same_teacher
+from moesaic.training.extension import (
+    checkpoint_tokenizer,
+    compare_with_start,
+    extension_numbers,
+    extension_table,
+    keep_start,
+    open_stretches,
+    require_extendable,
+    start_of,
+)
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.precision import choose_precision
 from moesaic.training.recall import score_recall
@@ -103,9 +114,19 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
         console.print(
             f"reading {run_config.data.source} data (the first time they are tokenised and cached)", highlight=False
         )
-    data = load_data(run_config.data)
+    extends = run_config.extend_context
+    tokenizer = None
+    if loaded is not None and extends is not None:
+        tokenizer = checkpoint_tokenizer(str(checkpoint), loaded, run_config.data)
+    data = load_data(run_config.data, tokenizer)
     model_config = _fit_vocabulary(run_config, data)
-    if loaded is not None:
+    stretches = None
+    if loaded is not None and extends is not None:
+        require_extendable(str(checkpoint), loaded, model_config)
+        start = loaded if resume_dir is None else load_checkpoint(start_of(resume_dir))
+        before = start["hyper_parameters"]["config"]["training"]["seq_len"]
+        stretches = open_stretches(extends, data.validation, data.tokenizer, (before, run_config.training.seq_len))
+    elif loaded is not None:
         require_same_model(str(checkpoint), loaded, model_config)
         require_same_distillation(str(checkpoint), loaded, run_config, model_config)
     training_loader, validation_loader, test_loader = _loaders(run_config, data)
@@ -144,8 +165,10 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
     )
     weight_bytes = sum(p.numel() * p.itemsize for p in module.parameters())
     require_disk_space(run_dir, 3 * 3 * weight_bytes + 20_000_000)  # last, best and one being written
-    # weights only: made by scripts/convert.py, or a teacher.ckpt
-    if loaded is not None and "optimizer_states" not in loaded:
+    if loaded is not None and extends is not None and resume_dir is None:
+        keep_start(run_dir, loaded)
+    # weights only: made by scripts/convert.py, a teacher.ckpt, or another length, which needs a schedule of its own
+    if loaded is not None and ("optimizer_states" not in loaded or (extends is not None and resume_dir is None)):
         module.decoder.load_state_dict(decoder_weights(loaded))
         checkpoint = None
     training = run_config.training
@@ -205,6 +228,11 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
             save_model(alone, module.teacher, data.tokenizer, training.seq_len)
         metrics |= {f"baselines/{name}": value for name, value in baselines.items()}
         _plots(run_dir, run_config, model_config, baselines, score)
+        if stretches is not None and extends is not None:
+            found = compare_with_start(start_of(run_dir), module.decoder, stretches, extends, lengths)
+            plot_variants_by_position(found, run_dir / "plots" / "extend_context.png", training.seq_len)
+            console.print(extension_table(found, stretches))
+            metrics |= extension_numbers(found, stretches)
         if data.task is not None:
             metrics |= _recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
         if data.tokenizer is not None:
