@@ -1,5 +1,7 @@
 """Score a checkpoint on any data source: python scripts/evaluate.py checkpoint=PATH [data=files data.path=...]
 
+A recall checkpoint: data=associative_recall, with data.task as it was trained.
+
 Long contexts, with switches of the model turned at inference only:
 python scripts/evaluate.py checkpoint=PATH task=loss_by_position|needle variants=[as_trained,no_temperature,window]
 """
@@ -17,13 +19,14 @@ from rich.progress import Progress, track
 from rich.table import Column, Table
 
 from moesaic.config import from_mapping
-from moesaic.data import DataConfig, EvaluationLoader, load_data
+from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import evaluate_language_model
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
 from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.plots import plot_loss_by_position
+from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
 from moesaic.training.checkpoints import load_model
 from moesaic.training.config import require_accelerator
@@ -34,6 +37,7 @@ from moesaic.training.probes import (
     summarise_loss_by_position,
     summarise_needle_variants,
 )
+from moesaic.training.recall import score_recall
 from moesaic.training.records import write_json
 
 
@@ -57,12 +61,15 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
             f"{model.config.vocab_size}"
         )
     trained_length = model.run_config["training"]["seq_len"]
+    seq_len = config["seq_len"] or trained_length
+    if data.task is not None and config["split"] != "validation":
+        raise InputError(f"split={config['split']!r}: allowed is validation, the test sequences of a recall task")
     split = getattr(data, config["split"])
-    loader = EvaluationLoader(
-        split.tokens,
-        seq_len=config["seq_len"] or trained_length,
-        batch_size=config["batch_size"],
-        max_batches=config["max_batches"],
+    batches: dict[str, Any] = {"batch_size": config["batch_size"], "max_batches": config["max_batches"]}
+    loader = (
+        EvaluationLoader(split.tokens, seq_len=seq_len, **batches)
+        if data.task is None
+        else TaskEvaluationLoader(data.task, seq_len=seq_len, **batches)
     )
     decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
     score = evaluate_language_model(
@@ -73,11 +80,19 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
+    scores = {}
+    if data.task is not None:  # most positions of its sequences have no loss, so none is shown by position
+        scores = score_recall(decoder, data.task, seq_len, config["batch_size"])
+        numbers |= {**recall_numbers(scores), "recall/chance": data.task.chance}
     if config["output"]:
         output = Path(config["output"])
         output.mkdir(parents=True, exist_ok=True)
-        record = {"config": config, **numbers, "loss_by_position": score.loss_by_position}
-        write_json(output / "evaluation.json", record)
+        record = {"config": config, **numbers}
+        if data.task is not None:
+            write_json(output / "evaluation.json", record)
+            plot_recall(scores, output / "recall.png", seq_len, data.task.chance)
+            return numbers
+        write_json(output / "evaluation.json", {**record, "loss_by_position": score.loss_by_position})
         chunk = model.config.attention.attention_chunk_size
         plot_loss_by_position(score.loss_by_position, output / "loss_by_position.png", trained_length, chunk)
     return numbers

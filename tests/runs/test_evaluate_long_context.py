@@ -214,6 +214,13 @@ def test_probes(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     assert all(isinstance(value, float) and math.isfinite(value) for value in needles.values())
     assert {"needle/as_trained/beyond/accuracy", "needle/as_trained/accuracy/192/0.5"} <= needles.keys()
     assert losses == loss_by_position_probe(checkpoint, run_config, options)
+    windowed = {key: {**options[key], "window": 32} for key in ("loss_by_position", "needle")}
+    found = loss_by_position_probe(checkpoint, run_config, windowed)
+    assert found["loss_by_position/as_trained/beyond/loss"] == losses["loss_by_position/window/beyond/loss"]
+    assert found["loss_by_position/as_trained/within/loss"] == losses["loss_by_position/as_trained/within/loss"]
+    assert needle_probe(checkpoint, run_config, windowed) != needles
+    with pytest.raises(InputError, match=r"probe_options\.needle\.window=1: allowed are integers >= 2, or null"):
+        needle_probe(checkpoint, run_config, {"needle": {"window": 1}})
     with pytest.raises(InputError, match=r"probe_options\.needle\.depth: unknown key \(did you mean"):
         needle_probe(checkpoint, run_config, {"needle": {"depth": 1}})
     with pytest.raises(InputError, match=r"probe_options\.needle\.batch_size=0: allowed are"):

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
 import yaml
 
 from moesaic.data import TaskTrainingLoader
 from moesaic.errors import InputError
+from moesaic.studies.worker import evaluate_variant
 from moesaic.training.checkpoints import load_checkpoint
 from moesaic.training.run import run
 
@@ -114,6 +116,40 @@ def test_a_crashed_run_goes_on_bit_equal(
     assert rest["recall/accuracy/length=4x"] == whole["recall/accuracy/length=4x"]
     for name, value in weights("whole").items():
         assert torch.equal(value, weights("crashed")[name]), name
+
+
+def test_a_checkpoint_is_scored_again_and_with_other_switches(
+    recall: Callable[..., dict[str, Any]], composed: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    config = recall(*TINY, "training.steps=10", f"run_dir={tmp_path / 'run'}")
+    metrics = run(config)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    recalled = {name: value for name, value in metrics.items() if name.startswith("recall/")}
+
+    asked = ["data=associative_recall", f"checkpoint={checkpoint}", f"output={tmp_path / 'scored'}"]
+    question = composed(*asked, config="evaluate", smoke=False)
+    question["data"]["task"] |= TEST
+    numbers = evaluate.evaluate(question)
+    assert numbers["loss"] == pytest.approx(metrics["validation/loss"], abs=1e-6)
+    assert {name: value for name, value in numbers.items() if name.startswith("recall/")} == recalled
+    assert numbers["bits_per_byte"] is None
+    stored = json.loads((tmp_path / "scored" / "evaluation.json").read_text())
+    assert stored["recall/accuracy/length=4x"] == numbers["recall/accuracy/length=4x"]
+    assert (tmp_path / "scored" / "recall.png").stat().st_size > 0
+    assert not (tmp_path / "scored" / "loss_by_position.png").exists()
+    with pytest.raises(InputError, match=r"split='train': allowed is validation"):
+        evaluate.evaluate({**question, "split": "train"})
+    with pytest.raises(InputError, match=r"data\.source='associative_recall'"):
+        evaluate.evaluate_long_context({**question, "task": "loss_by_position"})
+
+    same = evaluate_variant(checkpoint, config, tmp_path / "same.ckpt")
+    assert same.keys() >= {"validation/loss", "validation/seq_len", *recalled}
+    assert same["validation/loss"] == pytest.approx(metrics["validation/loss"], abs=1e-6)
+    assert {name: same[name] for name in recalled} == recalled
+    blind = {**config["model"], "attention": {**config["model"]["attention"], "attention_chunk_size": 1}}
+    other = evaluate_variant(checkpoint, {**config, "model": blind}, tmp_path / "other.ckpt")
+    assert other["validation/loss"] != same["validation/loss"]
+    assert other["recall/chance"] == same["recall/chance"]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Pa
     overrides = [f"experiment={experiment}", "name=it"]
     if experiment == "codistill_joint":
         overrides.append("distillation.teacher_model.dim=24")
+    elif experiment == "extend_context":
+        run(composed("name=start", f"run_dir={tmp_path / 'start'}", "training.steps=2", "training.seq_len=32"))
+        overrides += [f"ckpt_path={tmp_path / 'start' / 'checkpoints' / 'last.ckpt'}", "extend_context.multiple=2"]
     elif experiment.startswith("codistill_"):
         run(composed("name=teacher", f"run_dir={tmp_path / 'teacher'}", "training.steps=2"))
         overrides.append(f"distillation.teacher={tmp_path / 'teacher' / 'checkpoints' / 'last.ckpt'}")

@@ -1,6 +1,7 @@
 """A whole study as a person runs it: runs in processes, rows, a second call, refusals, kill -9."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -20,7 +21,8 @@ from rich.console import Console
 
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.studies.config import StudyConfig, validate
+from moesaic.studies.config import Cell, StudyConfig, job_of, run_config_of, validate
+from moesaic.studies.worker import work
 from moesaic.training.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,13 +248,58 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: dict[str, Any], t
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_that_ships_is_valid(composed: Callable[..., dict[str, Any]], name: str) -> None:
-    config = composed(f"experiment={name}", "data.path=null", config="study")
+    config = composed(f"experiment={name}", config="study", smoke=False)
     shipped = from_mapping(StudyConfig, config.pop("study"), "study")
     for key in ("workers", "results_dir"):
         config.pop(key)
     validate(shipped, config)
     assert len(shipped.seeds) >= 3
     assert shipped.tune is not None
+
+
+IROPE = [
+    *("data=files", "data.tokenizer=bpe", "data.vocab_size=300", "training.seq_len=128"),
+    *("study.probe_options.loss_by_position.stretches=1", "study.probe_options.needle.samples=1"),
+    *("++study.probe_options.loss_by_position.split=train", "++study.probe_options.needle.split=train"),
+    *("study.probe_options.needle.multiples=[1,4]", "study.probe_options.needle.depths=[0.5]"),
+    "study.probe_options.loss_by_position.multiple=8",
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
+@pytest.mark.parametrize("name", ["study_irope", "study_irope_no_conv", "study_irope_recall", "study_mixers_recall"])
+def test_arms_and_variants_of_the_long_context_studies_run(
+    composed: Callable[..., dict[str, Any]], corpus: Path, tmp_path: Path, name: str
+) -> None:
+    """Two steps of every arm as the worker does them, here in this process: metrics, probes and variants are there."""
+    recalls = name.endswith("recall")
+    source = ["data.task.test_sequences=2"] if recalls else [*IROPE, f"data.path={corpus}"]
+    steps = ["training.steps=2", "training.batch_size=2", "training.validate_every=1", "training.validation_batches=1"]
+    config = composed(f"experiment={name}", *source, *steps, "model.dim=16", config="study", smoke=False)
+    shipped = from_mapping(StudyConfig, config.pop("study"), "study")
+    for key in ("workers", "results_dir"):
+        config.pop(key)
+    config["trainer"] |= {"precision": "32-true", "threads": 1}
+    for arm, overrides in shipped.arms.items():
+        if name == "study_irope_no_conv" and arm != "RoPE":
+            continue  # its arms are those of study_irope
+        folder = tmp_path / arm
+        folder.mkdir()
+        job = job_of(shipped, config, Cell(arm, None, overrides), "measure", 0, 1.0)
+        variants = {key: variant.overrides for key, variant in shipped.variants.items() if variant.arm == arm}
+        description = {
+            **{"row": dataclasses.asdict(job), "config": run_config_of(shipped, config, job), "metric": shipped.metric},
+            **{"probes": shipped.probes, "probe_options": shipped.probe_options, "variants": variants},
+        }
+        (folder / "job.json").write_text(json.dumps(description))
+        first, *others = work(folder)
+        assert [row["arm"] for row in (first, *others)] == [arm, *variants]
+        for row in (first, *others):
+            assert row["status"] == "finished"
+            assert row["metrics"].keys() >= {shipped.metric, *shipped.also}
+        for row in others if not recalls else ():
+            assert row["metrics"][shipped.metric] != first["metrics"][shipped.metric], f"{row['arm']} changes nothing"
+            assert row["overrides"].items() >= variants[row["arm"]].items()
 
 
 def test_train_says_where_a_study_belongs() -> None:

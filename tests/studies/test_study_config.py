@@ -108,6 +108,10 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
             "study.arms.dense at experts=0: model.moe.num_experts=0",
         ),
         (
+            {"variants": {"hot": {"arm": "dense", "overrides": {"probe_options.needle.window": 8}}}},
+            "study.variants.hot.overrides.probe_options.needle.window: the study has no such key",
+        ),
+        (
             {"variants": {"hot": {"arm": "dense", "overrides": {"model.dim": -1}}}},
             "study.variants.hot: model.dim=-1: allowed are numbers > 0",
         ),

@@ -47,6 +47,7 @@ __all__ = [
     "score",
     "tuning",
     "validate",
+    "variant_options",
 ]
 
 Row = dict[str, Any]
@@ -59,6 +60,7 @@ Probe = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str, floa
 """(checkpoint, run config, study.probe_options) -> numbers that join the metrics of the row."""
 
 PREPARED = "prepared:"
+PROBE_OPTIONS = "probe_options."
 
 EXTENSIONS = 2
 """How often a grid of learning rates grows by one factor when the best one is at its edge; the same for every arm."""
@@ -95,10 +97,18 @@ class AxisConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VariantConfig:
-    """The checkpoints of an arm, evaluated with another model config; nothing is trained."""
+    """The checkpoints of an arm, evaluated with another model config or other options of probes; nothing is trained."""
 
     arm: str
-    overrides: Overrides
+    overrides: Overrides  # model.... and probe_options....
+
+    @property
+    def model(self) -> Overrides:
+        return {key: value for key, value in self.overrides.items() if not key.startswith(PROBE_OPTIONS)}
+
+    @property
+    def options(self) -> Overrides:
+        return {key: value for key, value in self.overrides.items() if key.startswith(PROBE_OPTIONS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +175,11 @@ class StudyConfig:
             if name in self.arms:
                 raise ValueError(f"variants.{name}: an arm has this name already")
             for key in variant.overrides:
-                if not key.startswith("model."):
-                    raise ValueError(f"variants.{name}.overrides.{key}: allowed are keys of the model (model....)")
+                if not key.startswith(("model.", PROBE_OPTIONS)):
+                    raise ValueError(
+                        f"variants.{name}.overrides.{key}: allowed are keys of the model (model....) and of the "
+                        "probes' options (probe_options....)"
+                    )
 
         trained: list[str] = []
         for name, step in self.prepare.items():
@@ -249,11 +262,13 @@ def row_key(row: Mapping[str, Any]) -> str:
     return f"{place}, {row['purpose']}, seed {row['seed']}, learning rate x{row['factor']:g}"
 
 
-def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+def apply_overrides(
+    config: Mapping[str, Any], overrides: Mapping[str, Any], where: str, what: str = "the run config"
+) -> dict[str, Any]:
     """A copy of `config` with the values at the dotted keys replaced.
 
     Raises:
-        InputError: a key that the config does not have; it names `where`.
+        InputError: a key that the config (in words: `what`) does not have; it names `where`.
     """
     changed = copy.deepcopy(dict(config))
     for key, value in overrides.items():
@@ -264,8 +279,19 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any], whe
         if not isinstance(section, dict) or last not in section:
             close = difflib.get_close_matches(key, flatten(config), n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise InputError(f"{where}.{key}: the run config has no such key{hint}")
+            raise InputError(f"{where}.{key}: {what} has no such key{hint}")
         section[last] = copy.deepcopy(value)
+    return changed
+
+
+def variant_options(options: Mapping[str, Any], variant: VariantConfig, where: str) -> dict[str, Any]:
+    """`study.probe_options` as a variant has them.
+
+    Raises:
+        InputError: an override of an option that the study does not give; it names `where`.
+    """
+    whole = apply_overrides({"probe_options": dict(options)}, variant.options, where, "the study")
+    changed: dict[str, Any] = whole["probe_options"]
     return changed
 
 
@@ -375,6 +401,8 @@ def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
         config = run_config_of(study, base, job)
         _require_prepared(study, at, config, list(study.prepare)[: list(study.prepare).index(step)])
         _named(at, config)
+    for name, variant in study.variants.items():
+        variant_options(study.probe_options, variant, f"study.variants.{name}.overrides")
     for name, axis in study.axes.items():
         for value, overrides in axis.values.items():
             apply_overrides(base, overrides, f"study.axes.{name}.values.{value}")
@@ -387,7 +415,7 @@ def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
         for name, variant in study.variants.items():
             if variant.arm == cell.arm:
                 where = f"study.variants.{name}"
-                _named(where, apply_overrides(config, variant.overrides, f"{where}.overrides"))
+                _named(where, apply_overrides(config, variant.model, f"{where}.overrides"))
 
 
 def _require_prepared(study: StudyConfig, where: str, config: Mapping[str, Any], known: Collection[str]) -> None:

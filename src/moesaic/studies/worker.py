@@ -22,14 +22,16 @@ import torch
 from rich.console import Console
 
 from moesaic.config import from_mapping
-from moesaic.data import DataConfig, EvaluationLoader, load_data
+from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
 from moesaic.distillation import TargetFormat
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import evaluate_language_model
 from moesaic.evaluation.plots import read_columns
+from moesaic.evaluation.recall import recall_numbers
 from moesaic.models import DecoderConfig, account, build_decoder
-from moesaic.studies.config import Row, apply_overrides, import_probe
+from moesaic.studies.config import Row, VariantConfig, apply_overrides, import_probe, variant_options
 from moesaic.training.checkpoints import load_model, save_model
+from moesaic.training.recall import score_recall
 from moesaic.training.records import environment, write_atomically, write_json
 from moesaic.training.run import run
 
@@ -83,12 +85,15 @@ def work(folder: Path) -> list[Row]:
     rows = [row]
     for name, overrides in job["variants"].items() if finished else ():
         began = clock.read()
-        changed = apply_overrides(config, overrides, f"study.variants.{name}.overrides")
+        where, variant = f"study.variants.{name}.overrides", VariantConfig(job["row"]["arm"], overrides)
+        changed = apply_overrides(config, variant.model, where)
+        options = variant_options(job["probe_options"], variant, where)
         place = folder / f"{name}.ckpt"
-        metrics = evaluate_variant(checkpoint, changed, place) | _probe(job, place, changed)
+        metrics = evaluate_variant(checkpoint, changed, place)
+        metrics |= _probe({**job, "probe_options": options}, place, changed)
         place.unlink()
-        variant = {**row, "arm": name, "purpose": "variant", "overrides": {**row["overrides"], **overrides}}
-        rows.append({**variant, "metrics": metrics, "curve": {}, "cpu_seconds": clock.read() - began})
+        line = {**row, "arm": name, "purpose": "variant", "overrides": {**row["overrides"], **overrides}}
+        rows.append({**line, "metrics": metrics, "curve": {}, "cpu_seconds": clock.read() - began})
     if job["row"]["purpose"] == "tune":
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
     return rows
@@ -126,6 +131,8 @@ def _distillation(metrics_csv: Path) -> dict[str, float]:
 def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> dict[str, float]:
     """Write the checkpoint's weights under the model of `config` to `out`; returns its loss on the validation split.
 
+    Of a recall task its accuracy too.
+
     Raises:
         InputError: the weights do not fit that model.
     """
@@ -143,12 +150,20 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
     data = load_data(from_mapping(DataConfig, config["data"], "data"))
     seq_len = training["validation_seq_len"] or training["seq_len"]
     batch_size = max(1, training["batch_size"] * training["seq_len"] // seq_len)
-    score = evaluate_language_model(
-        decoder, EvaluationLoader(data.validation.tokens, seq_len=seq_len, batch_size=batch_size), trained.token_bytes
+    loader = (
+        EvaluationLoader(data.validation.tokens, seq_len=seq_len, batch_size=batch_size)
+        if data.task is None
+        else TaskEvaluationLoader(data.task, seq_len=seq_len, batch_size=batch_size)
     )
+    score = evaluate_language_model(decoder, loader, trained.token_bytes)
     score.num_bytes = score.num_bytes or data.validation.num_bytes or 0
-    bits = {} if score.bits_per_byte is None else {"validation/bits_per_byte": score.bits_per_byte}
-    return {"validation/loss": score.loss, **bits, "validation/seq_len": seq_len}
+    numbers = {"validation/loss": score.loss, "validation/seq_len": seq_len}
+    if score.bits_per_byte is not None:
+        numbers["validation/bits_per_byte"] = score.bits_per_byte
+    if data.task is not None:
+        numbers |= recall_numbers(score_recall(decoder, data.task, training["seq_len"], training["batch_size"]))
+        numbers["recall/chance"] = data.task.chance
+    return numbers
 
 
 def _train(config: Mapping[str, Any], run_dir: Path, needs_checkpoint: bool) -> dict[str, Any]:

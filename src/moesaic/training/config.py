@@ -9,6 +9,7 @@ import torch
 
 from moesaic.data import DataConfig
 from moesaic.errors import InputError
+from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.losses import DIVERGENCES, SoftWeightConfig
 
 __all__ = [
@@ -200,6 +201,7 @@ class RunConfig:
     run_dir: str | None = None  # null: a new directory under output_dir
     resume: bool = False  # continue run_dir, or the newest unfinished run of this name
     ckpt_path: str | None = None  # continue from this checkpoint, in a new run directory
+    extend_context: LossByPositionConfig | None = None  # start from ckpt_path's weights alone, at a longer length
 
     def __post_init__(self) -> None:
         _check(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
@@ -207,6 +209,10 @@ class RunConfig:
             raise ValueError(
                 f"ckpt_path={self.ckpt_path!r}: resume=true already says which checkpoint; give one of them"
             )
+        if self.extend_context is not None and self.ckpt_path is None and not self.resume:
+            raise ValueError("ckpt_path=None: extend_context needs one (ckpt_path=RUN/checkpoints/last.ckpt)")
+        if self.extend_context is not None and self.distillation is not None:
+            raise ValueError("extend_context: allowed without distillation only")
         moe = self.model.get("moe")
         has_bias = isinstance(moe, dict) and bool(moe.get("expert_bias"))
         if self.balance.expert_bias_update_rate > 0 and not has_bias:

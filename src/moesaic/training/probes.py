@@ -19,6 +19,7 @@ from moesaic.evaluation.long_context import (
     LossByPosition,
     LossByPositionConfig,
     ResultFile,
+    Variant,
     build_variants,
     choose_stretches,
     digest,
@@ -90,10 +91,13 @@ def run_loss_by_position(
     variants: Sequence[str],
     *,
     batch_size: int = 8,
+    window: int | None = None,
     output: Path | None = None,
     advance: Advance = lambda done, total: None,
 ) -> dict[str, LossByPosition]:
-    """`loss_by_position` of the variants; with `output`, loss_by_position.json there, from which a second call goes on.
+    """`loss_by_position` of the variants, under `window` if they have no other.
+
+    With `output`, loss_by_position.json is written there, from which a second call goes on.
 
     Raises:
         InputError: an unknown variant, a context longer than the data, results of another evaluation in `output`.
@@ -101,7 +105,7 @@ def run_loss_by_position(
     model, length = source.model, round(config.multiple * source.train_length)
     if length < 2:
         raise InputError(f"loss_by_position.multiple={config.multiple}: a context of {length} tokens; at least 2")
-    chosen = build_variants(model.decoder, variants, source.train_length)
+    chosen = _under_window(build_variants(model.decoder, variants, source.train_length), window)
     stretches = choose_stretches(
         source.tokens,
         length,
@@ -119,6 +123,7 @@ def run_loss_by_position(
             "stretches": len(stretches),
             "train_length": source.train_length,
             "edges": list(edges),
+            **({"window": window} if window else {}),
         }
         results = ResultFile(output / "loss_by_position.json", identity)
     found = loss_by_position(
@@ -143,10 +148,13 @@ def run_needles(
     variants: Sequence[str],
     *,
     batch_size: int = 8,
+    window: int | None = None,
     output: Path | None = None,
     advance: Advance = lambda done, total: None,
 ) -> dict[str, list[NeedleCell]]:
-    """`score_needles` of the variants; with `output`, needle.json there, from which a second call goes on.
+    """`score_needles` of the variants, under `window` if they have no other.
+
+    With `output`, needle.json is written there, from which a second call goes on.
 
     Raises:
         InputError: a checkpoint without tokeniser, an unknown variant, a context that is longer than the data or
@@ -155,7 +163,7 @@ def run_needles(
     model = source.model
     if model.tokenizer is None:
         raise InputError("task=needle: the checkpoint has no tokeniser to write needles with")
-    chosen = build_variants(model.decoder, variants, source.train_length)
+    chosen = _under_window(build_variants(model.decoder, variants, source.train_length), window)
     task = NeedleTask(model.tokenizer, source.tokens, config, source.train_length)
     results = None
     if output is not None:
@@ -165,6 +173,7 @@ def run_needles(
             "text": digest(source.tokens),
             "train_length": source.train_length,
             **{key: value for key, value in dataclasses.asdict(config).items() if key != "chunk_tokens"},
+            **({"window": window} if window else {}),
         }
         results = ResultFile(output / "needle.json", identity)
     found = score_needles(chosen, task, batch_size=batch_size, results=results, advance=advance)
@@ -237,14 +246,15 @@ def loss_by_position_probe(checkpoint: Path, run_config: dict[str, Any], options
         run_config: of which the data are used.
         options: under "loss_by_position" the fields of `LossByPositionConfig`, and `variants` (default: as_trained),
             `split` (default: validation), `batch_size` (default: 8), `buckets` (default: false; true adds
-            "loss_by_position/<variant>/loss/<start>-<end>" of every bucket). Other sections are other probes'.
+            "loss_by_position/<variant>/loss/<start>-<end>" of every bucket), `window` (default: null; the context of
+            every variant that has no window of its own is cut to so many tokens). Other sections are other probes'.
 
     Raises:
         InputError: see `run_loss_by_position`.
     """
     config, common = _options(LossByPositionConfig, options, "loss_by_position")
     source = _probe_source(checkpoint, run_config, common)
-    found = run_loss_by_position(source, config, common.variants, batch_size=common.batch_size)
+    found = run_loss_by_position(source, config, common.variants, batch_size=common.batch_size, window=common.window)
     numbers = _flat("loss_by_position", summarise_loss_by_position(found, source.train_length))
     if common.buckets:
         for name, result in found.items():
@@ -257,15 +267,15 @@ def needle_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[str
     """Needle scores on the data of a run, as "needle/<variant>/beyond/accuracy" and the like.
 
     Args:
-        options: under "needle" the fields of `NeedleConfig`, and `variants`, `split`, `batch_size` and `buckets` as in
-            `loss_by_position_probe`; `buckets` adds "needle/<variant>/accuracy/<length>/<depth>".
+        options: under "needle" the fields of `NeedleConfig`, and `variants`, `split`, `batch_size`, `buckets` and
+            `window` as in `loss_by_position_probe`; `buckets` adds "needle/<variant>/accuracy/<length>/<depth>".
 
     Raises:
         InputError: see `run_needles`.
     """
     config, common = _options(NeedleConfig, options, "needle")
     source = _probe_source(checkpoint, run_config, common)
-    found = run_needles(source, config, common.variants, batch_size=common.batch_size)
+    found = run_needles(source, config, common.variants, batch_size=common.batch_size, window=common.window)
     numbers = _flat("needle", summarise_needle_variants(found, config.distractors, source.train_length))
     if common.buckets:
         for name, cells in found.items():
@@ -291,16 +301,23 @@ def copying_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[st
     return numbers
 
 
+def _under_window(variants: Sequence[Variant], window: int | None) -> list[Variant]:
+    return [dataclasses.replace(variant, window=variant.window or window) for variant in variants]
+
+
 @dataclasses.dataclass(frozen=True)
 class _ProbeOptions:
     variants: tuple[str, ...] = ("as_trained",)
     split: str = "validation"
     batch_size: int = 8
     buckets: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: allowed are integers >= 1")
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"window={self.window}: allowed are integers >= 2, or null")
 
 
 def _options(cls: type[T], options: dict[str, Any], section: str) -> tuple[T, _ProbeOptions]:

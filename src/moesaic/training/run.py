@@ -31,8 +31,9 @@ from moesaic.data import (
 )
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
+from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.evaluation.plots import plot_distillation, plot_expert_load, plot_loss, plot_loss_by_position
-from moesaic.evaluation.recall import evaluate_recall, plot_recall, recall_numbers
+from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
 from moesaic.models import Decoder, DecoderConfig, account
 from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
@@ -47,8 +48,19 @@ from moesaic.training.checkpoints import (
 )
 from moesaic.training.config import RunConfig, TrainingConfig, require_accelerator, teacher_mapping
 from moesaic.training.distillation import open_targets, require_paths, require_same_teacher
+from moesaic.training.extension import (
+    checkpoint_tokenizer,
+    compare_with_start,
+    extension_numbers,
+    extension_table,
+    keep_start,
+    open_stretches,
+    require_extendable,
+    start_of,
+)
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.precision import choose_precision
+from moesaic.training.recall import score_recall
 from moesaic.training.records import (
     RunLogger,
     create_run_dir,
@@ -102,9 +114,19 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
         console.print(
             f"reading {run_config.data.source} data (the first time they are tokenised and cached)", highlight=False
         )
-    data = load_data(run_config.data)
+    extends = run_config.extend_context
+    tokenizer = None
+    if loaded is not None and extends is not None:
+        tokenizer = checkpoint_tokenizer(str(checkpoint), loaded, run_config.data)
+    data = load_data(run_config.data, tokenizer)
     model_config = _fit_vocabulary(run_config, data)
-    if loaded is not None:
+    stretches = None
+    if loaded is not None and extends is not None:
+        require_extendable(str(checkpoint), loaded, model_config)
+        start = loaded if resume_dir is None else load_checkpoint(start_of(resume_dir))
+        before = start["hyper_parameters"]["config"]["training"]["seq_len"]
+        stretches = open_stretches(extends, data.validation, data.tokenizer, (before, run_config.training.seq_len))
+    elif loaded is not None:
         require_same_model(str(checkpoint), loaded, model_config)
         require_same_distillation(str(checkpoint), loaded, run_config, model_config)
     training_loader, validation_loader, test_loader = _loaders(run_config, data)
@@ -143,8 +165,10 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
     )
     weight_bytes = sum(p.numel() * p.itemsize for p in module.parameters())
     require_disk_space(run_dir, 3 * 3 * weight_bytes + 20_000_000)  # last, best and one being written
-    # weights only: made by scripts/convert.py, or a teacher.ckpt
-    if loaded is not None and "optimizer_states" not in loaded:
+    if loaded is not None and extends is not None and resume_dir is None:
+        keep_start(run_dir, loaded)
+    # weights only: made by scripts/convert.py, a teacher.ckpt, or another length, which needs a schedule of its own
+    if loaded is not None and ("optimizer_states" not in loaded or (extends is not None and resume_dir is None)):
         module.decoder.load_state_dict(decoder_weights(loaded))
         checkpoint = None
     training = run_config.training
@@ -204,8 +228,13 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
             save_model(alone, module.teacher, data.tokenizer, training.seq_len)
         metrics |= {f"baselines/{name}": value for name, value in baselines.items()}
         _plots(run_dir, run_config, model_config, baselines, score)
+        if stretches is not None and extends is not None:
+            found = compare_with_start(start_of(run_dir), module.decoder, stretches, extends, lengths)
+            plot_variants_by_position(found, run_dir / "plots" / "extend_context.png", training.seq_len)
+            console.print(extension_table(found, stretches))
+            metrics |= extension_numbers(found, stretches)
         if data.task is not None:
-            metrics |= _score_recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
+            metrics |= _recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
         if data.tokenizer is not None:
             sample = sample_text(module.decoder, data.tokenizer, run_config.sample, run_config.seed)
             write_atomically(run_dir / "sample.txt", sample)
@@ -353,17 +382,9 @@ def _task_loaders(
     return train, evaluation(max_batches=training.validation_batches), evaluation()
 
 
-def _score_recall(
-    decoder: Decoder, task: Task, training: TrainingConfig, plot: Path, console: Console
-) -> dict[str, float]:
+def _recall(decoder: Decoder, task: Task, training: TrainingConfig, plot: Path, console: Console) -> dict[str, float]:
     """Numbers of the test sets at all lengths; they are plotted and shown too."""
-    scores = {}
-    for multiple in task.test_multiples:
-        batch_size = max(1, training.batch_size // multiple)
-        loader = TaskEvaluationLoader(
-            task, seq_len=multiple * training.seq_len, batch_size=batch_size, growth=task.growth(multiple)
-        )
-        scores[multiple] = evaluate_recall(decoder, loader)
+    scores = score_recall(decoder, task, training.seq_len, training.batch_size)
     plot_recall(scores, plot, training.seq_len, task.chance)
     shown = ", ".join(f"{score.accuracy:.1%} at {multiple}x" for multiple, score in sorted(scores.items()))
     console.print(f"[bold]recall[/]  accuracy {shown} the training length; chance {task.chance:.1%}", highlight=False)
