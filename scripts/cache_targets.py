@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,15 @@ def _missing_batches(cache: TargetCache, tokens: Ids, batch_size: int, console: 
                 console.print(f"window {done:,}/{cache.num_windows:,}  {left:.0f} s left", highlight=False)
 
 
-def describe(config: dict[str, Any], found: dict[str, Any]) -> str:
-    """What was written, and the command that trains from it."""
+def describe(config: dict[str, Any], found: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """What was written, and the command that trains from it, on the same data in windows of the same length."""
     directory = config["directory"]
+    same = "".join(f" {override}" for override in overrides if override.startswith("data"))
     return (
         f"written   {directory}: {found['windows']:,} windows, {found['bytes'] / 1e6:,.1f} MB; "
         f"{found['new windows']:,} of them now, in {found['seconds']:.0f} s\n"
-        f"next\n  python scripts/train.py experiment=codistill_cached distillation.cache={directory}"
+        f"next\n  python scripts/train.py experiment=codistill_cached distillation.cache={directory} "
+        f"training.seq_len={config['seq_len']}{same}"
     )
 
 
@@ -149,7 +151,7 @@ def main(config: DictConfig) -> None:
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues after the last complete shard")
         sys.exit(130)
-    console.print(describe(given, found))
+    console.print(describe(given, found, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -202,5 +202,6 @@ def test_the_command_line(given: Composed, teacher: Path, tmp_path: Path, corpus
     command += [*SIZES, f"teacher={teacher}", "directory=targets", f"data.path={corpus}", "seq_len=128"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("python scripts/train.py experiment=codistill_cached distillation.cache=targets\n")
+    told = "python scripts/train.py experiment=codistill_cached distillation.cache=targets training.seq_len=128"
+    assert told in done.stdout and done.stdout.endswith(f" data.path={corpus}\n")
     assert (tmp_path / "targets" / "manifest.json").exists()

@@ -191,6 +191,8 @@ def test_other_kinds_of_targets(composed: Composed, teacher: Path, tmp_path: Pat
     cache = make_cache(composed, teacher, tmp_path / kind, f"kind={kind}")
     settings = ["distillation.divergence=reverse_kl", "distillation.temperature=2"] if kind == "dense" else []
     trained(composed("experiment=codistill_cached", f"distillation.cache={cache}", *settings), tmp_path / "it")
+    settings += ["trainer.precision=bf16-true", "training.steps=2"]
+    trained(composed("experiment=codistill_cached", f"distillation.cache={cache}", *settings), tmp_path / "in bf16")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -75,6 +75,12 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
         load_teacher(tmp_path / "broken.ckpt", BPE, 270)
     with pytest.raises(InputError, match=r"no config.json in this directory"):
         load_teacher(tmp_path, BPE, 270)
+    diverged = decoder()
+    with torch.no_grad():
+        diverged.head.weight[3, 0] = float("nan")
+    save_model(tmp_path / "diverged.ckpt", diverged, BPE)
+    with pytest.raises(InputError, match=r"diverged.ckpt': head.weight holds numbers that are not finite"):
+        load_teacher(tmp_path / "diverged.ckpt", BPE, 270)
     teacher = decoder()
     teacher.foreign_files = {"config.json": "{}", "tokenizer.json": "{"}
     to_hf(teacher, tmp_path / "hf")

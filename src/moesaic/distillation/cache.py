@@ -299,7 +299,7 @@ class TargetCache:
         distinct = _cat(rows, "distinct").long()
         filled = torch.arange(int(distinct.max())) < distinct[:, None]
         padded_ids = torch.zeros(filled.shape, dtype=torch.int64).masked_scatter_(filled, ids)
-        weights = torch.zeros(filled.shape).masked_scatter_(filled, _cat(rows, "weights"))
+        weights = torch.zeros(filled.shape, dtype=torch.float32).masked_scatter_(filled, _cat(rows, "weights"))
         return SampledTargets(padded_ids.to(tokens.device), weights.to(tokens.device), *statistics)
 
     def add(self, starts: Tensor, tokens: Tensor, targets: StoredTargets) -> None:

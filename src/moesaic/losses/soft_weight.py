@@ -140,7 +140,7 @@ class SoftWeight(nn.Module):
     def _bias_correction(self) -> Tensor:
         """What the means, begun at 0, have seen of the losses (Adam's correction); 1 before the first update."""
         log_ema = math.log(max(self.config.ema, 1e-300))
-        return torch.where(self.updates > 0, -torch.expm1(log_ema * self.updates), 1.0)
+        return torch.where(self.updates > 0, -torch.expm1(log_ema * self.updates.float()), 1.0)
 
     @property
     def gate(self) -> Gate | None:

@@ -52,7 +52,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what the unpickler raises on garbage has no common base
-        raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({_first_line(error)})") from error
+        # not torch's own words: they advise to load without weights_only
+        raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
         raise InputError(f"checkpoint {path}: not a checkpoint that scripts/train.py wrote")
     return checkpoint
@@ -190,7 +191,3 @@ def sample_text(decoder: Decoder, tokenizer: Tokenizer, sampling: SampleConfig, 
     if tokens and tokens[-1] == tokenizer.end_of_text:
         tokens = tokens[:-1]
     return tokenizer.decode(tokens).decode("utf-8", errors="replace")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

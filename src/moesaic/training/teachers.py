@@ -35,7 +35,7 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
         vocab_size: the student's.
 
     Raises:
-        InputError: not there, not readable, another vocabulary or another tokeniser.
+        InputError: not there, not readable, not finite, another vocabulary or another tokeniser.
     """
     require_teacher(path)
     theirs: dict[str, Any] | None
@@ -50,6 +50,9 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
     else:
         model = load_model(path)
         decoder, theirs = model.decoder, None if model.tokenizer is None else model.tokenizer.to_dict()
+    for name, parameter in decoder.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"teacher={str(path)!r}: {name} holds numbers that are not finite; it has diverged")
     if decoder.vocab_size != vocab_size:
         raise InputError(
             f"teacher={str(path)!r}: a vocabulary of {decoder.vocab_size}, the student's has {vocab_size}; soft "
