@@ -13,7 +13,6 @@ import resource
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,12 @@ SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 
 def work(folder: Path) -> list[Row]:
     """Train (or continue, or find finished) the run of `folder`/job.json; returns its row and those of its variants."""
+    with _CpuClock(folder / "cpu_seconds") as clock:
+        return _work(folder, clock)
+
+
+def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    clock = _CpuClock(folder / "cpu_seconds")
     config, run_dir = job["config"], folder / "run"
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     prepares = job["row"]["purpose"] == "prepare"
@@ -211,15 +214,21 @@ class _CpuClock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+        self.done = threading.Event()
+
+    def __enter__(self) -> "_CpuClock":
         threading.Thread(target=self._tick, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
 
     def read(self) -> float:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return round(self.before + usage.ru_utime + usage.ru_stime, 2)
 
     def _tick(self) -> None:
-        while True:
-            time.sleep(1.0)
+        while not self.done.wait(1.0):
             write_atomically(self.path, str(self.read()))
 
 
