@@ -1,5 +1,6 @@
 """Batches of windows: for training a pure function of (seed, batch number), for evaluation every token once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from moesaic.data.tokenizers import Ids
 from moesaic.errors import InputError
 
-__all__ = ["EvaluationLoader", "TrainingLoader", "windows_at"]
+__all__ = ["EvaluationLoader", "ResumableLoader", "TrainingLoader", "windows_at"]
 
 Batch = dict[str, Tensor]
 
@@ -29,7 +30,46 @@ def windows_at(tokens: Ids, starts: npt.NDArray[np.int64], seq_len: int) -> Batc
     }
 
 
-class TrainingLoader:
+class ResumableLoader(ABC):
+    """num_batches batches, of which batch i needs no memory of those before it: its only state is what comes next.
+
+    Args:
+        batch_size: B, per rank.
+        rank, world_size: the ranks share each global batch of world_size * B examples.
+    """
+
+    def __init__(self, *, batch_size: int, num_batches: int, rank: int, world_size: int) -> None:
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.rank = rank
+        self.world_size = world_size
+        self._next_batch = 0
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self._next_batch < self.num_batches:
+            self._next_batch += 1
+            yield self.batch(self._next_batch - 1)
+
+    @abstractmethod
+    def batch(self, i: int) -> Batch:
+        """Batch i of this rank."""
+
+    def numbers(self, i: int) -> range:
+        """Of the examples of this rank's batch i, counted over all ranks from the beginning of the run."""
+        first = (i * self.world_size + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next_batch": self._next_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next_batch = state["next_batch"]
+
+
+class TrainingLoader(ResumableLoader):
     """num_batches batches as `windows_at` makes them: tokens, labels, and where in the stream each window starts.
 
     An epoch visits every window of the stream once, in an order and with an offset of the windows that depend on
@@ -66,33 +106,19 @@ class TrainingLoader:
                 f"training.seq_len={seq_len}: the training split has {len(tokens)} tokens; at least "
                 f"{needed} are needed{reason}"
             )
+        super().__init__(batch_size=batch_size, num_batches=num_batches, rank=rank, world_size=world_size)
         self.tokens = tokens
         self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.num_batches = num_batches
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
         self.fixed_windows = fixed_windows
         self.windows_per_epoch = (len(tokens) - 1) // seq_len
         if not fixed_windows:
             self.windows_per_epoch -= 1  # whatever the offset
-        self._next_batch = 0
         self._epoch = -1
         self._starts = np.zeros(0, dtype=np.int64)
 
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self._next_batch < self.num_batches:
-            self._next_batch += 1
-            yield self.batch(self._next_batch - 1)
-
     def batch(self, i: int) -> Batch:
-        """Batch i of this rank."""
-        first = (i * self.world_size + self.rank) * self.batch_size
-        starts = np.array([self._start(first + j) for j in range(self.batch_size)], dtype=np.int64)
+        starts = np.array([self._start(number) for number in self.numbers(i)], dtype=np.int64)
         return windows_at(self.tokens, starts, self.seq_len)
 
     def _start(self, number: int) -> int:
@@ -103,12 +129,6 @@ class TrainingLoader:
             self._starts = offset + self.seq_len * draw.permutation(self.windows_per_epoch)
             self._epoch = epoch
         return int(self._starts[place])
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next_batch": self._next_batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next_batch = state["next_batch"]
 
 
 class EvaluationLoader:

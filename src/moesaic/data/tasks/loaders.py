@@ -4,19 +4,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from moesaic.data.loaders import Batch, ResumableLoader
 from moesaic.data.tasks.task import Split, Task
 
 __all__ = ["TEST_SEED", "TaskEvaluationLoader", "TaskTrainingLoader"]
-
-Batch = dict[str, Tensor]
 
 TEST_SEED = 0
 """Of all test sets: runs of different seeds answer the same questions."""
 
 
-class TaskTrainingLoader:
+class TaskTrainingLoader(ResumableLoader):
     """num_batches batches of {"tokens", "labels", "valid"} and "slices/<name>" for each slice, all (B, L).
 
     Batch i is a pure function of (seed, i) and no sequence number occurs twice, so a resumed run sees what it would
@@ -42,33 +40,13 @@ class TaskTrainingLoader:
         world_size: int = 1,
     ) -> None:
         task.require_length(seq_len, "training.seq_len")
+        super().__init__(batch_size=batch_size, num_batches=num_batches, rank=rank, world_size=world_size)
         self.task = task
         self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.num_batches = num_batches
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self._next_batch = 0
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self._next_batch < self.num_batches:
-            self._next_batch += 1
-            yield self.batch(self._next_batch - 1)
 
     def batch(self, i: int) -> Batch:
-        """Batch i of this rank."""
-        first = (i * self.world_size + self.rank) * self.batch_size
-        return _batch(self.task, "train", self.seed, range(first, first + self.batch_size), self.seq_len)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next_batch": self._next_batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next_batch = state["next_batch"]
+        return _batch(self.task, "train", self.seed, self.numbers(i), self.seq_len)
 
 
 class TaskEvaluationLoader:
