@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.errors import InputError
 from moesaic.layers.router import at_least_fp32
-from moesaic.losses.cross_entropy import CHUNK_ELEMENTS, IGNORE_INDEX, VOCABULARY_BLOCK
+from moesaic.losses.cross_entropy import IGNORE_INDEX, ChunkedHead, rows_per_chunk
 from moesaic.losses.divergences import DIVERGENCES, WITH_COEFFICIENT
 from moesaic.losses.soft_weight import Gate, TokenStatistics
 from moesaic.losses.targets import DenseTargets, HeadTargets, SampledTargets, Targets, TopKTargets
@@ -126,7 +126,7 @@ def linear_codistillation_loss(
     if train_teacher and not isinstance(targets, HeadTargets):
         raise InputError(f"train_teacher=True: found {type(targets).__name__}; allowed are HeadTargets")
     if chunk_tokens is None:
-        chunk_tokens = max(64, min(256, CHUNK_ELEMENTS // weight.size(0)))
+        chunk_tokens = rows_per_chunk(weight.size(0))
     # the teacher's tensors are inputs of the graph only where it trains
     teacher = (targets.hidden, targets.weight) if train_teacher and isinstance(targets, HeadTargets) else (None, None)
     call = _Call(labels, targets, terms, ignore_index, num_valid, chunk_tokens, torch.is_grad_enabled())
@@ -307,63 +307,6 @@ def _check_targets(targets: Targets, tokens: int, vocab: int, terms: _Terms) -> 
         raise InputError(f"{name}: {rows} rows for {tokens} tokens; allowed is one row per token")
 
 
-class _Head:
-    """A linear head within a loop over chunks: logits of some rows, and from their gradient those of both factors.
-
-    The operations are those of `linear_cross_entropy`, in the same order: the results are bit-equal.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, needs_grad: tuple[bool, bool], dtype: torch.dtype, chunk: int
-    ) -> None:
-        device_type = hidden.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        self.hidden = hidden
-        self.weight_dtype = weight.dtype
-        self.head = weight.to(torch.get_autocast_dtype(device_type) if autocast else hidden.dtype)
-        self.hidden_grad = torch.empty_like(hidden) if needs_grad[0] else None
-        self.weight_grad = torch.zeros_like(weight, dtype=dtype) if needs_grad[1] else None
-        self.buffer = torch.empty(chunk, weight.size(0), dtype=dtype, device=hidden.device)
-        self.blocks = [slice(i, i + VOCABULARY_BLOCK) for i in range(0, weight.size(0), VOCABULARY_BLOCK)]
-
-    @property
-    def needs_grad(self) -> bool:
-        return self.hidden_grad is not None or self.weight_grad is not None
-
-    def logits(self, rows: slice) -> Tensor:
-        """(C, V) in the buffer."""
-        x = self.hidden[rows].to(self.head.dtype)
-        buffer = self.buffer[: x.size(0)]
-        if x.dtype == buffer.dtype:
-            return torch.mm(x, self.head.T, out=buffer)
-        for block in self.blocks:
-            buffer[:, block] = x @ self.head[block].T
-        return buffer
-
-    def add_gradients(self, rows: slice, grad: Tensor) -> None:
-        """`grad` (C, V) is that of these rows' logits."""
-        x = self.hidden[rows].to(self.head.dtype)
-        if x.dtype == grad.dtype:
-            if self.hidden_grad is not None:
-                torch.mm(grad, self.head, out=self.hidden_grad[rows])
-            if self.weight_grad is not None:
-                self.weight_grad.addmm_(grad.T, x)
-            return
-        summed = torch.zeros_like(x, dtype=grad.dtype)
-        for block in self.blocks:
-            grad_block = grad[:, block].to(x.dtype)
-            if self.hidden_grad is not None:
-                summed += grad_block @ self.head[block]
-            if self.weight_grad is not None:
-                self.weight_grad[block] += grad_block.T @ x
-        if self.hidden_grad is not None:
-            self.hidden_grad[rows] = summed
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        del self.buffer  # before weight_grad is cast
-        return self.hidden_grad, None if self.weight_grad is None else self.weight_grad.to(self.weight_dtype)
-
-
 class _Call(NamedTuple):
     labels: Tensor
     targets: Targets
@@ -388,10 +331,10 @@ class _LinearCodistillation(torch.autograd.Function):
         chunk = max(1, min(chunk_tokens, hidden.size(0)))
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needs_grad = [grad_enabled and needs for needs in ctx.needs_input_grad]  # which ignores no_grad
-        student = _Head(hidden, weight, (needs_grad[0], needs_grad[1]), dtype, chunk)
+        student = ChunkedHead(hidden, weight, (needs_grad[0], needs_grad[1]), dtype, chunk)
         teacher = None
         if isinstance(targets, HeadTargets):
-            teacher = _Head(targets.hidden, targets.weight, (needs_grad[2], needs_grad[3]), dtype, chunk)
+            teacher = ChunkedHead(targets.hidden, targets.weight, (needs_grad[2], needs_grad[3]), dtype, chunk)
         dense = isinstance(targets, (DenseTargets, HeadTargets))
         fast = dense and terms.divergence == "forward_kl" and terms.temperature == 1
         work = torch.empty_like(student.buffer) if fast else None

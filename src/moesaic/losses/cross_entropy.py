@@ -14,6 +14,11 @@ VOCABULARY_BLOCK = 16384
 """In mixed precision products are taken for this many vocabulary entries at a time, so that temporaries are small."""
 
 
+def rows_per_chunk(vocab_size: int) -> int:
+    """64 to 256, so that a chunk's logits stay near 90 MB."""
+    return max(64, min(256, CHUNK_ELEMENTS // vocab_size))
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
     """Mean over valid labels of cross_entropy(hidden @ weight.T, labels), computed chunk by chunk.
 
@@ -31,7 +36,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
         Scalar, fp32 (fp64 for fp64 input); 0 with zero gradients if every label is ignored.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(64, min(256, CHUNK_ELEMENTS // weight.size(0)))
+        chunk_tokens = rows_per_chunk(weight.size(0))
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, torch.is_grad_enabled())
 
 
@@ -40,31 +45,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, grad_enabled: bool
     ) -> Tensor:
-        device_type = hidden.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-        loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        head = weight.to(matmul_dtype)
-        # needs_input_grad ignores no_grad
-        hidden_needs_grad, weight_needs_grad = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
-        hidden_grad = torch.empty_like(hidden) if hidden_needs_grad else None
-        weight_grad = torch.zeros_like(weight, dtype=loss_dtype) if weight_needs_grad else None
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        chunk = max(1, min(chunk_tokens, hidden.size(0)))
+        needs_hidden, needs_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])  # ignores no_grad
+        head = ChunkedHead(hidden, weight, (needs_hidden, needs_weight), dtype, chunk)
         num_valid = (labels != IGNORE_INDEX).sum().clamp(min=1)
-        loss = torch.zeros((), dtype=loss_dtype, device=hidden.device)
-        if hidden.size(0):
-            chunk = min(chunk_tokens, hidden.size(0))
-            buffer = torch.empty(chunk, weight.size(0), dtype=loss_dtype, device=hidden.device)
-            with torch.autocast(device_type, enabled=False):
-                for start in range(0, hidden.size(0), chunk):
-                    rows = slice(start, start + chunk)
-                    grad_rows = None if hidden_grad is None else hidden_grad[rows]
-                    x, label = hidden[rows].to(matmul_dtype), labels[rows]
-                    loss += _chunk(
-                        x, head, label, 1 / num_valid.to(loss_dtype), buffer[: x.size(0)], grad_rows, weight_grad
-                    )
-            del buffer  # before weight_grad is cast
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.size(0), chunk):
+                rows = slice(start, start + chunk)
+                loss += _chunk(head, rows, labels[rows], 1 / num_valid.to(dtype))
         # not save_for_backward: the only reference lets backward scale the gradients in place, without a second copy
-        ctx.gradients = (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        ctx.gradients = head.gradients()
         return loss / num_valid
 
     @staticmethod
@@ -80,54 +72,81 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None
 
 
-def _chunk(
-    x: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    weight_per_token: Tensor,
-    buffer: Tensor,
-    hidden_grad: Tensor | None,
-    weight_grad: Tensor | None,
-) -> Tensor:
-    """Sum of the losses of one chunk; writes the gradient of x and adds to that of the head, both scaled.
-
-    Args:
-        x: (C, D), and head (V, D), in the dtype of the matmuls.
-        buffer: (C, V) to work in, in the dtype of the loss.
-        hidden_grad: (C, D), or None.
-        weight_grad: (V, D) in the dtype of the loss, or None.
-    """
+def _chunk(head: "ChunkedHead", rows: slice, labels: Tensor, weight_per_token: Tensor) -> Tensor:
+    """Sum of the losses of one chunk; gives the head the gradient of its logits, scaled."""
     valid = (labels != IGNORE_INDEX)[:, None]
     target = labels[:, None].masked_fill(~valid, 0)
-    blocks = [slice(i, i + VOCABULARY_BLOCK) for i in range(0, head.size(0), VOCABULARY_BLOCK)]
-    if x.dtype == buffer.dtype:
-        torch.mm(x, head.T, out=buffer)
-    else:
-        for block in blocks:
-            buffer[:, block] = x @ head[block].T
+    buffer = head.logits(rows)
     # softmax step by step in place: no second (C, V) tensor
     target_logits = buffer.gather(1, target)
     top = buffer.amax(dim=1, keepdim=True)
     exponentials = buffer.sub_(top).exp_()
     total = exponentials.sum(dim=1, keepdim=True)
     loss = (total.log() + top - target_logits).masked_fill(~valid, 0).sum()
-    if hidden_grad is None and weight_grad is None:
-        return loss
-    scale = valid.to(buffer.dtype) * weight_per_token
-    grad = exponentials.mul_(scale / total).scatter_add_(1, target, -scale)  # (softmax - one_hot) * scale
-    if x.dtype == buffer.dtype:
-        if hidden_grad is not None:
-            torch.mm(grad, head, out=hidden_grad)
-        if weight_grad is not None:
-            weight_grad.addmm_(grad.T, x)
-        return loss
-    summed = torch.zeros_like(x, dtype=buffer.dtype)
-    for block in blocks:
-        grad_block = grad[:, block].to(x.dtype)
-        if hidden_grad is not None:
-            summed += grad_block @ head[block]
-        if weight_grad is not None:
-            weight_grad[block] += grad_block.T @ x
-    if hidden_grad is not None:
-        hidden_grad.copy_(summed)
+    if head.needs_grad:
+        scale = valid.to(buffer.dtype) * weight_per_token
+        # (softmax - one_hot) * scale
+        head.add_gradients(rows, exponentials.mul_(scale / total).scatter_add_(1, target, -scale))
     return loss
+
+
+class ChunkedHead:
+    """A linear head within a loop over chunks: logits of some rows, and from their gradient those of both factors.
+
+    Args:
+        hidden: (T, D).
+        weight: (V, D).
+        needs_grad: of both.
+        dtype: of the logits and of sums.
+        chunk: rows at a time, at most.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs_grad: tuple[bool, bool], dtype: torch.dtype, chunk: int
+    ) -> None:
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        self.hidden = hidden
+        self.weight_dtype = weight.dtype
+        self.head = weight.to(torch.get_autocast_dtype(device_type) if autocast else hidden.dtype)
+        self.hidden_grad = torch.empty_like(hidden) if needs_grad[0] else None
+        self.weight_grad = torch.zeros_like(weight, dtype=dtype) if needs_grad[1] else None
+        self.buffer = torch.empty(chunk, weight.size(0), dtype=dtype, device=hidden.device)
+        self.blocks = [slice(i, i + VOCABULARY_BLOCK) for i in range(0, weight.size(0), VOCABULARY_BLOCK)]
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.hidden_grad is not None or self.weight_grad is not None
+
+    def logits(self, rows: slice) -> Tensor:
+        """(C, V) in the buffer."""
+        x = self.hidden[rows].to(self.head.dtype)
+        buffer = self.buffer[: x.size(0)]
+        if x.dtype == buffer.dtype:
+            return torch.mm(x, self.head.T, out=buffer)
+        for block in self.blocks:
+            buffer[:, block] = x @ self.head[block].T
+        return buffer
+
+    def add_gradients(self, rows: slice, grad: Tensor) -> None:
+        """`grad` (C, V) is that of these rows' logits."""
+        x = self.hidden[rows].to(self.head.dtype)
+        if x.dtype == grad.dtype:
+            if self.hidden_grad is not None:
+                torch.mm(grad, self.head, out=self.hidden_grad[rows])
+            if self.weight_grad is not None:
+                self.weight_grad.addmm_(grad.T, x)
+            return
+        summed = torch.zeros_like(x, dtype=grad.dtype)
+        for block in self.blocks:
+            grad_block = grad[:, block].to(x.dtype)
+            if self.hidden_grad is not None:
+                summed += grad_block @ self.head[block]
+            if self.weight_grad is not None:
+                self.weight_grad[block] += grad_block.T @ x
+        if self.hidden_grad is not None:
+            self.hidden_grad[rows] = summed
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        del self.buffer  # before weight_grad is cast
+        return self.hidden_grad, None if self.weight_grad is None else self.weight_grad.to(self.weight_dtype)

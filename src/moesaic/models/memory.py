@@ -30,7 +30,7 @@ from moesaic.layers import (
 )
 from moesaic.layers.expert_backends import make_blocks
 from moesaic.layers.moe import runs_lean
-from moesaic.losses.cross_entropy import CHUNK_ELEMENTS, VOCABULARY_BLOCK, linear_cross_entropy
+from moesaic.losses.cross_entropy import VOCABULARY_BLOCK, linear_cross_entropy, rows_per_chunk
 from moesaic.models.accounting import kv_cache_bytes
 from moesaic.models.config import DecoderConfig
 from moesaic.models.decoder import Block, Decoder, build_decoder
@@ -202,7 +202,7 @@ def _walk(
 def _loss(config: DecoderConfig, sizes: _Sizes) -> int:
     """`linear_cross_entropy` at its peak, without the hidden states."""
     vocabulary, dim = config.vocab_size, config.dim
-    chunk = min(sizes.tokens, max(64, min(256, CHUNK_ELEMENTS // vocabulary)))
+    chunk = min(sizes.tokens, rows_per_chunk(vocabulary))
     head_gradient, working = vocabulary * dim * sizes.exact_bytes, chunk * vocabulary * sizes.exact_bytes
     if sizes.bytes != sizes.exact_bytes:
         block = min(vocabulary, VOCABULARY_BLOCK)
