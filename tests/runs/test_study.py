@@ -310,7 +310,8 @@ def test_train_says_where_a_study_belongs() -> None:
 
 
 DRIVER = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 sys.path.insert(0, sys.argv[1])
 import study
 sys.exit(study.study(json.load(open(sys.argv[2])), "python scripts/study.py ..."))
