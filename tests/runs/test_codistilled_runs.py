@@ -305,6 +305,7 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, teacher: Path, tm
     def command(name: str) -> list[str]:
         settings = [
             "debug=smoke",
+            "trainer.precision=32-true",
             "data=files",
             "data.tokenizer=bytes",
             f"data.path={corpus}",

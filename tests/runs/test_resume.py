@@ -20,7 +20,14 @@ def command(corpus: Path, tmp_path: Path, run_dir: str) -> list[str]:
     return [
         sys.executable,
         str(ROOT / "scripts" / "train.py"),
-        *("debug=smoke", "data=files", "data.tokenizer=bytes", f"data.path={corpus}", f"run_dir={tmp_path / run_dir}"),
+        *(
+            "debug=smoke",
+            "trainer.precision=32-true",
+            "data=files",
+            "data.tokenizer=bytes",
+            f"data.path={corpus}",
+            f"run_dir={tmp_path / run_dir}",
+        ),
         *("model.dim=16", "model.attention.head_dim=4", "model.moe.expert_bias=true", "training.accumulate=2"),
         *("balance.expert_bias_update_rate=0.01", "balance.load_balance_scope=global_batch"),
         *("training.steps=120", "training.log_every=7", "training.validate_every=25"),

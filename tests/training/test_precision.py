@@ -19,14 +19,14 @@ MODEL = DecoderConfig(
 
 
 class Clock:
-    """Lets the calls in fp32 take one second each and those in bf16 `share` seconds."""
+    """Lets the calls in fp32 take `second` each and those in bf16 `share` of it."""
 
-    def __init__(self, share: float) -> None:
-        self.now, self.calls, self.share = 0.0, 0, share
+    def __init__(self, share: float, second: float = 1.0) -> None:
+        self.now, self.calls, self.share, self.second = 0.0, 0, share, second
 
     def __call__(self) -> float:
         if self.calls % 2:
-            self.now += self.share if self.calls % 4 == 3 else 1.0
+            self.now += self.second * (self.share if self.calls % 4 == 3 else 1.0)
         self.calls += 1
         return self.now
 
@@ -39,3 +39,9 @@ def test_the_faster_one_is_chosen(monkeypatch: pytest.MonkeyPatch, share: float,
     assert chosen == expected
     assert f"bf16-mixed takes {share:.2f}x the time of 32-true" in reason
     assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_what_is_too_short_to_tell_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.training.precision.time.perf_counter", Clock(0.5, second=0.01))
+    chosen, reason = choose_precision(MODEL, TrainingConfig(steps=1, batch_size=2, seq_len=4), "cpu")
+    assert chosen == "32-true" and "takes less than 0.05 s" in reason

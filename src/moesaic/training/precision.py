@@ -13,6 +13,9 @@ __all__ = ["choose_precision"]
 WORTHWHILE = 0.75
 """bf16-mixed must take less than this share of the time of fp32: so little that all runs on a machine choose alike."""
 
+TOO_SHORT = 0.05
+"""Seconds of a micro-batch in fp32; what a busy machine does to less than this decides more than the precision."""
+
 
 def choose_precision(model: DecoderConfig, training: TrainingConfig, accelerator: str) -> tuple[Precision, str]:
     """What `trainer.precision=auto` means here, and why: (precision, reason).
@@ -40,6 +43,8 @@ def choose_precision(model: DecoderConfig, training: TrainingConfig, accelerator
             loss.backward()
             seconds[mixed].append(time.perf_counter() - began)
             decoder.zero_grad()
+    if min(seconds[False]) < TOO_SHORT:
+        return "32-true", f"a micro-batch takes less than {TOO_SHORT} s here: too little to gain, and to tell"
     share = min(seconds[True]) / min(seconds[False])
     chosen: Precision = "bf16-mixed" if share < WORTHWHILE else "32-true"
     return chosen, f"bf16-mixed takes {share:.2f}x the time of 32-true here; auto takes it below {WORTHWHILE}x"
