@@ -122,8 +122,9 @@ def test_coactivation_padding_and_batches_that_add_up() -> None:
     assert added.by_position.tolist() == [[3, 2, 1], [2, 2, 0], [1, 0, 1]]
 
 
-@pytest.mark.parametrize("strings", [STRINGS, [b"$\\", *STRINGS[1:]], None], ids=["strings", "mathtext", "ids"])
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(
+    ("strings", "top_k"), [(STRINGS, 1), ([b"$\\", *STRINGS[1:]], 2), (None, 1)], ids=["strings", "mathtext", "ids"]
+)
 def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int) -> None:
     seen = Specialisation(6, strings)
     ids = torch.stack([torch.randperm(4)[:top_k] for _ in range(40)])

@@ -87,6 +87,14 @@ def test_bad_input(common: list[str], arguments: list[str], message: str) -> Non
         compared(*common[:-1], *arguments)
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     compare.main(["--help"])
     assert "solve=active_flops|parameters|seconds" in capsys.readouterr().out
+    compare.main(["a=", "b=model.dense_twin=true", *common])
+    shown = capsys.readouterr().out
+    assert "MFLOP per token, training" in shown
+    assert shown.count("python scripts/train.py debug=smoke") == 2
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["a=", *common])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: b: missing; it needs a string\n"

@@ -220,7 +220,8 @@ def plot_specialisation(found: Specialisation, out: Path) -> bool:
         labels = [found.describe(token) for token in frequent.tolist()]
         _heat(tokens, counts.by_token[frequent], "by token, most frequent first", "expert", labels)
         octaves = _by_octave(counts.by_position)
-        labels = [f"{2**k - 1} to {2 ** (k + 1) - 2}" for k in range(len(octaves))]
+        last = counts.by_position.size(0) - 1
+        labels = ["0", *(f"{2**k - 1} to {min(2 ** (k + 1) - 2, last)}" for k in range(1, len(octaves)))]
         _heat(positions, octaves, "by position in the window", "expert", labels)
         if counts.together.sum() > counts.together.diagonal().sum():
             chosen = counts.together.diagonal()[:, None].clamp(min=1)
