@@ -5,7 +5,8 @@ python scripts/compare.py a="model.dense_twin=true" b="model.moe.num_experts=16"
 a and b are overrides of conf/train.yaml, separated by spaces; any other key=value holds for both. Printed are
 parameters, FLOPs per token, bytes of fp32 training, and the median time of interleaved steps. Options:
   solve=active_flops|parameters|seconds  find the width of b (a multiple of 8) that makes this equal to a's:
-                      active FLOPs per token, all parameters, or the measured time of a step (to 2%)
+                      active FLOPs per token, all parameters, or the measured time of a step (the search ends within
+                      2%; what is printed is measured anew, so it says how much the machine's noise allows)
   width=KEY           which: model.moe.hidden_dim, of every expert (default where b has MoE layers or dense twins; a
                       shared expert of width null and the twins follow), or model.hidden_dim, of the dense FFNs
   rounds=7            steps timed per model; 0: none

@@ -4,6 +4,7 @@ Counted in one pass, by layer. Kinds of files are not among it: a token stream d
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,10 +134,16 @@ class Specialisation:
 
     def by_class(self, name: str) -> Tensor | None:
         """(5, E) choices of a layer by `BYTE_CLASSES`; None if the tokens' bytes are not known."""
+        if self._classes is None:
+            return None
+        return _sum_rows(self.layers[name].by_token[: len(self._classes)], self._classes, len(BYTE_CLASSES))
+
+    @functools.cached_property
+    def _classes(self) -> Tensor | None:
+        """(V,) place in `BYTE_CLASSES` of each token."""
         if self.token_strings is None:
             return None
-        classes = torch.tensor([BYTE_CLASSES.index(byte_class(token)) for token in self.token_strings])
-        return _sum_rows(self.layers[name].by_token[: len(classes)], classes, len(BYTE_CLASSES))
+        return torch.tensor([BYTE_CLASSES.index(byte_class(token)) for token in self.token_strings])
 
     def numbers(self) -> dict[str, float]:
         """For metrics.json: what token, byte class, position and the layer before explain of the choice of expert.
