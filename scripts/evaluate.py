@@ -2,6 +2,9 @@
 
 A recall checkpoint: data=associative_recall, with data.task as it was trained.
 
+What each expert takes, and what another checkpoint of the same run routes differently:
+python scripts/evaluate.py checkpoint=PATH task=specialisation output=DIRECTORY [other_checkpoint=PATH]
+
 Long contexts, with switches of the model turned at inference only:
 python scripts/evaluate.py checkpoint=PATH task=loss_by_position|needle variants=[as_trained,no_temperature,window]
 """
@@ -17,6 +20,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Column, Table
+from torch import Tensor
 
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
@@ -28,7 +32,9 @@ from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.plots import plot_loss_by_position
 from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
-from moesaic.training.checkpoints import load_model
+from moesaic.evaluation.specialisation import Drift, Specialisation, plot_specialisation
+from moesaic.models import Decoder, DecoderOutput
+from moesaic.training.checkpoints import TrainedModel, load_model, token_strings
 from moesaic.training.config import require_accelerator
 from moesaic.training.probes import (
     open_source,
@@ -42,8 +48,14 @@ from moesaic.training.records import write_json
 
 
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
-    """Loss in nats per token, bits per byte and router load of a checkpoint, as a plain mapping."""
+    """Loss in nats per token, bits per byte and router load of a checkpoint, as a plain mapping.
+
+    With task=specialisation what explains the choice of expert as well, and drift to other_checkpoint.
+    """
     _require_checkpoint(config)
+    specialised = config["task"] == "specialisation"
+    if config["other_checkpoint"] is not None and not specialised:
+        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
     if config["variants"] != ["as_trained"]:
         raise InputError(f"variants={config['variants']}: they need task=loss_by_position or task=needle")
     if config["split"] not in ("validation", "train"):
@@ -72,14 +84,27 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         else TaskEvaluationLoader(data.task, seq_len=seq_len, **batches)
     )
     decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
+    specialisation = Specialisation(model.config.vocab_size, token_strings(model.tokenizer))
+    watchers: list[Specialisation | Drift] = [specialisation] if specialised else []
+    if config["other_checkpoint"] is not None:
+        watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.embedding.weight.device)))
+
+    def watch(output: DecoderOutput, batch: dict[str, Tensor]) -> None:
+        for watcher in watchers:
+            watcher.update(output, batch)
+
     score = evaluate_language_model(
-        decoder, track(loader, "evaluating", total=len(loader), console=Console(stderr=True)), model.token_bytes
+        decoder, track(loader, "evaluating", total=len(loader), console=Console(stderr=True)), model.token_bytes, watch
     )
+    if specialised and not score.tokens_per_expert:
+        raise InputError(f"task=specialisation: {config['checkpoint']} has no MoE layers")
     if config["max_batches"] is None:  # of a memory map without tokeniser the bytes are known for the whole split only
         score.num_bytes = score.num_bytes or split.num_bytes or 0
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
+    for watcher in watchers:
+        numbers |= watcher.numbers()
     scores = {}
     if data.task is not None:  # most positions of its sequences have no loss, so none is shown by position
         scores = score_recall(decoder, data.task, seq_len, config["batch_size"])
@@ -87,6 +112,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if config["output"]:
         output = Path(config["output"])
         output.mkdir(parents=True, exist_ok=True)
+        if specialised:
+            plot_specialisation(specialisation, output / "specialisation.png")
         record = {"config": config, **numbers}
         if data.task is not None:
             write_json(output / "evaluation.json", record)
@@ -98,14 +125,31 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
+def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
+    """Of a checkpoint that reads the same tokens."""
+    other = load_model(checkpoint)
+    if (other.tokenizer and other.tokenizer.to_dict()) != (model.tokenizer and model.tokenizer.to_dict()):
+        raise InputError(f"other_checkpoint={checkpoint}: it has another tokeniser than checkpoint")
+    if other.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"other_checkpoint={checkpoint}: it has a vocabulary of {other.config.vocab_size}; checkpoint has one of "
+            f"{model.config.vocab_size}"
+        )
+    return other.decoder
+
+
 def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The tasks loss_by_position and needle: numbers per variant."""
     if config["task"] not in ("loss_by_position", "needle"):
-        raise InputError(f"task={config['task']!r}: allowed are score, loss_by_position, needle")
+        raise InputError(f"task={config['task']!r}: allowed are score, specialisation, loss_by_position, needle")
     _require_checkpoint(config)
+    if config["other_checkpoint"] is not None:
+        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
     for key in ("seq_len", "max_batches"):
         if config[key] is not None:
-            raise InputError(f"{key}={config[key]!r}: only task=score has it; see the section {config['task']}")
+            raise InputError(
+                f"{key}={config[key]!r}: only task=score and task=specialisation have it; see the section {config['task']}"
+            )
     if not isinstance(config["batch_size"], int) or config["batch_size"] < 1:
         raise InputError(f"batch_size={config['batch_size']!r}: allowed are integers >= 1")
     variants = config["variants"]
@@ -174,7 +218,7 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
 
 @hydra.main(config_path=CONFIG_PATH, config_name="evaluate", version_base="1.3")
 def main(config: DictConfig) -> None:
-    if config.task != "score":
+    if config.task not in ("score", "specialisation"):
         summary = exit_on_bad_input(lambda: evaluate_long_context(plain(config)))
         Console().print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
         return

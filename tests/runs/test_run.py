@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moesaic.errors import InputError
 from moesaic.training import run as run_module
@@ -48,9 +49,12 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
         "plots/loss.png",
         "plots/expert_load.png",
         "plots/loss_by_position.png",
+        "plots/specialisation.png",
     ):
         assert (run_dir / name).stat().st_size > 0, name
-    assert list((run_dir / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["specialisation"]
+    assert 0 < metrics["router/layers.1.ffn/token_expert_nmi"] <= 1
     assert metrics == json.loads((run_dir / "metrics.json").read_text())
     assert metrics["status"] == "finished"
     assert metrics["steps"] == 20
@@ -77,6 +81,7 @@ def test_dense_model_has_no_router_rows(composed: Composed) -> None:
     metrics = run(config)
     assert not any(key.startswith("router/") for key in metrics)
     assert not (only_run(config) / "plots" / "expert_load.png").exists()
+    assert not (only_run(config) / "plots" / "specialisation.png").exists()
 
 
 def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.losses import SoftWeightConfig
 from moesaic.models import DecoderConfig
+from moesaic.training.checkpoints import load_model, save_model
 from moesaic.training.config import DistillationConfig, RunConfig
 from moesaic.training.run import run
 
@@ -162,6 +163,35 @@ def test_evaluate_agrees_with_the_end_of_training(trained: Path, composed: Compo
     elsewhere.write_text("Some English prose.\n" * 200)
     config = composed("data=files", f"data.path={elsewhere}", f"checkpoint={trained}", config="evaluate")
     assert evaluate.evaluate(config)["bits_per_byte"] > numbers["bits_per_byte"]
+
+
+def test_specialisation_and_drift(trained: Path, composed: Composed, tmp_path: Path) -> None:
+    final = json.loads((trained.parents[1] / "metrics.json").read_text())
+    asked = ["data=files", f"checkpoint={trained}", "task=specialisation", f"output={tmp_path / 'seen'}"]
+    numbers = evaluate.evaluate(composed(*asked, f"other_checkpoint={trained}", config="evaluate"))
+    assert numbers["router/layers.1.ffn/drift"] == numbers["router/layers.3.ffn/drift"] == 0
+    assert json.loads((tmp_path / "seen" / "evaluation.json").read_text())["router/layers.1.ffn/drift"] == 0
+    assert (tmp_path / "seen" / "specialisation.png").stat().st_size > 0
+    key = "router/layers.1.ffn/token_expert_nmi"
+    assert numbers[key] == pytest.approx(final[key], abs=1e-3)
+
+    other = load_model(trained)
+    for layer in (1, 3):
+        other.decoder.get_submodule(f"layers.{layer}.ffn.router").weight.data.neg_()
+    save_model(tmp_path / "other.ckpt", other.decoder, other.tokenizer)
+    numbers = evaluate.evaluate(composed(*asked, f"other_checkpoint={tmp_path / 'other.ckpt'}", config="evaluate"))
+    assert numbers["router/layers.1.ffn/drift"] > 0.9, "the least likely expert in place of the most likely one"
+
+    save_model(tmp_path / "bare.ckpt", other.decoder)
+    with pytest.raises(InputError, match=r"other_checkpoint=.*bare.ckpt: it has another tokeniser than checkpoint"):
+        evaluate.evaluate(composed(*asked, f"other_checkpoint={tmp_path / 'bare.ckpt'}", config="evaluate"))
+    with pytest.raises(InputError, match=r"other_checkpoint=x: only task=specialisation has it"):
+        evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "other_checkpoint=x", config="evaluate"))
+    twin = run(composed("model.dense_twin=true", "training.steps=1", f"run_dir={tmp_path / 'dense'}"))
+    assert twin["status"] == "finished"
+    dense = f"checkpoint={tmp_path / 'dense' / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(InputError, match=r"task=specialisation: .*last.ckpt has no MoE layers"):
+        evaluate.evaluate(composed("data=files", dense, "task=specialisation", config="evaluate"))
 
 
 def test_evaluate_refuses_bad_input(trained: Path, composed: Composed) -> None:

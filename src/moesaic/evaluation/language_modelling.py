@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,15 @@ class LanguageModelScore:
 
 @torch.inference_mode()
 def evaluate_language_model(
-    decoder: Decoder, batches: Iterable[dict[str, Tensor]], token_bytes: Tensor | None = None
+    decoder: Decoder,
+    batches: Iterable[dict[str, Tensor]],
+    token_bytes: Tensor | None = None,
+    watch: Callable[[DecoderOutput, dict[str, Tensor]], None] | None = None,
 ) -> LanguageModelScore:
-    """Score `decoder` in evaluation mode on batches of tokens, labels and (optionally) valid, each (B, L)."""
+    """Score `decoder` in evaluation mode on batches of tokens, labels and (optionally) valid, each (B, L).
+
+    `watch` sees each batch and what the decoder said to it, so that one pass serves other measures as well.
+    """
     was_training = decoder.training
     device = decoder.embedding.weight.device
     score = LanguageModelScore(token_bytes)
@@ -82,7 +88,10 @@ def evaluate_language_model(
     try:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items()}
-            score.update(decoder(batch["tokens"]), batch["labels"], batch.get("valid"))
+            output = decoder(batch["tokens"])
+            score.update(output, batch["labels"], batch.get("valid"))
+            if watch is not None:
+                watch(output, batch)
     finally:
         decoder.train(was_training)
     return score

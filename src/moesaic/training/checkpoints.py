@@ -24,6 +24,7 @@ __all__ = [
     "sample_text",
     "save_model",
     "token_bytes",
+    "token_strings",
 ]
 
 
@@ -128,6 +129,11 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def token_strings(tokenizer: Tokenizer | None) -> list[bytes] | None:
+    """The bytes of each token; None without a tokeniser."""
+    return None if tokenizer is None else [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.image import imread
 from rich.console import Console
 
 from moesaic.allocator import keep_freed_memory
@@ -35,6 +36,7 @@ from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.evaluation.plots import plot_distillation, plot_expert_load, plot_loss, plot_loss_by_position
 from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
+from moesaic.evaluation.specialisation import Specialisation, plot_specialisation
 from moesaic.models import Decoder, DecoderConfig, account
 from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
 from moesaic.training.checkpoints import (
@@ -45,6 +47,7 @@ from moesaic.training.checkpoints import (
     sample_text,
     save_model,
     token_bytes,
+    token_strings,
 )
 from moesaic.training.config import RunConfig, TrainingConfig, require_accelerator, teacher_mapping
 from moesaic.training.distillation import open_targets, require_paths, require_same_teacher
@@ -212,9 +215,10 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
     if status["status"] == "finished":
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
         lengths = None if lengths_in_bytes is None else torch.tensor(lengths_in_bytes)
-        score = evaluate_language_model(module.decoder, test_loader, lengths)
+        specialisation = Specialisation(model_config.vocab_size, token_strings(data.tokenizer))
+        score = evaluate_language_model(module.decoder, test_loader, lengths, specialisation.update)
         score.num_bytes = score.num_bytes or data.validation.num_bytes or 0  # of a memory map without tokeniser
-        metrics |= {**_final_numbers(score), "validation/seq_len": test_loader.seq_len}
+        metrics |= {**_final_numbers(score), **specialisation.numbers(), "validation/seq_len": test_loader.seq_len}
         if (teacher := module.teacher or (None if opened is None else opened.decoder)) is not None:
             theirs = evaluate_language_model(teacher, test_loader, lengths)
             theirs.num_bytes = score.num_bytes
@@ -233,6 +237,8 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
             plot_variants_by_position(found, run_dir / "plots" / "extend_context.png", training.seq_len)
             console.print(extension_table(found, stretches))
             metrics |= extension_numbers(found, stretches)
+        if plot_specialisation(specialisation, picture := run_dir / "plots" / "specialisation.png"):
+            tensorboard.experiment.add_image("specialisation", imread(picture), metrics["steps"], dataformats="HWC")
         if data.task is not None:
             metrics |= _recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
         if data.tokenizer is not None:
