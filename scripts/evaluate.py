@@ -148,7 +148,8 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
     for key in ("seq_len", "max_batches"):
         if config[key] is not None:
             raise InputError(
-                f"{key}={config[key]!r}: only task=score and task=specialisation have it; see the section {config['task']}"
+                f"{key}={config[key]!r}: only task=score and task=specialisation have it; "
+                f"see the section {config['task']}"
             )
     if not isinstance(config["batch_size"], int) or config["batch_size"] < 1:
         raise InputError(f"batch_size={config['batch_size']!r}: allowed are integers >= 1")
