@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch.utils.data import DataLoader
+from torch import distributed
 
 from moesaic.config import from_mapping, to_mapping
 from moesaic.distillation import FrozenTeacher, weights_hash
@@ -80,8 +81,21 @@ def make(
     )
 
 
-def fit(module: LanguageModel, data: list[Batch], validation: list[Batch] | None = None) -> list[dict[str, float]]:
-    """Train; returns the logged rows."""
+class Shared:
+    """Batches that the ranks of a process group take in turn."""
+
+    def __init__(self, data: list[Batch]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Batch]:
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        return iter(self.data[distributed.get_rank() :: ranks] if ranks > 1 else self.data)
+
+
+def fit(
+    module: LanguageModel, data: list[Batch], validation: list[Batch] | None = None, *, ranks: int = 1
+) -> list[dict[str, float]]:
+    """Train; returns the logged rows, none of more than one rank."""
     rows: list[dict[str, float]] = []
 
     class Keep(DummyLogger):
@@ -94,7 +108,9 @@ def fit(module: LanguageModel, data: list[Batch], validation: list[Batch] | None
 
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_steps=len(data) // module.config.training.accumulate,
+        devices=ranks,
+        strategy="auto" if ranks == 1 else "ddp_fork",
+        max_steps=len(data) // (module.config.training.accumulate * ranks),
         accumulate_grad_batches=module.config.training.accumulate,
         val_check_interval=1 if validation else None,
         num_sanity_val_steps=0,
@@ -106,8 +122,7 @@ def fit(module: LanguageModel, data: list[Batch], validation: list[Batch] | None
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    loaders = [DataLoader(x, batch_size=None) if x else None for x in (data, validation)]  # type: ignore[arg-type]
-    trainer.fit(module, *loaders)
+    trainer.fit(module, Shared(data), None if validation is None else Shared(validation))
     return rows
 
 
@@ -122,6 +137,27 @@ def joint(**settings: Any) -> DistillationConfig:
 def some_teacher(seed: int = 9) -> Decoder:
     torch.manual_seed(seed)
     return build_decoder(llama4_toy(moe=MoEConfig(num_experts=8, hidden_dim=32, expert_bias=True)))
+
+
+# ---- ranks
+
+
+@pytest.mark.parametrize("source", ["joint", "frozen"])
+def test_two_ranks_train_as_one_that_accumulates(source: str) -> None:
+    """Gradients, running losses of the gap control, and expert biases of student and teacher are those of all ranks."""
+    data = batches(6)
+    policy = SoftWeightConfig(value=0.9, gap=0.5, ema=0.5)
+    distillation = joint(soft_weight=policy) if source == "joint" else frozen(policy)
+    teacher = some_teacher() if source == "frozen" else None
+    one, two = (make(STUDENT, distillation, teacher, accumulate=accumulate) for accumulate in (2, 1))
+    begin = copy.deepcopy(one.state_dict())
+    fit(one, data)
+    fit(two, data, ranks=2)
+    expected, found = one.state_dict(), two.state_dict()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    moved = [name for name, value in begin.items() if not torch.equal(value, expected[name])]
+    assert {"soft_weight.student_loss", "soft_weight.teacher_loss"} < set(moved)
+    assert sum("expert_bias" in name for name in moved) == sum("expert_bias" in name for name in begin)
 
 
 # ---- a teacher that trains along
