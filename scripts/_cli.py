@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,9 +37,13 @@ def refuse_unknown_keys(config_name: str, arguments: Sequence[str]) -> None:
     Raises:
         InputError: for the first such override among `arguments` (a command line).
     """
-    with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        config = compose(config_name)
     groups = {path.name for path in Path(CONFIG_PATH).iterdir() if path.is_dir()}
+    chosen = [argument for argument in arguments if argument.partition("=")[0] in groups]
+    with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        try:
+            config = compose(config_name, chosen)  # an experiment may give keys to a section that is null by default
+        except HydraException:  # a sweep over experiments, or one that is not there, which Hydra says well
+            config = compose(config_name)
     for argument in arguments:
         key, separator, _ = argument.partition("=")
         if not separator or key in groups or key[0] in "+~-" or key.split(".")[0] == "hydra" or "@" in key:

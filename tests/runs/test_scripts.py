@@ -256,9 +256,18 @@ def test_unknown_keys_are_answered_with_the_allowed_ones(argument: str, message:
         refuse_unknown_keys("train", ["-m", "seed=1,2", argument])
 
 
+def test_keys_of_a_section_that_only_the_experiment_gives() -> None:
+    refuse_unknown_keys("train", ["experiment=codistill_frozen", "distillation.soft_weight.value=0.1"])
+    with pytest.raises(
+        InputError, match=re.escape("distillation.teachr: unknown key (did you mean distillation.teach")
+    ):
+        refuse_unknown_keys("train", ["experiment=codistill_frozen", "distillation.teachr=x"])
+
+
 def test_known_keys_groups_and_hydra_syntax_pass() -> None:
     known = ["experiment=balancing", "model=llama4_tiny", "+extra.key=1", "~balance", "hydra.run.dir=x", "seed=1"]
     refuse_unknown_keys("train", [*known, "model.attention.rope_scaling.factor=8", "-m", "--cfg", "job"])
+    refuse_unknown_keys("train", ["experiment=codistill_frozen,balancing", "-m"])
 
 
 def test_unknown_key_on_the_command_line() -> None:
