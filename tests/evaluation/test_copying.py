@@ -34,6 +34,7 @@ def test_a_copier_knows_the_second_copy_only() -> None:
     found = copying_score(Copier(7), first, batch_size=6)
     assert found["accuracy"] == 1.0
     assert found["second"] == pytest.approx(0.0, abs=1e-6)
+    assert found["gain"] == found["first"] - found["second"]
     assert found["first"] == pytest.approx(math.log(VOCABULARY), rel=1e-6)
 
 

@@ -52,7 +52,8 @@ def copying_score(decoder: nn.Module, first: Tensor, batch_size: int = 16) -> di
         first: (N, L) int64.
 
     Returns:
-        "first" and "second": nats per token of both copies, the first token of each left out; "accuracy" on the second.
+        "first" and "second": nats per token of both copies, the first token of each left out; "gain": first - second,
+        what the model takes from the first copy; "accuracy" on the second.
     """
     was_training = decoder.training
     decoder.eval()
@@ -67,4 +68,4 @@ def copying_score(decoder: nn.Module, first: Tensor, batch_size: int = 16) -> di
         sums[2] += (logits[:, length:].argmax(dim=-1) == passage[:, 1:]).sum().cpu()
     decoder.train(was_training)
     one, two, right = (sums / (first.size(0) * (length - 1))).tolist()
-    return {"first": one, "second": two, "accuracy": right}
+    return {"first": one, "second": two, "gain": one - two, "accuracy": right}
