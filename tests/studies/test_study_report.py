@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from moesaic.studies.config import Job, StudyConfig
-from moesaic.studies.report import total_flops, write_study_report
+from moesaic.studies.report import _over_position, total_flops, write_study_report
 from moesaic.studies.statistics import summarise
 
 StudyOf = Callable[..., StudyConfig]
@@ -99,8 +99,36 @@ def test_axes_and_variants_are_drawn(
     printed = report(study, base, rows, tmp_path)
     assert "hot (experts=8)" in printed
     assert "moe at experts=2 is better than dense by 0.2000" in printed
-    assert "no correction for 4 comparisons" in printed
+    assert "no correction for 6 comparisons" in printed, "two of them of hot to moe, its own arm"
     assert (tmp_path / "effect.png").stat().st_size > 5000
+    assert not (tmp_path / "by_position.png").exists()
+
+
+def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What the buckets of the loss by position hold is made up: seed 0, 1, 2 and 0.5 less for what is switched."""
+    study = study_of(tune=None, variants={"hot": {"arm": "moe", "overrides": {"model.norm_eps": 0.1}}})
+    rows = run_all(study_of(tune=None), base, loss)
+    for key, row in list(rows.items()):
+        row["metrics"] |= {f"loss_by_position/as_trained/loss/{a}-{a + 2}": 1.0 + row["seed"] for a in (0, 2, 4)}
+        if row["arm"] == "moe":
+            value = row["metrics"]["validation/bits_per_byte"] - 0.5 - 0.01 * row["seed"]
+            hot = {**row["metrics"], "validation/bits_per_byte": value}
+            new = key.replace("moe", "hot").replace("measure", "variant")
+            rows[new] = {**row, "arm": "hot", "purpose": "variant", "curve": {}, "metrics": hot}
+    printed = report(study, base, rows, tmp_path)
+    assert (
+        "- hot is better than moe by 0.5100 [0.4852, 0.5348] (3 pairs); hot is better than dense by 0.7100" in printed
+    )
+    table = (tmp_path / "table.md").read_text()
+    assert "| to its own arm [95%] |" in table
+    assert "-0.5100 [-0.5348, -0.4852]" in table
+    hot = json.loads((tmp_path / "summary.json").read_text())["results"][-1]
+    assert hot["to_its_own_arm"]["mean"] == pytest.approx(-0.51)
+    assert "(by_position.png)" in table
+    assert (tmp_path / "by_position.png").stat().st_size > 5000
+    assert _over_position(summarise(study, rows)[2])[1].tolist() == [[1.0] * 3, [2.0] * 3, [3.0] * 3]  # type: ignore[index]
 
 
 def test_the_teachers_flops_are_counted(

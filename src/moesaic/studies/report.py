@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.config import flatten
-from moesaic.evaluation.plots import COLOURS, GREY, Floats, _figure, _save
+from moesaic.evaluation.plots import COLOURS, GREY, Floats, _figure, _label, _save
 from moesaic.studies.config import Row, StudyConfig, apply_overrides, prepared_names, row_key
 from moesaic.studies.statistics import ArmResult, Interval, summarise
 from moesaic.training.records import write_atomically, write_json
 
-__all__ = ["plot_curves", "plot_effects", "plot_total_flops", "total_flops", "write_study_report"]
+__all__ = ["plot_by_position", "plot_curves", "plot_effects", "plot_total_flops", "total_flops", "write_study_report"]
 
 EDGE = "†"
 STUDENTS = 10
@@ -57,6 +58,10 @@ def write_study_report(
         paragraphs.append(f"![differences to {study.baseline} with 95% intervals](effect.png)")
     if with_curves:
         paragraphs.append("![checks during training over tokens, seconds and active FLOPs](curves.png)")
+    if plot_by_position(study, arms, results / "by_position.png"):
+        paragraphs.append(
+            "![loss over the position in the text, as trained and switched at evaluation](by_position.png)"
+        )
     if plot_total_flops(study, base, arms, rows, results / "total_flops.png"):
         paragraphs.append("![the end of training over FLOPs, those of the teacher counted in](total_flops.png)")
     write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
@@ -64,18 +69,31 @@ def write_study_report(
 
 
 def _table(study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:
-    columns = ["arm", "seeds", "mean ± 95%", "difference [95%]", "learning rate", "parameters", "active", "FLOPs"]
-    columns += ["seconds", "CPU s", "tuning", *(name.rpartition("/")[2] for name in study.also)]
+    switched = any(arm.switched is not None for arm in arms)
+    columns = ["arm", "seeds", "mean ± 95%", "difference [95%]", *(["to its own arm [95%]"] if switched else [])]
+    columns += ["learning rate", "parameters", "active", "FLOPs", "seconds", "CPU s", "tuning", *_short(study.also)]
     lines = []
     for arm in arms:
         cells = [arm.name, f"{arm.level.n} of {len(study.seeds)}", _plus_minus(arm.level)]
-        cells += ["-" if arm.difference is None else _bounds(arm.difference), _rate(study, base, arm)]
+        differences = [arm.difference, arm.switched] if switched else [arm.difference]
+        cells += ["-" if difference is None else _bounds(difference) for difference in differences]
+        cells += [_rate(study, base, arm)]
         cells += [_number(arm.mean_of(name), ",.0f") for name in ("parameters/total", "parameters/active")]
         cells += [_number(arm.mean_of("active_flops"), ".3g")]
         cells += [_number(arm.mean_of(name), ".0f") for name in ("seconds", "cpu_seconds")]
         cells += [f"{arm.tuning_cpu_seconds:.0f}" if arm.tuning_cpu_seconds else "-"]
         lines.append([*cells, *(_number(arm.mean_of(name), ".4g") for name in study.also)])
     return columns, lines
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Their last parts, with as much before them as tells them apart."""
+    parts = [name.split("/") for name in names]
+    for keep in range(1, max(map(len, parts), default=1) + 1):
+        short = ["/".join(each[-keep:]) for each in parts]
+        if len(set(short)) == len(short):
+            return short
+    return list(names)
 
 
 def _rate(study: StudyConfig, base: Mapping[str, Any], arm: ArmResult) -> str:
@@ -99,7 +117,7 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
     if len(study.seeds) < 2:
         notes.append("One seed: no interval.")
     notes += [_preparation(row) for row in rows.values() if row["purpose"] == "prepare"]
-    compared = sum(arm.difference is not None for arm in arms)
+    compared = sum((arm.difference is not None) + (arm.switched is not None) for arm in arms)
     if compared > 2:
         notes.append(f"Each interval stands for itself: no correction for {compared} comparisons.")
     if any(arm.tuning.at_edge for arm in arms):
@@ -145,6 +163,7 @@ def _summary(
             "level": _finite(arm.level),
             "baseline": arm.baseline,
             "difference": None if arm.difference is None else _finite(arm.difference),
+            "to_its_own_arm": None if arm.switched is None else _finite(arm.switched),
             "verdict": arm.verdict,
             "factor": arm.tuning.best,
             "factor_at_edge": arm.tuning.at_edge,
@@ -246,6 +265,59 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
     _legend(study, figure, panels[0], names)
     _save(figure, out)
     return True
+
+
+BUCKET = re.compile(r"loss_by_position/as_trained/loss/(\d+)-(\d+)")
+
+
+def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
+    """Loss over position: the arms, and below each other what was switched at evaluation, beside its own arm.
+
+    Mean over seeds, band from lowest to highest. False (no file) if no row has the buckets of `loss_by_position_probe`,
+    or if there is an axis.
+    """
+    found = {arm.arm: curve for arm in arms if (curve := _over_position(arm)) is not None}
+    if not found or study.axes:
+        return False
+    switched = [own for own in study.arms if any(v.arm == own and name in found for name, v in study.variants.items())]
+    panels_of = {"as trained": list(study.arms)}
+    for own in switched:
+        names = [own, *(name for name, variant in study.variants.items() if variant.arm == own)]
+        panels_of[f"{own}: switched at evaluation only"] = names
+    columns = min(2, len(panels_of))
+    rows = -(-len(panels_of) // columns)
+    figure, panels = _figure(rows, columns, width=6.5 * columns, height=4.2 * rows)
+    for panel, (title, names) in zip(panels, panels_of.items(), strict=False):
+        for i, name in enumerate(name for name in names if name in found):
+            x, values = found[name]
+            label = name.removeprefix(f"{names[0]}, ") if names[0] != name and title != "as trained" else name
+            style = _style(study, name) if title == "as trained" else {"color": [GREY, *COLOURS][i % 8]}
+            panel.plot(x, values.mean(axis=0), marker="o", markersize=3, label=label, **style)  # type: ignore[arg-type]
+            panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.12, linewidth=0)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda position, _: f"{position:.0f}")
+        _label(panel, title, "position in the text, tokens", "nats per token")
+        panel.legend(frameon=False, fontsize=8)
+    shared = [panel.get_ylim() for panel in panels[: len(panels_of)]]
+    for i, panel in enumerate(panels):
+        panel.set_visible(i < len(panels_of))
+        panel.set_ylim(min(low for low, _ in shared), max(high for _, high in shared))
+    _save(figure, out)
+    return True
+
+
+def _over_position(arm: ArmResult) -> tuple[Floats, Floats] | None:
+    """Centres of the buckets (n,), geometric, and the losses (seeds, n); None without."""
+    by_seed = []
+    for row in arm.rows:
+        buckets = sorted(
+            (int(m[1]), int(m[2]), value) for key, value in row["metrics"].items() if (m := BUCKET.fullmatch(key))
+        )
+        by_seed.append(buckets)
+    if not by_seed or not by_seed[0]:
+        return None
+    centres = np.array([math.sqrt(max(start, 1) * end) for start, end, _ in by_seed[0]])
+    return centres, np.array([[value for _, _, value in buckets] for buckets in by_seed])
 
 
 def total_flops(

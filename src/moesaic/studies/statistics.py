@@ -36,6 +36,9 @@ class ArmResult:
     tuning_cpu_seconds: float
     level: Interval
     difference: Interval | None  # to the baseline, paired by seed
+    switched: (
+        Interval | None
+    )  # of a variant: to its own arm, whose checkpoints it evaluates; None if that's the baseline
     verdict: str
 
     @property
@@ -91,7 +94,9 @@ def summarise(study: StudyConfig, rows: Mapping[str, Row]) -> list[ArmResult]:
     for point in study.points:
         baseline = _result(study, rows, study.baseline, point, None)
         for arm in (*others, *study.variants):
-            result = _result(study, rows, arm, point, baseline)
+            own = study.variants[arm].arm if arm in study.variants else study.baseline
+            unswitched = None if own == study.baseline else _result(study, rows, own, point, baseline)
+            result = _result(study, rows, arm, point, baseline, unswitched)
             results.setdefault((baseline.arm, baseline.axis), baseline)
             results.setdefault((arm, result.axis), result)
         results.setdefault((baseline.arm, baseline.axis), baseline)
@@ -104,6 +109,7 @@ def _result(
     arm: str,
     point: tuple[str, str] | None,
     baseline: ArmResult | None,
+    unswitched: ArmResult | None = None,
 ) -> ArmResult:
     cell = study.result_cell(arm, point)
     tuned = tuning(study, cell, rows)
@@ -121,6 +127,10 @@ def _result(
         difference = paired_difference(values, baseline.values)
         against = f"{baseline.arm} at {baseline.axis}" if baseline.axis not in (None, cell.axis) else baseline.arm
         text = verdict(place, against, difference, study.higher_is_better)
+    switched = None
+    if unswitched is not None:
+        switched = paired_difference(values, unswitched.values)
+        text = "; ".join((verdict(place, unswitched.name, switched, study.higher_is_better), text))
     diverged = len(found) - len(values)
     if diverged:
         text = "; ".join(
@@ -142,6 +152,7 @@ def _result(
         tuning_cpu_seconds=math.fsum(cost) if purpose == "measure" else 0.0,
         level=interval(list(values.values())),
         difference=difference,
+        switched=switched,
         verdict=text,
     )
 
