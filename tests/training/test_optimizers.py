@@ -12,7 +12,7 @@ from moesaic.training.optimizers import (
     MuonAdamW,
     build_optimizer,
     learning_rate_factor,
-    orthogonalize,
+    orthogonalizer,
     parameter_groups,
 )
 
@@ -81,11 +81,31 @@ def test_groups_without_muon_step_like_adamw() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_orthogonalize_brings_singular_values_near_one() -> None:
-    x = orthogonalize(torch.randn(4, 32, 12, dtype=torch.float64))
-    values = torch.linalg.svdvals(x)
-    assert values.min() > 0.6
+@pytest.mark.parametrize("shape", [(4, 32, 12), (4, 12, 32), (1, 9, 9)], ids=str)
+def test_orthogonalizer_brings_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    g = 1e-4 * torch.randn(shape, dtype=torch.float64)
+    q = orthogonalizer(g)
+    torch.testing.assert_close(q, q.mT)
+    values = torch.linalg.svdvals(g @ q if shape[1] > shape[2] else q @ g)
+    assert values[:, :-1].min() > 0.6
     assert values.max() < 1.3
+
+
+def test_a_gradient_of_zero_only_decays() -> None:
+    weight = nn.Parameter(torch.ones(2, 4, 6))
+    group = {"params": [weight], "muon": True, "lr": 0.1, "weight_decay": 0.5}
+    steps_of(MuonAdamW([group], lr=0.1), [weight], [[torch.zeros(2, 4, 6)]])
+    torch.testing.assert_close(weight.data, torch.full((2, 4, 6), 0.95))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_other_dtypes_take_the_same_steps(dtype: torch.dtype) -> None:
+    start, gradient = torch.randn(3, 8, 20), torch.randn(3, 8, 20)
+    weights = [nn.Parameter(start.to(each)) for each in (torch.float32, dtype)]
+    for weight in weights:
+        steps_of(MuonAdamW([{"params": [weight], "muon": True, "lr": 0.1}], lr=0.1), [weight], [[gradient.to(weight)]])
+    tolerance = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(weights[1].float(), weights[0], **tolerance)
 
 
 def test_state_survives_saving_and_loading() -> None:

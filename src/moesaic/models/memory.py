@@ -371,20 +371,19 @@ def _optimizer(decoder: nn.Module, name: str | None) -> tuple[int, int]:
     state = 2 * gradients + sum(torch.float32.itemsize for _ in decoder.parameters())  # each counts its steps
     if name == "adamw":
         return state, gradients
-    by_shape: dict[torch.Size, int] = {}
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in _hidden_matrices(decoder):
-        shape = parameter.shape[-2:]
-        by_shape[shape] = by_shape.get(shape, 0) + parameter.nbytes
+        by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
         state -= parameter.nbytes  # one moment
-        itemsize = parameter.dtype.itemsize
-    held, peak, last_updates = gradients, gradients, 0
-    for shape, size in by_shape.items():
-        # one batch in fp32, normalised; then polynomials of its small Gram matrices, and the result
-        x = size // itemsize * 4
+    held, peak = gradients, gradients
+    for shape, parameters in by_shape.items():
+        x = 4 * sum(parameter.numel() for parameter in parameters)  # the gradients of one shape in fp32
         gram = x // max(shape) * min(shape)
-        orthogonalize = max(x + 6 * gram, 2 * x + 3 * gram)
-        peak = max(peak, held + last_updates + 2 * size + orthogonalize)
-        held, last_updates = held - size, size
+        peak = max(peak, held + x + 5 * gram)  # the products of small polynomials
+        if parameters[0].dtype != torch.float32:  # then the update of one parameter exists, in fp32 and in its dtype
+            largest = max(parameters, key=torch.Tensor.numel)
+            peak = max(peak, held + x + gram + 4 * largest.numel() + largest.nbytes)
+        held -= sum(parameter.nbytes for parameter in parameters)
     return state, peak
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moesaic.layers import ShortConvolution, TopKRouter
 from moesaic.training.config import OptimizerConfig, ScheduleConfig
 
-__all__ = ["MuonAdamW", "build_optimizer", "learning_rate_factor", "orthogonalize", "parameter_groups"]
+__all__ = ["MuonAdamW", "build_optimizer", "learning_rate_factor", "orthogonalizer", "parameter_groups"]
 
 Group = dict[str, Any]
 
@@ -93,20 +93,33 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _muon_step(self, group: Group) -> None:
         """Matrices of one shape are orthogonalised as one batch: far fewer and larger products."""
-        by_shape: dict[torch.Size, list[Tensor]] = {}
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
                 by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
         for shape, parameters in by_shape.items():
-            gradients = [self._with_momentum(parameter).reshape(-1, *shape) for parameter in parameters]
-            updates = orthogonalize(torch.cat(gradients)).split([gradient.size(0) for gradient in gradients])
-            for parameter, update in zip(parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
-                parameter.grad = None
+            self._step_together(shape, parameters, group)
 
-    def _with_momentum(self, parameter: Tensor) -> Tensor:
-        """The gradient looked at through Nesterov momentum."""
+    def _step_together(self, shape: torch.Size, parameters: list[nn.Parameter], group: Group) -> None:
+        sizes = [parameter.numel() // shape.numel() for parameter in parameters]
+        # bf16 on GPUs, as in Jordan's; fp32 on CPUs, where small bf16 products are not faster
+        dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
+        gradients = parameters[0].new_empty(sum(sizes), *shape, dtype=dtype)
+        for parameter, gradient in zip(parameters, gradients.split(sizes), strict=True):
+            self._with_momentum(parameter, gradient.view_as(parameter))
+        factors = orthogonalizer(gradients)
+        decay, size = 1 - group["lr"] * group["weight_decay"], -group["lr"] * 0.2 * math.sqrt(max(shape))
+        for parameter, gradient, factor in zip(parameters, gradients.split(sizes), factors.split(sizes), strict=True):
+            left, right = (gradient, factor) if shape[0] > shape[1] else (factor, gradient)
+            matrices = parameter.view(-1, *shape)
+            if left.dtype == matrices.dtype:  # in one pass over the weights
+                matrices.baddbmm_(left, right, beta=decay, alpha=size)
+            else:
+                matrices.mul_(decay).add_((left @ right).to(matrices.dtype), alpha=size)
+            parameter.grad = None
+
+    def _with_momentum(self, parameter: nn.Parameter, out: Tensor) -> None:
+        """Into `out` the gradient looked at through Nesterov momentum."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
@@ -114,32 +127,36 @@ class MuonAdamW(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         state["step"] += 1
         state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
-        return gradient.lerp(state["momentum_buffer"], self.momentum)
+        if out.dtype == gradient.dtype:
+            torch.lerp(gradient, state["momentum_buffer"], self.momentum, out=out)
+        else:
+            out.copy_(gradient.lerp(state["momentum_buffer"], self.momentum))
 
 
-def orthogonalize(gradient: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix to each matrix in (..., m, n), roughly: five Newton-Schulz iterations.
+def orthogonalizer(gradient: Tensor, steps: int = 5) -> Tensor:
+    """What makes each matrix g of (N, m, n) roughly the nearest (semi-)orthogonal one: five Newton-Schulz iterations.
 
     Coefficients of Keller Jordan's Muon, chosen for the slope at zero: singular values end in about [0.7, 1.2].
-    bf16 on GPUs, as there; fp32 on CPUs, where small bf16 products are not faster.
+
+    Returns:
+        symmetric q, (N, k, k) with k = min(m, n): q @ g is that matrix, and where m > n, g @ q.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = gradient.bfloat16() if gradient.is_cuda else gradient.float()
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    # x_k = q_k x_0 with q_k a polynomial in gram_0 = x_0 x_0^T, so the iteration runs on (m, m) matrices alone: half
+    # x_k = q_k x_0 with q_k a polynomial in gram_0 = x_0 x_0^T, so the iteration runs on (k, k) matrices alone: half
     # of the work for the four times wider matrices of an FFN
-    gram = x @ x.mT
-    identity = torch.eye(gram.size(-1), dtype=x.dtype, device=x.device)
+    gram = gradient.mT @ gradient if gradient.size(1) > gradient.size(2) else gradient @ gradient.mT
+    # x_0 = g / |g|, whose square is the trace
+    squared_norm = gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None].clamp(min=1e-14)
+    gram = gram / squared_norm
     q = None
     for step in range(steps):
-        polynomial = a * identity + b * gram + c * gram @ gram
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
         q = polynomial if q is None else polynomial @ q
         if step + 1 < steps:
             gram = polynomial @ gram @ polynomial
-    x = x if q is None else q @ x
-    return (x.mT if tall else x).to(gradient.dtype)
+    assert q is not None
+    return q / squared_norm.sqrt()
 
 
 def learning_rate_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
