@@ -58,7 +58,7 @@ def write_study_report(
         paragraphs.append(f"![differences to {study.baseline} with 95% intervals](effect.png)")
     if with_curves:
         paragraphs.append("![checks during training over tokens, seconds and active FLOPs](curves.png)")
-    if plot_by_position(study, arms, results / "by_position.png"):
+    if plot_by_position(study, arms, base["training"]["seq_len"], results / "by_position.png"):
         paragraphs.append(
             "![loss over the position in the text, as trained and switched at evaluation](by_position.png)"
         )
@@ -188,46 +188,53 @@ def _summary(
 
 
 def plot_effects(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
-    """Paired differences to the baseline, dot and 95% bar, one panel per axis; False (no file) if there is none."""
-    found = {(arm.arm, arm.axis): arm for arm in arms if arm.difference is not None and arm.difference.n}
-    if not found:
-        return False
+    """Paired differences to the baseline, dot and 95% bar; False (no file) if there is none.
+
+    Arm below arm, or with axes a panel for each axis.
+    """
+    found = {(arm.arm, arm.axis): arm.difference for arm in arms if arm.difference is not None and arm.difference.n}
     names = [name for name in (*study.arms, *study.variants) if any(name == arm for arm, _ in found)]
-    axes: list[str | None] = [*study.axes] or [None]
-    ticks = [list(study.axes[axis].values) if axis else names for axis in axes]
-    width = sum(max(4.0, 1.0 + 1.1 * len(labels)) for labels in ticks)
-    figure, panels = _figure(1, len(axes), width=max(6.0, width), height=4.2)
-    for panel, axis, labels in zip(panels, axes, ticks, strict=True):
+    if not names:
+        return False
+    better = f"{'higher' if study.higher_is_better else 'lower'} is better"
+    title = f"difference to {study.baseline}, 95% interval"
+    if not study.axes:
+        figure, (panel,) = _figure(1, 1, width=8.5, height=1.4 + 0.3 * len(names))
+        for place, name in enumerate(names):
+            interval, colour = found[name, None], _style(study, name)["color"]
+            panel.hlines(place, interval.low, interval.high, color=colour, linewidth=2, alpha=0.8)
+            panel.plot(interval.mean, place, "o", color=colour, markersize=7)
+        panel.axvline(0, color=GREY, linewidth=1, linestyle="--")
+        panel.set_yticks(range(len(names)), names)
+        panel.invert_yaxis()
+        panel.margins(y=0.5 / len(names))
+        panel.grid(axis="y", visible=False)
+        _label(panel, title, f"{study.metric} ({better})", "")
+        _save(figure, out)
+        return True
+    widths = [max(4.0, 1.0 + 1.1 * len(axis.values)) for axis in study.axes.values()]
+    figure, panels = _figure(1, len(study.axes), width=max(6.0, sum(widths)), height=4.2)
+    for panel, (axis, points) in zip(panels, study.axes.items(), strict=True):
         for i, name in enumerate(names):
-            for at, label in enumerate(labels):
-                if axis is None and name != label:
+            for at, label in enumerate(points.values):
+                difference = found.get((name, study.result_cell(name, (axis, label)).axis))
+                if difference is None:
                     continue
-                arm = found.get((name, study.result_cell(name, (axis, label) if axis else None).axis))
-                if arm is None or arm.difference is None:
-                    continue
-                x = at + (0.6 * (i - (len(names) - 1) / 2) / len(names) if axis else 0.0)
-                colour = _style(study, name)["color"]
-                if arm.difference.n > 1:
-                    panel.vlines(x, arm.difference.low, arm.difference.high, color=colour, linewidth=2, alpha=0.8)
-                panel.plot(x, arm.difference.mean, "o", color=colour, markersize=7)
+                x, colour = at + 0.6 * (i - (len(names) - 1) / 2) / len(names), _style(study, name)["color"]
+                panel.vlines(x, difference.low, difference.high, color=colour, linewidth=2, alpha=0.8)
+                panel.plot(x, difference.mean, "o", color=colour, markersize=7)
         panel.axhline(0, color=GREY, linewidth=1, linestyle="--")
         panel.annotate(
             study.baseline, (1, 0), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
             va="center", color=GREY, fontsize=8, annotation_clip=False,
         )  # fmt: skip
-        panel.set_xticks(range(len(labels)), labels)
-        if max(map(len, labels)) > 12:
-            for tick in panel.get_xticklabels():
-                tick.set(rotation=25, ha="right")
-        panel.set_xlim(-0.6, len(labels) - 0.4)
+        panel.set_xticks(range(len(points.values)), list(points.values))
+        panel.set_xlim(-0.6, len(points.values) - 0.4)
         panel.margins(y=0.15)
         panel.grid(axis="x", visible=False)
-        panel.set_xlabel(axis or "")
-        panel.set_title(f"difference to {study.baseline}, 95% interval", fontsize=11)
-    better = "higher" if study.higher_is_better else "lower"
-    panels[0].set_ylabel(f"{study.metric}\n({better} is better)")
-    if study.axes:
-        _legend(study, figure, panels[0], names)
+        _label(panel, title, axis, "")
+    panels[0].set_ylabel(f"{study.metric}\n({better})")
+    _legend(study, figure, panels[0], names)
     _save(figure, out)
     return True
 
@@ -270,53 +277,54 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
 BUCKET = re.compile(r"loss_by_position/as_trained/loss/(\d+)-(\d+)")
 
 
-def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
-    """Loss over position: the arms, and below each other what was switched at evaluation, beside its own arm.
+def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int, out: Path) -> bool:
+    """Loss over position: the arms, and for each what was switched at evaluation beside it.
 
-    Mean over seeds, band from lowest to highest. False (no file) if no row has the buckets of `loss_by_position_probe`,
-    or if there is an axis.
+    Mean over seeds, band from lowest to highest, from a quarter of the training length on: before it nothing differs.
+    False (no file) if no row has the buckets of `loss_by_position_probe`, or if there is an axis.
     """
-    found = {arm.arm: curve for arm in arms if (curve := _over_position(arm)) is not None}
+    found = {arm.arm: curve for arm in arms if (curve := _over_position(arm, seq_len // 4)) is not None}
     if not found or study.axes:
         return False
-    switched = [own for own in study.arms if any(v.arm == own and name in found for name, v in study.variants.items())]
-    panels_of = {"as trained": list(study.arms)}
-    for own in switched:
-        names = [own, *(name for name, variant in study.variants.items() if variant.arm == own)]
-        panels_of[f"{own}: switched at evaluation only"] = names
+    panels_of = {"as trained": [name for name in study.arms if name in found]}
+    for own in study.arms:
+        switched = [name for name, variant in study.variants.items() if variant.arm == own and name in found]
+        if own in found and switched:
+            panels_of[f"{own}: switched at evaluation only"] = [own, *switched]
     columns = min(2, len(panels_of))
     rows = -(-len(panels_of) // columns)
     figure, panels = _figure(rows, columns, width=6.5 * columns, height=4.2 * rows)
+    for panel in panels[len(panels_of) :]:
+        panel.set_visible(False)
+    colours = [GREY, *COLOURS]
     for panel, (title, names) in zip(panels, panels_of.items(), strict=False):
-        for i, name in enumerate(name for name in names if name in found):
+        for i, name in enumerate(names):
             x, values = found[name]
-            label = name.removeprefix(f"{names[0]}, ") if names[0] != name and title != "as trained" else name
-            style = _style(study, name) if title == "as trained" else {"color": [GREY, *COLOURS][i % 8]}
+            style = {"color": colours[i % len(colours)], "linestyle": "-" if i < len(colours) else "--"}
+            if title == "as trained":
+                style = _style(study, name)
+            label = name if name == names[0] else name.removeprefix(f"{names[0]}, ")
             panel.plot(x, values.mean(axis=0), marker="o", markersize=3, label=label, **style)  # type: ignore[arg-type]
-            panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.12, linewidth=0)
+            panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.1, linewidth=0)
+        panel.axvline(seq_len, color=GREY, linewidth=1, linestyle=":", label="training length")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda position, _: f"{position:.0f}")
         _label(panel, title, "position in the text, tokens", "nats per token")
         panel.legend(frameon=False, fontsize=8)
-    shared = [panel.get_ylim() for panel in panels[: len(panels_of)]]
-    for i, panel in enumerate(panels):
-        panel.set_visible(i < len(panels_of))
-        panel.set_ylim(min(low for low, _ in shared), max(high for _, high in shared))
     _save(figure, out)
     return True
 
 
-def _over_position(arm: ArmResult) -> tuple[Floats, Floats] | None:
-    """Centres of the buckets (n,), geometric, and the losses (seeds, n); None without."""
+def _over_position(arm: ArmResult, first: int) -> tuple[Floats, Floats] | None:
+    """Centres of the buckets from position `first` on (n,), geometric, and the losses (seeds, n); None without."""
     by_seed = []
     for row in arm.rows:
-        buckets = sorted(
-            (int(m[1]), int(m[2]), value) for key, value in row["metrics"].items() if (m := BUCKET.fullmatch(key))
-        )
-        by_seed.append(buckets)
+        found = ((BUCKET.fullmatch(key), value) for key, value in row["metrics"].items())
+        buckets = sorted((int(match[1]), int(match[2]), value) for match, value in found if match)
+        by_seed.append([bucket for bucket in buckets if bucket[0] >= first])
     if not by_seed or not by_seed[0]:
         return None
-    centres = np.array([math.sqrt(max(start, 1) * end) for start, end, _ in by_seed[0]])
+    centres = np.array([math.sqrt(start * end) for start, end, _ in by_seed[0]])
     return centres, np.array([[value for _, _, value in buckets] for buckets in by_seed])
 
 
