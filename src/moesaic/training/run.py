@@ -38,7 +38,7 @@ from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.specialisation import Specialisation, plot_specialisation
 from moesaic.models import Decoder, DecoderConfig, account
-from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
+from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor
 from moesaic.training.checkpoints import (
     decoder_weights,
     load_checkpoint,
@@ -421,7 +421,7 @@ def _new_run_dir(config: RunConfig) -> Path:
 def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: RunMonitor) -> pl.Trainer:
     training, trainer = config.training, config.trainer
     interactive = sys.stdout.isatty()
-    keep = functools.partial(ModelCheckpoint, run_dir / "checkpoints", enable_version_counter=False)
+    checkpoints = run_dir / "checkpoints"
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return pl.Trainer(
@@ -443,8 +443,8 @@ def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: R
         callbacks=[
             monitor,  # before the checkpoints, so that what they hold has been logged
             ProgressBar() if interactive else PlainProgress(),
-            keep("last", every_n_train_steps=training.checkpoint_every),
-            keep("best", monitor="validation/loss", mode="min"),
+            ModelCheckpoint(checkpoints, "best", monitor="validation/loss", mode="min", enable_version_counter=False),
+            LastCheckpoint(checkpoints / "last.ckpt", training.checkpoint_every, training.validate_every),
         ],
     )
 
