@@ -25,6 +25,7 @@ from torch import Tensor
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
 from moesaic.errors import InputError
+from moesaic.evaluation.drift import Drift
 from moesaic.evaluation.language_modelling import evaluate_language_model
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
@@ -32,9 +33,9 @@ from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.plots import plot_loss_by_position
 from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
-from moesaic.evaluation.specialisation import Drift, Specialisation, plot_specialisation
+from moesaic.evaluation.specialisation import Specialisation, plot_specialisation
 from moesaic.models import Decoder, DecoderOutput
-from moesaic.training.checkpoints import TrainedModel, load_model, token_strings
+from moesaic.training.checkpoints import TrainedModel, file_kinds, load_model, token_strings
 from moesaic.training.config import require_accelerator
 from moesaic.training.probes import (
     open_source,
@@ -84,7 +85,9 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         else TaskEvaluationLoader(data.task, seq_len=seq_len, **batches)
     )
     decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
-    specialisation = Specialisation(model.config.vocab_size, token_strings(model.tokenizer))
+    specialisation = Specialisation(
+        model.config.vocab_size, token_strings(model.tokenizer), file_kinds(split, data.tokenizer)
+    )
     watchers: list[Specialisation | Drift] = [specialisation] if specialised else []
     if config["other_checkpoint"] is not None:
         watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.embedding.weight.device)))

@@ -118,6 +118,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(n: int, batch_size: 
         for batch in batches:
             assert torch.equal(batch["valid"], batch["labels"] != -100)
             keep = batch["valid"]
+            assert torch.equal(batch["starts"], batch["tokens"][:, 0])
             assert torch.equal(batch["labels"][keep], batch["tokens"][keep] + 1)
             seen += batch["labels"][keep].tolist()
     assert sorted(seen) == list(range(1, n))

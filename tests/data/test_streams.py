@@ -51,6 +51,20 @@ def test_stream_is_the_documents_between_markers(folder: Path, tokenizer: str) -
     assert len(decoded) == data.facts["train_files"]
 
 
+def test_stream_knows_the_names_of_its_documents(folder: Path) -> None:
+    for _ in range(2):  # built, and from the cache
+        data = load_data(config(folder))
+        assert data.tokenizer is not None
+        for stream in (data.train, data.validation):
+            ids = np.array(stream.tokens)
+            texts = np.split(ids, np.flatnonzero(ids == data.tokenizer.end_of_text))[1:-1]
+            assert stream.documents is not None
+            for name, text in zip(stream.documents, texts, strict=True):
+                assert data.tokenizer.decode(text.tolist()) == (folder / name).read_bytes()
+    [cache] = (folder.parent / "cache").iterdir()
+    assert load_data(DataConfig(source="memmap", path=str(cache))).validation.documents is None
+
+
 def test_baselines_are_what_the_compressors_say(folder: Path) -> None:
     import gzip
     import lzma

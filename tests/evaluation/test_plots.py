@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesaic.evaluation.plots import plot_curves, plot_expert_load, plot_loss, plot_loss_by_position, read_columns
+from moesaic.evaluation.plots import (
+    plot_curves,
+    plot_drift,
+    plot_expert_load,
+    plot_loss,
+    plot_loss_by_position,
+    read_columns,
+)
 
 
 def is_png(path: Path) -> bool:
@@ -45,6 +52,22 @@ def test_expert_load_of_a_dense_model_is_no_plot(tmp_path: Path) -> None:
     (tmp_path / "routing.csv").write_text("step,layer,expert,load\n")
     assert not plot_expert_load(tmp_path / "routing.csv", tmp_path / "load.png")
     assert not (tmp_path / "load.png").exists()
+
+
+@pytest.mark.parametrize(("layers", "checks"), [(1, 1), (2, 30), (24, 5)])
+def test_drift(tmp_path: Path, layers: int, checks: int) -> None:
+    names = [f"router/layers.{j}.ffn/drift" for j in range(layers)]
+    lines = [",".join(["step", "train/loss", *names])]
+    for i in range(1, checks + 1):
+        lines += [f"{i},1{',' * layers}", ",".join([str(i), "", *(str(j / layers / i) for j in range(layers))])]
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    assert plot_drift(tmp_path / "m.csv", tmp_path / "drift.png")
+    assert is_png(tmp_path / "drift.png")
+
+
+def test_drift_before_the_second_check_is_no_plot(tmp_path: Path) -> None:
+    assert not plot_drift(metrics(tmp_path / "m.csv", 7), tmp_path / "drift.png")
+    assert not (tmp_path / "drift.png").exists()
 
 
 @pytest.mark.parametrize(("length", "train", "chunk"), [(1, 1, None), (64, 64, 16), (1000, 256, 128)])

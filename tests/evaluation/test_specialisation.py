@@ -3,15 +3,15 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import Tensor
 
-from moesaic.errors import InputError
-from moesaic.evaluation.language_modelling import evaluate_language_model
 from moesaic.evaluation.specialisation import (
     BYTE_CLASSES,
-    Drift,
+    FileKinds,
     Specialisation,
     byte_class,
     explained_share,
@@ -19,7 +19,7 @@ from moesaic.evaluation.specialisation import (
     plot_specialisation,
 )
 from moesaic.layers import Routing, count_tokens
-from moesaic.models import DecoderOutput, build_decoder, llama4_toy
+from moesaic.models import DecoderOutput
 
 STRINGS = [b"a", b"7", b" ", b"(", b"\xc3\xa9", b""]
 
@@ -134,31 +134,70 @@ def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int) -> None:
     assert not plot_specialisation(Specialisation(6), tmp_path / "none.png")
 
 
-def test_drift() -> None:
-    decoder, other = (build_decoder(llama4_toy(50, init_std=None)) for _ in range(2))
-    batch = {"tokens": torch.randint(50, (2, 16)), "labels": torch.randint(50, (2, 16))}
-    itself, another = Drift(decoder), Drift(other)
-    seen: list[DecoderOutput] = []
-    evaluate_language_model(decoder, [batch], watch=itself.update)
-    evaluate_language_model(decoder, [batch], watch=another.update)
-    evaluate_language_model(decoder, [batch], watch=lambda output, _: seen.append(output))
-    assert set(itself.numbers()) == {f"router/{name}/drift" for name in seen[0].routing}
-    assert set(itself.numbers().values()) == {0.0}
-    _, theirs = other.eval().hidden_states(batch["tokens"])
-    for name, routing in seen[0].routing.items():
-        changed = (routing.expert_ids != theirs[name].expert_ids).float().mean().item()
-        assert another.numbers()[f"router/{name}/drift"] == pytest.approx(changed)
-    assert max(another.numbers().values()) > 0.3
+# three files between ends of text (0): the positions of README.md are 0 to 2, of a.py 3 to 6, of b.PY 7 and 8
+FILES = np.array([0, 5, 5, 0, 6, 6, 6, 0, 7, 0], dtype=np.uint16)
+NAMES = ["README.md", "source/a.py", "b.PY"]
 
 
-def test_drift_by_hand_and_its_refusal() -> None:
-    class Other(torch.nn.Module):
-        def hidden_states(self, tokens: Tensor) -> tuple[Tensor, dict[str, Routing]]:
-            return tokens, rigged(4, it=torch.tensor([[1, 0], [0, 3], [0, 1]])).routing
+def test_kinds_of_files_by_hand() -> None:
+    kinds = FileKinds(FILES, 0, NAMES)
+    assert kinds.names == [".md", ".py"]
+    assert kinds.at(torch.arange(9).view(3, 3)).tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert FileKinds(FILES, 0, ["LICENSE", "x.tar.gz", "a/.b/c"]).names == [".gz", "no suffix"]
+    with pytest.raises(ValueError, match=r"2 documents, but 4 ends of text; allowed is one more"):
+        FileKinds(FILES, 0, NAMES[:2])
 
-    tokens = {"tokens": torch.zeros(1, 3, dtype=torch.int64), "valid": torch.tensor([[True, True, False]])}
-    drift = Drift(Other())  # type: ignore[arg-type]
-    drift.update(rigged(4, it=torch.tensor([[0, 1], [0, 1], [2, 3]])), tokens)
-    assert drift.numbers() == {"router/it/drift": 0.25}, "the order does not count, padding neither"
-    with pytest.raises(InputError, match=r"other_checkpoint: its MoE layers .*'it': \(4, 2\)"):
-        drift.update(rigged(4, it=torch.tensor([[0], [1], [2]])), tokens)
+
+def test_routing_by_kind_of_file() -> None:
+    seen = Specialisation(8, file_kinds=FileKinds(FILES, 0, NAMES))
+    # windows of 4 at 0 and 4, the second one with a token of padding: expert 2 for Markdown, 0 or 1 for Python
+    ids = torch.tensor([[2], [2], [2], [0], [1], [0], [1], [2]])
+    batch = {
+        "tokens": torch.from_numpy(FILES[:8].astype(np.int64)).view(2, 4),
+        "valid": torch.tensor([[True] * 4, [True, True, True, False]]),
+        "starts": torch.tensor([0, 4]),
+    }
+    seen.update(rigged(3, it=ids), batch)
+    by_kind = seen.by_file_kind("it")
+    assert by_kind is not None
+    assert list(by_kind) == [".py", ".md"], "the most frequent first"
+    assert [row.tolist() for row in by_kind.values()] == [[2, 2, 0], [0, 0, 3]]
+    # H(expert | kind) is log 2 for four tokens of seven
+    entropy = -(2 * 2 / 7 * math.log(2 / 7) + 3 / 7 * math.log(3 / 7))
+    explained = 1 - 4 / 7 * math.log(2) / entropy
+    assert seen.numbers()["router/it/file_kind_expert_nmi"] == pytest.approx(explained)
+    seen.update(rigged(3, it=ids[:3]), {"tokens": torch.tensor([[5, 5, 0]]), "starts": torch.tensor([1])})
+    added = seen.by_file_kind("it")
+    assert added is not None
+    assert {kind: row.tolist() for kind, row in added.items()} == {".py": [2, 2, 1], ".md": [0, 0, 5]}
+
+
+def test_one_kind_of_file_has_nothing_to_tell(tmp_path: Path) -> None:
+    tokens = torch.from_numpy(FILES[3:7].astype(np.int64))[None]
+    ids = torch.tensor([[0], [1], [2], [0]])
+    unknown = Specialisation(8)
+    unknown.update(rigged(3, it=ids), {"tokens": tokens})
+    alone = Specialisation(8, file_kinds=FileKinds(FILES, 0, NAMES))  # only files of one kind are seen
+    alone.update(rigged(3, it=ids), {"tokens": tokens, "starts": torch.tensor([3])})
+    both = Specialisation(8, file_kinds=FileKinds(FILES, 0, NAMES))
+    both.update(rigged(3, it=ids), {"tokens": tokens, "starts": torch.tensor([1])})
+    widths = {}
+    for name, seen in (("unknown", unknown), ("alone", alone), ("both", both)):
+        assert (seen.by_file_kind("it") is None) == (name != "both")
+        assert ("router/it/file_kind_expert_nmi" in seen.numbers()) == (name == "both")
+        assert plot_specialisation(seen, tmp_path / f"{name}.png")
+        widths[name] = imread(tmp_path / f"{name}.png").shape[1]
+    assert widths["unknown"] == widths["alone"] < widths["both"], "a column more"
+
+
+def test_plot_of_many_kinds_of_files(tmp_path: Path) -> None:
+    tokens = np.zeros(41, dtype=np.uint16)
+    tokens[1::2] = 1
+    seen = Specialisation(2, file_kinds=FileKinds(tokens, 0, [f"x.${i}$ {'long' * i}" for i in range(20)]))
+    ids = torch.randint(4, (40, 1))
+    batch = {"tokens": torch.from_numpy(tokens[:40].astype(np.int64))[None], "starts": torch.tensor([0])}
+    seen.update(rigged(4, first=ids, second=ids), batch)
+    by_kind = seen.by_file_kind("first")
+    assert by_kind is not None
+    assert len(by_kind) == 20
+    assert plot_specialisation(seen, tmp_path / "it.png")

@@ -50,10 +50,17 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
         "plots/expert_load.png",
         "plots/loss_by_position.png",
         "plots/specialisation.png",
+        "plots/drift.png",
     ):
         assert (run_dir / name).stat().st_size > 0, name
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert events.Tags()["images"] == ["specialisation"]
+    assert events.Tags()["images"] == ["specialisation", "drift"]
+    drifts = [row["router/layers.1.ffn/drift"] for row in read_csv(run_dir / "metrics.csv") if row["validation/loss"]]
+    assert [bool(drift) for drift in drifts] == [False, True], "checks at step 10, with none before it, and 20"
+    assert 0 <= float(drifts[1]) <= 1
+    scalars = events.Scalars("router/layers.1.ffn/drift")
+    assert [(each.step, each.value) for each in scalars] == [(20, pytest.approx(float(drifts[1])))]
+    assert not any("file_kind" in key for key in metrics), "all files are .py"
     assert 0 < metrics["router/layers.1.ffn/token_expert_nmi"] <= 1
     assert metrics == json.loads((run_dir / "metrics.json").read_text())
     assert metrics["status"] == "finished"
@@ -82,6 +89,23 @@ def test_dense_model_has_no_router_rows(composed: Composed) -> None:
     assert not any(key.startswith("router/") for key in metrics)
     assert not (only_run(config) / "plots" / "expert_load.png").exists()
     assert not (only_run(config) / "plots" / "specialisation.png").exists()
+    assert not (only_run(config) / "plots" / "drift.png").exists()
+
+
+def test_kinds_of_files_of_a_mixed_folder(composed: Composed, corpus: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(corpus, mixed)
+    for i in range(12):
+        (mixed / f"page{i}.md").write_text(f"# Page {i}\n\n" + "Words, words, and more words.\n" * 60)
+    config = composed(f"data.path={mixed}", "data.validation_fraction=0.4")
+    metrics = run(config)
+    found = [metrics[f"router/layers.{layer}.ffn/file_kind_expert_nmi"] for layer in (1, 3)]
+    assert all(0 < share <= 1 for share in found)
+    # the stream of a memory map holds the same files, and nobody knows their names
+    [cache] = [path for path in Path(config["data"]["cache_dir"]).iterdir() if path.is_dir()]
+    nameless = run(composed("data.source=memmap", f"data.path={cache}", "name=nameless"))
+    assert nameless["validation/loss"] == metrics["validation/loss"]
+    assert not any("file_kind" in key for key in nameless)
 
 
 def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path: Path) -> None:
@@ -129,6 +153,37 @@ def test_ckpt_path_continues_bit_equal_in_a_new_directory(composed: Composed) ->
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("checkpoint_every", [10, 15])
+def test_resumed_checks_continue_those_before(
+    composed: Composed, checkpoint_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last checkpoint is of a step that was validated."""
+    overrides = ["training.steps=40", "training.accumulate=2", f"training.checkpoint_every={checkpoint_every}"]
+    whole, killed = composed(*overrides, "name=whole"), composed(*overrides, "name=killed")
+    run(whole)
+    original = run_module.LanguageModel.training_step
+    with monkeypatch.context() as patch:
+
+        def crash(self: Any, batch: Any, batch_index: int) -> Any:
+            if self.trainer.global_step == 21:
+                raise RuntimeError("power cut")
+            return original(self, batch, batch_index)
+
+        patch.setattr(run_module.LanguageModel, "training_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(killed)
+    [whole_dir], [killed_dir] = (Path(whole["output_dir"]).glob(f"{name}/*") for name in ("whole", "killed"))
+    stopped_at = load_checkpoint(killed_dir / "checkpoints" / "last.ckpt")["global_step"]
+    assert stopped_at == 20 // checkpoint_every * checkpoint_every
+    run({**killed, "resume": True, "run_dir": str(killed_dir)})
+    rows, resumed = (
+        [{key: value for key, value in row.items() if "second" not in key} for row in read_csv(path / "metrics.csv")]
+        for path in (whole_dir, killed_dir)
+    )
+    assert resumed == rows
+    assert sum(bool(row["router/layers.3.ffn/drift"]) for row in rows) == 3
 
 
 @pytest.mark.parametrize(

@@ -132,10 +132,10 @@ class TrainingLoader(ResumableLoader):
 
 
 class EvaluationLoader:
-    """Batches of {"tokens", "labels", "valid"} in which every token but the first of the stream is predicted once.
+    """Batches of {"tokens", "labels", "valid", "starts"}: every token but the first of the stream is predicted once.
 
-    Windows do not overlap. The last one is padded: labels -100, valid False. With max_batches, that many batches of
-    windows spread evenly over the stream.
+    "starts" (B,) is where in the stream each window begins, the others are (B, L). Windows do not overlap. The last one
+    is padded: labels -100, valid False. With max_batches, that many batches of windows spread evenly over the stream.
     """
 
     def __init__(
@@ -173,4 +173,4 @@ class EvaluationLoader:
             window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
             tokens[row, : len(window) - 1] = window[:-1]
             labels[row, : len(window) - 1] = window[1:]
-        return {"tokens": tokens, "labels": labels, "valid": labels != -100}
+        return {"tokens": tokens, "labels": labels, "valid": labels != -100, "starts": torch.from_numpy(starts)}

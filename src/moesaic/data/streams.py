@@ -72,6 +72,8 @@ class TokenStream:
     """(n,) uint16 or uint32, memory-mapped."""
     num_bytes: int | None
     """Bytes of text in it; None if nobody said."""
+    documents: tuple[str, ...] | None = None
+    """Name of each document, in their order; None of a memory map."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,12 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
             reason = "no space left" if error.errno == errno.ENOSPC else error.strerror
             raise InputError(f"data.cache_dir={config.cache_dir!r}: cannot be written ({reason})") from error
         data = _open(folder)
-    return dataclasses.replace(data, facts={**data.facts, **facts})
+    # not from the cache: the corpus is at hand, and its names are part of the key
+    train, validation = (
+        dataclasses.replace(stream, documents=tuple(document.name for document in documents))
+        for stream, documents in ((data.train, corpus.train), (data.validation, corpus.validation))
+    )
+    return dataclasses.replace(data, train=train, validation=validation, facts={**data.facts, **facts})
 
 
 def _task_data(name: str, task: Task) -> Data:

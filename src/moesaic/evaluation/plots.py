@@ -7,12 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
-__all__ = ["plot_curves", "plot_distillation", "plot_expert_load", "plot_loss", "plot_loss_by_position", "read_columns"]
+__all__ = [
+    "plot_curves",
+    "plot_distillation",
+    "plot_drift",
+    "plot_expert_load",
+    "plot_loss",
+    "plot_loss_by_position",
+    "read_columns",
+]
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
 COLOURS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -128,6 +137,27 @@ def plot_expert_load(routing_csv: Path, out: Path) -> bool:
     assert image is not None
     bar = figure.colorbar(image, ax=list(axes), ticks=[-2, -1, 0, 1, 2], label="load over ideal")
     bar.ax.set_yticklabels(["≤ 1/4", "1/2", "1", "2", "≥ 4"])
+    _save(figure, out)
+    return True
+
+
+def plot_drift(metrics_csv: Path, out: Path) -> bool:
+    """Share of changed choices at each check, a line per MoE layer; False (no file) with fewer than two checks."""
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        names = [name for name in next(csv.reader(file), []) if name.startswith("router/") and name.endswith("/drift")]
+    columns = {name: read_columns(metrics_csv, "step", name) for name in names}
+    drifts = {name: (steps, shares) for name, (steps, shares) in columns.items() if len(steps)}
+    if not drifts:
+        return False
+    figure, (axis,) = _figure(1, 1, width=8, height=4)
+    shades = colormaps["viridis"](np.linspace(0, 0.8, len(drifts)))
+    for (name, (steps, shares)), shade in zip(drifts.items(), shades, strict=True):
+        layer = name.removeprefix("router/").removesuffix("/drift")
+        axis.plot(steps, shares, color=shade, marker="o", markersize=3, linewidth=1.4, label=layer)
+    axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _label(axis, "Choices of experts that changed since the check before", "optimiser step", "share of choices")
+    axis.legend(frameon=False, fontsize=8, ncols=-(-len(drifts) // 12))
     _save(figure, out)
     return True
 

@@ -1,28 +1,28 @@
-"""What each expert takes: which tokens, where in the window, together with which other experts.
+"""What each expert takes: which tokens, of which files, where in the window, together with which other experts.
 
-Counted in one pass, by layer. Kinds of files are not among it: a token stream does not say which file a document is.
+Counted in one pass, by layer.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from moesaic.errors import InputError
 from moesaic.evaluation.plots import Floats, _figure, _label, _save
-from moesaic.layers import Routing
-from moesaic.models import Decoder, DecoderOutput
+from moesaic.models import DecoderOutput
 
 __all__ = [
     "BYTE_CLASSES",
-    "Drift",
+    "FileKinds",
     "Specialisation",
     "byte_class",
     "explained_share",
@@ -34,6 +34,9 @@ BYTE_CLASSES = ("letters", "digits", "whitespace", "punctuation", "other")
 
 FREQUENT_TOKENS = 24
 """Rows of the plot by token."""
+
+GROUPS = 12
+"""Rows of the plots by byte class and by kind of file, at most."""
 
 
 def byte_class(token: bytes) -> str:
@@ -82,6 +85,29 @@ def overlap(counts: Tensor) -> Tensor:
     return torch.stack([torch.minimum(share, shares).sum(dim=1) for share in shares])
 
 
+class FileKinds:
+    """Of which kind of file, by suffix, each token of a stream is.
+
+    Args:
+        tokens: (n,), each document after an end-of-text id, which counts to it, and one more at the end.
+        end_of_text: that id.
+        documents: name of each document, in their order.
+    """
+
+    def __init__(self, tokens: npt.NDArray[np.integer[Any]], end_of_text: int, documents: Sequence[str]) -> None:
+        marks = np.flatnonzero(np.asarray(tokens) == end_of_text)
+        if len(marks) != len(documents) + 1:
+            raise ValueError(f"{len(documents)} documents, but {len(marks)} ends of text; allowed is one more")
+        kinds = [PurePosixPath(name).suffix.lower() or "no suffix" for name in documents]
+        self.names = sorted(set(kinds))
+        self._starts = torch.from_numpy(marks)
+        self._kinds = torch.tensor([self.names.index(kind) for kind in kinds])
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Place in `names` of the tokens at these positions of the stream, of any shape."""
+        return self._kinds[torch.searchsorted(self._starts, positions, right=True) - 1]
+
+
 @dataclasses.dataclass
 class LayerCounts:
     """Of one MoE layer."""
@@ -94,6 +120,8 @@ class LayerCounts:
     """(E, E): tokens that chose both; on the diagonal those that chose one."""
     then: Tensor | None = None
     """(E, E'): tokens by the first choice here and in the next MoE layer; None in the last one."""
+    by_file_kind: Tensor | None = None
+    """(F, E): choices by the kind of file; None if unknown."""
 
 
 @dataclasses.dataclass
@@ -103,21 +131,29 @@ class Specialisation:
     Args:
         vocab_size: V.
         token_strings: bytes of each token; None if unknown, then there are no byte classes.
+        file_kinds: of the stream that the batches are windows of; None if unknown.
     """
 
     vocab_size: int
     token_strings: list[bytes] | None = None
+    file_kinds: FileKinds | None = None
     layers: dict[str, LayerCounts] = dataclasses.field(default_factory=dict)
 
     @torch.no_grad()
     def update(self, output: DecoderOutput, batch: Mapping[str, Tensor]) -> None:
-        """Add the routing of a batch of "tokens" and (optionally) "valid", each (B, L)."""
+        """Add the routing of a batch of "tokens" and (optionally) "valid", each (B, L).
+
+        With file_kinds, "starts" (B,) has to say where in the stream each window begins.
+        """
         tokens = batch["tokens"].cpu()
         valid = batch["valid"].flatten().cpu() if "valid" in batch else torch.ones(tokens.numel(), dtype=torch.bool)
         positions = torch.arange(tokens.size(1)).expand_as(tokens).flatten()[valid]
         ids = tokens.flatten()[valid]
         chosen = {name: routing.expert_ids.cpu()[valid] for name, routing in output.routing.items()}
         sizes = {name: routing.logits.size(1) for name, routing in output.routing.items()}
+        kinds = None
+        if self.file_kinds is not None:
+            kinds = self.file_kinds.at((batch["starts"].cpu()[:, None] + torch.arange(tokens.size(1))).flatten()[valid])
         names = list(chosen)
         for i, name in enumerate(names):
             experts = chosen[name]
@@ -130,6 +166,8 @@ class Specialisation:
             if i + 1 < len(names):
                 following = F.one_hot(chosen[names[i + 1]][:, 0], sizes[names[i + 1]])
                 counts.then = _sum_rows(following, experts[:, 0], sizes[name])
+            if self.file_kinds is not None and kinds is not None:
+                counts.by_file_kind = _sum_rows(mine, kinds, len(self.file_kinds.names))
             self.layers[name] = _add(self.layers[name], counts) if name in self.layers else counts
 
     def by_class(self, name: str) -> Tensor | None:
@@ -137,6 +175,15 @@ class Specialisation:
         if self._classes is None:
             return None
         return _sum_rows(self.layers[name].by_token[: len(self._classes)], self._classes, len(BYTE_CLASSES))
+
+    def by_file_kind(self, name: str) -> dict[str, Tensor] | None:
+        """(E,) choices of a layer by kind of file, the most frequent first; None unless there are two kinds."""
+        counts = self.layers[name].by_file_kind
+        if self.file_kinds is None or counts is None:
+            return None
+        order = counts.sum(dim=1).argsort(descending=True, stable=True).tolist()
+        seen = {self.file_kinds.names[kind]: counts[kind] for kind in order if counts[kind].any()}
+        return seen if len(seen) > 1 else None
 
     @functools.cached_property
     def _classes(self) -> Tensor | None:
@@ -146,7 +193,7 @@ class Specialisation:
         return torch.tensor([BYTE_CLASSES.index(byte_class(token)) for token in self.token_strings])
 
     def numbers(self) -> dict[str, float]:
-        """For metrics.json: what token, byte class, position and the layer before explain of the choice of expert.
+        """For metrics.json: what token, byte class, kind of file, position and the layer before explain of the choice.
 
         Each is an `explained_share`, positions by octave. `expert_overlap` is the mean over pairs of experts in use.
         """
@@ -155,6 +202,8 @@ class Specialisation:
             found[f"router/{name}/token_expert_nmi"] = explained_share(counts.by_token)
             if (classes := self.by_class(name)) is not None:
                 found[f"router/{name}/byte_class_expert_nmi"] = explained_share(classes)
+            if (kinds := self.by_file_kind(name)) is not None:
+                found[f"router/{name}/file_kind_expert_nmi"] = explained_share(torch.stack(list(kinds.values())))
             found[f"router/{name}/position_expert_nmi"] = explained_share(_by_octave(counts.by_position))
             if counts.then is not None:
                 found[f"router/{name}/next_layer_expert_nmi"] = explained_share(counts.then)
@@ -169,97 +218,110 @@ class Specialisation:
         if self.token_strings is None or token >= len(self.token_strings):
             return str(token)
         text = self.token_strings[token].decode("utf-8", errors="backslashreplace")
-        return repr(text).replace("$", r"\$") if text else "(end of text)"
-
-
-class Drift:
-    """Share of choices that another checkpoint makes differently, by layer; `update` adds a batch.
-
-    Experts are told apart by their number, so this is about two moments of one run: in runs of their own, experts that
-    do the same have other numbers.
-    """
-
-    def __init__(self, other: Decoder) -> None:
-        self.other = other.eval()
-        self._changed: dict[str, int] = {}
-        self._choices: dict[str, int] = {}
-
-    @torch.no_grad()
-    def update(self, output: DecoderOutput, batch: Mapping[str, Tensor]) -> None:
-        """Route the batch's "tokens" (B, L) with the other decoder, and compare.
-
-        Raises:
-            InputError: the other decoder has other MoE layers.
-        """
-        _, theirs = self.other.hidden_states(batch["tokens"])
-        if _shapes(theirs) != _shapes(output.routing):
-            raise InputError(
-                f"other_checkpoint: its MoE layers (experts, top_k) are {_shapes(theirs)}; allowed are those of "
-                f"checkpoint: {_shapes(output.routing)}"
-            )
-        for name, routing in output.routing.items():
-            kept = (routing.expert_ids[:, :, None] == theirs[name].expert_ids[:, None, :]).any(dim=2)
-            if "valid" in batch:
-                kept = kept[batch["valid"].flatten()]
-            self._changed[name] = self._changed.get(name, 0) + int((~kept).sum())
-            self._choices[name] = self._choices.get(name, 0) + kept.numel()
-
-    def numbers(self) -> dict[str, float]:
-        return {f"router/{name}/drift": n / max(1, self._choices[name]) for name, n in self._changed.items()}
+        shown = repr(_short(text)).replace(" ", "␣")  # runs of blanks can be counted
+        return _no_formula(shown) if text else "(end of text)"
 
 
 def plot_specialisation(found: Specialisation, out: Path) -> bool:
-    """A row of heat maps per MoE layer: byte classes, frequent tokens, positions, other experts, the next layer.
+    """A row of heat maps per MoE layer: byte classes, tokens, files, positions, other experts, the next layer.
 
-    False (no file) without MoE layers.
+    The panels of a column have the same colours. False (no file) without MoE layers.
     """
     if not found.layers:
         return False
-    columns = 5
-    figure, axes = _figure(len(found.layers), columns, width=22, height=1 + 3.9 * len(found.layers))
-    for i, (name, counts) in enumerate(found.layers.items()):
-        classes, tokens, positions, together, then = axes[columns * i : columns * (i + 1)]
-        if (by_class := found.by_class(name)) is None:
-            classes.set_visible(False)
-        else:
-            _heat(classes, by_class, f"{name}: by byte class", "expert", list(BYTE_CLASSES))
-        frequent = counts.by_token.sum(dim=1).topk(min(FREQUENT_TOKENS, counts.by_token.size(0))).indices
-        labels = [found.describe(token) for token in frequent.tolist()]
-        _heat(tokens, counts.by_token[frequent], "by token, most frequent first", "expert", labels)
-        octaves = _by_octave(counts.by_position)
-        last = counts.by_position.size(0) - 1
-        labels = ["0", *(f"{2**k - 1} to {min(2 ** (k + 1) - 2, last)}" for k in range(1, len(octaves)))]
-        _heat(positions, octaves, "by position in the window", "expert", labels)
-        if counts.together.sum() > counts.together.diagonal().sum():
-            chosen = counts.together.diagonal()[:, None].clamp(min=1)
-            _heat_shares(together, (counts.together / chosen).numpy(), "chosen too, of what an expert takes", "expert")
-        else:
-            _heat_shares(together, overlap(counts.by_token).numpy(), "overlap of the experts' tokens", "expert")
-        if counts.then is None:
-            then.set_visible(False)
-        else:
-            _heat(then, counts.then, "first choice in the next MoE layer", "expert there", None)
+    rows = {name: _panels(found, name) for name in found.layers}
+    titles = list(dict.fromkeys(title for panels in rows.values() for title in panels))
+    figure, axes = _figure(len(rows), len(titles), width=4.2 * len(titles), height=0.5 + 3.9 * len(rows))
+    for column, title in enumerate(titles):
+        shown = [panels[title].shares for panels in rows.values() if title in panels]
+        largest = max(float(np.nanmax(shares, initial=0.0)) for shares in shown) or 1.0
+        for row, panels in enumerate(rows.values()):
+            axis = axes[len(titles) * row + column]
+            if title in panels:
+                _draw(axis, panels[title], title, largest)
+            else:
+                axis.set_visible(False)
+    for row, name in enumerate(rows):
+        axes[len(titles) * row].set_ylabel(name, fontsize=12, fontweight="bold")
     _save(figure, out)
     return True
 
 
-def _heat(axis: Axes, counts: Tensor, title: str, x: str, labels: list[str] | None) -> None:
-    """Each row's shares; a row without counts stays blank."""
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    shares: Floats
+    """(rows, E); nan stays blank."""
+    labels: list[str] | None = None
+    """Of the rows; None if they are experts."""
+    x: str = "expert"
+
+
+def _panels(found: Specialisation, name: str) -> dict[str, _Panel]:
+    """Of a layer, by title."""
+    counts, panels = found.layers[name], {}
+    if (by_class := found.by_class(name)) is not None:
+        panels["by byte class (share of tokens)"] = _groups(dict(zip(BYTE_CLASSES, by_class, strict=True)))
+    frequent = counts.by_token.sum(dim=1).topk(min(FREQUENT_TOKENS, counts.by_token.size(0))).indices
+    labels = [found.describe(token) for token in frequent.tolist()]
+    panels["by token, most frequent first"] = _Panel(_shares(counts.by_token[frequent]), labels)
+    if (by_kind := found.by_file_kind(name)) is not None:
+        panels["by kind of file (share of tokens)"] = _groups(by_kind)
+    octaves, last = _by_octave(counts.by_position), counts.by_position.size(0) - 1
+    ranges = [(2**k - 1, min(2 ** (k + 1) - 2, last)) for k in range(len(octaves))]
+    labels = [str(start) if start == end else f"{start} to {end}" for start, end in ranges]
+    panels["by position in the window"] = _Panel(_shares(octaves), labels)
+    if counts.together.sum() > counts.together.diagonal().sum():
+        title = "chosen too, of what an expert takes"
+        pairs = counts.together / counts.together.diagonal()[:, None].clamp(min=1)
+    else:
+        title, pairs = "overlap of the experts' tokens", overlap(counts.by_token)
+    panels[title] = _Panel(pairs.clone().fill_diagonal_(math.nan).numpy())  # of an expert with itself: says nothing
+    if counts.then is not None:
+        panels["first choice in the next MoE layer"] = _Panel(_shares(counts.then), x="expert there")
+    return panels
+
+
+def _groups(counts: dict[str, Tensor]) -> _Panel:
+    """All tokens, and at most `GROUPS` groups of them; the last of the smaller ones together."""
+    groups = list(counts.items())
+    if len(groups) > GROUPS:
+        rest = groups[GROUPS - 1 :]
+        groups = [*groups[: GROUPS - 1], (f"{len(rest)} others", torch.stack([row for _, row in rest]).sum(dim=0))]
+    rows = torch.stack([row for _, row in groups])
+    sizes = (rows.sum(dim=1) / rows.sum().clamp(min=1)).tolist()
+    labels = [
+        "all",
+        *(f"{_no_formula(_short(name))} ({size:.1%})" for (name, _), size in zip(groups, sizes, strict=True)),
+    ]
+    return _Panel(_shares(torch.cat((rows.sum(dim=0, keepdim=True), rows))), labels)
+
+
+def _short(text: str) -> str:
+    """At most 16 characters of it, for a label."""
+    return text if len(text) <= 16 else f"{text[:15]}…"
+
+
+def _no_formula(label: str) -> str:
+    """As matplotlib shows it letter by letter."""
+    return label.replace("$", r"\$")
+
+
+def _shares(counts: Tensor) -> Floats:
+    """Each row's shares; nan in a row without counts."""
     total = counts.sum(dim=1, keepdim=True).double()
-    shares = torch.where(total > 0, counts / total.clamp(min=1), math.nan)
-    _heat_shares(axis, shares.numpy(), title, x)
-    if labels is not None:
-        axis.set_yticks(range(len(labels)), labels, fontsize=7)
-        axis.set_ylabel("")
+    return torch.where(total > 0, counts / total.clamp(min=1), math.nan).numpy()
 
 
-def _heat_shares(axis: Axes, shares: Floats, title: str, x: str) -> None:
-    image = axis.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    _label(axis, title, x, "expert")
+def _draw(axis: Axes, panel: _Panel, title: str, largest: float) -> None:
+    shares = panel.shares
+    image = axis.imshow(shares, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+    _label(axis, title, panel.x, "expert" if panel.labels is None else "")
     axis.grid(False)
     assert axis.figure is not None
     axis.figure.colorbar(image, ax=axis, fraction=0.05)
     axis.set_xticks(np.unique(np.linspace(0, shares.shape[1] - 1, min(8, shares.shape[1])).round().astype(int)))
+    if panel.labels is not None:
+        axis.set_yticks(range(len(panel.labels)), panel.labels, fontsize=8)
 
 
 def _by_octave(by_position: Tensor) -> Tensor:
@@ -280,14 +342,15 @@ def _add(old: LayerCounts, new: LayerCounts) -> LayerCounts:
         by_token=old.by_token + new.by_token,
         by_position=positions[0] + positions[1],
         together=old.together + new.together,
-        then=None if old.then is None or new.then is None else old.then + new.then,
+        then=_add_known(old.then, new.then),
+        by_file_kind=_add_known(old.by_file_kind, new.by_file_kind),
     )
+
+
+def _add_known(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    return None if old is None or new is None else old + new
 
 
 def _entropy(probabilities: Tensor) -> float:
     """Nats."""
     return float(torch.special.entr(probabilities).sum())
-
-
-def _shapes(routing: Mapping[str, Routing]) -> dict[str, tuple[int, int]]:
-    return {name: (each.logits.size(1), each.expert_ids.size(1)) for name, each in routing.items()}

@@ -6,14 +6,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moesaic.evaluation.routing import expert_load, load_health
 from moesaic.training.module import LanguageModel
 from moesaic.training.records import CsvTable
 
-__all__ = ["PlainProgress", "ProgressBar", "RunMonitor"]
+__all__ = ["LastCheckpoint", "PlainProgress", "ProgressBar", "RunMonitor"]
 
 
 class RunMonitor(pl.Callback):
@@ -78,6 +78,40 @@ class RunMonitor(pl.Callback):
     def _warn(self, message: str) -> None:
         self.warnings.append(message)
         rank_zero_warn(message, category=RuntimeWarning)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the newest state in `path`, as of every `every`-th step; where that step is validated, after it.
+
+    Lightning's own `every_n_train_steps` saves before, and a run that goes on from there never validates that step: its
+    row would be missing, and the state that validation leaves (best loss, choices of experts) older than it.
+    Stands after the checkpoint of the best loss among the callbacks.
+    """
+
+    def __init__(self, path: Path, every: int, validate_every: int) -> None:
+        self.path = path
+        self.every = every
+        self.validate_every = validate_every
+        self._saved = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        if trainer.global_step % self.validate_every:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Once per step: the micro-batches that follow it have the same number until the next one."""
+        step = trainer.global_step
+        if step % self.every == 0 and step != self._saved:
+            trainer.save_checkpoint(self.path)
+            self._saved = step
 
 
 class ProgressBar(RichProgressBar):

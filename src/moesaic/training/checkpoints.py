@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from moesaic.config import flatten, from_mapping, to_mapping
-from moesaic.data import Tokenizer, tokenizer_from_dict
+from moesaic.data import Tokenizer, TokenStream, tokenizer_from_dict
 from moesaic.errors import InputError
+from moesaic.evaluation.specialisation import FileKinds
 from moesaic.models import Decoder, DecoderConfig, build_decoder, generate
 from moesaic.training.config import RunConfig, SampleConfig, TrainingConfig, teacher_mapping
 
 __all__ = [
     "TrainedModel",
     "decoder_weights",
+    "file_kinds",
     "load_checkpoint",
     "load_model",
     "require_same_distillation",
@@ -134,6 +136,13 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
 def token_strings(tokenizer: Tokenizer | None) -> list[bytes] | None:
     """The bytes of each token; None without a tokeniser."""
     return None if tokenizer is None else [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+
+
+def file_kinds(stream: TokenStream, tokenizer: Tokenizer | None) -> FileKinds | None:
+    """Of the tokens of a split; None where nobody knows the files, as in a memory map or a recall task."""
+    if stream.documents is None or tokenizer is None:
+        return None
+    return FileKinds(stream.tokens, tokenizer.end_of_text, stream.documents)
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[int]:

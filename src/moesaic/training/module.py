@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moesaic.config import from_mapping
 from moesaic.distillation import CacheThrough, FrozenTeacher, TargetSource
+from moesaic.evaluation.drift import RunningDrift
 from moesaic.evaluation.language_modelling import LanguageModelScore
 from moesaic.evaluation.routing import RoutingHealth, routing_health
 from moesaic.layers import Routing, TopKRouter, count_tokens
@@ -97,6 +98,7 @@ class LanguageModel(pl.LightningModule):
         self.token_bytes = None if token_bytes is None else torch.tensor(token_bytes)
         self.score = LanguageModelScore(self.token_bytes)
         self.teacher_score = LanguageModelScore(self.token_bytes)
+        self.drift = RunningDrift()
         self.seconds = 0.0
         """Time spent in training before this process, and up to the last logged step."""
         self.tokens_per_second = 0.0
@@ -326,7 +328,9 @@ class LanguageModel(pl.LightningModule):
         self.teacher_score = LanguageModelScore(self.token_bytes)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self.score.update(self.decoder(batch["tokens"]), batch["labels"], batch.get("valid"))
+        output = self.decoder(batch["tokens"])
+        self.score.update(output, batch["labels"], batch.get("valid"))
+        self.drift.update(output, batch)
         if self.teacher is not None:
             self.teacher_score.update(self.teacher(batch["tokens"]), batch["labels"], batch.get("valid"))
 
@@ -336,6 +340,7 @@ class LanguageModel(pl.LightningModule):
             metrics["validation/bits_per_byte"] = self.score.bits_per_byte
         if self.teacher is not None:
             metrics["validation/teacher_loss"] = self.teacher_score.loss
+        metrics |= self.drift.finish()
         self.log_dict(metrics, prog_bar=False, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             self.log_row(metrics)
@@ -364,6 +369,7 @@ class LanguageModel(pl.LightningModule):
             "nats": self._nats,
             "micro_batches": self._micro_batches,
             "logged_load": self.logged_load,
+            "drift": self.drift.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "python_rng": random.getstate(),
         }
@@ -377,6 +383,7 @@ class LanguageModel(pl.LightningModule):
         self.seconds = state["seconds"]
         self._nats, self._micro_batches = state["nats"], state["micro_batches"]
         self.logged_load = state["logged_load"]
+        self.drift.load_state_dict(state.get("drift", {}))
         self._distillation = state.get("distillation", self._distillation)
         if isinstance(self.targets, CacheThrough) and "targets" in state:
             self.targets.load_state_dict(state["targets"])

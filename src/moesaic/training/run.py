@@ -33,14 +33,15 @@ from moesaic.data import (
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
-from moesaic.evaluation.plots import plot_distillation, plot_expert_load, plot_loss, plot_loss_by_position
+from moesaic.evaluation.plots import plot_distillation, plot_drift, plot_expert_load, plot_loss, plot_loss_by_position
 from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.specialisation import Specialisation, plot_specialisation
 from moesaic.models import Decoder, DecoderConfig, account
-from moesaic.training.callbacks import PlainProgress, ProgressBar, RunMonitor
+from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor
 from moesaic.training.checkpoints import (
     decoder_weights,
+    file_kinds,
     load_checkpoint,
     require_same_distillation,
     require_same_model,
@@ -215,7 +216,9 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
     if status["status"] == "finished":
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
         lengths = None if lengths_in_bytes is None else torch.tensor(lengths_in_bytes)
-        specialisation = Specialisation(model_config.vocab_size, token_strings(data.tokenizer))
+        specialisation = Specialisation(
+            model_config.vocab_size, token_strings(data.tokenizer), file_kinds(data.validation, data.tokenizer)
+        )
         score = evaluate_language_model(module.decoder, test_loader, lengths, specialisation.update)
         score.num_bytes = score.num_bytes or data.validation.num_bytes or 0  # of a memory map without tokeniser
         metrics |= {**_final_numbers(score), **specialisation.numbers(), "validation/seq_len": test_loader.seq_len}
@@ -237,8 +240,14 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
             plot_variants_by_position(found, run_dir / "plots" / "extend_context.png", training.seq_len)
             console.print(extension_table(found, stretches))
             metrics |= extension_numbers(found, stretches)
-        if plot_specialisation(specialisation, picture := run_dir / "plots" / "specialisation.png"):
-            tensorboard.experiment.add_image("specialisation", imread(picture), metrics["steps"], dataformats="HWC")
+        plots = run_dir / "plots"
+        for picture, is_there in (
+            ("specialisation", plot_specialisation(specialisation, plots / "specialisation.png")),
+            ("drift", plot_drift(run_dir / "metrics.csv", plots / "drift.png")),
+        ):
+            if is_there:
+                image = imread(plots / f"{picture}.png")
+                tensorboard.experiment.add_image(picture, image, metrics["steps"], dataformats="HWC")
         if data.task is not None:
             metrics |= _recall(module.decoder, data.task, training, run_dir / "plots" / "recall.png", console)
         if data.tokenizer is not None:
@@ -421,7 +430,7 @@ def _new_run_dir(config: RunConfig) -> Path:
 def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: RunMonitor) -> pl.Trainer:
     training, trainer = config.training, config.trainer
     interactive = sys.stdout.isatty()
-    keep = functools.partial(ModelCheckpoint, run_dir / "checkpoints", enable_version_counter=False)
+    checkpoints = run_dir / "checkpoints"
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return pl.Trainer(
@@ -443,8 +452,8 @@ def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: R
         callbacks=[
             monitor,  # before the checkpoints, so that what they hold has been logged
             ProgressBar() if interactive else PlainProgress(),
-            keep("last", every_n_train_steps=training.checkpoint_every),
-            keep("best", monitor="validation/loss", mode="min"),
+            ModelCheckpoint(checkpoints, "best", monitor="validation/loss", mode="min", enable_version_counter=False),
+            LastCheckpoint(checkpoints / "last.ckpt", training.checkpoint_every, training.validate_every),
         ],
     )
 
