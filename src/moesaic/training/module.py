@@ -379,7 +379,7 @@ class LanguageModel(pl.LightningModule):
         self.logged_load = state["logged_load"]
         self._distillation = state.get("distillation", self._distillation)
         if isinstance(self.targets, CacheThrough) and "targets" in state:
-            self.targets.load_state_dict(state["targets"])
+            self.targets.load_state_dict(state["targets"], same_run=self.config.resume)
         torch.set_rng_state(state["torch_rng"].cpu())
         version, internal, gauss = state["python_rng"]
         random.setstate((version, tuple(internal), gauss))
