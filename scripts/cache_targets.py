@@ -63,7 +63,8 @@ def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
     require_accelerator("accelerator", config["accelerator"])
     require_teacher(config["teacher"])
     data_config = from_mapping(DataConfig, config["data"], "data")
-    data = load_data(data_config, teacher_tokenizer(config["teacher"], data_config))
+    tokenizer = teacher_tokenizer(config["teacher"], data_config)
+    data = load_data(data_config, tokenizer)
     decoder = load_teacher(config["teacher"], data.tokenizer, data.vocab_size)
     identity = cache_identity(decoder, data, seq_len=config["seq_len"], form=form, seed=config["seed"])
     device = torch.device("cuda" if config["accelerator"] == "gpu" else "cpu")
@@ -103,6 +104,7 @@ def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
         "new windows": len(cache) - before,
         "seconds": time.monotonic() - started,
         "bytes": cache.stored_bytes,
+        "tokeniser": "of the data" if tokenizer is None else "of the teacher",
     }
 
 
@@ -148,12 +150,14 @@ def _missing_batches(
 def describe(config: dict[str, Any], found: dict[str, Any], overrides: Sequence[str] = ()) -> str:
     """What was written, and the command that trains from it, on the same data in windows of the same length."""
     directory = config["directory"]
+    reads = f"\nif these are other data than the teacher's: distillation.teacher={config['teacher']} too, for its BPE"
     same = "".join(f" {override}" for override in overrides if override.startswith("data"))
     return (
         f"written   {directory}: {found['windows']:,} windows, {found['bytes'] / 1e6:,.1f} MB; "
         f"{found['new windows']:,} of them now, in {found['seconds']:.0f} s\n"
         f"next\n  python scripts/train.py experiment=codistill_cached distillation.cache={directory} "
         f"training.seq_len={config['seq_len']}{same}"
+        f"{reads if found['tokeniser'] == 'of the teacher' else ''}"
     )
 
 

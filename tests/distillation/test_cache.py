@@ -180,6 +180,7 @@ def test_labels_that_are_not_the_next_tokens_are_refused(decoder: Decoder, tmp_p
     another_end["labels"][0, -1] = (another_end["labels"][0, -1] + 1) % V
     with pytest.raises(InputError, match=r"no targets for sequence 0 of the batch"):
         CachedTargets(cache).targets(another_end)
+    cache.release()
 
 
 # ---- keys
