@@ -1,6 +1,7 @@
 """Codistilled runs end to end: frozen, joint, cached and cache-through; what they leave, refuse and survive."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from moesaic.config import from_mapping
 from moesaic.data import ByteTokenizer, DataConfig, TrainingLoader, load_data
-from moesaic.distillation import TargetCache, stream_keys
+from moesaic.distillation import CacheThrough, TargetCache, stream_keys
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
 from moesaic.training.checkpoints import load_checkpoint, load_model, save_model
@@ -436,6 +437,31 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, teacher: Path, tm
     first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed"))
     for key in ("validation/loss", "teacher_flops", "validation/teacher_loss"):
         assert first[key] == second[key], key
+
+
+def test_a_resumed_run_counts_what_it_paid_whatever_the_cache_got_since(
+    composed: Composed, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str) -> dict[str, Any]:
+        settings = [f"distillation.cache={tmp_path / f'cache-{name}'}", f"distillation.teacher={teacher}"]
+        return composed("experiment=codistill_cached", *settings, "training.checkpoint_every=5")
+
+    whole = trained(config("whole"), tmp_path / "whole")
+    fill, calls = CacheThrough.fill, itertools.count(1)
+
+    def dies(self: CacheThrough, batch: Any) -> None:
+        if next(calls) == 9:
+            raise RuntimeError("gone")
+        fill(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
+        patch.setattr(CacheThrough, "fill", dies)
+        run({**config("cut"), "run_dir": str(tmp_path / "cut")})
+    assert load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")["global_step"] == 5
+    trained(config("cut"), tmp_path / "other")  # the same windows, from the same cache
+    resumed = trained({**config("cut"), "resume": True}, tmp_path / "cut")
+    assert resumed["teacher_flops"] == whole["teacher_flops"]
+    assert_equal(states(tmp_path / "cut"), states(tmp_path / "whole"))
 
 
 def test_a_teacher_that_changed_is_refused_on_resume(composed: Composed, teacher: Path, tmp_path: Path) -> None:
