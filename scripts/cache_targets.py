@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 import numpy as np
+import numpy.typing as npt
 import torch
 from _cli import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
 from omegaconf import DictConfig
@@ -27,11 +28,15 @@ from moesaic.distillation import (
     cache_identity,
     forecast,
     kept_targets,
+    stream_keys,
+    window_keys,
 )
 from moesaic.errors import InputError
 from moesaic.losses.targets import HeadTargets, SampledTargets
 from moesaic.training.config import require_accelerator
-from moesaic.training.teachers import load_teacher, require_teacher
+from moesaic.training.teachers import load_teacher, require_teacher, teacher_tokenizer
+
+Starts = npt.NDArray[np.int64]
 
 FORMAT_KEYS = ("kind", "temperature", "k", "num_samples", "exponent")
 
@@ -46,8 +51,10 @@ def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
         if not isinstance(config[key], str):
             raise InputError(f"{key}={config[key]!r}: it is needed ({key}={example})")
     for key in ("seq_len", "batch_size", "windows_per_shard"):
-        if not isinstance(config[key], int) or config[key] < 1:
+        if type(config[key]) is not int or config[key] < 1:
             raise InputError(f"{key}={config[key]!r}: allowed are integers >= 1")
+    if type(config["seed"]) is not int:
+        raise InputError(f"seed={config['seed']!r}: allowed are integers")
     batch_size, windows_per_shard = config["batch_size"], config["windows_per_shard"]
     if windows_per_shard % batch_size:
         # else a resumed run would batch windows in another way, and differ in the last bit
@@ -55,7 +62,9 @@ def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
     form = from_mapping(TargetFormat, {key: config[key] for key in FORMAT_KEYS})
     require_accelerator("accelerator", config["accelerator"])
     require_teacher(config["teacher"])
-    data = load_data(from_mapping(DataConfig, config["data"], "data"))
+    data_config = from_mapping(DataConfig, config["data"], "data")
+    tokenizer = teacher_tokenizer(config["teacher"], data_config)
+    data = load_data(data_config, tokenizer)
     decoder = load_teacher(config["teacher"], data.tokenizer, data.vocab_size)
     identity = cache_identity(decoder, data, seq_len=config["seq_len"], form=form, seed=config["seed"])
     device = torch.device("cuda" if config["accelerator"] == "gpu" else "cpu")
@@ -63,23 +72,29 @@ def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
     tokens = data.train.tokens
 
     directory = Path(config["directory"])
-    ids_per_token = _distinct_ids(teacher, tokens, identity) if form.kind == "sampled" else None
-    expected = forecast(identity, windows_per_shard, ids_per_token)
-    about = "" if ids_per_token is None else f", at about {ids_per_token:.1f} distinct ids per token"
+    keys, windows = np.unique(stream_keys(tokens, identity.seq_len), return_index=True)
+    if (directory / "manifest.json").exists():
+        windows = windows[~TargetCache.open(directory, identity.settings()).holds(keys)]
+    missing, there = np.sort(windows) * identity.seq_len, len(keys) - len(windows)
     settings = ", ".join(f"{key} {value}" for key, value in form.settings().items())
     console.print(f"teacher   {config['teacher']}, {sum(p.numel() for p in decoder.parameters()):,} parameters")
-    console.print(f"targets   {settings}; {expected.windows:,} windows of {identity.seq_len} tokens")
-    console.print(
-        f"forecast  {expected.total_bytes / 1e6:,.1f} MB, {expected.bytes_per_token:.1f} bytes per token{about}"
-    )
-    expected.require_room(directory)
+    console.print(f"targets   {settings}; {len(keys):,} windows of {identity.seq_len} tokens")
+    if there:
+        console.print(f"resumed   {there:,} of {len(keys):,} windows are there already")
+    if len(missing):
+        ids_per_token = _distinct_ids(teacher, tokens, missing, identity) if form.kind == "sampled" else None
+        expected = forecast(identity, len(missing), windows_per_shard, ids_per_token)
+        about = "" if ids_per_token is None else f", at about {ids_per_token:.1f} distinct ids per token"
+        console.print(
+            f"forecast  {expected.total_bytes / 1e6:,.1f} MB for {len(missing):,} windows, "
+            f"{expected.bytes_per_token:.1f} bytes per token{about}"
+        )
+        expected.require_room(directory)
     cache = TargetCache.create(directory, identity, windows_per_shard)
     try:
-        if len(cache):
-            console.print(f"resumed   {len(cache):,} windows are there already")
         before, started = len(cache), time.monotonic()
         through = CacheThrough(cache, teacher, identity)
-        for batch in _missing_batches(cache, tokens, batch_size, console):
+        for batch in _missing_batches(tokens, missing, there, identity.seq_len, batch_size, console):
             through.fill({name: value.to(device) for name, value in batch.items()})
         cache.close()
     finally:
@@ -89,56 +104,60 @@ def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
         "new windows": len(cache) - before,
         "seconds": time.monotonic() - started,
         "bytes": cache.stored_bytes,
+        "tokeniser": "of the data" if tokenizer is None else "of the teacher",
     }
 
 
-def _distinct_ids(teacher: FrozenTeacher, tokens: Ids, identity: CacheIdentity) -> float:
-    """Mean number of distinct ids of a token, on a few windows spread over the stream."""
-    count = min(identity.num_windows, max(4, 4096 // identity.seq_len))
+def _distinct_ids(teacher: FrozenTeacher, tokens: Ids, starts: Starts, identity: CacheIdentity) -> float:
+    """Mean number of distinct ids of a token, on a few of the windows that begin at `starts`."""
+    count = min(len(starts), max(4, 4096 // identity.seq_len))
     found = []
-    for window in np.linspace(0, identity.num_windows - 1, count).round().astype(np.int64).tolist():
-        batch = windows_at(tokens, np.array([window * identity.seq_len]), identity.seq_len)
+    for place in np.linspace(0, len(starts) - 1, count).round().astype(np.int64):
+        batch = windows_at(tokens, starts[[place]], identity.seq_len)
+        [key] = window_keys(batch["tokens"], batch["labels"])
         batch = {name: value.to(teacher.decoder.head.weight.device) for name, value in batch.items()}
         hidden, weight = teacher.targets(batch)
         labels = batch["labels"].flatten()
-        sampled = kept_targets(HeadTargets(hidden, weight), labels, identity.form, identity.generator(window))
+        sampled = kept_targets(HeadTargets(hidden, weight), labels, identity.form, identity.generator(key))
         assert isinstance(sampled, SampledTargets)
         found.append((sampled.weights != 0).sum(dim=1).float().mean().item())
     return sum(found) / len(found)
 
 
-def _missing_batches(cache: TargetCache, tokens: Ids, batch_size: int, console: Console) -> Iterator[Batch]:
-    """What the cache lacks, with a progress bar, or a line every few seconds where there is no terminal.
+def _missing_batches(
+    tokens: Ids, missing: Starts, there: int, seq_len: int, batch_size: int, console: Console
+) -> Iterator[Batch]:
+    """The windows that begin at `missing`, with a progress bar, or a line every few seconds without a terminal.
 
-    Windows are grouped by their number, so that a window is computed beside the same others after a resume.
+    A process that is killed has written full shards, which are whole batches: so the next one, which finds fewer
+    windows missing, computes each beside the same others.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    first, started, told = len(cache), time.monotonic(), time.monotonic()
+    total, started, told = there + len(missing), time.monotonic(), time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("windows", total=cache.num_windows, completed=first)
-        for group in range(0, cache.num_windows, batch_size):
-            numbers = range(group, min(group + batch_size, cache.num_windows))
-            missing = np.array([number for number in numbers if number not in cache], dtype=np.int64)
-            if not len(missing):
-                continue
-            yield windows_at(tokens, missing * cache.seq_len, cache.seq_len)
-            done, now = len(cache), time.monotonic()
-            bar.update(task, completed=done)
-            if not console.is_terminal and (now - told > 15 or done == cache.num_windows):
+        task = bar.add_task("windows", total=total, completed=there)
+        for first in range(0, len(missing), batch_size):
+            starts = missing[first : first + batch_size]
+            yield windows_at(tokens, starts, seq_len)
+            done, now = first + len(starts), time.monotonic()
+            bar.update(task, completed=there + done)
+            if not console.is_terminal and (now - told > 15 or done == len(missing)):
                 told = now
-                left = (now - started) / max(1, done - first) * (cache.num_windows - done)
-                console.print(f"window {done:,}/{cache.num_windows:,}  {left:.0f} s left", highlight=False)
+                left = (now - started) / done * (len(missing) - done)
+                console.print(f"window {there + done:,}/{total:,}  {left:.0f} s left", highlight=False)
 
 
 def describe(config: dict[str, Any], found: dict[str, Any], overrides: Sequence[str] = ()) -> str:
     """What was written, and the command that trains from it, on the same data in windows of the same length."""
     directory = config["directory"]
+    reads = f"\nif these are other data than the teacher's: distillation.teacher={config['teacher']} too, for its BPE"
     same = "".join(f" {override}" for override in overrides if override.startswith("data"))
     return (
         f"written   {directory}: {found['windows']:,} windows, {found['bytes'] / 1e6:,.1f} MB; "
         f"{found['new windows']:,} of them now, in {found['seconds']:.0f} s\n"
         f"next\n  python scripts/train.py experiment=codistill_cached distillation.cache={directory} "
         f"training.seq_len={config['seq_len']}{same}"
+        f"{reads if found['tokeniser'] == 'of the teacher' else ''}"
     )
 
 

@@ -20,7 +20,9 @@ from moesaic.distillation import (
     TargetCache,
     TargetFormat,
     forecast,
+    stream_keys,
     weights_hash,
+    window_keys,
 )
 from moesaic.errors import InputError
 from moesaic.losses.targets import DenseTargets, SampledTargets, TopKTargets
@@ -49,7 +51,7 @@ def decoder() -> Decoder:
 
 
 def identity(decoder: Decoder, kind: str = "top_k", **changes: Any) -> CacheIdentity:
-    same = CacheIdentity(weights_hash(decoder), "t" * 64, "c" * 64, len(STREAM), L, V, FORMS[kind], seed=5)
+    same = CacheIdentity(weights_hash(decoder), "t" * 64, L, V, FORMS[kind], seed=5)
     return dataclasses.replace(same, **changes)
 
 
@@ -76,7 +78,7 @@ def logits_of(decoder: Decoder, of: Batch) -> Tensor:
 
 
 def read(cache: TargetCache, of: Batch) -> Any:
-    return cache.targets(of["starts"], of["tokens"], of["labels"])
+    return cache.targets(of["tokens"], of["labels"])
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -133,28 +135,71 @@ def test_cached_samples_are_those_of_the_windows_own_seed(decoder: Decoder, tmp_
 
 
 def test_ids_beyond_two_bytes(tmp_path: Path) -> None:
-    of = CacheIdentity("t", None, "c", 2 * L + 1, L, 200_000, TargetFormat("top_k", k=2))
-    tokens = torch.arange(L)[None]
+    of = CacheIdentity("t", None, L, 200_000, TargetFormat("top_k", k=2))
+    tokens, labels = torch.arange(L)[None] + 150_000, torch.arange(1, L + 1)[None] + 150_000
     ids = torch.stack([torch.arange(L) + 199_000, torch.arange(L)], dim=1)
     half = torch.full((L, 2), 0.5).log()
     cache = TargetCache.create(tmp_path / "cache", of)
-    cache.add(torch.tensor([L]), tokens, TopKTargets(ids, half, 1.0, torch.zeros(L), torch.full((L,), -torch.inf)))
+    cache.add(tokens, labels, TopKTargets(ids, half, 1.0, torch.zeros(L), torch.full((L,), -torch.inf)))
     cache.close()
-    found = read(
-        TargetCache.open(tmp_path / "cache"), {"starts": torch.tensor([L]), "tokens": tokens, "labels": tokens}
-    )
+    found = read(TargetCache.open(tmp_path / "cache"), {"tokens": tokens, "labels": labels})
     assert torch.equal(found.ids, ids)
     assert bool(found.label_log_prob.isfinite().all()), "what fp16 cannot hold is as large as it can"
     assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["dtypes"]["ids"] == "uint32"
 
 
 def test_ignored_labels_have_no_log_probability(decoder: Decoder, tmp_path: Path) -> None:
-    cache = filled(tmp_path / "cache", decoder, identity(decoder))
+    of = identity(decoder)
+    cache = TargetCache.create(tmp_path / "cache", of)
     wanted = batch(1)
     wanted["labels"][0, 3] = -100
+    CacheThrough(cache, FrozenTeacher(decoder), of).fill(wanted)
+    cache.close()
+    cache = TargetCache.open(tmp_path / "cache")
     found = read(cache, wanted).label_log_prob
     assert found[3] == 0
     assert bool((found[:3] < 0).all())
+    assert bool((read(cache, batch(1)).label_log_prob < 0).all()), "kept whole, for those who do not ignore it"
+
+
+def test_labels_that_are_not_the_next_tokens_are_refused(decoder: Decoder, tmp_path: Path) -> None:
+    cache = TargetCache.create(tmp_path / "cache", identity(decoder))
+    through = CacheThrough(cache, FrozenTeacher(decoder), cache.identity)
+    through.fill(batch(0, 1))
+    cut = batch(0, 1)
+    cut["labels"][1, -1] = -100
+    other = batch(0, 1)
+    other["tokens"][1, 5], other["labels"][1, 4] = 7, 9
+    message = r"sequence 1 of the batch: label 9 at position 4, where the next token is 7; cached targets are those of"
+    for wrong, why in [(cut, r"sequence 1 of the batch: its last label is ignored"), (other, message)]:
+        for use in (through.fill, through.targets, CachedTargets(cache).targets):
+            with pytest.raises(InputError, match=why):
+                use(wrong)
+    assert len(cache) == 2
+    another_end = batch(0)
+    another_end["labels"][0, -1] = (another_end["labels"][0, -1] + 1) % V
+    with pytest.raises(InputError, match=r"no targets for sequence 0 of the batch"):
+        CachedTargets(cache).targets(another_end)
+    cache.release()
+
+
+# ---- keys
+
+
+def test_keys_of_a_stream_are_those_of_its_windows() -> None:
+    keys = stream_keys(STREAM, L)
+    assert keys.dtype == np.int64
+    assert len(set(keys.tolist())) == WINDOWS
+    every = batch(*range(WINDOWS))
+    assert keys.tolist() == window_keys(every["tokens"], every["labels"])
+    assert keys.tolist() == stream_keys(STREAM.astype(np.uint32), L).tolist()
+    assert keys[:5].tolist() == stream_keys(STREAM[: 5 * L + 1], L).tolist()
+    long = np.arange(2**20 + 99, dtype=np.uint32)  # more than is looked at at a time
+    starts = np.arange(0, len(long) - 1024, 1024)
+    whole = windows_at(long, starts, 1024)
+    assert stream_keys(long, 1024).tolist() == window_keys(whole["tokens"], whole["labels"])
+    with pytest.raises(InputError, match=r"seq_len=16: the training split has 16 tokens; one window needs 17"):
+        stream_keys(STREAM[:16], L)
 
 
 # ---- forecast
@@ -168,8 +213,8 @@ def test_forecast_is_within_five_percent(decoder: Decoder, tmp_path: Path, kind:
     if kind == "sampled":
         kept = [(read(cache, batch(window)).weights > 0).sum(dim=1) for window in range(WINDOWS)]
         distinct = torch.cat(kept).float().mean().item()
-        assert forecast(of, 4).total_bytes > forecast(of, 4, distinct).total_bytes, "without it, an upper bound"
-    expected = forecast(of, 4, distinct)
+        assert forecast(of, 9, 4).total_bytes > forecast(of, 9, 4, distinct).total_bytes, "without it, an upper bound"
+    expected = forecast(of, WINDOWS, 4, distinct)
     real = sum(len(content) for content in contents(tmp_path / "cache").values())
     assert expected.total_bytes == pytest.approx(real, rel=0.05)
     assert expected.bytes_per_token == pytest.approx(real / (WINDOWS * L), rel=0.05)
@@ -179,15 +224,14 @@ def test_forecast_is_within_five_percent(decoder: Decoder, tmp_path: Path, kind:
 def test_a_full_disk_is_refused_before_anything_is_computed(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = forecast(identity(decoder), 4)
+    needed = forecast(identity(decoder), WINDOWS, 4)
     usage = lambda free: lambda path: type("usage", (), {"free": free})  # noqa: E731
     monkeypatch.setattr("shutil.disk_usage", usage(needed.total_bytes))
     needed.require_room(tmp_path / "not" / "yet" / "there")
     monkeypatch.setattr("shutil.disk_usage", usage(needed.total_bytes - 1))
     with pytest.raises(InputError, match=r"MB free, but the targets need 0\.0 MB"):
         needed.require_room(tmp_path / "not" / "yet" / "there")
-    filled(tmp_path / "cache", decoder, identity(decoder))
-    needed.require_room(tmp_path / "cache")  # most of it is there already
+    assert forecast(identity(decoder), 3, 4).total_bytes < needed.total_bytes / 3, "what is added, not what is there"
 
 
 def test_a_disk_that_fills_up_leaves_the_shards_before(
@@ -218,8 +262,6 @@ def test_a_disk_that_fills_up_leaves_the_shards_before(
     [
         ({"teacher": "f" * 64}, r"is stale: made by a teacher with other weights \(teacher=[0-9a-f]{12} in its man"),
         ({"tokenizer": None}, r"was made with another tokeniser \(tokenizer=t{12} in its manifest.json, None here\)"),
-        ({"content_hash": "d" * 64}, r"was made from other data \(content_hash=c{12} in its manifest.json, d{12} here"),
-        ({"num_tokens": 99}, r"was made from a training split of another length \(num_tokens=197 .*, 99 here\)"),
         ({"seq_len": 8}, r"has windows of another length \(seq_len=16 in its manifest.json, 8 here\)"),
         ({"vocab_size": 41}, r"has another vocabulary \(vocab_size=40 in its manifest.json, 41 here\)"),
         ({"kind": "sampled"}, r"holds targets of another kind \(kind=top_k in its manifest.json, sampled here\)"),
@@ -281,13 +323,32 @@ def test_no_cache_and_damaged_manifests(decoder: Decoder, tmp_path: Path) -> Non
     for content, message in [
         (path.read_text()[:-20], r"manifest.json: damaged"),
         ("[]", r"manifest.json: not the manifest of a cache of targets"),
-        (json.dumps({**good, "version": 2}), r"manifest.json: version 2; allowed is 1"),
-        (json.dumps({**good, "settings": {}}), r"manifest.json: damaged \(KeyError"),
-        (json.dumps({**good, "shards": [{"file": "x", "windows": [[0, 99]]}]}), r"manifest.json: damaged \(IndexError"),
+        (json.dumps({**good, "version": 1}), r"manifest.json: version 1; allowed is 2, make the cache anew"),
+        (json.dumps({**good, "settings": {}}), r"manifest.json: damaged \(settings.teacher: missing"),
+        (json.dumps({**good, "settings": []}), r"manifest.json: damaged"),
+        (json.dumps({**good, "shards": None}), r"manifest.json: damaged"),
+        (json.dumps({**good, "shards": [{"file": "x"}]}), r"manifest.json: damaged \(shards\[0\].windows: missing"),
+        (json.dumps({**good, "shards": [{**good["shards"][0], "windows": 3}]}), r"4 windows, the manifest says 3"),
     ]:
         path.write_text(content)
         with pytest.raises(InputError, match=message):
-            TargetCache.open(tmp_path)
+            TargetCache.open(tmp_path, good["settings"])
+
+
+@every_kind
+def test_a_manifest_that_lacks_a_setting_is_refused(decoder: Decoder, tmp_path: Path, kind: str) -> None:
+    of = identity(decoder, kind)
+    filled(tmp_path, decoder, of)
+    path = tmp_path / "manifest.json"
+    good = json.loads(path.read_text())
+    assert set(good["settings"]) >= {"teacher", "tokenizer", "seq_len", "vocab_size", "kind"}
+    for key in good["settings"]:
+        without = {name: value for name, value in good["settings"].items() if name != key}
+        for settings in (without, {**good["settings"], key: [3]}):
+            path.write_text(json.dumps({**good, "settings": settings}))
+            message = rf"manifest.json: damaged \(settings\.(form\.)?{key}: (missing|found)"
+            with pytest.raises(InputError, match=message):
+                TargetCache.open(tmp_path, of.settings())
 
 
 def truncate(path: Path) -> None:
@@ -320,11 +381,16 @@ def test_a_corrupt_byte_is_found(decoder: Decoder, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"shard-00002.safetensors: corrupt, its sha256 is [0-9a-f]{12} and the man"):
         TargetCache.open(tmp_path).verify()
     path.write_bytes(b"\xff" * len(content))
-    with pytest.raises(InputError, match=r"shard-00002.safetensors: damaged, window 9 cannot be read"):
-        read(TargetCache.open(tmp_path), batch(9))
+    for use in (lambda: TargetCache.open(tmp_path), lambda: TargetCache.create(tmp_path, identity(decoder))):
+        with pytest.raises(
+            InputError, match=r"shard-00002.safetensors: damaged, it cannot be read .* make the cache an"
+        ):
+            use()
+    with pytest.raises(InputError, match=r"shard-00002.safetensors: damaged, row 1 cannot be read"):
+        read(cache, batch(9))
 
 
-def test_the_window_is_named(decoder: Decoder, tmp_path: Path) -> None:
+def test_the_sequence_is_named(decoder: Decoder, tmp_path: Path) -> None:
     of = identity(decoder)
     cache = TargetCache.create(tmp_path, of)
     source = CacheThrough(cache, FrozenTeacher(decoder), of)
@@ -332,17 +398,15 @@ def test_the_window_is_named(decoder: Decoder, tmp_path: Path) -> None:
     cache.close()
     cached = CachedTargets(TargetCache.open(tmp_path))
     cached.targets(batch(2, 0))
-    with pytest.raises(InputError, match=r"window 5 is missing; the cache holds 3 of 12"):
+    begins = ", ".join(map(str, STREAM[5 * L : 5 * L + 4]))
+    message = rf"no targets for sequence 1 of the batch \(it begins with {begins}\): none of the 3 windows"
+    with pytest.raises(InputError, match=message):
         cached.targets(batch(1, 5))
-    shifted = batch(0, 1)
-    shifted["tokens"][1] = shifted["tokens"][1].roll(1)
-    with pytest.raises(InputError, match=r"window 1 holds the targets of other tokens than those of the batch"):
+    shifted = windows_at(STREAM, np.array([0, L + 1]), L)
+    with pytest.raises(InputError, match=r"no targets for sequence 1 of the batch .* windows cut elsewhere"):
         cached.targets(shifted)
-    for start in (3, -L, WINDOWS * L):
-        with pytest.raises(InputError, match=rf"starts at token {start}; targets are kept for windows that start"):
-            cached.targets({**batch(0), "starts": torch.tensor([start])})
     with pytest.raises(InputError, match=r"tokens of shape \[1, 8\]; its windows have seq_len=16"):
-        cached.targets({**batch(0), "tokens": batch(0)["tokens"][:, :8]})
+        cached.targets({name: value[:, :8] for name, value in batch(0).items() if name != "starts"})
 
 
 def test_every_window_and_seed_has_draws_of_its_own(decoder: Decoder) -> None:
@@ -353,8 +417,8 @@ def test_every_window_and_seed_has_draws_of_its_own(decoder: Decoder) -> None:
 
 
 def test_impossible_identities_are_refused(decoder: Decoder) -> None:
-    with pytest.raises(InputError, match=r"seq_len=16: the training split has 16 tokens; one window needs 17"):
-        identity(decoder, num_tokens=16)
+    with pytest.raises(InputError, match=r"seq_len=0: allowed are numbers >= 1"):
+        identity(decoder, seq_len=0)
     with pytest.raises(InputError, match=r"k=41: the vocabulary has 40 entries"):
         identity(decoder, form=TargetFormat("top_k", k=41))
 
@@ -415,7 +479,7 @@ def test_cache_through_computes_what_is_missing_once(decoder: Decoder, tmp_path:
     whole = filled(tmp_path / "whole", decoder, of)
     cache = TargetCache.create(tmp_path / "cache", of, 4)
     source = CacheThrough(cache, FrozenTeacher(decoder), of)
-    for windows, hits, misses in [((8, 3), 0, 2), ((3, 8), 2, 2), ((3, 5), 3, 3), ((1, 1), 3, 5), ((8, 1), 5, 5)]:
+    for windows, hits, misses in [((8, 3), 0, 2), ((3, 8), 2, 2), ((3, 5), 3, 3), ((1, 1), 4, 4), ((8, 1), 6, 4)]:
         found = source.targets(batch(*windows))
         assert (source.hits, source.misses) == (hits, misses)
         for mine, theirs in zip(found, read(whole, batch(*windows)), strict=True):
@@ -429,10 +493,41 @@ def test_cache_through_computes_what_is_missing_once(decoder: Decoder, tmp_path:
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs)), "the same from memory and from disk"
     resumed.fill(batch(*range(WINDOWS)))
     assert (resumed.hits, resumed.misses) == (6, 8)
+    moved = windows_at(np.concatenate([STREAM[:3], STREAM]), 3 + L * np.array([8, 1]), L)
+    resumed.fill(moved)
+    assert (resumed.hits, resumed.misses) == (8, 8), "the same text elsewhere is the same window"
     again.close()
     complete = CachedTargets(TargetCache.open(tmp_path / "cache", of.settings()))
     complete.cache.verify()
     complete.targets(batch(*range(WINDOWS)))
+
+
+def test_the_state_of_a_cache_through_is_small_and_plain(decoder: Decoder, tmp_path: Path) -> None:
+    of = identity(decoder)
+    cache = TargetCache.create(tmp_path / "cache", of, 100)
+    source = CacheThrough(cache, FrozenTeacher(decoder), of)
+    source.fill(batch(4, 2))
+    torch.save(source.state_dict(), tmp_path / "state.pt")
+    assert sorted(TargetCache.open(tmp_path / "cache")) == sorted(stream_keys(STREAM, L)[[2, 4]].tolist())
+    source.fill(batch(6, 4))
+    cache.close()
+
+    def resumed(same_run: bool) -> CacheThrough:
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert state["known"].dtype == torch.int64
+        again = TargetCache.create(tmp_path / "cache", of, 100)
+        it = CacheThrough(again, FrozenTeacher(decoder), of)
+        it.load_state_dict(state, same_run)
+        it.fill(batch(6, 4))
+        again.close()
+        return it
+
+    assert (resumed(True).misses, source.misses) == (3, 3), "computed and counted as it was before the kill"
+    assert resumed(False).misses == 2, "a run that only starts from the checkpoint takes what is there"
+    for file in (tmp_path / "cache").iterdir():
+        file.unlink()
+    emptied = resumed(True)
+    assert emptied.misses == 4, "the folder was deleted: nothing is known"
 
 
 def test_a_frozen_teacher_is_not_touched(decoder: Decoder) -> None:

@@ -1,8 +1,10 @@
 """Codistilled runs end to end: frozen, joint, cached and cache-through; what they leave, refuse and survive."""
 
 import csv
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +20,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from moesaic.data import ByteTokenizer
-from moesaic.distillation import TargetCache
+from moesaic.config import from_mapping
+from moesaic.data import ByteTokenizer, DataConfig, TrainingLoader, load_data
+from moesaic.distillation import CacheThrough, TargetCache, stream_keys
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
 from moesaic.training.checkpoints import load_checkpoint, load_model, save_model
@@ -87,6 +90,8 @@ def trained(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     for name in ("soft_weight", "loss_gap", "hard", "soft", "teacher_loss", "agreement"):
         assert all(row[f"distillation/{name}"] for row in logged), name
     assert all(row["train/loss"] == row["distillation/hard"] for row in logged)
+    for name in ("soft_weight", "loss_gap", "hard", "soft", "agreement"):
+        assert metrics[f"distillation/{name}"] == float(logged[-1][f"distillation/{name}"]), name
     return metrics
 
 
@@ -110,6 +115,7 @@ def test_frozen(composed: Composed, teacher: Path, tmp_path: Path, capsys: pytes
     plain = run({**composed(), "run_dir": str(tmp_path / "plain")})
     assert plain["active_flops"] == metrics["active_flops"]
     assert "teacher_flops" not in plain
+    assert not any(name.startswith("distillation/") for name in plain)
     first, other = (float(rows(tmp_path / name)[0]["train/loss"]) for name in ("it", "plain"))
     assert first == pytest.approx(other, rel=1e-6), "the same student begins with the same batch"
     assert "distillation/hard" not in rows(tmp_path / "plain")[0]
@@ -180,10 +186,82 @@ def test_cache_through_pays_for_what_is_missing_once(composed: Composed, teacher
     second = trained(config, tmp_path / "second")
     assert second["teacher_flops"] == 0
     assert_equal(states(tmp_path / "first"), states(tmp_path / "second"))
+    elsewhere = {**config["distillation"], "cache": str(tmp_path / "never")}
     with pytest.raises(InputError, match="exists and is not empty"):
-        run({**config, "run_dir": str(tmp_path / "first")})  # and the cache is free again
+        run({**config, "distillation": elsewhere, "run_dir": str(tmp_path / "first")})
+    assert not (tmp_path / "never").exists()
     third = trained({**config, "seed": 1}, tmp_path / "third")
     assert 0 < third["teacher_flops"] <= first["teacher_flops"]
+
+
+def grow(corpus: Path, folder: Path) -> Path:
+    """The corpus with a file that comes last and one in the middle."""
+    shutil.copytree(corpus, folder)
+    last = max(file.name for file in folder.iterdir())
+    (folder / f"{last}.last.py").write_text("".join(f"y{i} = {i**3}\n" for i in range(200)))
+    (folder / "file5.middle.py").write_text("".join(f"x{i} = {i**2}\n" for i in range(99)))
+    return folder
+
+
+def test_additional_data_are_added_while_training(
+    composed: Composed, corpus: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The old windows are read, the teacher passes over the new ones only, and then there is nothing left to pay."""
+    settings = ["experiment=codistill_cached", f"distillation.cache={cache}", f"distillation.teacher={teacher}"]
+    settings += [f"data.path={grow(corpus, tmp_path / 'grown')}", "training.steps=40", "training.batch_size=8"]
+    old = set(TargetCache.open(cache))
+    config = composed(*settings)
+    tokens = load_data(from_mapping(DataConfig, config["data"], "data")).train.tokens
+    windows = set(stream_keys(tokens, 64).tolist())
+    assert windows & old and windows - old
+    refused({**config, "distillation": {**config["distillation"], "teacher": None}}, r"it holds \d+ of \d+ windows of")
+
+    first = trained(config, tmp_path / "first")
+    assert len(windows) < 40 * 8, "more than an epoch"
+    added = TargetCache.open(cache)
+    assert set(added) == windows | old
+    forward = account(load_model(teacher).config, 64).forward_flops
+    assert first["teacher_flops"] == len(windows - old) * 64 * forward
+
+    second = trained({**config, "distillation": {**config["distillation"], "teacher": None}}, tmp_path / "second")
+    assert second["teacher_flops"] == 0
+    assert_equal(states(tmp_path / "first"), states(tmp_path / "second"))
+
+    scratch = TargetCache.open(make_cache(composed, teacher, tmp_path / "anew", f"data.path={tmp_path / 'grown'}"))
+    for batch in TrainingLoader(tokens, seq_len=64, batch_size=4, num_batches=20, seed=3, fixed_windows=True):
+        mine, theirs = (cache.targets(batch["tokens"], batch["labels"]) for cache in (added, scratch))
+        for one, other in zip(mine, theirs, strict=True):  # computed beside other windows: up to fp16's last bit
+            torch.testing.assert_close(one, other, rtol=2**-9, atol=2**-9)
+
+
+def test_a_run_that_starts_from_a_checkpoint_takes_what_the_cache_got_since(
+    composed: Composed, corpus: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    settings = ["experiment=codistill_cached", f"distillation.cache={cache}", f"distillation.teacher={teacher}"]
+    assert trained(composed(*settings), tmp_path / "old")["teacher_flops"] == 0
+    grown = f"data.path={grow(corpus, tmp_path / 'grown')}"
+    make_cache(composed, teacher, cache, grown)
+    start = f"ckpt_path={tmp_path / 'old' / 'checkpoints' / 'last.ckpt'}"
+    assert trained(composed(*settings, grown, start, "training.steps=30"), tmp_path / "on")["teacher_flops"] == 0
+
+
+def test_a_student_on_other_text_reads_it_with_the_teachers_tokeniser(
+    composed: Composed, corpus: Path, tmp_path: Path
+) -> None:
+    bpe = ["data.tokenizer=bpe", "data.vocab_size=300", "training.steps=2"]
+    run({**composed(*bpe), "run_dir": str(tmp_path / "teacher")})
+    teacher = tmp_path / "teacher" / "checkpoints" / "last.ckpt"
+    theirs = load_model(teacher).tokenizer
+    assert theirs is not None
+    frozen = ["experiment=codistill_frozen", f"distillation.teacher={teacher}", *bpe]
+    frozen.append(f"data.path={grow(corpus, tmp_path / 'grown')}")
+    own = load_data(from_mapping(DataConfig, composed(*frozen)["data"], "data")).tokenizer
+    assert own is not None and own.to_dict() != theirs.to_dict()
+    trained(composed(*frozen), tmp_path / "student")
+    students = load_model(tmp_path / "student" / "checkpoints" / "last.ckpt").tokenizer
+    assert students is not None and students.to_dict() == theirs.to_dict()
+    refused(composed(*frozen, "data.vocab_size=310"), r"distillation.teacher: .* of 300, the student's has 310")
+    refused(composed(*frozen, "data.tokenizer=bytes"), r"distillation.teacher: .* of 300, the student's has 257")
 
 
 @pytest.mark.parametrize("kind", ["sampled", "dense"])
@@ -230,6 +308,10 @@ def test_a_missing_or_foreign_teacher_is_refused(composed: Composed, tmp_path: P
     refused(composed("experiment=codistill_frozen"), r"distillation.teacher=None: source=frozen needs one")
     nowhere = composed("experiment=codistill_frozen", "distillation.teacher=/nowhere")
     refused(nowhere, r"distillation.teacher: teacher='/nowhere': no such file")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    directory = composed("experiment=codistill_frozen", f"distillation.teacher={tmp_path / 'run'}")
+    refused(directory, r"distillation.teacher: .*the directory of a run; give its checkpoint, .*/checkpoints/last.ckpt")
     other = make_teacher(tmp_path / "other.ckpt", vocab_size=300)
     foreign = composed("experiment=codistill_frozen", f"distillation.teacher={other}")
     refused(foreign, r"distillation.teacher: .*a vocabulary of 300, the student's has 257")
@@ -256,7 +338,11 @@ def test_a_cache_that_does_not_fit_is_refused(composed: Composed, teacher: Path,
     refused(
         cached("model.vocab_size=260"), r"model.vocab_size=260: cached targets have the vocabulary of the data, 257"
     )
-    refused(cached("data.validation_fraction=0.3"), r"distillation.cache: .*(other data|another length)")
+    (tmp_path / "others").mkdir()
+    for name in ("first.txt", "second.txt"):
+        (tmp_path / "others" / name).write_text(f"{name} " * 400)
+    others = r"distillation.cache: .*it holds 0 of \d+ windows of the training split, and \d+ others: other data\?"
+    refused(cached(f"data.path={tmp_path / 'others'}"), others)
     stale = make_teacher(tmp_path / "stale.ckpt", seed=1)
     refused(
         cached(f"distillation.teacher={stale}"), r"distillation.cache: .*is stale: made by a teacher with other weights"
@@ -273,6 +359,9 @@ def test_a_cache_that_does_not_fit_is_refused(composed: Composed, teacher: Path,
     incomplete = {**manifest, "shards": manifest["shards"][:2]}
     (cache / "manifest.json").write_text(json.dumps(incomplete))
     refused(cached(), r"distillation.cache: .*it holds 16 of \d+ windows of the training split; scripts/cache_targets")
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "settings": {"seq_len": 64}}))
+    refused(cached(), r"distillation.cache: .*manifest.json: damaged \(settings.teacher: missing")
+    (cache / "manifest.json").write_text(json.dumps(incomplete))
     with_teacher = cached(f"distillation.teacher={teacher}", "training.steps=2")
     assert run(with_teacher)["status"] == "finished"
 
@@ -348,6 +437,31 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, teacher: Path, tm
     first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed"))
     for key in ("validation/loss", "teacher_flops", "validation/teacher_loss"):
         assert first[key] == second[key], key
+
+
+def test_a_resumed_run_counts_what_it_paid_whatever_the_cache_got_since(
+    composed: Composed, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str) -> dict[str, Any]:
+        settings = [f"distillation.cache={tmp_path / f'cache-{name}'}", f"distillation.teacher={teacher}"]
+        return composed("experiment=codistill_cached", *settings, "training.checkpoint_every=5")
+
+    whole = trained(config("whole"), tmp_path / "whole")
+    fill, calls = CacheThrough.fill, itertools.count(1)
+
+    def dies(self: CacheThrough, batch: Any) -> None:
+        if next(calls) == 9:
+            raise RuntimeError("gone")
+        fill(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
+        patch.setattr(CacheThrough, "fill", dies)
+        run({**config("cut"), "run_dir": str(tmp_path / "cut")})
+    assert load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")["global_step"] == 5
+    trained(config("cut"), tmp_path / "other")  # the same windows, from the same cache
+    resumed = trained({**config("cut"), "resume": True}, tmp_path / "cut")
+    assert resumed["teacher_flops"] == whole["teacher_flops"]
+    assert_equal(states(tmp_path / "cut"), states(tmp_path / "whole"))
 
 
 def test_a_teacher_that_changed_is_refused_on_resume(composed: Composed, teacher: Path, tmp_path: Path) -> None:

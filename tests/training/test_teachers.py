@@ -4,17 +4,18 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moesaic.data import BPETokenizer, ByteTokenizer, Tokenizer
+from moesaic.data import BPETokenizer, ByteTokenizer, DataConfig, Tokenizer
 from moesaic.distillation import weights_hash
 from moesaic.errors import InputError
 from moesaic.interop import to_hf
 from moesaic.models import Decoder, build_decoder, llama4_toy
 from moesaic.training.checkpoints import save_model
-from moesaic.training.teachers import load_teacher
+from moesaic.training.teachers import load_teacher, teacher_tokenizer
 
 TEXTS = [b"def f(x):\n    return x\n" * 20, b"a tokeniser needs some text to learn from " * 20]
 BPE = BPETokenizer.train(TEXTS, 270)
@@ -65,6 +66,34 @@ def test_an_unknown_tokeniser_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
         "the teacher came without a tokeniser, only the vocabulary size was compared",
         "the data came without a tokeniser, only the vocabulary size was compared",
     ]
+
+
+def test_which_text_is_read_with_the_teachers_tokeniser(tmp_path: Path) -> None:
+    def found(checkpoint: Path, **data: Any) -> Tokenizer | None:
+        return teacher_tokenizer(checkpoint, DataConfig(**{"vocab_size": 270, **data}))
+
+    path = tmp_path / "t.ckpt"
+    save_model(path, decoder(), BPE)
+    taken = found(path, source="files", path="other text")
+    assert taken is not None and taken.to_dict() == BPE.to_dict()
+    for other in (
+        {"tokenizer": "bytes"},
+        {"vocab_size": 271},
+        {"vocab_size": 2048},  # what the config that save_model makes up has
+        {"source": "memmap", "path": "ids"},
+        {"source": "induction"},
+    ):
+        assert found(path, **other) is None, other
+    stored = torch.load(path, weights_only=True)
+    stored["hyper_parameters"]["config"]["data"]["vocab_size"] = 500
+    torch.save({**stored, "optimizer_states": []}, tmp_path / "run.ckpt")  # its text was too little for 500 entries
+    assert found(tmp_path / "run.ckpt", vocab_size=500) is not None
+    assert found(tmp_path / "run.ckpt", vocab_size=499) is None
+    save_model(tmp_path / "bytes.ckpt", decoder(ByteTokenizer()), ByteTokenizer())
+    save_model(tmp_path / "none.ckpt", decoder())
+    assert found(tmp_path / "bytes.ckpt") is found(tmp_path / "none.ckpt") is found(tmp_path) is None
+    with pytest.raises(InputError, match=r"gone.ckpt: no such file"):
+        found(tmp_path / "gone.ckpt")
 
 
 def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:

@@ -106,12 +106,11 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         return _open(Path(config.path))
     corpus = _load_corpus(config)
     facts = corpus.facts()
-    if tokenizer is not None:
-        method = hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
-    else:
-        method = "bytes" if config.tokenizer == "bytes" else f"bpe {config.vocab_size}"
-    key = hashlib.sha256(f"{VERSION} {facts['content_hash']} {method}".encode()).hexdigest()[:16]
-    folder = Path(config.cache_dir) / key
+    method = "bytes" if config.tokenizer == "bytes" else f"bpe {config.vocab_size}"
+    folder = _folder(config, facts, method)
+    if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
+        text = json.dumps(tokenizer.to_dict(), sort_keys=True)
+        folder = _folder(config, facts, hashlib.sha256(text.encode()).hexdigest())
     try:
         data = _open(folder)
     except InputError:  # not there, or damaged
@@ -127,6 +126,20 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         for stream, documents in ((data.train, corpus.train), (data.validation, corpus.validation))
     )
     return dataclasses.replace(data, train=train, validation=validation, facts={**data.facts, **facts})
+
+
+def _folder(config: DataConfig, facts: dict[str, Any], method: str) -> Path:
+    key = hashlib.sha256(f"{VERSION} {facts['content_hash']} {method}".encode()).hexdigest()[:16]
+    return Path(config.cache_dir) / key
+
+
+def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the ids that are there already are those of `tokenizer`, which so often was trained on this very text."""
+    try:
+        stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stored == tokenizer.to_dict())
 
 
 def _task_data(name: str, task: Task) -> Data:

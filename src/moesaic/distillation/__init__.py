@@ -1,6 +1,6 @@
 """Targets of a teacher: from the teacher itself, or made once and kept on disk. Needs the [train] extra."""
 
-from moesaic.distillation.cache import CacheIdentity, Forecast, TargetCache, forecast
+from moesaic.distillation.cache import CacheIdentity, Forecast, TargetCache, forecast, stream_keys, window_keys
 from moesaic.distillation.sources import (
     CachedTargets,
     CacheThrough,
@@ -28,7 +28,9 @@ __all__ = [
     "forecast",
     "kept_targets",
     "sampled_targets",
+    "stream_keys",
     "tokenizer_hash",
     "top_k_targets",
     "weights_hash",
+    "window_keys",
 ]

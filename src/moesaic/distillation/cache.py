@@ -1,18 +1,24 @@
 """A teacher's targets on disk: safetensors shards, and a manifest that says what they are and which are complete.
 
-A row is one window of the training stream on the fixed grid, and window w starts at token w * seq_len: nothing depends
-on batches, steps or epochs. A shard holds any set of windows, so that windows can be added in the order of training.
+A row is one window, and its key is a hash of its L + 1 ids: the tokens, and the last label. All else that a row says
+follows from them and the teacher, so nothing depends on where a window stands, nor on batches, steps or epochs. New
+data are added to old ones, and what both have in common is kept once. A shard holds any set of windows, in the order
+in which they were added.
+
+Windows are cut on a fixed grid (window w of a stream starts at token w * seq_len). So text that comes after the old
+text leaves all old windows as they were, and text in the middle moves those behind it, which are then other windows.
 
 A shard becomes visible by its entry in manifest.json, which is written after the shard is on disk; both are written
 beside their place and renamed. So a process that is killed leaves a cache of all listed shards, and what else lies in
 the folder is removed by the next writer.
 
-Tensors of a shard with R windows of L tokens: `crc` (R,) u32 of the windows' tokens, `entropy` and `label_log_prob`
-(R, L) f16, and
+Tensors of a shard with R windows of L tokens: `keys` (R,) i64, `entropy` and `label_log_prob` (R, L) f16, and
 - top_k: `ids` (R, L, k) u16 or, for more than 65536 entries, u32; `log_probs` (R, L, k) f16;
 - sampled: `ids` and `weights` f16, both (M,), of all tokens one after the other; `distinct` (R, L) u8, how many of
   them a token has; `offsets` (R + 1,) i64, where those of a window begin;
-- dense: `logits` (R, L, V) f16, each token's largest at 0.
+- dense: `logits` (R, L, V) f16, each token's largest at 0; no `entropy` and no `label_log_prob`.
+
+A key is 64 bits of BLAKE2b: among a million windows two share one with a probability of 3e-8.
 """
 
 import dataclasses
@@ -20,11 +26,11 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,13 +41,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from moesaic.config import from_mapping
+from moesaic.data.tokenizers import Ids
 from moesaic.distillation.sparsify import IGNORE_INDEX, StoredTargets, TargetFormat
 from moesaic.errors import InputError
 from moesaic.losses.targets import DenseTargets, SampledTargets, TopKTargets
 
-__all__ = ["CacheIdentity", "Forecast", "TargetCache", "forecast"]
+__all__ = ["CacheIdentity", "Forecast", "TargetCache", "forecast", "stream_keys", "window_keys"]
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 MAX_F16 = 65504.0
@@ -53,8 +61,6 @@ KINDS: dict[str, type] = {"top_k": TopKTargets, "sampled": SampledTargets, "dens
 MISMATCH = {
     "teacher": "is stale: made by a teacher with other weights",
     "tokenizer": "was made with another tokeniser",
-    "content_hash": "was made from other data",
-    "num_tokens": "was made from a training split of another length",
     "seq_len": "has windows of another length",
     "vocab_size": "has another vocabulary",
     "kind": "holds targets of another kind",
@@ -69,16 +75,12 @@ MISMATCH = {
 
 @dataclasses.dataclass(frozen=True)
 class CacheIdentity:
-    """All that targets depend on. Two caches of one identity hold the same targets."""
+    """All that a window's targets depend on. Caches of one identity may differ in the windows that they hold."""
 
     teacher: str
     """Hash of its weights, see `weights_hash`."""
     tokenizer: str | None
     """Hash of the tokeniser; None if the data have none."""
-    content_hash: str
-    """Of the data."""
-    num_tokens: int
-    """Of the training stream."""
     seq_len: int
     vocab_size: int
     form: TargetFormat
@@ -86,44 +88,49 @@ class CacheIdentity:
     """Of the draws of sampled targets."""
 
     def __post_init__(self) -> None:
-        if self.num_windows < 1:
-            raise InputError(
-                f"seq_len={self.seq_len}: the training split has {self.num_tokens} tokens; one window needs "
-                f"{self.seq_len + 1}"
-            )
+        for name in ("seq_len", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: allowed are numbers >= 1")
         if self.form.kind == "top_k" and self.form.k > self.vocab_size:
             raise InputError(f"k={self.form.k}: the vocabulary has {self.vocab_size} entries")
-
-    @property
-    def num_windows(self) -> int:
-        return (self.num_tokens - 1) // self.seq_len
 
     def settings(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("form", "seed")}
         seed = {"seed": self.seed} if self.form.kind == "sampled" else {}
         return {**own, **self.form.settings(), **seed}
 
-    def generator(self, window: int) -> torch.Generator:
-        """Of the draws of one window, whenever it is made: so a resumed cache equals an uninterrupted one."""
-        digest = hashlib.sha256(f"{self.seed} {window}".encode()).digest()
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "CacheIdentity":
+        """What has these `settings`; InputError names one that is missing, unknown or impossible."""
+        of_form = [field.name for field in dataclasses.fields(TargetFormat)]
+        form = {name: settings[name] for name in of_form if name in settings}
+        own = {name: value for name, value in settings.items() if name not in form}
+        identity = from_mapping(cls, {**own, "form": form}, "settings")
+        for name in ("kind", *identity.settings()):
+            if name not in settings:
+                raise InputError(f"settings.{name}: missing")
+        return identity
+
+    def generator(self, key: int) -> torch.Generator:
+        """Of the draws of the window with this key, whenever and in whatever data it comes up."""
+        digest = hashlib.sha256(f"{self.seed} {key}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What a complete cache takes on disk."""
+    """What some windows take on disk."""
 
     windows: int
     bytes_per_token: float
     total_bytes: int
 
     def require_room(self, directory: Path) -> None:
-        """Raise InputError unless what is not there yet fits on the disk of `directory`, which may not exist yet."""
-        there = sum(file.stat().st_size for file in directory.glob("*")) if directory.is_dir() else 0
+        """Raise InputError unless they fit on the disk of `directory`, which may not exist yet."""
         place = directory.absolute()
         while not place.exists():
             place = place.parent
-        free, needed = shutil.disk_usage(place).free, self.total_bytes - there
+        free, needed = shutil.disk_usage(place).free, self.total_bytes
         if needed > free:
             raise InputError(
                 f"directory={str(directory)!r}: {free / 1e6:,.1f} MB free, but the targets need {needed / 1e6:,.1f} "
@@ -131,13 +138,16 @@ class Forecast:
             )
 
 
-def forecast(identity: CacheIdentity, windows_per_shard: int, ids_per_token: float | None = None) -> Forecast:
-    """The size of a complete cache, before anything is computed.
+def forecast(
+    identity: CacheIdentity, windows: int, windows_per_shard: int, ids_per_token: float | None = None
+) -> Forecast:
+    """The size of what is to be added, before anything is computed.
 
     Args:
+        windows: how many, >= 1.
         ids_per_token: of kind sampled, the mean number of distinct ids; None takes num_samples, an upper bound.
     """
-    form, tokens = identity.form, identity.num_windows * identity.seq_len
+    form, tokens = identity.form, windows * identity.seq_len
     id_bytes = 2 + _id_dtype(identity.vocab_size).itemsize
     if form.kind == "top_k":
         per_token, tensors = float(form.k * id_bytes), 5
@@ -146,31 +156,79 @@ def forecast(identity: CacheIdentity, windows_per_shard: int, ids_per_token: flo
     else:
         per_token, tensors = 2 * identity.vocab_size, 2
     per_token += 0 if form.kind == "dense" else 4
-    per_window = 12 if form.kind == "sampled" else 4
-    shards = -(-identity.num_windows // windows_per_shard)
-    per_shard = 66 * tensors + 205  # a line of the header for each tensor, and the entry in the manifest
-    total = per_token * tokens + per_window * identity.num_windows + per_shard * shards + 550
-    return Forecast(identity.num_windows, total / tokens, round(total))
+    per_window = 16 if form.kind == "sampled" else 8
+    shards = -(-windows // windows_per_shard)
+    per_shard = 66 * tensors + 170  # a line of the header for each tensor, and the entry in the manifest
+    total = per_token * tokens + per_window * windows + per_shard * shards + 450
+    return Forecast(windows, total / tokens, round(total))
+
+
+def window_keys(tokens: Tensor, labels: Tensor) -> list[int]:
+    """The keys of B windows, by which a cache knows them.
+
+    Args:
+        tokens: (B, L) int64.
+        labels: (B, L) int64, the tokens one further; -100 is ignored, but for the last one.
+
+    Raises:
+        InputError: names the sequence whose labels are others: a cache speaks of next tokens only.
+    """
+    tokens, labels = tokens.cpu(), labels.cpu()
+    following, last = labels[:, :-1], labels[:, -1]
+    other = (following != tokens[:, 1:]) & (following != IGNORE_INDEX)
+    for i in (other.any(dim=1) | (last == IGNORE_INDEX)).nonzero().flatten().tolist():
+        if not other[i].any():
+            raise InputError(f"sequence {i} of the batch: its last label is ignored; cached targets need the id there")
+        at = int(other[i].nonzero()[0])
+        raise InputError(
+            f"sequence {i} of the batch: label {int(labels[i, at])} at position {at}, where the next token is "
+            f"{int(tokens[i, at + 1])}; cached targets are those of next tokens"
+        )
+    return [_key(row.tobytes()) for row in torch.cat([tokens, labels[:, -1:]], dim=1).numpy().astype("<u4")]
+
+
+def stream_keys(tokens: Ids, seq_len: int) -> npt.NDArray[np.int64]:
+    """The keys (W,) of the windows on the fixed grid of a stream (n,), W = (n - 1) // seq_len.
+
+    Raises:
+        InputError: a stream shorter than one window.
+    """
+    count = (len(tokens) - 1) // seq_len
+    if count < 1:
+        raise InputError(
+            f"seq_len={seq_len}: the training split has {len(tokens)} tokens; one window needs {seq_len + 1}"
+        )
+    keys = np.empty(count, dtype=np.int64)
+    block = max(1, 2**20 // seq_len)  # a stream may be larger than memory
+    for first in range(0, count, block):
+        end = min(first + block, count)
+        ids = memoryview(np.asarray(tokens[first * seq_len : end * seq_len + 1]).astype("<u4").tobytes())
+        starts = range(0, 4 * seq_len * (end - first), 4 * seq_len)
+        keys[first:end] = [_key(ids[start : start + 4 * (seq_len + 1)]) for start in starts]
+    return keys
+
+
+def _key(ids: bytes | memoryview) -> int:
+    return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little", signed=True)
 
 
 class TargetCache:
-    """Targets by window; made by `open` to read, or by `create` to write as well.
+    """Targets by the key of their window; made by `open` to read, or by `create` to write as well.
+
+    `len` is how many windows it holds, and `in` takes a key.
 
     Attributes:
-        settings: what the manifest says of the targets, see `CacheIdentity`.
-        num_windows: of the whole stream; `len` is how many of them are here.
+        identity: what the manifest says of the targets, and `settings` the same as it is written there.
     """
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.directory = directory
-        self.settings: dict[str, Any] = manifest["settings"]
-        self.seq_len: int = self.settings["seq_len"]
-        self.num_windows = (self.settings["num_tokens"] - 1) // self.seq_len
+        self.settings = settings
+        self.identity = CacheIdentity.from_settings(self.settings)
+        self.seq_len = self.identity.seq_len
         self._shards: list[dict[str, Any]] = []
-        self._shard_of = np.full(self.num_windows, -1, dtype=np.int32)
-        self._place_of = np.zeros(self.num_windows, dtype=np.int32)
-        for shard in manifest["shards"]:
-            self._list(shard)
+        self._place_of: dict[int, tuple[int, int]] = {}
+        """Key -> shard and row in it."""
         self._buffer: dict[int, dict[str, Array]] = {}
         self._lock: TextIO | None = None
         self._windows_per_shard = 0
@@ -185,21 +243,27 @@ class TargetCache:
                 not matter, and a temperature does not matter to dense targets.
 
         Raises:
-            InputError: no cache, another version, one that does not fit `expect`, or a missing or truncated shard.
+            InputError: no cache, another version, a damaged manifest, one that does not fit `expect`, or a missing,
+                truncated or unreadable shard.
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
         _require(directory, manifest["settings"], expect or {})
-        try:
-            cache = cls(directory, manifest)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"{directory / MANIFEST}: damaged ({type(error).__name__}: {error})") from error
-        for shard in cache._shards:
+        cache = cls(directory, manifest["settings"])
+        for shard in manifest["shards"]:
             path = directory / shard["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 found = "missing" if size is None else f"truncated: {size} bytes"
                 raise InputError(f"{path}: {found}, the manifest says {shard['bytes']} bytes; make the cache anew")
+            try:
+                with safe_open(path, framework="np") as file:
+                    keys = file.get_tensor("keys").tolist()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: damaged, it cannot be read ({error}); make the cache anew") from error
+            if len(keys) != shard["windows"]:
+                raise InputError(f"{path}: {len(keys)} windows, the manifest says {shard['windows']}")
+            cache._list(shard, keys)
         return cache
 
     @classmethod
@@ -244,46 +308,52 @@ class TargetCache:
         return cache
 
     def __len__(self) -> int:
-        return int((self._shard_of >= 0).sum()) + len(self._buffer)
+        return len(self._place_of) + len(self._buffer)
 
-    def __contains__(self, window: int) -> bool:
-        return window in self._buffer or (0 <= window < self.num_windows and bool(self._shard_of[window] >= 0))
+    def __contains__(self, key: int) -> bool:
+        return key in self._place_of or key in self._buffer
+
+    def __iter__(self) -> Iterator[int]:
+        """The keys of all windows that it holds."""
+        return itertools.chain(self._place_of, self._buffer)
+
+    def holds(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """(W,), which of the windows with these keys (W,) are here."""
+        return np.fromiter((key in self for key in keys.tolist()), dtype=np.bool_, count=len(keys))
 
     @property
     def stored_bytes(self) -> int:
         """Of all listed shards."""
         return sum(shard["bytes"] for shard in self._shards)
 
-    def windows(self, starts: Tensor) -> list[int]:
-        """Numbers of the windows that begin at `starts` (B,).
+    def keys_of(self, tokens: Tensor, labels: Tensor) -> list[int]:
+        """`window_keys`, of windows that have the length of those here."""
+        if tokens.ndim != 2 or tokens.size(1) != self.seq_len:
+            raise InputError(
+                f"{self.directory}: tokens of shape {list(tokens.shape)}; its windows have seq_len={self.seq_len}"
+            )
+        return window_keys(tokens, labels)
 
-        Raises:
-            InputError: a start that is not on the grid, or beyond the stream.
-        """
-        windows = []
-        for start in starts.tolist():
-            window, rest = divmod(start, self.seq_len)
-            if rest or not 0 <= window < self.num_windows:
-                raise InputError(
-                    f"{self.directory}: a window starts at token {start}; targets are kept for windows that start at "
-                    f"multiples of seq_len={self.seq_len} up to {(self.num_windows - 1) * self.seq_len} "
-                    "(TrainingLoader(fixed_windows=True) makes those)"
-                )
-            windows.append(window)
-        return windows
-
-    def targets(self, starts: Tensor, tokens: Tensor, labels: Tensor) -> StoredTargets:
+    def targets(self, tokens: Tensor, labels: Tensor) -> StoredTargets:
         """Targets of the B windows of a batch, as N = B * L tokens one after the other, fp32, on the tokens' device.
 
         Args:
-            starts: (B,) int64.
-            tokens: (B, L) int64, which must be those that the targets were made for.
-            labels: (B, L) int64; -100 is ignored.
+            tokens: (B, L) int64.
+            labels: (B, L) int64, the tokens one further; -100 is ignored, but for the last one.
 
         Raises:
-            InputError: names the window that is missing, whose tokens differ, or whose shard is damaged.
+            InputError: names the sequence of the batch that is missing or has other labels, or the damaged shard.
         """
-        rows = [self._row(window, ids) for window, ids in zip(self.windows(starts), self._numpy(tokens), strict=True)]
+        rows = []
+        for i, key in enumerate(self.keys_of(tokens, labels)):
+            if key not in self:
+                begins = ", ".join(map(str, tokens[i, :4].tolist()))
+                raise InputError(
+                    f"{self.directory}: no targets for sequence {i} of the batch (it begins with {begins}): none of "
+                    f"the {len(self)} windows of the cache has these tokens; other data, or windows cut elsewhere "
+                    "(TrainingLoader(fixed_windows=True) cuts them as scripts/cache_targets.py does)?"
+                )
+            rows.append(self._buffer[key] if key in self._buffer else self._read(key))
         kind = self.settings["kind"]
         if kind == "dense":
             return DenseTargets(_cat(rows, "logits").to(tokens.device))
@@ -302,25 +372,24 @@ class TargetCache:
         weights = torch.zeros(filled.shape, dtype=torch.float32).masked_scatter_(filled, _cat(rows, "weights"))
         return SampledTargets(padded_ids.to(tokens.device), weights.to(tokens.device), *statistics)
 
-    def add(self, starts: Tensor, tokens: Tensor, targets: StoredTargets) -> None:
+    def add(self, tokens: Tensor, labels: Tensor, targets: StoredTargets) -> None:
         """Keep the targets of B windows; a shard is written whenever enough windows have come together.
 
         Windows that are here already are left as they are. Until `flush`, up to a shard of windows is in memory only.
 
         Args:
-            starts: (B,) int64.
             tokens: (B, L) int64.
+            labels: (B, L) int64, the tokens one further.
             targets: of the N = B * L tokens.
 
         Raises:
-            InputError: a cache that was opened to read, or a full disk.
+            InputError: a cache that was opened to read, other labels, or a full disk.
         """
         if self._lock is None:
             raise InputError(f"{self.directory}: opened to read, nothing can be added")
-        for i, (window, ids) in enumerate(zip(self.windows(starts), self._numpy(tokens), strict=True)):
-            if window not in self:
-                row = self._encode(_rows(targets, slice(i * self.seq_len, (i + 1) * self.seq_len)))
-                self._buffer[window] = {"crc": np.array(_crc(ids), dtype=np.uint32), **row}
+        for i, key in enumerate(self.keys_of(tokens, labels)):
+            if key not in self:
+                self._buffer[key] = self._encode(_rows(targets, slice(i * self.seq_len, (i + 1) * self.seq_len)))
                 if len(self._buffer) >= self._windows_per_shard:
                     self.flush()
 
@@ -328,13 +397,14 @@ class TargetCache:
         """Write what is in memory as a shard, whatever its size."""
         if not self._buffer:
             return
-        windows, rows = list(self._buffer), list(self._buffer.values())
+        keys, rows = list(self._buffer), list(self._buffer.values())
         tensors = {
             name: np.concatenate([row[name] for row in rows])
             if self._is_ragged(name)
             else np.stack([row[name] for row in rows])
             for name in rows[0]
         }
+        tensors["keys"] = np.array(keys, dtype=np.int64)
         if self.settings["kind"] == "sampled":
             tensors["offsets"] = np.cumsum([0, *(len(row["ids"]) for row in rows)], dtype=np.int64)
         content = save(tensors)
@@ -343,7 +413,7 @@ class TargetCache:
             _write(self.directory / name, content)
             shard = {
                 "file": name,
-                "windows": _runs(windows),
+                "windows": len(keys),
                 "bytes": len(content),
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
@@ -353,7 +423,7 @@ class TargetCache:
             raise InputError(
                 f"{self.directory / name}: cannot be written ({reason}); the shards before it are intact"
             ) from error
-        self._list(shard)
+        self._list(shard, keys)
         self._buffer = {}
 
     def close(self) -> None:
@@ -402,53 +472,28 @@ class TargetCache:
     def _is_ragged(self, name: str) -> bool:
         return self.settings["kind"] == "sampled" and name in ("ids", "weights")
 
-    def _row(self, window: int, ids: Array) -> dict[str, Array]:
-        if window in self._buffer:
-            row = self._buffer[window]
-        elif window in self:
-            row = self._read(window)
-        else:
-            raise InputError(
-                f"{self.directory}: window {window} is missing; the cache holds {len(self)} of {self.num_windows}, "
-                "scripts/cache_targets.py adds the rest"
-            )
-        if int(row["crc"]) != _crc(ids):
-            raise InputError(
-                f"{self.directory}: window {window} holds the targets of other tokens than those of the batch"
-            )
-        return row
-
-    def _read(self, window: int) -> dict[str, Array]:
-        path = self.directory / self._shards[self._shard_of[window]]["file"]
-        place = int(self._place_of[window])
+    def _read(self, key: int) -> dict[str, Array]:
+        shard, place = self._place_of[key]
         try:
-            file, offsets = self._open_shard(int(self._shard_of[window]))
+            file, offsets = self._open_shard(shard)
             row = {}
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if self._is_ragged(name):
                     row[name] = file.get_slice(name)[int(offsets[place]) : int(offsets[place + 1])]
-                elif name != "offsets":
+                elif name not in ("keys", "offsets"):
                     row[name] = file.get_slice(name)[place : place + 1][0]
         except (SafetensorError, OSError, KeyError, IndexError) as error:
-            raise InputError(f"{path}: damaged, window {window} cannot be read ({error})") from error
+            path = self.directory / self._shards[shard]["file"]
+            raise InputError(f"{path}: damaged, row {place} cannot be read ({error})") from error
         return row
 
     def _map_shard(self, index: int) -> tuple[Any, Array]:
         file = safe_open(self.directory / self._shards[index]["file"], framework="np")
         return file, file.get_tensor("offsets") if self.settings["kind"] == "sampled" else np.zeros(0)
 
-    def _list(self, shard: dict[str, Any]) -> None:
-        windows = np.concatenate([np.arange(first, end) for first, end in shard["windows"]])
-        self._shard_of[windows] = len(self._shards)
-        self._place_of[windows] = np.arange(len(windows))
+    def _list(self, shard: dict[str, Any], keys: Sequence[int]) -> None:
+        self._place_of |= {key: (len(self._shards), place) for place, key in enumerate(keys)}
         self._shards.append(shard)
-
-    def _numpy(self, tokens: Tensor) -> Array:
-        if tokens.ndim != 2 or tokens.size(1) != self.seq_len:
-            raise InputError(
-                f"{self.directory}: tokens of shape {list(tokens.shape)}; its windows have seq_len={self.seq_len}"
-            )
-        return tokens.cpu().numpy().astype("<u4")
 
 
 # ---- encoding
@@ -466,7 +511,7 @@ def _dtypes(settings: Mapping[str, Any]) -> dict[str, str]:
         "dense": {"logits": "float16"},
     }[settings["kind"]]
     statistics = {} if settings["kind"] == "dense" else {"entropy": "float16", "label_log_prob": "float16"}
-    return {"crc": "uint32", **own, **statistics}
+    return {"keys": "int64", **own, **statistics}
 
 
 def _rows(targets: StoredTargets, rows: slice) -> StoredTargets:
@@ -478,27 +523,22 @@ def _f16(x: Tensor) -> Array:
     return x.float().clamp(-MAX_F16, MAX_F16).half().numpy()
 
 
-def _crc(ids: Array) -> int:
-    return zlib.crc32(ids.tobytes())
-
-
 def _cat(rows: Sequence[Mapping[str, Array]], name: str) -> Tensor:
     joined = np.concatenate([row[name] for row in rows])
     return torch.from_numpy(joined.astype(np.float32 if joined.dtype == np.float16 else np.int64))
 
 
-def _runs(windows: Sequence[int]) -> list[list[int]]:
-    """[first, end) of each stretch of consecutive numbers, in order."""
-    runs: list[list[int]] = []
-    for window in windows:
-        if runs and runs[-1][1] == window:
-            runs[-1][1] += 1
-        else:
-            runs.append([window, window + 1])
-    return runs
-
-
 # ---- files
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """An entry of the manifest."""
+
+    file: str
+    windows: int
+    bytes: int
+    sha256: str
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -513,6 +553,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not the manifest of a cache of targets")
     if manifest["version"] != VERSION:
         raise InputError(f"{path}: version {manifest['version']!r}; allowed is {VERSION}, make the cache anew")
+    try:
+        for i, shard in enumerate(manifest["shards"]):
+            from_mapping(_Shard, shard, f"shards[{i}]")
+        CacheIdentity.from_settings(manifest["settings"])
+    except (InputError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error})") from error
     return manifest
 
 

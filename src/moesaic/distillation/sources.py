@@ -4,7 +4,6 @@ import hashlib
 import json
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ Batch = dict[str, Tensor]
 
 
 class TargetSource(Protocol):
-    """Targets of the N = B * L tokens of a batch {"tokens": (B, L), "labels": (B, L), "starts": (B,)}."""
+    """Targets of the N = B * L tokens of a batch {"tokens": (B, L), "labels": (B, L)}."""
 
     def targets(self, batch: Batch) -> Targets: ...
 
@@ -60,7 +59,7 @@ class CachedTargets:
         self.cache = cache
 
     def targets(self, batch: Batch) -> StoredTargets:
-        return self.cache.targets(batch["starts"], batch["tokens"], batch["labels"])
+        return self.cache.targets(batch["tokens"], batch["labels"])
 
 
 class CacheThrough:
@@ -74,7 +73,8 @@ class CacheThrough:
     same batches, whatever the cache got since: it stays bit-equal.
 
     Attributes:
-        hits, misses: windows so far that were there, and that the teacher computed.
+        hits, misses: windows so far that were there, and that the teacher computed; one that comes twice in a batch
+            is computed once.
     """
 
     def __init__(self, cache: TargetCache, teacher: FrozenTeacher, identity: CacheIdentity) -> None:
@@ -83,68 +83,61 @@ class CacheThrough:
         self.identity = identity
         self.hits = 0
         self.misses = 0
-        self._known = self._in_cache()
-
-    def _in_cache(self) -> Tensor:
-        """(num_windows,) bool."""
-        return torch.tensor([window in self.cache for window in range(self.cache.num_windows)])
+        self._known = set(cache)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes; all windows that it speaks of are on disk afterwards."""
+        """What `load_state_dict` takes; all windows that it speaks of (keys, int64) are on disk afterwards."""
         self.cache.flush()
-        return {"known": self._known.clone(), "hits": self.hits, "misses": self.misses}
+        known = torch.tensor(sorted(self._known), dtype=torch.int64)
+        return {"known": known, "hits": self.hits, "misses": self.misses}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["known"]) == self.cache.num_windows:
-            self._known = state["known"] & self._in_cache()  # the folder may have been deleted since
+    def load_state_dict(self, state: dict[str, Any], same_run: bool = True) -> None:
+        """Go on counting.
+
+        Args:
+            same_run: also forget what the cache got since then: the run that is continued computes it again. Another
+                run, which only starts from a checkpoint, takes what is there.
+        """
+        if same_run:
+            self._known &= set(state["known"].tolist())  # not all of it: the folder may have been deleted since
         self.hits, self.misses = state["hits"], state["misses"]
 
     def targets(self, batch: Batch) -> StoredTargets:
         self.fill(batch)
-        return self.cache.targets(batch["starts"], batch["tokens"], batch["labels"])
+        return self.cache.targets(batch["tokens"], batch["labels"])
 
     def fill(self, batch: Batch) -> None:
         """Compute and add the windows of a batch that the cache does not hold."""
-        windows = self.cache.windows(batch["starts"])
-        missing = [i for i, window in enumerate(windows) if not self._known[window]]
+        keys = self.cache.keys_of(batch["tokens"], batch["labels"])
+        missing = {key: i for i, key in enumerate(keys) if key not in self._known}
         self.misses += len(missing)
-        self.hits += len(windows) - len(missing)
+        self.hits += len(keys) - len(missing)
         if not missing:
             return
-        chosen = {name: batch[name][missing] for name in ("tokens", "labels", "starts")}
-        with torch.autocast(chosen["tokens"].device.type, enabled=False):
-            hidden, weight = self.teacher.targets(chosen)
-        rows = hidden.unflatten(0, chosen["tokens"].shape)
-        for i, place in enumerate(missing):
-            one = slice(i, i + 1)
-            generator = self.identity.generator(windows[place])
-            targets = kept_targets(HeadTargets(rows[i], weight), chosen["labels"][i], self.identity.form, generator)
-            self.cache.add(chosen["starts"][one], chosen["tokens"][one], targets)
-        self._known[windows] = True
+        tokens, labels = (batch[name][list(missing.values())] for name in ("tokens", "labels"))
+        labels = torch.cat([tokens[:, 1:], labels[:, -1:]], dim=1)  # what this batch ignores, another one may not
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden, weight = self.teacher.targets({"tokens": tokens})
+        rows = hidden.unflatten(0, tokens.shape)
+        for i, key in enumerate(missing):
+            one, generator = slice(i, i + 1), self.identity.generator(key)
+            targets = kept_targets(HeadTargets(rows[i], weight), labels[i], self.identity.form, generator)
+            self.cache.add(tokens[one], labels[one], targets)
+        self._known.update(missing)
 
 
 def cache_identity(decoder: Decoder, data: Data, *, seq_len: int, form: TargetFormat, seed: int = 0) -> CacheIdentity:
-    """What identifies this teacher's targets on the training split."""
+    """What identifies this teacher's targets of windows of `data`."""
     return CacheIdentity(teacher=weights_hash(decoder), **data_settings(data, seq_len), form=form, seed=seed)
 
 
 def data_settings(data: Data, seq_len: int) -> dict[str, Any]:
-    """The part of a cache's settings that the data say; what `TargetCache.open` needs to know to refuse other data."""
+    """The part of a cache's settings that the data say; which windows a cache must hold, `stream_keys` says."""
     return {
         "tokenizer": None if data.tokenizer is None else tokenizer_hash(data.tokenizer),
-        "content_hash": data.facts.get("content_hash") or _hash_of_stream(data),
-        "num_tokens": len(data.train.tokens),
         "seq_len": seq_len,
         "vocab_size": data.vocab_size,
     }
-
-
-def _hash_of_stream(data: Data) -> str:
-    """Of a memory map of somebody else's, whose manifest does not say what it was made from."""
-    digest = hashlib.sha256()
-    for start in range(0, len(data.train.tokens), 1 << 24):
-        digest.update(np.ascontiguousarray(data.train.tokens[start : start + (1 << 24)]).tobytes())
-    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from moesaic.data import Data
+from moesaic.data import Data, DataConfig, Tokenizer
 from moesaic.distillation import (
     CachedTargets,
     CacheIdentity,
@@ -17,14 +19,15 @@ from moesaic.distillation import (
     TargetCache,
     TargetFormat,
     data_settings,
+    stream_keys,
     weights_hash,
 )
 from moesaic.errors import InputError
 from moesaic.models import Decoder
 from moesaic.training.config import DistillationConfig
-from moesaic.training.teachers import load_teacher, require_teacher
+from moesaic.training.teachers import load_teacher, require_teacher, teacher_tokenizer
 
-__all__ = ["OpenedTargets", "open_targets", "require_paths", "require_same_teacher"]
+__all__ = ["OpenedTargets", "open_targets", "require_paths", "require_same_teacher", "students_tokenizer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,14 @@ def require_paths(config: DistillationConfig) -> None:
             TargetCache.open(config.cache)
 
 
+def students_tokenizer(config: DistillationConfig, data: DataConfig) -> Tokenizer | None:
+    """See `teacher_tokenizer`; None too where no trained teacher is at hand."""
+    if config.teacher is None:
+        return None
+    with _naming("teacher"):
+        return teacher_tokenizer(config.teacher, data)
+
+
 def open_targets(config: DistillationConfig, data: Data, *, vocab_size: int, seq_len: int) -> OpenedTargets:
     """Teacher and cache, of source frozen or cached. Random state is left as it was.
 
@@ -63,7 +74,7 @@ def open_targets(config: DistillationConfig, data: Data, *, vocab_size: int, seq
 
     Raises:
         InputError: names distillation.teacher or distillation.cache: missing, another vocabulary or tokeniser, stale,
-            of other data, incomplete, corrupt, or targets that cannot serve the divergence.
+            without targets of (all of) these data, corrupt, or targets that cannot serve the divergence.
     """
     decoder, teacher_hash = None, ""
     if config.teacher is not None:
@@ -87,40 +98,48 @@ def _open_cache(
     config: DistillationConfig, data: Data, seq_len: int, decoder: Decoder | None, teacher_hash: str
 ) -> OpenedTargets:
     assert config.cache is not None  # checked by the config
-    expected = data_settings(data, seq_len) | {"temperature": config.temperature}
-    form, seed = TargetFormat(temperature=config.temperature), 0
+    settings = data_settings(data, seq_len)
+    expected = settings | {"temperature": config.temperature}
     if decoder is not None:
         expected["teacher"] = teacher_hash
     if decoder is None or (Path(config.cache) / "manifest.json").exists():
         cache = TargetCache.open(config.cache, expected)
-        names = [field.name for field in dataclasses.fields(TargetFormat)]
-        form = TargetFormat(**{name: cache.settings[name] for name in names if name in cache.settings})
-        seed = cache.settings.get("seed", 0)
         cache.verify()
+        identity = cache.identity
+    else:
+        identity = CacheIdentity(teacher_hash, **settings, form=TargetFormat(temperature=config.temperature))
+    form = identity.form
     if form.kind != "dense" and config.divergence != "forward_kl":
         raise InputError(
             f"{config.cache}: holds {form.kind} targets, which serve divergence=forward_kl only, not "
             f"{config.divergence}; a cache of kind=dense serves every divergence"
         )
     kept = ", ".join(f"{key} {value}" for key, value in form.settings().items())
+    windows = np.unique(stream_keys(data.train.tokens, seq_len))
     if decoder is None:
-        if len(cache) < cache.num_windows:
-            raise InputError(
-                f"{config.cache}: it holds {len(cache)} of {cache.num_windows} windows of the training split; "
-                "scripts/cache_targets.py adds the rest, or, while training, distillation.teacher=<its teacher>"
-            )
-        return OpenedTargets(
-            CachedTargets(cache), None, cache.settings["teacher"], f"cached: {config.cache} ({kept}), complete"
-        )
-    identity = CacheIdentity(teacher=teacher_hash, **data_settings(data, seq_len), form=form, seed=seed)
+        _require_all(cache, windows)
+        return OpenedTargets(CachedTargets(cache), None, identity.teacher, f"cached: {config.cache} ({kept}), complete")
     writable = TargetCache.create(config.cache, identity)
-    there = f"{len(writable):,} of {writable.num_windows:,} windows are there, the rest is computed by {config.teacher}"
+    held = int(writable.holds(windows).sum())
+    there = f"{held:,} of {len(windows):,} windows are there, the rest is computed by {config.teacher}"
     return OpenedTargets(
         CacheThrough(writable, FrozenTeacher(decoder), identity),
         decoder,
         teacher_hash,
         f"cached: {config.cache} ({kept}), {there}",
     )
+
+
+def _require_all(cache: TargetCache, windows: npt.NDArray[np.int64]) -> None:
+    """Raise InputError unless the cache holds the windows with these keys (W,)."""
+    held = int(cache.holds(windows).sum())
+    if held == len(windows):
+        return
+    found = f"{cache.directory}: it holds {held} of {len(windows)} windows of the training split"
+    adds = "scripts/cache_targets.py adds the rest, or, while training, distillation.teacher=<its teacher>"
+    if held == 0 and len(cache):
+        raise InputError(f"{found}, and {len(cache)} others: other data? If they are meant, {adds}")
+    raise InputError(f"{found}; {adds}")
 
 
 def require_same_teacher(opened: OpenedTargets, environment: Path) -> None:

@@ -386,7 +386,7 @@ class LanguageModel(pl.LightningModule):
         self.drift.load_state_dict(state.get("drift", {}))
         self._distillation = state.get("distillation", self._distillation)
         if isinstance(self.targets, CacheThrough) and "targets" in state:
-            self.targets.load_state_dict(state["targets"])
+            self.targets.load_state_dict(state["targets"], same_run=self.config.resume)
         torch.set_rng_state(state["torch_rng"].cpu())
         version, internal, gauss = state["python_rng"]
         random.setstate((version, tuple(internal), gauss))

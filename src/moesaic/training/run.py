@@ -33,7 +33,14 @@ from moesaic.data import (
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
-from moesaic.evaluation.plots import plot_distillation, plot_drift, plot_expert_load, plot_loss, plot_loss_by_position
+from moesaic.evaluation.plots import (
+    plot_distillation,
+    plot_drift,
+    plot_expert_load,
+    plot_loss,
+    plot_loss_by_position,
+    read_columns,
+)
 from moesaic.evaluation.recall import plot_recall, recall_numbers
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.specialisation import Specialisation, plot_specialisation
@@ -51,7 +58,7 @@ from moesaic.training.checkpoints import (
     token_strings,
 )
 from moesaic.training.config import RunConfig, TrainingConfig, require_accelerator, teacher_mapping
-from moesaic.training.distillation import open_targets, require_paths, require_same_teacher
+from moesaic.training.distillation import open_targets, require_paths, require_same_teacher, students_tokenizer
 from moesaic.training.extension import (
     checkpoint_tokenizer,
     compare_with_start,
@@ -105,6 +112,8 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
         overridden = teacher_mapping(model_mapping, distillation.teacher_model)
         from_mapping(DecoderConfig, overridden, "distillation.teacher_model")
         require_paths(distillation)
+    if resume_dir is None and run_config.run_dir is not None:
+        _require_free(Path(run_config.run_dir))
     require_accelerator("trainer.accelerator", run_config.trainer.accelerator)
     checkpoint = resume_dir / "checkpoints" / "last.ckpt" if resume_dir else run_config.ckpt_path
     loaded = load_checkpoint(checkpoint) if checkpoint else None
@@ -122,6 +131,8 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
     tokenizer = None
     if loaded is not None and extends is not None:
         tokenizer = checkpoint_tokenizer(str(checkpoint), loaded, run_config.data)
+    elif distillation is not None:
+        tokenizer = students_tokenizer(distillation, run_config.data)
     data = load_data(run_config.data, tokenizer)
     model_config = _fit_vocabulary(run_config, data)
     stretches = None
@@ -209,6 +220,7 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
         "parameters/total": accounted.parameters,
         "parameters/active": accounted.active_parameters,
         **_teacher_cost(module),
+        **_last_distillation(run_dir / "metrics.csv"),
         "warnings": monitor.warnings,
     }
     baselines = data.facts.get("baselines", {})
@@ -421,10 +433,14 @@ def _new_run_dir(config: RunConfig) -> Path:
     if config.run_dir is None:
         return create_run_dir(Path(config.output_dir), config.name)
     run_dir = Path(config.run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise InputError(f"run_dir={config.run_dir!r}: exists and is not empty; resume=true continues a run in it")
+    _require_free(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
+
+
+def _require_free(run_dir: Path) -> None:
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise InputError(f"run_dir={str(run_dir)!r}: exists and is not empty; resume=true continues a run in it")
 
 
 def _trainer(config: RunConfig, run_dir: Path, loggers: list[Logger], monitor: RunMonitor) -> pl.Trainer:
@@ -490,6 +506,13 @@ def _teacher_cost(module: LanguageModel) -> dict[str, float]:
         cost["parameters/teacher_total"] = module.teacher_account.parameters
         cost["parameters/teacher_active"] = module.teacher_account.active_parameters
     return cost
+
+
+def _last_distillation(metrics_csv: Path) -> dict[str, float]:
+    """What the teacher did in the last logged step, where there was one."""
+    names = [f"distillation/{name}" for name in ("soft_weight", "agreement", "hard", "soft", "loss_gap")]
+    columns = read_columns(metrics_csv, *names) if metrics_csv.exists() else ()
+    return {name: float(column[-1]) for name, column in zip(names, columns, strict=False) if len(column)}
 
 
 def _plots(

@@ -5,23 +5,48 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moesaic.data import Tokenizer
+from moesaic.data import DataConfig, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.models import Decoder
-from moesaic.training.checkpoints import load_model
+from moesaic.training.checkpoints import load_checkpoint, load_model
 
-__all__ = ["load_teacher", "require_teacher"]
+__all__ = ["load_teacher", "require_teacher", "teacher_tokenizer"]
 
 logger = logging.getLogger("moesaic.training")
 
 
 def require_teacher(path: str | Path) -> None:
-    """Raise InputError if there is no such file or directory: a check that costs nothing, before data are read."""
+    """Raise InputError if there is no such file or directory, or if it is one of a run: a check that costs nothing."""
     if not Path(path).exists():
         raise InputError(
             f"teacher={str(path)!r}: no such file or directory; give a checkpoint, such as a run's "
             "checkpoints/last.ckpt, or a transformers directory"
         )
+    last = Path(path) / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        raise InputError(f"teacher={str(path)!r}: the directory of a run; give its checkpoint, {last}")
+
+
+def teacher_tokenizer(path: str | Path, data: DataConfig) -> Tokenizer | None:
+    """The tokeniser with which text for a student of this teacher is read, or None for the one that `data` describes.
+
+    On other text than the teacher's, a BPE of the same kind and size would be another one. So a checkpoint's BPE takes
+    its place; what `data` explicitly has otherwise (bytes, another size) is left for `load_teacher` to refuse.
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
+    if Path(path).is_dir() or data.tokenizer != "bpe" or data.source == "memmap" or data.make_task() is not None:
+        return None
+    checkpoint = load_checkpoint(path)
+    stored = checkpoint["hyper_parameters"]["tokenizer"]
+    if stored is None or stored["kind"] != "bpe":
+        return None
+    tokenizer = tokenizer_from_dict(stored)
+    sizes = {tokenizer.vocab_size}
+    if "optimizer_states" in checkpoint:  # of a run here, which asked for a size; little text gives fewer entries
+        sizes.add(checkpoint["hyper_parameters"]["config"]["data"]["vocab_size"])
+    return tokenizer if data.vocab_size in sizes else None
 
 
 def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Decoder:
