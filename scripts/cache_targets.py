@@ -90,7 +90,7 @@ def cache_targets(config: dict[str, Any], console: Console) -> dict[str, Any]:
             f"{expected.bytes_per_token:.1f} bytes per token{about}"
         )
         expected.require_room(directory)
-    cache = TargetCache.create(directory, identity, windows_per_shard)
+    cache = TargetCache.create(directory, identity, windows_per_shard, data.facts.get("content_hash"))
     try:
         before, started = len(cache), time.monotonic()
         through = CacheThrough(cache, teacher, identity)

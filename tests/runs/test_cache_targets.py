@@ -227,6 +227,8 @@ def test_new_data_are_added_to_an_old_cache(given: Composed, corpus: Path, tmp_p
     assert 0 < missing < len(read_all(config)), "what lies before it is known"
     assert third["windows"] == before + missing, "what the new grid no longer has is left alone"
     assert fill(config)[0]["new windows"] == 0
+    manifest = json.loads((tmp_path / "targets" / "manifest.json").read_text())
+    assert len({shard["data"] for shard in manifest["shards"]}) == 3, "the data that each shard was made for"
 
     anew = {**config, "directory": str(tmp_path / "anew")}
     assert fill(anew)[0]["new windows"] == len(read_all(anew))

@@ -232,6 +232,7 @@ class TargetCache:
         self._buffer: dict[int, dict[str, Array]] = {}
         self._lock: TextIO | None = None
         self._windows_per_shard = 0
+        self._data: str | None = None
         self._open_shard = functools.lru_cache(maxsize=64)(self._map_shard)
 
     @classmethod
@@ -267,10 +268,15 @@ class TargetCache:
         return cache
 
     @classmethod
-    def create(cls, directory: str | Path, identity: CacheIdentity, windows_per_shard: int = 256) -> "TargetCache":
+    def create(
+        cls, directory: str | Path, identity: CacheIdentity, windows_per_shard: int = 256, data: str | None = None
+    ) -> "TargetCache":
         """A cache to add to: new, or the one that is there, if it has this identity.
 
         One process at a time can hold it, until `close`.
+
+        Args:
+            data: content hash of the data whose windows are added; the manifest keeps it with each shard.
 
         Raises:
             InputError: as `open`; a folder of something else, one that another process adds to, or that cannot be
@@ -304,7 +310,7 @@ class TargetCache:
         except BaseException:
             lock.close()
             raise
-        cache._lock, cache._windows_per_shard = lock, windows_per_shard
+        cache._lock, cache._windows_per_shard, cache._data = lock, windows_per_shard, data
         return cache
 
     def __len__(self) -> int:
@@ -416,6 +422,7 @@ class TargetCache:
                 "windows": len(keys),
                 "bytes": len(content),
                 "sha256": hashlib.sha256(content).hexdigest(),
+                "data": self._data,
             }
             _write_manifest(self.directory, self.settings, [*self._shards, shard])
         except OSError as error:
@@ -539,6 +546,7 @@ class _Shard:
     windows: int
     bytes: int
     sha256: str
+    data: str | None
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _open_cache(
     if decoder is None:
         _require_all(cache, windows)
         return OpenedTargets(CachedTargets(cache), None, identity.teacher, f"cached: {config.cache} ({kept}), complete")
-    writable = TargetCache.create(config.cache, identity)
+    writable = TargetCache.create(config.cache, identity, data=data.facts.get("content_hash"))
     held = int(writable.holds(windows).sum())
     there = f"{held:,} of {len(windows):,} windows are there, the rest is computed by {config.teacher}"
     return OpenedTargets(
