@@ -266,15 +266,16 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
 
 @hydra.main(config_path=CONFIG_PATH, config_name="evaluate", version_base="1.3")
 def main(config: DictConfig) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if config.task not in ("score", "specialisation"):
         summary = exit_on_bad_input(lambda: evaluate_long_context(plain(config)))
-        Console().print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
+        console.print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
         return
     numbers = exit_on_bad_input(lambda: evaluate(plain(config)))
     table = Table("measure", "value", title=str(config.checkpoint))
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

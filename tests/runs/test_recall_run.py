@@ -143,7 +143,9 @@ def test_a_checkpoint_is_scored_again_and_with_other_switches(
     with pytest.raises(InputError, match=r"^seq_len=16: a sequence of data.task with size 8"):
         evaluate.evaluate({**anew, "seq_len": 16})
     other = {**question["data"], "task": {**question["data"]["task"], "keys": 32}}
-    with pytest.raises(InputError, match=r"with 104 token ids, but the checkpoint was trained on 'associative_recall' "):
+    with pytest.raises(
+        InputError, match=r"with 104 token ids, but the checkpoint was trained on 'associative_recall' "
+    ):
         evaluate.evaluate({**anew, "data": other})
     with pytest.raises(InputError, match=r"data\.source='associative_recall'"):
         evaluate.evaluate_long_context({**question, "task": "loss_by_position"})

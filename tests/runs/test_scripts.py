@@ -208,7 +208,9 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
     asked = ["data=files", f"checkpoint={trained}", f"output={tmp_path / 'scored'}"]
     numbers = evaluate.evaluate(composed(*asked, config="evaluate"))
     before = {path: path.read_bytes() for path in (tmp_path / "scored").iterdir()}
-    with pytest.raises(InputError, match=r"evaluation.json: results of another evaluation \(seq_len: None there, 16 now"):
+    with pytest.raises(
+        InputError, match=r"evaluation.json: results of another evaluation \(seq_len: None there, 16 now"
+    ):
         evaluate.evaluate(composed(*asked, "seq_len=16", config="evaluate"))
     with pytest.raises(InputError, match=r"results of another evaluation \(.*task: score there, specialisation now"):
         evaluate.evaluate(composed(*asked, "task=specialisation", config="evaluate"))
