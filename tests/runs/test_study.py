@@ -249,6 +249,8 @@ def test_the_config_of_a_study_without_rows_is_not_kept(tiny: dict[str, Any], tm
     (tmp_path / "results" / "config.yaml").write_text("name: of a study that was stopped before its first row\n")
     assert call(tiny)[0] == 0
     assert call(tiny)[0] == 0, "what was written with the rows is taken for their config"
+    with pytest.raises(InputError, match=r"output_dir='.*rows.jsonl': cannot be written"):
+        call({**tiny, "output_dir": str(tmp_path / "results" / "rows.jsonl")})
     with pytest.raises(InputError, match=r"results_dir='.*rows.jsonl/below': cannot be written"):
         call({**tiny, "results_dir": str(tmp_path / "results" / "rows.jsonl" / "below")})
 

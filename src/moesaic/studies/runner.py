@@ -336,7 +336,10 @@ def _require_equal(path: Path | str, found: Mapping[str, Any], wanted: Mapping[s
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir={str(folder.parent)!r}: cannot be written ({error.strerror})") from error
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
