@@ -251,6 +251,8 @@ def test_used_run_dir_is_refused(composed: Composed, tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(InputError, match=r"mine': exists and is not empty"):
         run(composed(f"run_dir={tmp_path / 'mine'}"))
+    with pytest.raises(InputError, match=r"run_dir='.*notes.txt': cannot be written"):
+        run(composed(f"run_dir={tmp_path / 'mine' / 'notes.txt'}"))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 

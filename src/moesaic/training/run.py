@@ -421,9 +421,12 @@ def _new_run_dir(config: RunConfig) -> Path:
     if config.run_dir is None:
         return create_run_dir(Path(config.output_dir), config.name)
     run_dir = Path(config.run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir={config.run_dir!r}: cannot be written ({error.strerror})") from error
+    if any(run_dir.iterdir()):
         raise InputError(f"run_dir={config.run_dir!r}: exists and is not empty; resume=true continues a run in it")
-    run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
 
