@@ -78,6 +78,13 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     return from_mapping(Options, given), common
 
 
+def words(name: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{name}={text!r}: {error}; allowed are key=value, separated by spaces") from error
+
+
 def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
     """The config of `train.py` under these overrides. Both sides must have one precision: auto is fp32."""
     refuse_unknown_keys("train", overrides)
@@ -109,7 +116,7 @@ def arm_of(config: dict[str, Any]) -> Arm:
 def compare(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     """What is printed, as a mapping: costs of a and b, and of the solved b."""
     options, common = parse(arguments)
-    overrides = {"a": [*common, *shlex.split(options.a)], "b": [*common, *shlex.split(options.b)]}
+    overrides = {name: [*common, *words(name, getattr(options, name))] for name in ("a", "b")}
     configs = {name: compose_run(found) for name, found in overrides.items()}
     trainer = configs["a"]["trainer"]
     require_accelerator("trainer.accelerator", trainer["accelerator"])

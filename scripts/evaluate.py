@@ -9,6 +9,7 @@ Long contexts, with switches of the model turned at inference only:
 python scripts/evaluate.py checkpoint=PATH task=loss_by_position|needle variants=[as_trained,no_temperature,window]
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.progress import Progress, track
 from rich.table import Column, Table
 from torch import Tensor
 
-from moesaic.config import from_mapping
+from moesaic.config import flatten, from_mapping
 from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
 from moesaic.errors import InputError
 from moesaic.evaluation.drift import Drift
@@ -65,8 +66,10 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         if config[key] is not None and (not isinstance(config[key], int) or config[key] < 1):
             raise InputError(f"{key}={config[key]!r}: allowed are integers >= 1")
     require_accelerator("accelerator", config["accelerator"])
+    _require_same_evaluation(config)
     data_config = from_mapping(DataConfig, config["data"], "data")
     model = load_model(config["checkpoint"])
+    _require_trained_task(model, data_config)
     data = load_data(data_config, model.tokenizer)
     if data.vocab_size > model.config.vocab_size:
         raise InputError(
@@ -78,6 +81,13 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if data.task is not None and config["split"] != "validation":
         raise InputError(f"split={config['split']!r}: allowed is validation, the test sequences of a recall task")
     split = getattr(data, config["split"])
+    if data.task is not None:
+        data.task.require_length(seq_len, "seq_len")
+    elif config["seq_len"] is not None and seq_len >= len(split.tokens):
+        raise InputError(
+            f"seq_len={seq_len}: longer than the data, the {config['split']} split has {len(split.tokens)} tokens; "
+            "allowed are numbers below"
+        )
     batches: dict[str, Any] = {"batch_size": config["batch_size"], "max_batches": config["max_batches"]}
     loader = (
         EvaluationLoader(split.tokens, seq_len=seq_len, **batches)
@@ -124,8 +134,42 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
             return numbers
         write_json(output / "evaluation.json", {**record, "loss_by_position": score.loss_by_position})
         chunk = model.config.attention.attention_chunk_size
-        plot_loss_by_position(score.loss_by_position, output / "loss_by_position.png", trained_length, chunk)
+        # not loss_by_position.png: that is the picture of the task of this name, which may have the same directory
+        plot_loss_by_position(score.loss_by_position, output / "evaluation.png", trained_length, chunk)
     return numbers
+
+
+def _require_same_evaluation(config: dict[str, Any]) -> None:
+    """Refuse a directory with an evaluation.json of other settings: it would be overwritten."""
+    if not config["output"]:
+        return
+    path = Path(config["output"]) / "evaluation.json"
+    try:
+        stored = flatten(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a result of this script; choose another output") from error
+    asked = flatten(config)
+    where = ("output", "batch_size", "accelerator", "data.cache_dir")
+    differing = [key for key in sorted(stored.keys() | asked.keys()) if stored.get(key) != asked.get(key)]
+    if listed := "; ".join(f"{k}: {stored.get(k)} there, {asked.get(k)} now" for k in differing if k not in where):
+        raise InputError(f"{path}: results of another evaluation ({listed}); choose another output")
+
+
+def _require_trained_task(model: TrainedModel, data: DataConfig) -> None:
+    """Refuse a recall task whose ids mean nothing to the checkpoint."""
+    task, trained = data.make_task(), from_mapping(DataConfig, model.run_config["data"], "data")
+    if task is None:
+        return
+    if model.tokenizer is not None:
+        raise InputError(f"data.source={data.source!r}: a recall task, but the checkpoint was trained on text")
+    known = trained.make_task()
+    if known is not None and (trained.source, known.vocab_size) != (data.source, task.vocab_size):
+        raise InputError(
+            f"data.source={data.source!r}: with {task.vocab_size} token ids, but the checkpoint was trained on "
+            f"{trained.source!r} with {known.vocab_size}; give data={trained.source} and data.task as in training"
+        )
 
 
 def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
@@ -222,15 +266,16 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
 
 @hydra.main(config_path=CONFIG_PATH, config_name="evaluate", version_base="1.3")
 def main(config: DictConfig) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if config.task not in ("score", "specialisation"):
         summary = exit_on_bad_input(lambda: evaluate_long_context(plain(config)))
-        Console().print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
+        console.print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
         return
     numbers = exit_on_bad_input(lambda: evaluate(plain(config)))
     table = Table("measure", "value", title=str(config.checkpoint))
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

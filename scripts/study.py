@@ -51,7 +51,15 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     rows = read_rows(results, study_config, config)
     if rows:
         write_study_report(study_config, config, rows, results, command, console)
-        made = ("rows.jsonl", "table.md", "summary.json", "effect.png", "curves.png", "total_flops.png")
+        made = (
+            "rows.jsonl",
+            "table.md",
+            "summary.json",
+            "effect.png",
+            "curves.png",
+            "total_flops.png",
+            "by_position.png",
+        )
         names = ", ".join(name for name in made if (results / name).exists())
         console.print(f"written: {results}/{names}", markup=False, highlight=False, soft_wrap=True)
     for run, reason in failed.items():

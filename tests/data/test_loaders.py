@@ -134,6 +134,12 @@ def test_limited_evaluation_is_spread_over_the_stream() -> None:
     assert [batch["tokens"].tolist() for batch in loader] == [batch["tokens"].tolist() for batch in loader]
 
 
+def test_a_stream_shorter_than_a_window_is_not_padded_to_it() -> None:
+    [batch] = EvaluationLoader(stream(12), seq_len=10**12, batch_size=4)
+    assert batch["tokens"].tolist() == [list(range(11))]
+    assert bool(batch["valid"].all())
+
+
 def test_nothing_to_evaluate_is_refused() -> None:
     with pytest.raises(InputError, match=r"has 1 tokens; at least 2 are needed"):
         EvaluationLoader(stream(1), seq_len=4, batch_size=1)

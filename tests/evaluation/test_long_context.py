@@ -105,6 +105,15 @@ def test_a_window_cuts_the_context_to_between_half_and_all_of_it(window: int) ->
         assert min(abs(found[0, p] - candidate) for candidate in candidates) < 1e-5, p
 
 
+@pytest.mark.parametrize("window", [2, 7, 16])
+def test_a_window_goes_on_from_anywhere(window: int) -> None:
+    decoder, tokens = toy(), text(2, 61)
+    whole = torch.cat(list(stream_nats(decoder, tokens, chunk_tokens=5, window=window)), dim=1)
+    for start in range(1, 60, 3):
+        rest = torch.cat(list(stream_nats(decoder, tokens, chunk_tokens=5, window=window, start=start)), dim=1)
+        torch.testing.assert_close(rest, whole[:, start:], rtol=0, atol=1e-5)
+
+
 def test_a_window_as_long_as_the_text_changes_nothing() -> None:
     decoder, tokens = toy(), text(1, 20)
     found = torch.cat(list(stream_nats(decoder, tokens, window=20)), dim=1)
@@ -276,7 +285,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("stop_after", [1, 9, 10, 11, 29, 35])
-@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("window", [None, 8, 25, 61])
 def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path: Path, stop_after: int, window: int | None) -> None:
     """Nine chunks a stretch, two stretches a batch, two batches, two variants; the state is kept at every chunk."""
     decoder, tokens, edges = toy(), text(4, 61), (0, 16, 61)
@@ -303,8 +312,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path: Path, stop_after: i
         hook.remove()
     for name, result in expected.items():
         assert torch.equal(found[name].nats, result.nats)
-    if window is None:  # nothing ran twice but the chunk in which it stopped
-        assert 0 < scored - 2 * 2 * 61 <= 7
+    assert 0 < scored - 2 * 2 * 61 <= 7, "nothing ran twice but the chunk in which it stopped"
     assert [file.name for file in path.parent.iterdir()] == ["it.json"]
 
 

@@ -219,6 +219,8 @@ def test_too_many_values_for_the_tokeniser() -> None:
         ({"samples": 0}, "samples=0: allowed are integers >= 1"),
         ({"planted": 16}, "planted=16: allowed are 0 to distractors=15"),
         ({"multiples": ()}, r"multiples=\[\]: allowed are one or more numbers > 0"),
+        ({"multiples": (1.0, math.inf)}, r"multiples=\[1\.0, inf\]: allowed are one or more numbers > 0"),
+        ({"seed": -1}, "seed=-1: allowed are integers >= 0"),
         ({"depths": (0.5, 1.5)}, r"depths=\[0\.5, 1\.5\]: allowed are one or more numbers from 0 to 1"),
     ],
 )

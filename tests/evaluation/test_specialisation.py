@@ -9,6 +9,7 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
+from moesaic.evaluation import specialisation
 from moesaic.evaluation.specialisation import (
     BYTE_CLASSES,
     FileKinds,
@@ -132,6 +133,17 @@ def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int) -> None:
     assert plot_specialisation(seen, tmp_path / "plots" / "it.png")
     assert (tmp_path / "plots" / "it.png").read_bytes().startswith(b"\x89PNG")
     assert not plot_specialisation(Specialisation(6), tmp_path / "none.png")
+
+
+def test_experts_are_numbered_by_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(specialisation, "_save", lambda figure, out: figures.append(figure))
+    seen = Specialisation(6)
+    ids = torch.arange(40).view(40, 1) % 4
+    seen.update(rigged(4, first=ids, second=ids), {"tokens": torch.randint(6, (2, 20))})
+    plot_specialisation(seen, tmp_path / "it.png")
+    [panel] = [axis for axis in figures[0].axes if axis.get_title() == "first choice in the next MoE layer"]
+    assert list(panel.get_xticks()) == list(panel.get_yticks()) == [0, 1, 2, 3]
 
 
 # three files between ends of text (0): the positions of README.md are 0 to 2, of a.py 3 to 6, of b.PY 7 and 8

@@ -70,6 +70,7 @@ def test_launch_trains_both_and_ends_in_a_table(common: list[str]) -> None:
     [
         (["a=model.dim=16"], r"b: missing; it needs a string"),
         (["a=", "b=model.dimm=3"], r"model.dimm: unknown key \(did you mean model.dim\?\)"),
+        (["a=", "b='name=x"], r"b=.*: No closing quotation; allowed are key=value, separated by spaces"),
         (["a=", "b=", "solve=watts"], r"solve: found 'watts' \(str\); allowed: active_flops \| parameters \| seconds"),
         (["a=", "b=", "width=model.hidden_dim"], r"nothing to solve; give solve="),
         (["a=", "b=", "rounds=0", "solve=seconds"], r"rounds=0: solve=seconds needs measured steps"),

@@ -244,7 +244,9 @@ def test_ids_outside_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
 def test_copying_is_a_probe_too(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     run_config = {"data": {"source": "files", "path": str(corpus), "cache_dir": str(tmp_path)}}
     found = copying_probe(checkpoint, run_config, {"copying": {"length": 9, "sequences": 5}})
-    names = {f"copying/{kind}/{name}" for kind in ("text", "random") for name in ("first", "second", "accuracy")}
+    names = {
+        f"copying/{kind}/{name}" for kind in ("text", "random") for name in ("first", "second", "gain", "accuracy")
+    }
     assert set(found) == names and all(math.isfinite(value) for value in found.values())
     with pytest.raises(InputError, match=r"probe_options.copying.length=1"):
         copying_probe(checkpoint, run_config, {"copying": {"length": 1}})

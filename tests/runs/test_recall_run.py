@@ -136,9 +136,17 @@ def test_a_checkpoint_is_scored_again_and_with_other_switches(
     stored = json.loads((tmp_path / "scored" / "evaluation.json").read_text())
     assert stored["recall/accuracy/length=4x"] == numbers["recall/accuracy/length=4x"]
     assert (tmp_path / "scored" / "recall.png").stat().st_size > 0
-    assert not (tmp_path / "scored" / "loss_by_position.png").exists()
+    assert not (tmp_path / "scored" / "evaluation.png").exists()
+    anew = {**question, "output": None}
     with pytest.raises(InputError, match=r"split='train': allowed is validation"):
-        evaluate.evaluate({**question, "split": "train"})
+        evaluate.evaluate({**anew, "split": "train"})
+    with pytest.raises(InputError, match=r"^seq_len=16: a sequence of data.task with size 8"):
+        evaluate.evaluate({**anew, "seq_len": 16})
+    other = {**question["data"], "task": {**question["data"]["task"], "keys": 32}}
+    with pytest.raises(
+        InputError, match=r"with 104 token ids, but the checkpoint was trained on 'associative_recall' "
+    ):
+        evaluate.evaluate({**anew, "data": other})
     with pytest.raises(InputError, match=r"data\.source='associative_recall'"):
         evaluate.evaluate_long_context({**question, "task": "loss_by_position"})
 

@@ -197,6 +197,7 @@ def test_resumed_checks_continue_those_before(
         (["training.steps=many"], r"training.steps: found 'many' \(str\); allowed: an integer"),
         (["sample.temperature=-1"], r"sample.temperature=-1.0: allowed are numbers >= 0"),
         (["training.steps=0"], r"training.steps=0: allowed are numbers >= 1"),
+        (["seed=-1"], r"seed=-1: allowed are integers >= 0"),
         (["optimizer.name=sgd"], r"optimizer.name: found 'sgd' \(str\); allowed: adamw \| muon"),
         (["data.tokenizer=words"], r"data.tokenizer: found 'words'"),
         (["model.vocab_size=100"], r"model.vocab_size=100: the data have token ids up to 256"),
@@ -250,6 +251,8 @@ def test_used_run_dir_is_refused(composed: Composed, tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(InputError, match=r"mine': exists and is not empty"):
         run(composed(f"run_dir={tmp_path / 'mine'}"))
+    with pytest.raises(InputError, match=r"run_dir='.*notes.txt': cannot be written"):
+        run(composed(f"run_dir={tmp_path / 'mine' / 'notes.txt'}"))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 

@@ -158,7 +158,7 @@ def test_evaluate_agrees_with_the_end_of_training(trained: Path, composed: Compo
     assert numbers["loss"] == pytest.approx(final["validation/loss"], rel=1e-5)
     assert numbers["bits_per_byte"] == pytest.approx(final["validation/bits_per_byte"], rel=1e-5)
     assert json.loads((tmp_path / "scored" / "evaluation.json").read_text())["tokens"] == numbers["tokens"]
-    assert (tmp_path / "scored" / "loss_by_position.png").exists()
+    assert (tmp_path / "scored" / "evaluation.png").exists()
     elsewhere = tmp_path / "other.txt"
     elsewhere.write_text("Some English prose.\n" * 200)
     config = composed("data=files", f"data.path={elsewhere}", f"checkpoint={trained}", config="evaluate")
@@ -179,6 +179,7 @@ def test_specialisation_and_drift(trained: Path, composed: Composed, tmp_path: P
     for layer in (1, 3):
         other.decoder.get_submodule(f"layers.{layer}.ffn.router").weight.data.neg_()
     save_model(tmp_path / "other.ckpt", other.decoder, other.tokenizer)
+    asked = ["data=files", f"checkpoint={trained}", "task=specialisation"]
     numbers = evaluate.evaluate(composed(*asked, f"other_checkpoint={tmp_path / 'other.ckpt'}", config="evaluate"))
     assert numbers["router/layers.1.ffn/drift"] > 0.9, "the least likely expert in place of the most likely one"
 
@@ -199,6 +200,28 @@ def test_evaluate_refuses_bad_input(trained: Path, composed: Composed) -> None:
         evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "split=test", config="evaluate"))
     with pytest.raises(InputError, match=r"no such file"):
         evaluate.evaluate(composed("data=files", "checkpoint=/nowhere", config="evaluate"))
+
+
+def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
+    trained: Path, composed: Composed, tmp_path: Path
+) -> None:
+    asked = ["data=files", f"checkpoint={trained}", f"output={tmp_path / 'scored'}"]
+    numbers = evaluate.evaluate(composed(*asked, config="evaluate"))
+    before = {path: path.read_bytes() for path in (tmp_path / "scored").iterdir()}
+    with pytest.raises(
+        InputError, match=r"evaluation.json: results of another evaluation \(seq_len: None there, 16 now"
+    ):
+        evaluate.evaluate(composed(*asked, "seq_len=16", config="evaluate"))
+    with pytest.raises(InputError, match=r"results of another evaluation \(.*task: score there, specialisation now"):
+        evaluate.evaluate(composed(*asked, "task=specialisation", config="evaluate"))
+    assert {path: path.read_bytes() for path in (tmp_path / "scored").iterdir()} == before
+    again = evaluate.evaluate(composed(*asked, "batch_size=3", config="evaluate"))
+    assert again["loss"] == pytest.approx(numbers["loss"], rel=1e-5)
+    (tmp_path / "scored" / "evaluation.json").write_text("[]")
+    with pytest.raises(InputError, match=r"evaluation.json: not a result of this script; choose another output"):
+        evaluate.evaluate(composed(*asked, config="evaluate"))
+    with pytest.raises(InputError, match=r"seq_len=1000000: longer than the data, the validation split has \d+ tokens"):
+        evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "seq_len=1000000", config="evaluate"))
 
 
 def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,18 @@ def test_from_nothing_to_a_verdict_and_again(
     changed = {**tiny, "data": {**tiny["data"], "path": str(other)}, "study": {**tiny["study"], "seeds": [3, 4]}}
     with pytest.raises(InputError, match=r"rows.jsonl: .*content hash of the data: '[0-9a-f]{64}' there"):
         call(changed)
+    changed = {**tiny, "study": {**tiny["study"], "probe_options": {"number": 8}}}
+    with pytest.raises(InputError, match=r"config.yaml: .*study.probe_options.number: 7 there, 8 now"):
+        call(changed)
+    changed = {**tiny, "study": {**tiny["study"], "metric": "validation/accuracy"}}
+    with pytest.raises(InputError, match=r"rows.jsonl:1: study.metric='validation/accuracy': .* has none; found: "):
+        call(changed)
     assert (results / "rows.jsonl").read_bytes() == before
+    config_of_rows = (results / "config.yaml").read_text()
+    (results / "config.yaml").write_text("{")
+    with pytest.raises(InputError, match=r"config.yaml: damaged"):
+        call(tiny)
+    (results / "config.yaml").write_text(config_of_rows)
     with (results / "rows.jsonl").open("a") as file:
         file.write('{"arm": "mo')
     with pytest.raises(InputError, match=r"rows.jsonl:4: damaged"):
@@ -230,6 +241,18 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) ->
     assert [row["arm"] for row in rows(tiny)] == ["dense"]
     assert "error: broken, measure, seed 0, learning rate x1 failed: " in printed
     assert "missing: broken, seed 0" in printed
+
+
+def test_the_config_of_a_study_without_rows_is_not_kept(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny["study"]["seeds"] = [0]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "config.yaml").write_text("name: of a study that was stopped before its first row\n")
+    assert call(tiny)[0] == 0
+    assert call(tiny)[0] == 0, "what was written with the rows is taken for their config"
+    with pytest.raises(InputError, match=r"output_dir='.*rows.jsonl': cannot be written"):
+        call({**tiny, "output_dir": str(tmp_path / "results" / "rows.jsonl")})
+    with pytest.raises(InputError, match=r"results_dir='.*rows.jsonl/below': cannot be written"):
+        call({**tiny, "results_dir": str(tmp_path / "results" / "rows.jsonl" / "below")})
 
 
 def test_bad_input_is_refused_before_anything_is_written(tiny: dict[str, Any], tmp_path: Path) -> None:

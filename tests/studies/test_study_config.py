@@ -62,6 +62,8 @@ PREPARED: dict[str, Any] = {
         ({"baseline": "sparse"}, "study.baseline='sparse': unknown arm; allowed: dense, moe"),
         ({"seeds": []}, "study.seeds=[]: allowed are one or more different integers"),
         ({"seeds": [1, 1]}, "study.seeds=[1, 1]: allowed"),
+        ({"seeds": [-1, 1]}, "study.seeds=[-1, 1]: allowed are one or more different integers >= 0"),
+        ({"tune": {"seed": -2}}, "study.tune.seed=-2: allowed are integers >= 0"),
         ({"seeds": [9]}, "study.tune.seed=9: it must not be one of seeds=[9]"),
         ({"tune": {"seed": 9, "factors": [1.0]}}, "study.tune.factors=[1.0]: allowed are two or more"),
         ({"variants": {"hot": {"arm": "x", "overrides": {}}}}, "study.variants.hot.arm='x': unknown arm"),

@@ -131,6 +131,12 @@ def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     centres, values = _over_position(summarise(study, rows)[2], 4)  # type: ignore[misc]
     assert centres.tolist() == pytest.approx([32**0.5, 96**0.5])
     assert values.tolist() == [[1.0] * 2, [2.0] * 2, [3.0] * 2]
+    for seed in (0, 1):  # a run that diverged has no buckets
+        key = next(key for key, row in rows.items() if row["arm"] == "moe" and row["seed"] == seed)
+        rows[key] |= {"status": "diverged", "metrics": {}}
+        _, values = _over_position(summarise(study, rows)[1], 4)  # type: ignore[misc]
+        assert values.tolist() == [[s + 1.0] * 2 for s in range(seed + 1, 3)]
+    assert "moe: 2 of 3 runs diverged" in report(study, base, rows, tmp_path)
 
 
 def test_the_teachers_flops_are_counted(

@@ -135,7 +135,8 @@ class EvaluationLoader:
     """Batches of {"tokens", "labels", "valid", "starts"}: every token but the first of the stream is predicted once.
 
     "starts" (B,) is where in the stream each window begins, the others are (B, L). Windows do not overlap. The last one
-    is padded: labels -100, valid False. With max_batches, that many batches of windows spread evenly over the stream.
+    is padded: labels -100, valid False; a stream that is shorter than a window is one as it is. With max_batches, that
+    many batches of windows spread evenly over the stream.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class EvaluationLoader:
         if len(tokens) < 2:
             raise InputError(f"the split to evaluate on has {len(tokens)} tokens; at least 2 are needed")
         self.tokens = tokens
-        self.seq_len = seq_len
+        self.seq_len = min(seq_len, len(tokens) - 1)
         self.batch_size = batch_size
         starts = np.arange(0, len(tokens) - 1, seq_len)
         if max_batches is not None and max_batches * batch_size < len(starts):

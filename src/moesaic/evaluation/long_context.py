@@ -373,7 +373,7 @@ def stream_nats(
         window: cut the context to window / 2 to window tokens, recomputed for every window / 2 tokens: what the same
             weights do with a plain window, whatever their attention.
         cache: of decoder.make_cache(), and there to be read after every chunk; None makes one.
-        start: tokens that `cache` has seen already.
+        start: tokens that are done: `cache` has seen them already, and their nats are not made again.
 
     Yields:
         (B, l) fp32, in order, L - start in total.
@@ -382,8 +382,9 @@ def stream_nats(
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     length = inputs.size(1)
     if window is not None and window < length:
-        while start < length:
-            end = min(length, start + (window // 2 if start else window))
+        half = window // 2
+        while start < length:  # the windows stand where they would from 0 on, wherever `start` is
+            end = min(length, window + (half * ((start - window) // half + 1) if start >= window else 0))
             begin = max(0, end - window)
             hidden, _ = decoder.hidden_states(inputs[:, begin:end])
             yield from _nats(decoder, hidden[:, start - begin :], labels[:, start:end], chunk_tokens)
@@ -461,8 +462,9 @@ def _bucket_sums(
 ) -> Tensor:
     """(B, buckets) fp64 sums of nats of stretches (B, L + 1), the first of which is stretch number `row`."""
     decoder, place = variant.decoder, [variant.name, row, len(batch)]
+    windowed = variant.window is not None and variant.window < batch.size(1) - 1
     at, sums = 0, torch.zeros(len(batch), int(bucket_of.max()) + 1, dtype=torch.float64)
-    cache = None if variant.window is not None else decoder.make_cache()
+    cache = [] if windowed else decoder.make_cache()  # a window is computed anew, from the tokens alone
     if results is not None and cache is not None:
         at, sums = results.load_state(place, cache, decoder.embedding.weight.device) or (at, sums)
         advance(at * len(batch))

@@ -57,9 +57,11 @@ class NeedleConfig:
         for name in ("samples", "distractors", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: allowed are integers >= 0")
         if not 0 <= self.planted <= self.distractors:
             raise ValueError(f"planted={self.planted}: allowed are 0 to distractors={self.distractors}")
-        if not self.multiples or min(self.multiples) <= 0:
+        if not self.multiples or not all(0 < multiple < math.inf for multiple in self.multiples):
             raise ValueError(f"multiples={list(self.multiples)}: allowed are one or more numbers > 0")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths={list(self.depths)}: allowed are one or more numbers from 0 to 1")

@@ -319,9 +319,16 @@ def _draw(axis: Axes, panel: _Panel, title: str, largest: float) -> None:
     axis.grid(False)
     assert axis.figure is not None
     axis.figure.colorbar(image, ax=axis, fraction=0.05)
-    axis.set_xticks(np.unique(np.linspace(0, shares.shape[1] - 1, min(8, shares.shape[1])).round().astype(int)))
-    if panel.labels is not None:
+    axis.set_xticks(_whole_ticks(shares.shape[1]))
+    if panel.labels is None:
+        axis.set_yticks(_whole_ticks(shares.shape[0]))
+    else:
         axis.set_yticks(range(len(panel.labels)), panel.labels, fontsize=8)
+
+
+def _whole_ticks(count: int) -> npt.NDArray[np.int64]:
+    """At most 8 of the numbers of `count` experts."""
+    return np.unique(np.linspace(0, count - 1, min(8, count)).round().astype(np.int64))
 
 
 def _by_octave(by_position: Tensor) -> Tensor:

@@ -161,8 +161,10 @@ class StudyConfig:
         known = ", ".join(self.arms)
         if self.baseline not in self.arms:
             raise ValueError(f"baseline={self.baseline!r}: unknown arm; allowed: {known}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={list(self.seeds)}: allowed are one or more different integers")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds={list(self.seeds)}: allowed are one or more different integers >= 0")
+        if self.tune is not None and self.tune.seed < 0:
+            raise ValueError(f"tune.seed={self.tune.seed}: allowed are integers >= 0")
         if self.tune is not None and self.tune.seed in self.seeds:
             raise ValueError(f"tune.seed={self.tune.seed}: it must not be one of seeds={list(self.seeds)}")
         for name, axis in self.axes.items():

@@ -316,13 +316,17 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
 
 
 def _over_position(arm: ArmResult, first: int) -> tuple[Floats, Floats] | None:
-    """Centres of the buckets from position `first` on (n,), geometric, and the losses (seeds, n); None without."""
+    """Centres of the buckets from position `first` on (n,), geometric, and the losses (seeds, n); None without.
+
+    Runs that diverged have none.
+    """
     by_seed = []
     for row in arm.rows:
         found = ((BUCKET.fullmatch(key), value) for key, value in row["metrics"].items())
         buckets = sorted((int(match[1]), int(match[2]), value) for match, value in found if match)
-        by_seed.append([bucket for bucket in buckets if bucket[0] >= first])
-    if not by_seed or not by_seed[0]:
+        if beyond := [bucket for bucket in buckets if bucket[0] >= first]:
+            by_seed.append(beyond)
+    if not by_seed:
         return None
     centres = np.array([math.sqrt(start * end) for start, end, _ in by_seed[0]])
     return centres, np.array([[value for _, _, value in buckets] for buckets in by_seed])

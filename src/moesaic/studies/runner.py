@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moesaic.config import from_mapping
+from moesaic.config import flatten, from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
 from moesaic.studies.config import (
@@ -47,7 +47,8 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
     """The rows of a results directory by key; none if there is no such directory.
 
     Raises:
-        InputError: damaged, or of another configuration or data; it names the file and what differs.
+        InputError: damaged, or of another configuration, probes or data, or without the study's metric; it names the
+            file and what differs.
     """
     path, config_path = results / "rows.jsonl", results / "config.yaml"
     rows: dict[str, Row] = {}
@@ -55,7 +56,13 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         return rows
     if not config_path.exists():
         raise InputError(f"{path}: rows without the config.yaml they were made with; choose another results_dir")
-    stored = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    try:
+        stored = dict(yaml.safe_load(config_path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise InputError(f"{config_path}: damaged; put it back, or choose another results_dir") from error
+    probed = stored.pop("study", None)
+    if probed is not None:  # older ones do not say
+        _require_equal(config_path, flatten({"study": probed}), flatten({"study": _probes(study)}))
     _require_equal(config_path, canonical({**stored, "seed": 0}), canonical({**base, "seed": 0}))
     cells = {(cell.arm, cell.axis): cell for cell in study.cells}
     data_hashes: dict[str, str | None] = {}
@@ -85,7 +92,15 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         _require_equal(where, overrides, expected | ({} if variant is None else variant.overrides))
         first = data_hashes.setdefault(_data_of(overrides), data_hash)
         _require_equal(where, {"content hash of the data": data_hash}, {"content hash of the data": first})
+        if row["purpose"] != "prepare" and row["status"] == "finished" and study.metric not in row["metrics"]:
+            found = ", ".join(sorted(row["metrics"]))
+            raise InputError(f"{where}: study.metric={study.metric!r}: {key} has none; found: {found}")
     return rows
+
+
+def _probes(study: StudyConfig) -> dict[str, Any]:
+    """What decides the numbers of probes, in every row of a results directory."""
+    return {"probes": list(study.probes), "probe_options": study.probe_options}
 
 
 def run_study(
@@ -110,9 +125,12 @@ def run_study(
         if not plan(study, base, rows).missing:
             return {}
         data_hashes = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
-        results.mkdir(parents=True, exist_ok=True)
-        if not (results / "config.yaml").exists():
-            write_yaml(results / "config.yaml", dict(base))
+        try:
+            results.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"results_dir={str(results)!r}: cannot be written ({error.strerror})") from error
+        if not rows:  # there may be the config of a study that was stopped before its first row
+            write_yaml(results / "config.yaml", {**base, "study": _probes(study)})
         loaded: dict[str, str | None] = {}
 
         def folder_of(job: Job) -> Path:
@@ -318,7 +336,10 @@ def _require_equal(path: Path | str, found: Mapping[str, Any], wanted: Mapping[s
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir={str(folder.parent)!r}: cannot be written ({error.strerror})") from error
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

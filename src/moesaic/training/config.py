@@ -205,6 +205,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
+        _check(self, "seed", self.seed >= 0, "integers >= 0")
         if self.resume and self.ckpt_path is not None:
             raise ValueError(
                 f"ckpt_path={self.ckpt_path!r}: resume=true already says which checkpoint; give one of them"

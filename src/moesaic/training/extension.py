@@ -93,13 +93,16 @@ def open_stretches(
     length = round(config.multiple * after)
     if length < after:
         raise InputError(f"extend_context.multiple={config.multiple}: allowed are numbers >= 1, times training.seq_len")
-    tokens = choose_stretches(
-        validation.tokens,
-        length,
-        limit=config.stretches,
-        within=config.within,
-        end_of_text=None if tokenizer is None else tokenizer.end_of_text,
-    )
+    try:
+        tokens = choose_stretches(
+            validation.tokens,
+            length,
+            limit=config.stretches,
+            within=config.within,
+            end_of_text=None if tokenizer is None else tokenizer.end_of_text,
+        )
+    except InputError as error:
+        raise InputError(f"extend_context.multiple={config.multiple}: {error}") from error
     edges = sorted({*log_buckets(length, before, config.buckets_per_octave), after})
     return Stretches(tokens, tuple(edges), lengths)
 

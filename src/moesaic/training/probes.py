@@ -106,13 +106,16 @@ def run_loss_by_position(
     if length < 2:
         raise InputError(f"loss_by_position.multiple={config.multiple}: a context of {length} tokens; at least 2")
     chosen = _under_window(build_variants(model.decoder, variants, source.train_length), window)
-    stretches = choose_stretches(
-        source.tokens,
-        length,
-        limit=config.stretches,
-        within=config.within,
-        end_of_text=None if model.tokenizer is None else model.tokenizer.end_of_text,
-    )
+    try:
+        stretches = choose_stretches(
+            source.tokens,
+            length,
+            limit=config.stretches,
+            within=config.within,
+            end_of_text=None if model.tokenizer is None else model.tokenizer.end_of_text,
+        )
+    except InputError as error:
+        raise InputError(f"loss_by_position.multiple={config.multiple}: {error}") from error
     edges = log_buckets(length, source.train_length, config.buckets_per_octave)
     results = None
     if output is not None:

@@ -434,12 +434,15 @@ def _new_run_dir(config: RunConfig) -> Path:
         return create_run_dir(Path(config.output_dir), config.name)
     run_dir = Path(config.run_dir)
     _require_free(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir={config.run_dir!r}: cannot be written ({error.strerror})") from error
     return run_dir
 
 
 def _require_free(run_dir: Path) -> None:
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and any(run_dir.iterdir()):
         raise InputError(f"run_dir={str(run_dir)!r}: exists and is not empty; resume=true continues a run in it")
 
 
