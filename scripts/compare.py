@@ -32,7 +32,7 @@ from rich.table import Table
 
 from moesaic.config import from_mapping
 from moesaic.data import load_data
-from moesaic.errors import InputError
+from moesaic.errors import InputError, naming
 from moesaic.evaluation.report import write_report
 from moesaic.models import DecoderConfig, account
 from moesaic.models.comparison import Arm, count_costs, default_width, solve_width, time_steps, with_width
@@ -169,13 +169,11 @@ def solve(a: Arm, b: Arm, quantity: str, key: str, time_arms: Any) -> tuple[int,
     def counted(arm: Arm) -> float:
         return float(getattr(account(arm.model, arm.seq_len), QUANTITIES[quantity]))
 
-    try:
+    with naming(f"solve={quantity}"):
         if quantity == "seconds":  # as a ratio, so that both are measured at the same time
             width, _ = solve_width(over_a, 1.0, start=start, most=16 * start, tolerance=0.02)
         else:
             width, _ = solve_width(lambda width: counted(at(width)), counted(a), start=start, most=1024 * start)
-    except InputError as error:
-        raise InputError(f"solve={quantity}: {error}") from error
     return width, at(width)
 
 

@@ -1,6 +1,9 @@
 """The one exception for bad input: scripts print it without a traceback."""
 
-__all__ = ["InputError"]
+import contextlib
+from collections.abc import Iterator
+
+__all__ = ["InputError", "naming"]
 
 
 class InputError(ValueError):
@@ -8,3 +11,12 @@ class InputError(ValueError):
 
     The message names the key or file, says what was found and what is allowed.
     """
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put `what`, such as a config key, in front of what is refused within."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error

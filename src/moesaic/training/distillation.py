@@ -1,9 +1,7 @@
 """The targets of a run from a trained teacher or a cache, opened and checked before anything is written."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from moesaic.distillation import (
     stream_keys,
     weights_hash,
 )
-from moesaic.errors import InputError
+from moesaic.errors import InputError, naming
 from moesaic.models import Decoder
 from moesaic.training.config import DistillationConfig
 from moesaic.training.teachers import load_teacher, require_teacher, teacher_tokenizer
@@ -48,10 +46,10 @@ class OpenedTargets:
 def require_paths(config: DistillationConfig) -> None:
     """Raise InputError if the teacher or, where nobody could fill a new one, the cache is not there: costs nothing."""
     if config.teacher is not None:
-        with _naming("teacher"):
+        with naming("distillation.teacher"):
             require_teacher(config.teacher)
     elif config.cache is not None:
-        with _naming("cache"):
+        with naming("distillation.cache"):
             TargetCache.open(config.cache)
 
 
@@ -59,7 +57,7 @@ def students_tokenizer(config: DistillationConfig, data: DataConfig) -> Tokenize
     """See `teacher_tokenizer`; None too where no trained teacher is at hand."""
     if config.teacher is None:
         return None
-    with _naming("teacher"):
+    with naming("distillation.teacher"):
         return teacher_tokenizer(config.teacher, data)
 
 
@@ -78,7 +76,8 @@ def open_targets(config: DistillationConfig, data: Data, *, vocab_size: int, seq
     """
     decoder, teacher_hash = None, ""
     if config.teacher is not None:
-        with _naming("teacher"), torch.random.fork_rng(devices=[]):  # the student begins as without a teacher
+        # the student begins as without a teacher
+        with naming("distillation.teacher"), torch.random.fork_rng(devices=[]):
             decoder = load_teacher(config.teacher, data.tokenizer, vocab_size)
         teacher_hash = weights_hash(decoder)
         if config.source == "frozen":
@@ -90,7 +89,7 @@ def open_targets(config: DistillationConfig, data: Data, *, vocab_size: int, seq
         )
     if data.task is not None:
         raise InputError("distillation.cache: a recall task never draws a sequence twice; allowed are frozen, joint")
-    with _naming("cache"):
+    with naming("distillation.cache"):
         return _open_cache(config, data, seq_len, decoder, teacher_hash)
 
 
@@ -156,12 +155,3 @@ def require_same_teacher(opened: OpenedTargets, environment: Path) -> None:
             f"distillation: the teacher's weights have changed since this run began ({stored[:12]} in {environment}, "
             f"{opened.teacher_hash[:12]} now); a resumed run needs the same teacher"
         )
-
-
-@contextlib.contextmanager
-def _naming(key: str) -> Iterator[None]:
-    """Put the config key in front of what is refused within."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"distillation.{key}: {error}") from error

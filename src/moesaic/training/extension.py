@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.config import to_mapping
 from moesaic.data import DataConfig, Tokenizer, TokenStream, tokenizer_from_dict
-from moesaic.errors import InputError
+from moesaic.errors import InputError, naming
 from moesaic.evaluation.long_context import (
     LossByPosition,
     LossByPositionConfig,
@@ -93,7 +93,7 @@ def open_stretches(
     length = round(config.multiple * after)
     if length < after:
         raise InputError(f"extend_context.multiple={config.multiple}: allowed are numbers >= 1, times training.seq_len")
-    try:
+    with naming(f"extend_context.multiple={config.multiple}"):
         tokens = choose_stretches(
             validation.tokens,
             length,
@@ -101,8 +101,6 @@ def open_stretches(
             within=config.within,
             end_of_text=None if tokenizer is None else tokenizer.end_of_text,
         )
-    except InputError as error:
-        raise InputError(f"extend_context.multiple={config.multiple}: {error}") from error
     edges = sorted({*log_buckets(length, before, config.buckets_per_octave), after})
     return Stretches(tokens, tuple(edges), lengths)
 

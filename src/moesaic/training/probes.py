@@ -13,7 +13,7 @@ import torch
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.data.tokenizers import Ids
-from moesaic.errors import InputError
+from moesaic.errors import InputError, naming
 from moesaic.evaluation.copying import CopyingConfig, copying_score, passages
 from moesaic.evaluation.long_context import (
     LossByPosition,
@@ -106,7 +106,7 @@ def run_loss_by_position(
     if length < 2:
         raise InputError(f"loss_by_position.multiple={config.multiple}: a context of {length} tokens; at least 2")
     chosen = _under_window(build_variants(model.decoder, variants, source.train_length), window)
-    try:
+    with naming(f"loss_by_position.multiple={config.multiple}"):
         stretches = choose_stretches(
             source.tokens,
             length,
@@ -114,8 +114,6 @@ def run_loss_by_position(
             within=config.within,
             end_of_text=None if model.tokenizer is None else model.tokenizer.end_of_text,
         )
-    except InputError as error:
-        raise InputError(f"loss_by_position.multiple={config.multiple}: {error}") from error
     edges = log_buckets(length, source.train_length, config.buckets_per_octave)
     results = None
     if output is not None:
