@@ -74,6 +74,8 @@ def draw_ratio(
 ) -> bool:
     ours = [row for row in rows if (row["benchmark"], row["variant"]) == (benchmark, "MoE")]
     ours = [row for row in ours if wanted.items() <= row["shape"].items()]
+    if not ours:
+        return False
     numbers = [row["shape"].get("rows") for row in ours]
     ours = [row for row in ours if row["shape"].get("rows") == max(numbers, key=numbers.count)]  # one line, one size
     for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
@@ -87,12 +89,14 @@ def draw_ratio(
         axis.set(xlabel=label, title=what)
     axes[0].set_ylabel("time / dense layer of equal active FLOPs")
     axes[0].legend()
-    return bool(ours)
+    return True
 
 
 def draw_memory(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
     ours = [row for row in rows if row["benchmark"] == "scaling" and row["shape"]["sweep"] == "tokens"]
     ours = [row for row in ours if row["what"] == "forward+backward" and row["variant"] in ("MoE", "dense")]
+    if not ours:
+        return False
     for axis, dtype in zip(axes, ("fp32", "bf16"), strict=True):
         for variant in ("dense", "MoE"):
             found = [row for row in ours if (row["variant"], row["dtype"]) == (variant, dtype)]
@@ -103,7 +107,7 @@ def draw_memory(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
         axis.set_yscale("log", base=2)
     axes[0].set_ylabel("held between forward and backward, MB")
     axes[0].legend()
-    return bool(ours)
+    return True
 
 
 def draw_roofline(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
@@ -116,7 +120,7 @@ def draw_roofline(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
     for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
         for dtype in ("fp32", "bf16"):
             rates = [r["flops"] / r["seconds"][1] for r in ours if (r["what"], r["dtype"]) == ("matmul", dtype)]
-            x = [2.0 ** (i / 8) for i in range(24, 96)]
+            x = [2.0 ** (i / 8) for i in range(24, 96)] if rates else []  # a CPU without bf16
             axis.plot(x, [min(max(rates), a * bandwidth) / 1e9 for a in x], color=colors[dtype], linewidth=1)
         for row in ours:
             if row["what"] == what:

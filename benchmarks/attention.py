@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import (
-    DTYPES,
     Options,
     Progress,
     Row,
+    dtypes_to_time,
     finish,
     parse_options,
     peak_memory,
@@ -84,8 +84,9 @@ def check(made: dict[str, nn.Module], chunk: int, x: Tensor) -> None:
 
 def measure(options: Options) -> Iterator[Row]:
     chunk, counts = (16, (1, 4)) if options.smoke else (256, (1, 2, 4, 8, 16))
-    progress = Progress("attention over length", 2 * len(DTYPES) * len(counts) * (2 * options.rounds + 1))
-    for dtype_name, dtype in DTYPES.items():
+    dtypes = dtypes_to_time(options)
+    progress = Progress("attention over length", 2 * len(dtypes) * len(counts) * (2 * options.rounds + 1))
+    for dtype_name, dtype in dtypes.items():
         made = layers(chunk, options.device, dtype)
         check(made, chunk, torch.randn(1, 2 * chunk, DIM, device=options.device, dtype=dtype))
         for count in counts:

@@ -31,6 +31,7 @@ from benchmarks.harness import (
     Options,
     Progress,
     Row,
+    dtypes_to_time,
     finish,
     parse_options,
     peak_memory,
@@ -202,8 +203,9 @@ def over_positions(options: Options, dtype: str, tell: Callable[[], None]) -> It
 
 def measure(options: Options) -> Iterator[Row]:
     positions = 2 * (2 if options.smoke else 3)
-    progress = Progress("decoding", len(DTYPES) * (2 * 4 + positions) * options.rounds)
-    for dtype in DTYPES:
+    dtypes = dtypes_to_time(options)
+    progress = Progress("decoding", len(dtypes) * (2 * 4 + positions) * options.rounds)
+    for dtype in dtypes:
         yield from against_the_limit(options, dtype, progress)
         yield from over_positions(options, dtype, progress)
 

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Options, Progress, Row, finish, parse_options
-from benchmarks.limit import PASSES, PRECISIONS, DenseSwiGLU, Precision, compare, few_rounds, forward, print_ratios
+from benchmarks.limit import (
+    PASSES,
+    DenseSwiGLU,
+    Precision,
+    compare,
+    few_rounds,
+    forward,
+    precisions_to_time,
+    print_ratios,
+)
 from moesaic.layers import BACKENDS, Experts, FeedForward, MoE, TopKRouter, choose_backend
 
 __all__ = ["LOADS", "Shape", "main", "measure"]
@@ -141,7 +150,7 @@ def require_agreement(layers: dict[str, nn.Module], x: Tensor, precision: Precis
 
 
 def measure(options: Options) -> Iterator[Row]:
-    cells = {precision: shapes_for(options, precision) for precision in PRECISIONS}
+    cells = {precision: shapes_for(options, precision) for precision in precisions_to_time(options)}
     total = sum(len(PASSES) * (1 + len(BACKENDS)) * len(shapes) for shapes in cells.values())
     progress = Progress("experts", total * options.rounds)
     even_ratios: dict[tuple[object, ...], float] = {}

@@ -14,7 +14,9 @@ the same in every run), on CUDA from the allocator's statistics.
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +34,8 @@ __all__ = [
     "Options",
     "Progress",
     "Row",
+    "bf16_obstacle",
+    "dtypes_to_time",
     "held_memory",
     "parse_options",
     "peak_memory",
@@ -44,6 +48,8 @@ Clock = Literal["cpu", "wall", "cuda"]
 PATIENCE = 0.5
 """Seconds."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HOPELESS = 4.0
+"""A CPU whose bf16 matmul takes this many times as long as one in fp32 emulates it: minutes to say nothing."""
 
 
 @dataclasses.dataclass
@@ -114,6 +120,36 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     kept = device.type == "cpu" and given.keep_freed_memory and keep_freed_memory()
     rounds = 1 if given.smoke else given.rounds
     return Options(given.smoke, device, clock, threads, rounds, given.output, kept), given
+
+
+# ---- precision
+
+
+def bf16_obstacle(options: Options) -> str | None:
+    """Why nothing is timed in bf16 here, None if it is. Smoke runs always do."""
+    if options.smoke or options.device.type != "cpu":
+        return None
+    times = _bf16_over_fp32()
+    return f"a bf16 matmul takes {times:.0f} times as long as one in fp32 on this CPU" if times > HOPELESS else None
+
+
+@functools.cache
+def _bf16_over_fp32() -> float:
+    took = {}
+    for dtype in DTYPES.values():
+        a, b = torch.ones(128, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)
+        best = math.inf
+        for _ in range(4):  # the first one compiles it
+            began = time.process_time()
+            a @ b
+            best = min(best, time.process_time() - began)
+        took[dtype] = best
+    return took[torch.bfloat16] / took[torch.float32]
+
+
+def dtypes_to_time(options: Options) -> dict[str, torch.dtype]:
+    """`DTYPES` without what `bf16_obstacle` is in the way of."""
+    return {"fp32": torch.float32} if bf16_obstacle(options) else DTYPES
 
 
 # ---- time
@@ -257,23 +293,26 @@ class Progress:
 
 
 def finish(rows: Iterable[Row], options: Options) -> list[Row]:
-    """Add to each row where it was measured, and append all to the output file."""
-    device = torch.cuda.get_device_name() if options.device.type == "cuda" else cpu_name()
-    done = [
-        dataclasses.replace(
-            row,
-            device=device,
-            clock=options.clock,
-            threads=options.threads,
-            keeps_freed_memory=options.keeps_freed_memory,
-            commit=commit(),
-        )
-        for row in rows
-    ]
+    """Add to each row where it was measured, and append all to the output file.
+
+    Where `bf16_obstacle` is in the way, that is said here and is one row more in the file.
+    """
+    where: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if options.device.type == "cuda" else cpu_name(),
+        "clock": options.clock,
+        "threads": options.threads,
+        "keeps_freed_memory": options.keeps_freed_memory,
+        "commit": commit(),
+    }
+    done = [dataclasses.replace(row, **where) for row in rows]
+    not_run = []
+    if obstacle := bf16_obstacle(options):
+        print(f"\nbf16 and mixed precision not run: {obstacle}")
+        not_run = [Row(done[0].benchmark, "all", {}, "bf16", "all", note=f"not run: {obstacle}", **where)]
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
-            for row in done:
+            for row in done + not_run:
                 file.write(json.dumps(dataclasses.asdict(row)) + "\n")
     return done
 

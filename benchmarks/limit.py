@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Row, held_memory, peak_memory, print_table, quantiles, time_in_turn
+from benchmarks.harness import (
+    Options,
+    Row,
+    bf16_obstacle,
+    held_memory,
+    peak_memory,
+    print_table,
+    quantiles,
+    time_in_turn,
+)
 
 __all__ = [
     "DENSE",
@@ -28,6 +37,7 @@ __all__ = [
     "forward",
     "forward_backward",
     "output_of",
+    "precisions_to_time",
     "print_ratios",
     "reason",
 ]
@@ -54,6 +64,11 @@ class Precision:
 
 FP32 = Precision("fp32", torch.float32, tolerance=1e-4)
 PRECISIONS = (FP32, Precision("bf16", torch.bfloat16), Precision("mixed", torch.float32, autocast=True))
+
+
+def precisions_to_time(options: Options) -> tuple[Precision, ...]:
+    """`PRECISIONS` without what `bf16_obstacle` is in the way of."""
+    return (FP32,) if bf16_obstacle(options) else PRECISIONS
 
 
 class DenseSwiGLU(nn.Module):

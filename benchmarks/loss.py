@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import (
-    DTYPES,
     Options,
     Progress,
     Row,
+    dtypes_to_time,
     finish,
     parse_options,
     peak_memory,
@@ -48,8 +48,9 @@ def measure(options: Options) -> Iterator[Row]:
     if options.smoke:
         shapes = [(300, 16, 1000)]
     losses: dict[str, Loss] = {"naive": naive, "chunked": linear_cross_entropy}
-    progress = Progress("loss", len(DTYPES) * len(shapes) * len(losses) * options.rounds)
-    for dtype_name, dtype in DTYPES.items():
+    dtypes = dtypes_to_time(options)
+    progress = Progress("loss", len(dtypes) * len(shapes) * len(losses) * options.rounds)
+    for dtype_name, dtype in dtypes.items():
         for tokens, dim, vocabulary in shapes:
             with options.device:
                 hidden = torch.randn(tokens, dim, dtype=dtype).requires_grad_()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Options, Progress, Row, finish, parse_options, print_table
-from benchmarks.limit import PASSES, PRECISIONS, DenseSwiGLU, Precision, compare, forward, reason
+from benchmarks.limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time, reason
 from moesaic.layers.benchmark import benchmark_layer
 from moesaic.testing import MoEUnderTest
 from moesaic.testing.peers import PEERS as KNOWN
@@ -371,9 +371,10 @@ def check_output(under_test: MoEUnderTest, precision: Precision, x: Tensor) -> s
 
 
 def measure(options: Options, cases: Sequence[Case], contenders: Mapping[str, Peer]) -> Iterator[Row]:
-    cells = len(PRECISIONS) * len(cases) * len(PASSES)
+    precisions = precisions_to_time(options)
+    cells = len(precisions) * len(cases) * len(PASSES)
     progress = Progress("peers", cells * (1 + len(contenders)) * options.rounds)
-    for precision in PRECISIONS:
+    for precision in precisions:
         for case in cases:
             x = draw(case)[1].to(device=options.device, dtype=precision.dtype).requires_grad_()
             limit = DenseSwiGLU(case.dim, case.width).to(device=options.device, dtype=precision.dtype)

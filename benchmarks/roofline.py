@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Options, Progress, Row, finish, parse_options, print_table, quantiles, time_in_turn
-from benchmarks.limit import PASSES, PRECISIONS, DenseSwiGLU, Precision, few_rounds
+from benchmarks.limit import PASSES, DenseSwiGLU, Precision, few_rounds, precisions_to_time
 from moesaic.layers import benchmark_layer
 
 __all__ = ["main", "measure"]
@@ -54,7 +54,7 @@ def measure(options: Options) -> Iterator[Row]:
     yield Row("roofline", "copy", {"bytes": 2 * source.nbytes}, "fp32", "copy", quantiles(samples), note=note)
     del source, target
     peaks: dict[torch.dtype, float] = {}
-    for precision in PRECISIONS:
+    for precision in precisions_to_time(options):
         dtype = torch.bfloat16 if precision.autocast else precision.dtype
         if dtype not in peaks:
             rows = list(matmul_rates(options, sizes, dtype, progress))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Options, Progress, Row, finish, parse_options, print_table
-from benchmarks.limit import PASSES, PRECISIONS, DenseSwiGLU, Precision, compare, few_rounds, forward
+from benchmarks.limit import PASSES, DenseSwiGLU, Precision, compare, few_rounds, forward, precisions_to_time
 from moesaic.layers.benchmark import benchmark_layer
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
 
@@ -79,8 +79,9 @@ def require_finite(layers: dict[str, nn.Module], x: Tensor, precision: Precision
 
 def measure(options: Options) -> Iterator[Row]:
     points = points_for(options)
-    progress = Progress("scaling", len(points) * len(PRECISIONS) * len(PASSES) * 2 * options.rounds)
-    for precision in PRECISIONS:
+    precisions = precisions_to_time(options)
+    progress = Progress("scaling", len(points) * len(precisions) * len(PASSES) * 2 * options.rounds)
+    for precision in precisions:
         for point in points:
             layers, x, flops = point.build(options.device, precision.dtype)
             require_finite(layers, x, precision)

@@ -13,3 +13,8 @@ settings.load_profile("moesaic")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: at the end they would keep one worker busy while the other has nothing left to do."""
+    items.sort(key=lambda item: "runs" not in item.path.parts)

@@ -1,12 +1,28 @@
 """The harness measures what it says."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import commit, held_memory, parse_options, peak_memory, print_table, quantiles, time_in_turn
+from benchmarks import harness
+from benchmarks.harness import (
+    Row,
+    bf16_obstacle,
+    commit,
+    dtypes_to_time,
+    finish,
+    held_memory,
+    parse_options,
+    peak_memory,
+    print_table,
+    quantiles,
+    time_in_turn,
+)
+from benchmarks.limit import FP32, PRECISIONS, precisions_to_time
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +58,27 @@ def test_wall_clock_sees_sleep() -> None:
     options, _ = parse_options("", ["--rounds", "2", "--clock", "wall", "--threads", "1"])
     samples = time_in_turn({"sleeps": lambda: time.sleep(0.01)}, options, min_seconds=0.01)
     assert quantiles(samples["sleeps"])[1] > 0.009
+
+
+@pytest.mark.parametrize(("times", "runs"), [(90.0, False), (1.5, True)])
+def test_cpus_that_emulate_bf16_are_not_waited_for(
+    times: float, runs: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "_bf16_over_fp32", lambda: times)
+    options, _ = parse_options("", ["--device", "cpu", "--output", str(tmp_path / "rows.jsonl")])
+    assert (bf16_obstacle(options) is None) == runs
+    assert list(dtypes_to_time(options)) == ["fp32", "bf16"][: 1 + runs]
+    assert precisions_to_time(options) == (PRECISIONS if runs else (FP32,))
+    assert len(finish([Row("loss", "naive", {}, "fp32", "step")], options)) == 1
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    said = "a bf16 matmul takes 90 times as long as one in fp32 on this CPU"
+    assert [row["note"] for row in rows] == ["", f"not run: {said}"][: 2 - runs]
+    assert (said in capsys.readouterr().out) != runs
+
+
+def test_smoke_runs_try_every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_bf16_over_fp32", lambda: 90.0)
+    assert bf16_obstacle(parse_options("", ["--device", "cpu", "--smoke"])[0]) is None
 
 
 def test_peak_memory_is_exact() -> None:

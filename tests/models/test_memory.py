@@ -104,8 +104,8 @@ def estimates(config: DecoderConfig, dtype: torch.dtype, checkpoint: bool = Fals
     ("name", "dtype", "checkpoint"),
     [
         *[(name, torch.float32, False) for name in CONFIGS],
-        *[(name, torch.bfloat16, True) for name in CONFIGS],
-        ("alternating", torch.float32, True),
+        *[(name, torch.bfloat16, True) for name in ("alternating", "MoE everywhere", "recomputed")],
+        ("large vocabulary, tied", torch.float32, True),
         ("alternating", torch.bfloat16, False),
     ],
 )
@@ -120,8 +120,10 @@ def test_both_are_within_5_percent_of_a_real_step(name: str, dtype: torch.dtype,
     assert (formula.weights, formula.gradients) == (traced.weights, traced.gradients)
 
 
-@pytest.mark.parametrize("name", ["alternating", "MoE everywhere", "recomputed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("alternating", torch.float32), ("recomputed", torch.bfloat16), ("MoE everywhere", torch.bfloat16)],
+)
 def test_a_lean_shared_expert_is_counted(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     before = estimates(CONFIGS[name], dtype)[0]
     monkeypatch.setattr("moesaic.layers.moe.LEAN_ELEMENTS", 0)
@@ -148,9 +150,15 @@ def test_checkpointing_and_dtype_matter() -> None:
     assert estimate_memory(config, **sizes, dtype=torch.bfloat16).step < 0.8 * step
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("config", ["large vocabulary, tied", "convolution"])
+@pytest.mark.parametrize(
+    ("config", "name", "dtype"),
+    [
+        ("large vocabulary, tied", "adamw", torch.float32),
+        ("large vocabulary, tied", "muon", torch.bfloat16),
+        ("convolution", "adamw", torch.bfloat16),
+        ("convolution", "muon", torch.float32),
+    ],
+)
 def test_optimizer_against_the_real_one(config: str, name: str, dtype: torch.dtype) -> None:
     chosen = OptimizerConfig(name=name)  # type: ignore[arg-type]
 
@@ -178,7 +186,7 @@ def test_optimizer_against_the_real_one(config: str, name: str, dtype: torch.dty
     assert formula.total == formula.weights + state + max(formula.step, formula.optimizer_step)
 
 
-@pytest.mark.parametrize("length", [1, 64, 100])
+@pytest.mark.parametrize("length", [1, 65])
 def test_kv_cache_against_a_real_one(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["alternating"]
     most: dict[int, int] = {}

@@ -1,5 +1,6 @@
 """Whole runs at a size of seconds: a small text corpus, composed configs, and the scripts as functions."""
 
+import base64
 import random
 import sys
 from collections.abc import Callable
@@ -20,6 +21,28 @@ SMOKE = [
     "model.dim=16",
     "model.attention.head_dim=4",
 ]
+
+ONE_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture
+def with_pictures() -> None:
+    """For tests that look at pictures."""
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw them takes longer than the steps of a run this small; the files are there."""
+
+    def save(figure: object, out: Path) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(ONE_PIXEL)
+
+    if "with_pictures" not in request.fixturenames:
+        for module in ("plots", "specialisation"):
+            monkeypatch.setattr(f"moesaic.evaluation.{module}._save", save)
 
 
 @pytest.fixture(scope="session")

@@ -95,9 +95,8 @@ def test_the_forecast_is_right_and_training_batches_find_their_targets(given: Co
     assert "distillation.teacher=" not in cache_targets.describe(config, found)
 
 
-@pytest.mark.parametrize("kind", ["top_k", "sampled"])
-def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path, corpus: Path, kind: str) -> None:
-    sizes = [*SIZES, f"kind={kind}", "seq_len=16"]  # many small shards: time enough to be killed in
+def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path, corpus: Path) -> None:
+    sizes = [*SIZES, "seq_len=16"]  # many small shards: time enough to be killed in
     config = given(*sizes, f"directory={tmp_path / 'whole'}")
     windows = fill(config)[0]["windows"]
     killed = tmp_path / "killed"
@@ -107,7 +106,7 @@ def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     listed = 0
-    wanted = random.Random(kind).randrange(1, 12)
+    wanted = random.Random(0).randrange(1, 12)
     while listed < wanted and process.poll() is None:
         time.sleep(0.001)
         if (killed / "manifest.json").exists():

@@ -5,10 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -390,51 +386,37 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(composed: Composed, teac
 
 
 @pytest.mark.parametrize("source", ["frozen", "joint", "cached"])
-def test_killed_and_resumed_equals_uninterrupted(corpus: Path, teacher: Path, tmp_path: Path, source: str) -> None:
-    def command(name: str) -> list[str]:
-        settings = [
-            "debug=smoke",
-            "trainer.precision=32-true",
-            "data=files",
-            "data.tokenizer=bytes",
-            f"data.path={corpus}",
-            f"run_dir={tmp_path / name}",
-        ]
-        settings += [
-            "model.dim=16",
-            "model.attention.head_dim=4",
-            "model.moe.expert_bias=true",
-            "training.accumulate=2",
-        ]
-        settings += ["balance.expert_bias_update_rate=0.01", "training.steps=60", "training.log_every=7"]
-        settings += ["training.validate_every=25", f"experiment=codistill_{source}", f"name={name}"]
-        settings += SMALL_TEACHER if source == "joint" else [f"distillation.teacher={teacher}"]
-        # more than an epoch, so that windows come again
-        settings += [f"distillation.cache={tmp_path / f'cache-{name}'}", "training.batch_size=4"] * (source == "cached")
-        return [sys.executable, str(ROOT / "scripts" / "train.py"), *settings]
+def test_crashed_and_resumed_equals_uninterrupted(
+    composed: Composed, teacher: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"experiment=codistill_{source}", "model.moe.expert_bias=true", "training.accumulate=2"]
+    settings += ["balance.expert_bias_update_rate=0.01", "training.log_every=7", "training.validate_every=12"]
+    steps = 60 if source == "cached" else 30  # there more than an epoch, so that windows come again
+    settings += SMALL_TEACHER if source == "joint" else [f"distillation.teacher={teacher}"]
+    settings += ["training.batch_size=4"] * (source == "cached")
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    whole = subprocess.Popen(command("whole"), **quiet)  # type: ignore[call-overload]
-    killed = subprocess.Popen(command("killed"), **quiet)  # type: ignore[call-overload]
-    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)  # somewhere after a checkpoint
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    assert 10 <= load_checkpoint(checkpoint)["global_step"] < 60
+    def config(name: str) -> dict[str, Any]:
+        cache = [f"distillation.cache={tmp_path / f'cache-{name}'}"] * (source == "cached")
+        return composed(*settings, *cache, f"training.steps={steps}", f"run_dir={tmp_path / name}")
 
-    resume = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=true", f"run_dir={tmp_path / 'killed'}"]
-    subprocess.run(resume, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert whole.wait() == 0
+    first = run(config("whole"))
+    original = TrainingLoader.batch
+
+    def crash(self: TrainingLoader, i: int) -> Any:
+        if i == 2 * steps - 9:  # in the middle of a step
+            raise RuntimeError("power cut")
+        return original(self, i)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(TrainingLoader, "batch", crash)
+        run(config("crashed"))
+    assert load_checkpoint(tmp_path / "crashed" / "checkpoints" / "last.ckpt")["global_step"] == steps - 10
+    second = run({**config("crashed"), "resume": True})
     for table in ("metrics.csv", "routing.csv"):
-        assert rows(tmp_path / "killed", table) == rows(tmp_path / "whole", table), table
+        assert rows(tmp_path / "crashed", table) == rows(tmp_path / "whole", table), table
     state = states(tmp_path / "whole")
-    assert_equal(state, states(tmp_path / "killed"))
-    assert int(state["soft_weight.updates"]) == 60
-    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed"))
+    assert_equal(state, states(tmp_path / "crashed"))
+    assert int(state["soft_weight.updates"]) == steps
     for key in ("validation/loss", "teacher_flops", "validation/teacher_loss"):
         assert first[key] == second[key], key
 

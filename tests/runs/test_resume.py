@@ -7,31 +7,34 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import train
+from conftest import SMOKE
 
+from moesaic.errors import InputError
 from moesaic.training.checkpoints import load_checkpoint
+from moesaic.training.run import run
+
+Composed = Callable[..., dict[str, Any]]
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+SETTINGS = [
+    *("model.moe.expert_bias=true", "training.accumulate=2"),
+    *("balance.expert_bias_update_rate=0.01", "balance.load_balance_scope=global_batch"),
+    *("training.steps=120", "training.log_every=7", "training.validate_every=25"),
+]
+
+
 def command(corpus: Path, tmp_path: Path, run_dir: str) -> list[str]:
-    return [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        *(
-            "debug=smoke",
-            "trainer.precision=32-true",
-            "data=files",
-            "data.tokenizer=bytes",
-            f"data.path={corpus}",
-            f"run_dir={tmp_path / run_dir}",
-        ),
-        *("model.dim=16", "model.attention.head_dim=4", "model.moe.expert_bias=true", "training.accumulate=2"),
-        *("balance.expert_bias_update_rate=0.01", "balance.load_balance_scope=global_batch"),
-        *("training.steps=120", "training.log_every=7", "training.validate_every=25"),
-    ]
+    script = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    return [*script, *SMOKE, f"data.path={corpus}", f"run_dir={tmp_path / run_dir}", *SETTINGS]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -42,10 +45,9 @@ def rows(path: Path) -> list[dict[str, str]]:
         ]
 
 
-def test_killed_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(composed: Composed, corpus: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    whole = subprocess.Popen(command(corpus, tmp_path, "whole"), **quiet)  # type: ignore[call-overload]
     killed = subprocess.Popen(command(corpus, tmp_path, "killed"), **quiet)  # type: ignore[call-overload]
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
@@ -60,7 +62,7 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Path) -
 
     resume = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=true", f"run_dir={tmp_path / 'killed'}"]
     subprocess.run(resume, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert whole.wait() == 0
+    run(composed(*SETTINGS, f"run_dir={tmp_path / 'whole'}"))
 
     for table in ("metrics.csv", "routing.csv"):
         assert rows(tmp_path / "killed" / table) == rows(tmp_path / "whole" / table), table
@@ -74,11 +76,9 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Path) -
     assert final[0]["validation/loss"] == final[1]["validation/loss"]
 
 
-def test_contradicting_overrides_are_refused_on_resume(corpus: Path, tmp_path: Path) -> None:
-    start = [*command(corpus, tmp_path, "run"), "training.steps=10"]
-    subprocess.run(start, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+def test_contradicting_overrides_are_refused_on_resume(composed: Composed, tmp_path: Path) -> None:
+    run(composed(*SETTINGS, f"run_dir={tmp_path / 'run'}", "training.steps=10"))
     (tmp_path / "run" / "metrics.json").unlink()  # as if it had been killed just before the end
-    changed = [*start[:2], "resume=true", f"run_dir={tmp_path / 'run'}", "training.steps=20"]
-    refused = subprocess.run(changed, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert refused.stderr == "error: training.steps=20: the run to resume has 10; resume continues it unchanged\n"
+    overrides = ["resume=true", f"run_dir={tmp_path / 'run'}", "training.steps=20"]
+    with pytest.raises(InputError, match=r"^training.steps=20: the run to resume has 10; resume continues it"):
+        train.train(composed(*overrides), overrides)

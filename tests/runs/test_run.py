@@ -33,6 +33,7 @@ def only_run(config: dict[str, Any]) -> Path:
     return run_dir
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.CaptureFixture[str]) -> None:
     config = composed()
     metrics = run(config)

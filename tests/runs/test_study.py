@@ -16,13 +16,16 @@ from typing import Any
 
 import pytest
 import study
+import train
 import yaml
 from rich.console import Console
 
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
+from moesaic.studies import runner
 from moesaic.studies.config import Cell, StudyConfig, job_of, run_config_of, validate
 from moesaic.studies.worker import work
+from moesaic.training.records import write_json
 from moesaic.training.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +63,36 @@ def call(config: dict[str, Any]) -> tuple[int, str]:
     status = study.study({**config}, "python scripts/study.py ...", console)
     assert isinstance(console.file, io.StringIO)
     return status, console.file.getvalue()
+
+
+class Finished:
+    """What the runner needs of a worker's process, of one that has ended."""
+
+    def __init__(self, returncode: int) -> None:
+        self.returncode, self.stdin = returncode, io.BytesIO()
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def kill(self) -> None:
+        pass
+
+    wait = kill
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers without processes of their own, which take seconds to start; some tests are there for the processes."""
+
+    def start(folder: Path) -> Finished:
+        try:
+            write_json(folder / "rows.json", work(folder))
+        except InputError as error:
+            (folder / "log.txt").write_text(f"error: {error}\n")
+            return Finished(2)
+        return Finished(0)
+
+    monkeypatch.setattr(runner, "_start", start)
 
 
 def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -139,7 +172,9 @@ def test_from_nothing_to_a_verdict_and_again(
         call(tiny)
 
 
-def test_learning_rates_are_tuned_in_processes(tiny: dict[str, Any]) -> None:
+@pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
+@pytest.mark.usefixtures("in_this_process")
+def test_learning_rates_are_tuned(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {"arms": {"dense": {}}, "seeds": [0]}
     tiny["study"]["tune"] = {"seed": 9, "factors": [1e-6, 1.0, 1e6], "keys": ["optimizer.learning_rate"]}
     status, printed = call({**tiny, "workers": 3})
@@ -152,6 +187,7 @@ def test_learning_rates_are_tuned_in_processes(tiny: dict[str, Any]) -> None:
     assert [name.startswith("dense_measure_seed0") for name in kept] == [True], "those of tuning are not needed"
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
     soft = {"value": 0.9}
     tiny["training"]["fixed_windows"] = True
@@ -222,6 +258,7 @@ def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
     assert len(rows(tiny)) == 7
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {
         **{"seeds": [0], "prepare": {"teacher": {"train": {"training.seq_len": 10**6}}}},
@@ -234,6 +271,7 @@ def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[st
     assert "missing: frozen, seed 0" in printed
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {"arms": {"dense": {}, "broken": {"training.seq_len": 10**6}}, "seeds": [0]}
     status, printed = call(tiny)
@@ -243,6 +281,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) ->
     assert "missing: broken, seed 0" in printed
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_config_of_a_study_without_rows_is_not_kept(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["study"]["seeds"] = [0]
     (tmp_path / "results").mkdir()
@@ -325,11 +364,10 @@ def test_arms_and_variants_of_the_long_context_studies_run(
             assert row["overrides"].items() >= variants[row["arm"]].items()
 
 
-def test_train_says_where_a_study_belongs() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "experiment=study_score_placement"]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert refused.stderr == "error: this is a study: python scripts/study.py experiment=study_score_placement\n"
+def test_train_says_where_a_study_belongs(composed: Callable[..., dict[str, Any]]) -> None:
+    expected = "^this is a study: python scripts/study.py experiment=study_score_placement$"
+    with pytest.raises(InputError, match=expected):
+        train.train(composed("experiment=study_score_placement", smoke=False))
 
 
 DRIVER = """
@@ -404,9 +442,8 @@ def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp
     assert process.returncode == 1
     assert "failed: killed by signal 9" in printed
 
-    with started(tmp_path) as process:
-        printed, _ = process.communicate()
-    assert process.returncode == 0, printed
+    status, printed = call(long_run)
+    assert status == 0, printed
     [row] = rows(long_run)
     whole = {key: value for key, value in long_run.items() if key not in ("study", "workers", "results_dir")}
     trainer = {**whole["trainer"], "threads": 1, "precision": "32-true"}

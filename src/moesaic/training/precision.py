@@ -16,6 +16,9 @@ WORTHWHILE = 0.75
 TOO_SHORT = 0.05
 """Seconds of a micro-batch in fp32; what a busy machine does to less than this decides more than the precision."""
 
+HOPELESS = 2.0
+"""Times fp32's time: CPUs without bf16 instructions emulate it up to a hundred times slower and are asked once."""
+
 
 def choose_precision(model: DecoderConfig, training: TrainingConfig, accelerator: str) -> tuple[Precision, str]:
     """What `trainer.precision=auto` means here, and why: (precision, reason).
@@ -43,6 +46,8 @@ def choose_precision(model: DecoderConfig, training: TrainingConfig, accelerator
             loss.backward()
             seconds[mixed].append(time.perf_counter() - began)
             decoder.zero_grad()
+        if min(seconds[True]) > HOPELESS * min(seconds[False]):
+            break
     if min(seconds[False]) < TOO_SHORT:
         return "32-true", f"a micro-batch takes less than {TOO_SHORT} s here: too little to gain, and to tell"
     share = min(seconds[True]) / min(seconds[False])
