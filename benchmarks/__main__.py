@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{rows} exists: rows of another run would be mixed with these; choose another directory")
     began = time.perf_counter()
     for i, name in enumerate(given.only, start=1):
-        print(f"\n[{i}/{len(given.only)}] {name}", flush=True)
+        print(f"\n[{i}/{len(given.only)}] {name}, after {time.perf_counter() - began:.0f} s", flush=True)
         # a process for each: threads and allocator settings of one are not those of the next
         smoke = ["--smoke"] if given.smoke else []
         done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *smoke, "--output", str(rows)])

@@ -5,8 +5,8 @@
 "experts": every backend of `moesaic.layers.BACKENDS` on rows sorted by expert; "layer": a top-1 MoE with a shared
 expert, router and dispatch included, on the backend that it chooses. Both over the number of experts, which falls as
 the rows of each one rise, and over loads: every expert as many rows, Zipf's (the i-th expert 1/i), one expert 40 % of
-the rows, one expert all of them (on a CPU in fp32 only, to save time). Ratios are to the limit, see `benchmarks.limit`;
-notes give those to the even load.
+the rows, one expert all of them (on a CPU the layer in fp32 only, to save time). Ratios are to the limit, see
+`benchmarks.limit`; notes give those to the even load.
 """
 
 import copy
@@ -22,7 +22,6 @@ from benchmarks.limit import (
     DenseSwiGLU,
     Precision,
     compare,
-    few_rounds,
     forward,
     precisions_to_time,
     print_ratios,
@@ -190,7 +189,9 @@ def shapes_for(options: Options, precision: Precision) -> list[Shape]:
     # do more tokens do what fewer experts do?
     shapes.append(Shape("layer", 4 * loaded, 4 * rows, dim, hidden_dim))
     if options.smoke or options.device.type == "cuda" or precision.name == "fp32":
-        sizes = [("layer", loaded, rows), ("experts", alone[len(alone) // 2], rows // 2)]
+        sizes = [("layer", loaded, rows)]
+        if options.smoke or options.device.type == "cuda":
+            sizes.append(("experts", alone[len(alone) // 2], rows // 2))
         uneven = [load for load in LOADS if load != "even"]
         shapes += [Shape(part, e, r, dim, hidden_dim, load) for part, e, r in sizes for load in uneven]
     return shapes
@@ -206,7 +207,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    options, _ = parse_options(__doc__ or "", few_rounds(arguments))
+    options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)
     return rows

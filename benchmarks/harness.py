@@ -101,7 +101,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=["cpu", "wall", "cuda"], help="default: cpu, or cuda on a GPU")
     parser.add_argument("--threads", type=int, help="default: 1 under --clock cpu, else torch's choice")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep-freed-memory", action="store_true", help="the allocator hint of scripts/train.py")
     parser.add_argument("--output", type=Path, help="append JSON lines to this file")
     for flags, keywords in extra:

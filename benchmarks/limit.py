@@ -6,7 +6,6 @@ tokens: two matmuls, gate and up in one, eager. It does the active FLOPs of the 
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +32,6 @@ __all__ = [
     "DenseSwiGLU",
     "Precision",
     "compare",
-    "few_rounds",
     "forward",
     "forward_backward",
     "output_of",
@@ -176,11 +174,6 @@ def compare(
                 flops=None if row.flops is None else row.flops * (1 if what == "forward" else 3),
                 note="; ".join(filter(None, said)),
             )
-
-
-def few_rounds(arguments: Sequence[str] | None) -> list[str]:
-    """5 rounds where the command line asks for no other number: there are many cells, and minutes for all of them."""
-    return ["--rounds", "5", *(sys.argv[1:] if arguments is None else arguments)]
 
 
 def reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Options, Progress, Row, finish, parse_options, print_table, quantiles, time_in_turn
-from benchmarks.limit import PASSES, DenseSwiGLU, Precision, few_rounds, precisions_to_time
+from benchmarks.limit import PASSES, DenseSwiGLU, Precision, precisions_to_time
 from moesaic.layers import benchmark_layer
 
 __all__ = ["main", "measure"]
@@ -121,7 +121,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    options, _ = parse_options(__doc__ or "", few_rounds(arguments))
+    options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)
     return rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Options, Progress, Row, finish, parse_options, print_table
-from benchmarks.limit import PASSES, DenseSwiGLU, Precision, compare, few_rounds, forward, precisions_to_time
+from benchmarks.limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time
 from moesaic.layers.benchmark import benchmark_layer
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
 
@@ -140,7 +140,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    options, _ = parse_options(__doc__ or "", few_rounds(arguments))
+    options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)
     return rows

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import limit
 from benchmarks.harness import Options, Row, parse_options
-from benchmarks.limit import PRECISIONS, DenseSwiGLU, Precision, compare, few_rounds
+from benchmarks.limit import PRECISIONS, DenseSwiGLU, Precision, compare
 from moesaic.layers import FeedForward
 
 FP32, BF16, MIXED = PRECISIONS
@@ -136,8 +136,3 @@ def test_what_is_slow_is_timed_once(options: Options, monkeypatch: pytest.Monkey
     assert row.note == "timed once" and row.ratio and row.ratio > 4
     assert row.seconds and math.isclose(row.seconds[0], row.seconds[2])
     assert "timed once" not in rows["dense", "forward"].note
-
-
-def test_few_rounds_unless_asked_for(options: Options) -> None:
-    assert parse_options("", few_rounds([]))[0].rounds == 5
-    assert parse_options("", few_rounds(["--rounds", "7"]))[0].rounds == 7
