@@ -183,7 +183,7 @@ def shapes_for(options: Options, precision: Precision) -> list[Shape]:
         rows, dim, hidden_dim, numbers, loaded = 16_384, 2048, 4096, [128, 64, 32, 16, 8], 16
     else:
         rows, dim, hidden_dim, numbers, loaded = 2048, 256, 1024, [128, 64, 32, 16, 8], 16
-    alone = [e // 2 for e in numbers[::2]]  # half of the rows and experts: the same rows for each, in half of the time
+    alone = [e // 2 for e in numbers[1::2]]  # half of the rows and experts: the same rows for each, in half of the time
     shapes = [Shape("layer", e, rows, dim, hidden_dim) for e in numbers]
     shapes += [Shape("experts", e, rows // 2, dim, hidden_dim) for e in alone]
     # do more tokens do what fewer experts do?
