@@ -80,5 +80,6 @@ def test_contradicting_overrides_are_refused_on_resume(composed: Composed, tmp_p
     run(composed(*SETTINGS, f"run_dir={tmp_path / 'run'}", "training.steps=10"))
     (tmp_path / "run" / "metrics.json").unlink()  # as if it had been killed just before the end
     overrides = ["resume=true", f"run_dir={tmp_path / 'run'}", "training.steps=20"]
-    with pytest.raises(InputError, match=r"^training.steps=20: the run to resume has 10; resume continues it"):
+    with pytest.raises(InputError) as refusal:
         train.train(composed(*overrides), overrides)
+    assert str(refusal.value) == "training.steps=20: the run to resume has 10; resume continues it unchanged"
