@@ -57,6 +57,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
             "summary.json",
             "effect.png",
             "curves.png",
+            "parameters.png",
             "total_flops.png",
             "by_position.png",
         )

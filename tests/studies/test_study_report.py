@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from moesaic.studies.config import Job, StudyConfig
-from moesaic.studies.report import _over_position, total_flops, write_study_report
+from moesaic.studies.report import _over_position, _sizes, total_flops, write_study_report
 from moesaic.studies.statistics import summarise
 
 StudyOf = Callable[..., StudyConfig]
@@ -92,6 +92,8 @@ def test_axes_and_variants_are_drawn(
     )
     trained = study_of(tune=None, axes={"experts": {"values": values, "fixed": ["dense"]}})
     rows = run_all(trained, base, loss)
+    for row in rows.values():
+        row["metrics"]["parameters/total"] = {None: 100, "experts=2": 100, "experts=8": 400}[row["axis"]]
     for key, row in list(rows.items()):
         if row["arm"] == "moe":
             new = key.replace("moe", "hot").replace("measure", "variant")
@@ -101,7 +103,22 @@ def test_axes_and_variants_are_drawn(
     assert "moe at experts=2 is better than dense by 0.2000" in printed
     assert "no correction for 6 comparisons" in printed, "two of them of hot to moe, its own arm"
     assert (tmp_path / "effect.png").stat().st_size > 5000
+    assert (tmp_path / "parameters.png").stat().st_size > 5000
+    sizes = {arm.name: size for arm, size in _sizes(study, summarise(study, rows), "experts")}
+    assert sizes == {"dense": 100, "moe (experts=2)": 100, "moe (experts=8)": 400}, "what was switched has no size"
     assert not (tmp_path / "by_position.png").exists()
+
+
+def test_models_of_one_size_are_not_drawn_over_parameters(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of(tune=None)
+    rows = run_all(study, base, loss)
+    for size in (1000, 1011):
+        for row in rows.values():
+            row["metrics"]["parameters/total"] = size if row["arm"] == "moe" else 1000
+        report(study, base, rows, tmp_path)
+        assert (tmp_path / "parameters.png").exists() == (size == 1011)
 
 
 def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(

@@ -20,7 +20,15 @@ from moesaic.studies.config import Row, StudyConfig, apply_overrides, prepared_n
 from moesaic.studies.statistics import ArmResult, Interval, summarise
 from moesaic.training.records import write_atomically, write_json
 
-__all__ = ["plot_by_position", "plot_curves", "plot_effects", "plot_total_flops", "total_flops", "write_study_report"]
+__all__ = [
+    "plot_by_position",
+    "plot_curves",
+    "plot_effects",
+    "plot_parameters",
+    "plot_total_flops",
+    "total_flops",
+    "write_study_report",
+]
 
 EDGE = "†"
 STUDENTS = 10
@@ -58,6 +66,8 @@ def write_study_report(
         paragraphs.append(f"![differences to {study.baseline} with 95% intervals](effect.png)")
     if with_curves:
         paragraphs.append("![checks during training over tokens, seconds and active FLOPs](curves.png)")
+    if plot_parameters(study, arms, results / "parameters.png"):
+        paragraphs.append("![the end of training over the parameters of the model](parameters.png)")
     if plot_by_position(study, arms, base["training"]["seq_len"], results / "by_position.png"):
         paragraphs.append(
             "![loss over the position in the text, as trained and switched at evaluation](by_position.png)"
@@ -272,6 +282,51 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
     _legend(study, figure, panels[0], names)
     _save(figure, out)
     return True
+
+
+def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
+    """The metric at the end over all parameters, a point per arm with its 95% interval, a panel for each axis.
+
+    False (no file) if all models are of one size, within 1%.
+    """
+    sizes = [size for axis in study.axes or [None] for _, size in _sizes(study, arms, axis)]
+    if not sizes or max(sizes) <= 1.01 * min(sizes):
+        return False
+    figure, panels = _figure(1, max(1, len(study.axes)), width=6.0 * max(1, len(study.axes)), height=4.6)
+    for panel, axis in zip(panels, study.axes or [None], strict=True):
+        for arm, size in _sizes(study, arms, axis):
+            style = _point(study, arm.arm)
+            if arm.level.n > 1:
+                panel.vlines(size, arm.level.low, arm.level.high, color=style["color"], linewidth=1.5, alpha=0.6)
+            panel.plot(size, arm.level.mean, markersize=7, **style)  # type: ignore[arg-type]
+            if arm.axis is not None:
+                value, at = arm.axis.partition("=")[2], (size, arm.level.mean)
+                panel.annotate(value, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=GREY)
+        panel.set_xscale("log")
+        for formatted in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+            formatted(EngFormatter(sep=""))
+        panel.tick_params(axis="x", which="minor", labelsize=7)
+        panel.margins(x=0.12)
+        panel.set_xlabel("parameters")
+        panel.set_title("at the end of training" if axis is None else f"over {axis}", fontsize=11)
+    panels[0].set_ylabel(f"{study.metric}\n({'higher' if study.higher_is_better else 'lower'} is better)")
+    names = [name for name in study.arms if any(arm.arm == name and arm.level.n for arm in arms)]
+    handles = [panels[0].plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    _save(figure, out)
+    return True
+
+
+def _sizes(study: StudyConfig, arms: Sequence[ArmResult], axis: str | None) -> list[tuple[ArmResult, float]]:
+    """Trained arms on an axis, with those that it does not change, and their parameters; without axes all of them."""
+    here = [
+        arm
+        for arm in arms
+        if arm.arm in study.arms and arm.level.n and (arm.axis or f"{axis}=").startswith(f"{axis}=")
+        if arm.axis is not None or axis is None or arm.arm in study.axes[axis].fixed
+    ]
+    sizes = [(arm, arm.mean_of("parameters/total")) for arm in here]
+    return [(arm, size) for arm, size in sizes if not math.isnan(size)]
 
 
 BUCKET = re.compile(r"loss_by_position/as_trained/loss/(\d+)-(\d+)")
