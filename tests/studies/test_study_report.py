@@ -109,6 +109,32 @@ def test_axes_and_variants_are_drawn(
     assert not (tmp_path / "by_position.png").exists()
 
 
+def test_seconds_of_several_processors_are_not_compared(
+    study_of: StudyOf,
+    base: dict[str, Any],
+    run_all: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = study_of(tune=None)
+    rows = run_all(study, base, loss)
+    drawn: list[str] = []
+
+    def band(panel: object, curves: object, column: str, style: object) -> list[float]:
+        drawn.append(column)
+        return [0.0]
+
+    monkeypatch.setattr("moesaic.studies.report._band", band)
+    for other, said in (("AVX2", False), ("AVX512", True)):
+        for row in rows.values():
+            row["processor"] = other if row["arm"] == "moe" else "AVX2"
+        drawn.clear()
+        printed = report(study, base, rows, tmp_path)
+        assert ("Seconds of arms cannot be compared: processors with AVX2 and with AVX512." in printed) == said
+        assert ("seconds" not in drawn) == said
+        assert {"tokens", "active_flops"} <= set(drawn)
+
+
 def test_models_of_one_size_are_not_drawn_over_parameters(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def write_study_report(
     if with_effect:
         paragraphs.append(f"![differences to {study.baseline} with 95% intervals](effect.png)")
     if with_curves:
-        paragraphs.append("![checks during training over tokens, seconds and active FLOPs](curves.png)")
+        paragraphs.append("![checks during training over what was spent](curves.png)")
     if plot_parameters(study, arms, results / "parameters.png"):
         paragraphs.append("![the end of training over the parameters of the model](parameters.png)")
     if plot_by_position(study, arms, base["training"]["seq_len"], results / "by_position.png"):
@@ -138,6 +138,8 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
     for arm in arms:
         if arm.missing:
             notes.append(f"missing: {arm.name}, seed {', '.join(map(str, arm.missing))}")
+    if len(processors := _processors(rows.values())) > 1:
+        notes.append(f"Seconds of arms cannot be compared: processors with {' and with '.join(processors)}.")
     cpu = math.fsum(row["cpu_seconds"] for row in rows.values())
     where = {name: sorted({str(row[name])[:12] for row in rows.values()}) for name in ("data_hash", "commit", "torch")}
     known = ", ".join(f"{name} {' and '.join(values)}" for name, values in where.items() if values)
@@ -145,6 +147,11 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
     if any(row["uncommitted_changes"] for row in rows.values()):
         notes.append("Some rows were made with uncommitted changes in src/ or conf/.")
     return notes
+
+
+def _processors(rows: Iterable[Row]) -> list[str]:
+    """Kinds of them, by instruction set, that the rows were made on; old rows do not say."""
+    return sorted({row["processor"] for row in rows if row.get("processor") is not None})
 
 
 def _preparation(row: Row) -> str:
@@ -253,7 +260,7 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
     """The checks during training over tokens, seconds and active FLOPs: mean over seeds, band from lowest to highest.
 
     One row of panels for each point of an axis; False (no file) if no row has a curve. The first quarter of the
-    training may leave the panel, so that the end can be told apart.
+    training may leave the panel, so that the end can be told apart. No seconds if they are of several processors.
     """
     curves = {(arm.arm, arm.axis): [row["curve"] for row in arm.rows if row["curve"]] for arm in arms}
     names = [name for name in study.arms if any(name == arm and found for (arm, _), found in curves.items())]
@@ -261,6 +268,8 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
         return False
     metric = next(found[0]["metric"] for found in curves.values() if found)
     columns = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "active FLOPs"}
+    if len(_processors(row for arm in arms for row in arm.rows)) > 1:
+        del columns["seconds"]
     if any("teacher_flops" in curve for found in curves.values() for curve in found):
         columns["total_flops"] = "active FLOPs and the teacher's passes"
     width, height = 4.5 * len(columns), 0.6 + 3.0 * len(study.points)
@@ -292,7 +301,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult], out: Path) ->
     sizes = [size for axis in study.axes or [None] for _, size in _sizes(study, arms, axis)]
     if not sizes or max(sizes) <= 1.01 * min(sizes):
         return False
-    figure, panels = _figure(1, max(1, len(study.axes)), width=6.0 * max(1, len(study.axes)), height=4.6)
+    figure, panels = _figure(1, max(1, len(study.axes)), width=max(9.0, 6.0 * len(study.axes)), height=4.6)
     for panel, axis in zip(panels, study.axes or [None], strict=True):
         for arm, size in _sizes(study, arms, axis):
             style = _point(study, arm.arm)
