@@ -117,14 +117,20 @@ def compare(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     """What is printed, as a mapping: costs of a and b, and of the solved b."""
     options, common = parse(arguments)
     overrides = {name: [*common, *words(name, getattr(options, name))] for name in ("a", "b")}
-    configs = {name: compose_run(found) for name, found in overrides.items()}
+    configs = {}
+    for name, found in overrides.items():
+        with naming(name):
+            configs[name] = compose_run(found)
     trainer = configs["a"]["trainer"]
     require_accelerator("trainer.accelerator", trainer["accelerator"])
     on_gpu = trainer["accelerator"] in ("auto", "gpu") and torch.cuda.is_available()
     time_arms = functools.partial(time_steps, rounds=options.rounds, device="cuda" if on_gpu else "cpu")
     if trainer["threads"]:
         torch.set_num_threads(trainer["threads"])
-    arms = {name: arm_of(config) for name, config in configs.items()}
+    arms = {}
+    for name, config in configs.items():
+        with naming(name):
+            arms[name] = arm_of(config)
     result: dict[str, Any] = {}
     if options.solve is not None:
         key = options.width or default_width(arms["b"].model)

@@ -109,6 +109,14 @@ def test_axes_and_variants_are_drawn(
     assert not (tmp_path / "by_position.png").exists()
 
 
+def test_fewer_seeds_than_have_rows_hide_none(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = run_all(study_of(), base, loss)
+    report(study_of(seeds=[1]), base, rows, tmp_path)
+    assert "| moe | 3 of 3 | 1.9267 ± " in (tmp_path / "table.md").read_text()
+
+
 def test_seconds_of_several_processors_are_not_compared(
     study_of: StudyOf,
     base: dict[str, Any],

@@ -38,7 +38,12 @@ STUDENTS = 10
 def write_study_report(
     study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], results: Path, command: str, console: Console
 ) -> None:
-    """Print table and verdict, and write table.md, summary.json and plots into `results`."""
+    """Print table and verdict, and write table.md, summary.json and plots into `results`.
+
+    They are of every seed that was asked for or has a row: a run of fewer seeds must not hide what is known.
+    """
+    measured = {row["seed"] for row in rows.values() if row["purpose"] == "measure" and row["arm"] in study.arms}
+    study = dataclasses.replace(study, seeds=tuple(sorted({*study.seeds, *measured})))
     arms = summarise(study, rows)
     title = f"{base['name']}: {study.metric}, {'higher' if study.higher_is_better else 'lower'} is better"
     columns, lines = _table(study, base, arms)
