@@ -143,14 +143,33 @@ def test_prompts_are_code_with_the_needle_at_its_depth(tokenizer: Tokenizer) -> 
             answers = [tokenizer.decode(value.tolist()) for value in values]
             name = text.rpartition(b"\n")[2]
             assert name.endswith(b" =")
-            needle = name + answers[0] + b"\n"
+            needle = b"\n" + name + answers[0] + b"\n"
             assert text.count(needle) == 1 and text.count(name) == 2
-            assert abs(text.index(needle) / len(text) - depth) < 0.25, "lines and the other needles are in the way"
+            assert abs(text.index(needle) / len(text) - depth) < 0.25, "the other needles are in the way"
             if depth == 0:
                 assert text.startswith(needle)
             assert len(set(answers)) == 16
             assert sum(b"=" + answer + b"\n" in text for answer in answers) == 4
-            assert text.startswith(needle) or b"\n" + needle in text
+
+
+INDENTED = b"".join(b"class C%d:\n    def f(self):\n        return %d\n" % (i, i) for i in range(400))
+
+
+@pytest.mark.parametrize("text", [INDENTED, INDENTED.replace(b"\n", b";")], ids=["indented", "one line"])
+def test_the_depth_is_the_one_asked_for(text: bytes) -> None:
+    """Of indented code most newlines share a token with the spaces behind them; one line has no newline at all."""
+    tokenizer = BPETokenizer.train([INDENTED], 400)
+    config = NeedleConfig(multiples=(2.0,), depths=(0.0, 0.3, 0.7, 1.0), samples=8, planted=0)
+    task = NeedleTask(tokenizer, tokenizer.encode(text), config, 250)
+    for cell, (_, depth) in enumerate(task.cells):
+        for sample in range(config.samples):
+            code = tokenizer.decode(task.prompt(cell, sample)[0].tolist())
+            name = code.rpartition(b"\n")[2]
+            before, _, rest = code.partition(b"\n" + name)
+            after = rest.partition(b"\n")[2].rpartition(b"\n")[0]
+            assert abs(len(before) / len(before + after) - depth) < 0.06
+            if text is INDENTED and before and after:
+                assert after.startswith((b"class", b"\n")), "no line is broken"
 
 
 def test_prompts_depend_on_the_seed_only() -> None:

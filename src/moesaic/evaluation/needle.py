@@ -84,6 +84,9 @@ class NeedleCell:
 class NeedleTask:
     """Prompts of the grid; sample i of a cell is the same for every model with this tokeniser, text and seed.
 
+    A needle is a line of its own between two lines of the text. Where none begins within 8 tokens or a twentieth of
+    the text from the depth that is asked for, as in minified code, it breaks the line that is there.
+
     Args:
         tokens: (n,) the text that needles are planted in.
         train_length: what `config.multiples` multiply.
@@ -100,8 +103,10 @@ class NeedleTask:
         if len(set(self.lengths)) < len(self.lengths) or len(set(config.depths)) < len(config.depths):
             raise InputError(f"needle: lengths {self.lengths}, depths {config.depths}: one of them stands twice")
         self.cells = [(length, depth) for length in self.lengths for depth in config.depths]
-        ends = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).endswith(b"\n")]
-        self._ends_line = np.isin(np.arange(tokenizer.vocab_size), ends)
+        spelled = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+        # a newline and the indentation behind it are often one token, so a line ends before that as well
+        self._begins = np.array([token.startswith(b"\n") for token in spelled])
+        self._ends = np.array([token.endswith(b"\n") for token in spelled])
         self._values = self._equally_long_values()
         longest = max(self.lengths)
         if longest > len(tokens):
@@ -124,7 +129,7 @@ class NeedleTask:
             syllables = ["".join(draw.choice(list(x)) for x in ("BDFGKLMNPRSTVZ", "AEIOU")) for _ in range(3)]
             name = f"{''.join(syllables)}_{draw.choice(SUFFIXES)}"
             names += [] if name in names else [name]
-        lines = [f"{name} = {value}\n".encode() for name, value in zip(names, values, strict=False)]
+        lines = [f"\n{name} = {value}\n".encode() for name, value in zip(names, values, strict=False)]
         texts = [*lines, f"\n{names[0]} =".encode(), *(f" {value}".encode() for value in values)]
         encoded = [ids.astype(np.int64) for ids in self.tokenizer.encode_batch(texts)]
         needles, question = encoded[: len(lines)], encoded[len(lines)]
@@ -138,7 +143,7 @@ class NeedleTask:
         hay = np.asarray(self.tokens[start : start + room]).astype(np.int64)
         depths = [depth, *draw.uniform(size=len(needles) - 1)]
         order = sorted(range(len(needles)), key=depths.__getitem__)
-        places = [self._line_start(hay, depths[i]) for i in order]
+        places = [self._place(hay, depths[i]) for i in order]
         pieces, last = [], 0
         for i, place in zip(order, places, strict=True):
             pieces += [hay[last:place], needles[i]]
@@ -146,10 +151,13 @@ class NeedleTask:
         context = np.concatenate([*pieces, hay[last:], question])
         return torch.from_numpy(context), torch.from_numpy(np.stack(encoded[len(lines) + 1 :]))
 
-    def _line_start(self, hay: Ids, depth: float) -> int:
-        """The start of a line nearest to `depth`."""
-        places = np.concatenate(([0], np.flatnonzero(self._ends_line[hay]) + 1))
-        return int(places[np.abs(places - depth * len(hay)).argmin()])
+    def _place(self, hay: Ids, depth: float) -> int:
+        """The place between two lines nearest to `depth`, or just there if none is near."""
+        wanted = depth * len(hay)
+        between = np.flatnonzero(self._begins[hay[1:]] | self._ends[hay[:-1]]) + 1
+        places = np.concatenate(([0], between, [len(hay)]))
+        nearest = int(places[np.abs(places - wanted).argmin()])
+        return nearest if abs(nearest - wanted) <= max(8, 0.05 * len(hay)) else round(wanted)
 
     def _equally_long_values(self) -> npt.NDArray[np.int64]:
         """Five-digit numbers that all have the same number of tokens, so that likelihoods compare."""

@@ -172,6 +172,7 @@ def run_needles(
             "task": "needle",
             "checkpoint": source.checkpoint_digest,
             "text": digest(source.tokens),
+            "prompt": digest(task.prompt(0, 0)[0].numpy()),  # how needles are planted may change
             "train_length": source.train_length,
             **{key: value for key, value in dataclasses.asdict(config).items() if key != "chunk_tokens"},
             **({"window": window} if window else {}),
