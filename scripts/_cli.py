@@ -1,6 +1,7 @@
 """What the scripts share: plain mappings from Hydra, and bad input reported without a traceback."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,11 @@ def refuse_unknown_keys(config_name: str, arguments: Sequence[str]) -> None:
     """
     groups = {path.name for path in Path(CONFIG_PATH).iterdir() if path.is_dir()}
     chosen = [argument for argument in arguments if argument.partition("=")[0] in groups]
+    for argument in chosen:
+        group, _, value = argument.partition("=")
+        if value in ("null", ""):
+            names = ", ".join(sorted(path.stem for path in Path(CONFIG_PATH, group).glob("*.yaml")))
+            raise InputError(f"{argument}: allowed: {names}")
     with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
         try:
             config = compose(config_name, chosen)  # an experiment may give keys to a section that is null by default
@@ -46,6 +52,12 @@ def refuse_unknown_keys(config_name: str, arguments: Sequence[str]) -> None:
             config = compose(config_name)
     for argument in arguments:
         key, separator, _ = argument.partition("=")
+        if key[:1] == "~" and key[1:] in config:
+            raise InputError(f"{argument}: this key cannot be taken away; give it another value")
+        added = key.lstrip("+").split(".")[0]
+        if key[:1] == "+" and added not in config and added not in groups and not set("@/") & set(key):
+            at_top = ", ".join(str(other) for other in config if str(other) != "hydra")
+            raise InputError(f"{key.lstrip('+')}: unknown key; allowed: {at_top}")
         if not separator or key in groups or key[0] in "+~-" or key.split(".")[0] == "hydra" or "@" in key:
             continue
         section, name = config, key
@@ -62,9 +74,17 @@ def refuse_unknown_keys(config_name: str, arguments: Sequence[str]) -> None:
 
 
 def exit_on_bad_input(action: Callable[[], Any]) -> Any:
-    """Run `action`; InputError ends the process with its message and status 2."""
+    """Run `action`; InputError ends the process with its message and status 2, a full disk with 1, Ctrl-C with 130."""
     try:
         return action()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -24,7 +24,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from moesaic.config import flatten, from_mapping
-from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
+from moesaic.data import DataConfig, EvaluationLoader, Task, TaskEvaluationLoader, load_data
 from moesaic.errors import InputError
 from moesaic.evaluation.drift import Drift
 from moesaic.evaluation.language_modelling import evaluate_language_model
@@ -39,7 +39,9 @@ from moesaic.models import Decoder, DecoderOutput
 from moesaic.training.checkpoints import TrainedModel, file_kinds, load_model, token_strings
 from moesaic.training.config import require_accelerator
 from moesaic.training.probes import (
+    checkpoint_digest,
     open_source,
+    require_tokenizer,
     run_loss_by_position,
     run_needles,
     summarise_loss_by_position,
@@ -54,7 +56,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
 
     With task=specialisation what explains the choice of expert as well, and drift to other_checkpoint.
     """
-    _require_checkpoint(config)
+    _require_paths(config)
     specialised = config["task"] == "specialisation"
     if config["other_checkpoint"] is not None and not specialised:
         raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
@@ -63,13 +65,13 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if config["split"] not in ("validation", "train"):
         raise InputError(f"split={config['split']!r}: allowed are validation, train")
     for key in ("seq_len", "batch_size", "max_batches"):
-        if config[key] is not None and (not isinstance(config[key], int) or config[key] < 1):
+        if config[key] is not None and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{key}={config[key]!r}: allowed are integers >= 1")
     require_accelerator("accelerator", config["accelerator"])
-    _require_same_evaluation(config)
     data_config = from_mapping(DataConfig, config["data"], "data")
     model = load_model(config["checkpoint"])
-    _require_trained_task(model, data_config)
+    _require_readable(model, data_config, config["checkpoint"])
+    _require_same_evaluation(config)
     data = load_data(data_config, model.tokenizer)
     if data.vocab_size > model.config.vocab_size:
         raise InputError(
@@ -80,6 +82,11 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     seq_len = config["seq_len"] or trained_length
     if data.task is not None and config["split"] != "validation":
         raise InputError(f"split={config['split']!r}: allowed is validation, the test sequences of a recall task")
+    if data.task is not None and config["max_batches"] is not None:
+        raise InputError(
+            f"max_batches={config['max_batches']}: of a recall task all test sequences are scored; "
+            "data.task.test_sequences says how many there are"
+        )
     split = getattr(data, config["split"])
     if data.task is not None:
         data.task.require_length(seq_len, "seq_len")
@@ -106,6 +113,11 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         for watcher in watchers:
             watcher.update(output, batch)
 
+    if config["output"]:
+        try:
+            Path(config["output"]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output={config['output']!r}: cannot be written ({error.strerror})") from error
     score = evaluate_language_model(
         decoder, track(loader, "evaluating", total=len(loader), console=Console(stderr=True)), model.token_bytes, watch
     )
@@ -124,10 +136,9 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         numbers |= {**recall_numbers(scores), "recall/chance": data.task.chance}
     if config["output"]:
         output = Path(config["output"])
-        output.mkdir(parents=True, exist_ok=True)
         if specialised:
             plot_specialisation(specialisation, output / "specialisation.png")
-        record = {"config": config, **numbers}
+        record = {"config": config, "checkpoint_digest": checkpoint_digest(config["checkpoint"]), **numbers}
         if data.task is not None:
             write_json(output / "evaluation.json", record)
             plot_recall(scores, output / "recall.png", seq_len, data.task.chance)
@@ -139,37 +150,56 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
+PICTURES = ("evaluation.png", "recall.png", "specialisation.png")
+
+
 def _require_same_evaluation(config: dict[str, Any]) -> None:
-    """Refuse a directory with an evaluation.json of other settings: it would be overwritten."""
+    """Refuse a directory with an evaluation.json of other settings, or with others' pictures: they'd be overwritten."""
     if not config["output"]:
         return
     path = Path(config["output"]) / "evaluation.json"
     try:
-        stored = flatten(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except FileNotFoundError:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        stored = flatten({**record["config"], "checkpoint_digest": record["checkpoint_digest"]})
+    except (FileNotFoundError, NotADirectoryError):
+        if found := [name for name in PICTURES if path.with_name(name).exists()]:
+            raise InputError(
+                f"{path.with_name(found[0])}: would be overwritten, and {path.name} is not beside it; choose another "
+                "output"
+            ) from None
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a result of this script; choose another output") from error
-    asked = flatten(config)
-    where = ("output", "batch_size", "accelerator", "data.cache_dir")
-    differing = [key for key in sorted(stored.keys() | asked.keys()) if stored.get(key) != asked.get(key)]
-    if listed := "; ".join(f"{k}: {stored.get(k)} there, {asked.get(k)} now" for k in differing if k not in where):
+    asked = flatten({**config, "checkpoint_digest": checkpoint_digest(config["checkpoint"])})
+    where = ("checkpoint", "output", "batch_size", "accelerator", "data.cache_dir", "variants")
+    keys = [
+        key for key in sorted(stored.keys() | asked.keys()) if key.split(".")[0] not in ("loss_by_position", "needle")
+    ]
+    differing = [key for key in keys if key not in where and stored.get(key) != asked.get(key)]
+    if listed := "; ".join(f"{key}: {stored.get(key)} there, {asked.get(key)} now" for key in differing):
         raise InputError(f"{path}: results of another evaluation ({listed}); choose another output")
 
 
-def _require_trained_task(model: TrainedModel, data: DataConfig) -> None:
-    """Refuse a recall task whose ids mean nothing to the checkpoint."""
+def _require_readable(model: TrainedModel, data: DataConfig, checkpoint: str) -> None:
+    """Refuse text that the checkpoint has no tokeniser for, and recall tasks whose ids mean something else to it."""
     task, trained = data.make_task(), from_mapping(DataConfig, model.run_config["data"], "data")
     if task is None:
+        require_tokenizer(model, data, checkpoint)
         return
     if model.tokenizer is not None:
         raise InputError(f"data.source={data.source!r}: a recall task, but the checkpoint was trained on text")
     known = trained.make_task()
-    if known is not None and (trained.source, known.vocab_size) != (data.source, task.vocab_size):
+    if known is not None and (trained.source, _meaning(known)) != (data.source, _meaning(task)):
         raise InputError(
-            f"data.source={data.source!r}: with {task.vocab_size} token ids, but the checkpoint was trained on "
-            f"{trained.source!r} with {known.vocab_size}; give data={trained.source} and data.task as in training"
+            f"data.source={data.source!r}: its ids mean {_meaning(task)}, but the checkpoint was trained on "
+            f"{trained.source!r} with {_meaning(known)}; give data={trained.source} and data.task as in training"
         )
+
+
+def _meaning(task: Task) -> dict[str, int]:
+    """What the ids stand for, by how many there are of each kind."""
+    kinds = {name: getattr(task, name) for name in ("keys", "values", "fillers") if hasattr(task, name)}
+    return {**kinds, "all": task.vocab_size}
 
 
 def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
@@ -189,7 +219,7 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
     """The tasks loss_by_position and needle: numbers per variant."""
     if config["task"] not in ("loss_by_position", "needle"):
         raise InputError(f"task={config['task']!r}: allowed are score, specialisation, loss_by_position, needle")
-    _require_checkpoint(config)
+    _require_paths(config)
     if config["other_checkpoint"] is not None:
         raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
     for key in ("seq_len", "max_batches"):
@@ -198,7 +228,7 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
                 f"{key}={config[key]!r}: only task=score and task=specialisation have it; "
                 f"see the section {config['task']}"
             )
-    if not isinstance(config["batch_size"], int) or config["batch_size"] < 1:
+    if type(config["batch_size"]) is not int or config["batch_size"] < 1:
         raise InputError(f"batch_size={config['batch_size']!r}: allowed are integers >= 1")
     variants = config["variants"]
     if not isinstance(variants, list) or not all(isinstance(name, str) for name in variants):
@@ -234,9 +264,14 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
     return summarise_loss_by_position(losses, source.train_length)
 
 
-def _require_checkpoint(config: dict[str, Any]) -> None:
+def _require_paths(config: dict[str, Any]) -> None:
     if config["checkpoint"] is None:
         raise InputError("checkpoint: missing; give checkpoint=<run>/checkpoints/last.ckpt")
+    for key in ("checkpoint", "other_checkpoint", "output"):
+        if config[key] is not None and not isinstance(config[key], str):
+            raise InputError(
+                f"{key}={config[key]!r}: allowed is a path; of a number or a word like true write ./ before"
+            )
 
 
 def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Table:

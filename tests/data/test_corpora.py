@@ -1,5 +1,6 @@
 """Sources of text: what is taken, how it is split, what is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,11 @@ def test_huggingface_rows_become_documents(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(corpus.train) + len(corpus.validation) == 50
     with pytest.raises(InputError, match=r"data.path='bad': no data set with a column `text`"):
         load_huggingface("bad", 0.2)
+
+
+def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
+    write(tmp_path, a=b"one\n", b=b"two\n")
+    (tmp_path / os.fsdecode(b"\xff.py")).write_bytes(b"three\n")
+    corpus = load_files(str(tmp_path), 0.4)
+    assert set.union(*names(corpus)) == {"a", "b", "\ufffd.py"}
+    corpus.facts()

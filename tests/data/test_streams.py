@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moesaic.config import from_mapping
-from moesaic.data import DataConfig, load_data
+from moesaic.data import ByteTokenizer, DataConfig, load_data
 from moesaic.data import streams as streams_module
 from moesaic.errors import InputError
 
@@ -162,6 +162,9 @@ def test_memmap_of_a_cache_folder(folder: Path) -> None:
     data = load_data(DataConfig(source="memmap", path=str(cache)))
     np.testing.assert_array_equal(data.train.tokens, cached.train.tokens)
     assert data.tokenizer is not None
+    load_data(DataConfig(source="memmap", path=str(cache)), data.tokenizer)
+    with pytest.raises(InputError, match=r"its ids are of another tokeniser than the checkpoint's"):
+        load_data(DataConfig(source="memmap", path=str(cache)), ByteTokenizer())
 
 
 def test_memmap_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

@@ -260,7 +260,10 @@ def test_scalable_softmax_leaves_the_training_length_alone() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["as_trained", "colder"], r"'colder': unknown variant; allowed are as_trained, temperature, no_temperature"),
+        (
+            ["as_trained", "colder"],
+            r"'colder': unknown variant colder; allowed are as_trained, temperature",
+        ),
         (["window", "window"], r"one of them stands twice"),
         ([], r"variants: none given"),
         (["  "], r"allowed are as_trained"),
@@ -268,6 +271,11 @@ def test_scalable_softmax_leaves_the_training_length_alone() -> None:
         (["window=many"], r"window='many': allowed are integers >= 2"),
         (["attention.conv_width=2"], r"attention.conv_width=2: it needs weights of another shape"),
         (["attention.chunk=2"], r"attention.chunk=2: model\.attention\.chunk: unknown key"),
+        (["window=8 window=3"], r"'window=8 window=3': window stands twice"),
+        (["temperature no_temperature"], r"attention\.temperature stands twice"),
+        (["attention.rope_theta=nan"], r"'attention.rope_theta=nan': nan: allowed are finite numbers"),
+        (["attention.rope_theta=1e400"], r"1e400: allowed are finite numbers"),
+        ([" "], r"variants: ' ': allowed are as_trained"),
     ],
 )
 def test_bad_variants(names: list[str], message: str) -> None:
@@ -322,20 +330,27 @@ def test_a_state_is_taken_up_by_the_same_stretches_of_the_same_evaluation_only(t
     cache = decoder.make_cache()
     assert cache is not None
     decoder.hidden_states(text(1, 9)[:, :10], cache)
-    results.save_state(["it", 0, 1], 10, torch.ones(1, 2), cache)
+    results.save_state("it", [0, 1], 10, torch.ones(1, 2), cache)
     fresh = decoder.make_cache()
     assert fresh is not None
-    assert results.load_state(["other", 0, 1], fresh, cpu) is None
-    assert results.load_state(["it", 1, 1], fresh, cpu) is None
+    assert results.load_state("other", [0, 1], fresh, cpu) is None
+    assert results.load_state("it", [1, 1], fresh, cpu) is None
     assert fresh[0].length == 0
-    loaded = results.load_state(["it", 0, 1], fresh, cpu)
+    results.save("other")  # another variant that is done leaves it alone
+    loaded = results.load_state("it", [0, 1], fresh, cpu)
     assert loaded is not None and loaded[0] == 10 and fresh[0].length == 10
     with pytest.raises(InputError, match="results of another evaluation"):  # also before the first stretch is done
         ResultFile(tmp_path / "it.json", {"checkpoint": "b"})
     (tmp_path / "it.json").rename(tmp_path / "elsewhere.json")
-    assert ResultFile(tmp_path / "it.json", {"checkpoint": "b"}).load_state(["it", 0, 1], fresh, cpu) is None
-    (tmp_path / "it.state.pt").write_bytes(b"damaged")
-    assert results.load_state(["it", 0, 1], fresh, cpu) is None
+    assert ResultFile(tmp_path / "it.json", {"checkpoint": "b"}).load_state("it", [0, 1], fresh, cpu) is None
+    [state] = tmp_path.glob("it.*.state.pt")
+    state.write_bytes(b"damaged")
+    assert results.load_state("it", [0, 1], fresh, cpu) is None
+    for other in ([1, 2], {"at": 1}, "text"):
+        torch.save(other, state)
+        assert results.load_state("it", [0, 1], fresh, cpu) is None
+    results.save("it")
+    assert not state.exists()
 
 
 def test_results_of_another_evaluation_are_refused_and_kept(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
     assert evaluate.evaluate_long_context(config)["as_trained"] == first["as_trained"]
     stored = json.loads((tmp_path / "scored" / f"{task}.json").read_text())
     assert stored["done"].keys() == stored["summary"].keys() == {"as_trained", "no_temperature"}
+    alone = evaluate.evaluate_long_context(asked(f"task={task}", "variants=[no_temperature]"))
+    assert list(alone) == ["no_temperature", "as_trained"], "what is there stays in table and picture"
     before = files(tmp_path / "scored")
     changed = {"loss_by_position": "loss_by_position.multiple=4", "needle": "needle.seed=1"}[task]
     with pytest.raises(InputError, match="results of another evaluation"):
@@ -135,7 +137,7 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
         (["task=needle", "batch_size=0"], "batch_size=0: allowed are integers >= 1"),
         (["task=needle", "split=test"], "split='test': allowed are validation, train"),
         (["task=needle", "variants=window"], "variants='window': allowed is a list of names and key=value"),
-        (["task=needle", "variants=[colder]"], "'colder': unknown variant; allowed are as_trained"),
+        (["task=needle", "variants=[colder]"], "'colder': unknown variant colder; allowed are as_trained"),
         (
             ["task=loss_by_position", "variants=['attention.chunk=4']"],
             "variants: attention.chunk=4: model.attention.chunk: unknown key",
@@ -160,6 +162,33 @@ def test_bad_input_leaves_nothing_behind(asked: Composed, tmp_path: Path, overri
     with pytest.raises(InputError, match=re.escape(message)):
         evaluate.evaluate_long_context(asked(*overrides))
     assert not (tmp_path / "scored").exists()
+
+
+@pytest.mark.parametrize("task", ["loss_by_position", "needle"])
+def test_damaged_results_are_refused_and_kept(asked: Composed, tmp_path: Path, task: str) -> None:
+    evaluate.evaluate_long_context(asked(f"task={task}"))
+    path = tmp_path / "scored" / f"{task}.json"
+    stored = json.loads(path.read_text())
+    rows = stored["done"]["as_trained"]
+    broken: list[Any] = [None, "abc", [[1, 2], [3]], [1.0], [{"length": 1}], rows * 3]
+    broken += [[*rows[:-1], {**rows[-1], "accuracy": []}]] if task == "needle" else [[[math.nan] * len(rows[0])]]
+    contents = [{**stored, "done": {"as_trained": other}} for other in broken]
+    for content in [*contents, {**stored, "done": [1]}, {**stored, "summary": None}, [], 5]:
+        path.write_text(json.dumps(content))
+        before = files(path.parent)
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            evaluate.evaluate_long_context(asked(f"task={task}"))
+        assert files(path.parent) == before
+
+
+@pytest.mark.parametrize("task", ["loss_by_position", "needle"])
+def test_pictures_of_others_are_not_overwritten(asked: Composed, tmp_path: Path, task: str) -> None:
+    """A run's own plots have these names too."""
+    (tmp_path / "scored").mkdir()
+    (tmp_path / "scored" / f"{task}.png").write_bytes(b"a run's")
+    with pytest.raises(InputError, match=rf"{task}\.png: would be overwritten"):
+        evaluate.evaluate_long_context(asked(f"task={task}"))
+    assert files(tmp_path / "scored") == {f"{task}.png": b"a run's"}
 
 
 def test_variants_without_a_task_for_them(asked: Composed) -> None:

@@ -140,11 +140,18 @@ def test_a_checkpoint_is_scored_again_and_with_other_switches(
     anew = {**question, "output": None}
     with pytest.raises(InputError, match=r"split='train': allowed is validation"):
         evaluate.evaluate({**anew, "split": "train"})
+    with pytest.raises(InputError, match=r"max_batches=1: of a recall task all test sequences are scored"):
+        evaluate.evaluate({**anew, "max_batches": 1})
+    swapped = {**question["data"], "task": {**question["data"]["task"], "keys": 63, "values": 65}}
+    with pytest.raises(InputError, match=r"'keys': 63.* but the checkpoint was trained on .*'keys': 64"):
+        evaluate.evaluate({**anew, "data": swapped})
+    with pytest.raises(InputError, match=r"it has no tokeniser, so it cannot read data\.source='stdlib'"):
+        evaluate.evaluate(composed("data=stdlib", f"checkpoint={checkpoint}", config="evaluate", smoke=False))
     with pytest.raises(InputError, match=r"^seq_len=16: a sequence of data.task with size 8"):
         evaluate.evaluate({**anew, "seq_len": 16})
     other = {**question["data"], "task": {**question["data"]["task"], "keys": 32}}
     with pytest.raises(
-        InputError, match=r"with 104 token ids, but the checkpoint was trained on 'associative_recall' "
+        InputError, match=r"ids mean .*'all': 104.*, but the checkpoint was trained on 'associative_recall' with "
     ):
         evaluate.evaluate({**anew, "data": other})
     with pytest.raises(InputError, match=r"data\.source='associative_recall'"):

@@ -217,6 +217,24 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
     assert {path: path.read_bytes() for path in (tmp_path / "scored").iterdir()} == before
     again = evaluate.evaluate(composed(*asked, "batch_size=3", config="evaluate"))
     assert again["loss"] == pytest.approx(numbers["loss"], rel=1e-5)
+    copy = tmp_path / "copy.ckpt"  # results are known by what is in a checkpoint, and by no key that they do not read
+    copy.write_bytes(trained.read_bytes())
+    evaluate.evaluate(composed("data=files", f"checkpoint={copy}", asked[2], "needle.samples=3", config="evaluate"))
+    model = load_model(trained)
+    copy.unlink()
+    save_model(copy, model.decoder, model.tokenizer)
+    with pytest.raises(InputError, match=r"results of another evaluation \(checkpoint_digest: "):
+        evaluate.evaluate(composed("data=files", f"checkpoint={copy}", asked[2], config="evaluate"))
+    (tmp_path / "scored" / "evaluation.json").unlink()
+    with pytest.raises(InputError, match=r"scored/evaluation.png: would be overwritten"):
+        evaluate.evaluate(composed(*asked, config="evaluate"))
+    for key in ("checkpoint", "other_checkpoint", "output"):
+        config = composed("data=files", f"checkpoint={trained}", "task=specialisation", config="evaluate")
+        with pytest.raises(InputError, match=f"{key}=2024: allowed is a path"):
+            evaluate.evaluate({**config, key: 2024})
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"output=.*file/x.*cannot be written"):
+        evaluate.evaluate(composed(*asked[:2], f"output={tmp_path / 'file' / 'x'}", config="evaluate"))
     (tmp_path / "scored" / "evaluation.json").write_text("[]")
     with pytest.raises(InputError, match=r"evaluation.json: not a result of this script; choose another output"):
         evaluate.evaluate(composed(*asked, config="evaluate"))
@@ -272,6 +290,9 @@ def test_report_on_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("training.step=5", r"training.step: unknown key (did you mean training.steps?); allowed: training.steps, "),
         ("trainng.steps=5", r"trainng.steps: unknown key (did you mean training.steps?); allowed: model, data, "),
         ("model.attention.heads=2", r"model.attention.heads: unknown key (did you mean model.attention.num_heads?)"),
+        ("+extra.key=1", r"extra.key: unknown key; allowed: model, data, "),
+        ("~training", r"~training: this key cannot be taken away"),
+        ("data=null", r"data=null: allowed: associative_recall, "),
     ],
 )
 def test_unknown_keys_are_answered_with_the_allowed_ones(argument: str, message: str) -> None:
@@ -288,7 +309,7 @@ def test_keys_of_a_section_that_only_the_experiment_gives() -> None:
 
 
 def test_known_keys_groups_and_hydra_syntax_pass() -> None:
-    known = ["experiment=balancing", "model=llama4_tiny", "+extra.key=1", "~balance", "hydra.run.dir=x", "seed=1"]
+    known = ["experiment=balancing", "model=llama4_tiny", "+data.extra=1", "~data.task", "hydra.run.dir=x", "seed=1"]
     refuse_unknown_keys("train", [*known, "model.attention.rope_scaling.factor=8", "-m", "--cfg", "job"])
     refuse_unknown_keys("train", ["experiment=codistill_frozen,balancing", "-m"])
 

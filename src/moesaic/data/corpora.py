@@ -199,4 +199,6 @@ def _hidden(relative: Path) -> bool:
 
 
 def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    """Its name; of bytes that are no UTF-8 what stands for them."""
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    return os.fsencode(name).decode(errors="replace")

@@ -97,13 +97,17 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         tokenizer: use this one (a checkpoint's) instead of what the config says.
 
     Raises:
-        InputError: missing, empty, binary or damaged data, or no disk space for the cache.
+        InputError: missing, empty, binary or damaged data, a memory map of another tokeniser, or no disk space for the
+            cache.
     """
     if (task := config.make_task()) is not None:
         return _task_data(config.source, task)
     if config.source == "memmap":
         assert config.path is not None  # checked by the config
-        return _open(Path(config.path))
+        data = _open(Path(config.path))
+        if tokenizer is not None and data.tokenizer is not None and data.tokenizer.to_dict() != tokenizer.to_dict():
+            raise InputError(f"data.path={config.path!r}: its ids are of another tokeniser than the checkpoint's")
+        return data
     corpus = _load_corpus(config)
     facts = corpus.facts()
     method = "bytes" if config.tokenizer == "bytes" else f"bpe {config.vocab_size}"

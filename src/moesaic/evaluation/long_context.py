@@ -29,6 +29,7 @@ __all__ = [
     "build_variants",
     "choose_stretches",
     "digest",
+    "is_numbers",
     "log_buckets",
     "loss_by_position",
     "mean_and_error",
@@ -138,8 +139,9 @@ class ResultFile:
 
     An evaluation that was stopped goes on from it; one of another identity is refused and the file left as it is.
 
-    Within a long stretch the sums and the cache so far stand in a second file beside it, which goes when the stretch is
-    done.
+    Within a long stretch the sums and the cache so far stand in a second file beside it, one for each variant, which
+    goes when the stretch is done. The picture made from it has its name: where one stands alone, the folder is
+    somebody else's.
 
     Args:
         path: the file; its folder is made.
@@ -150,7 +152,6 @@ class ResultFile:
     def __init__(self, path: Path, identity: Mapping[str, Any], seconds: float = 60.0) -> None:
         self.path = path
         self.seconds = seconds
-        self._state_path = path.with_name(f"{path.stem}.state.pt")
         self._last_state = time.monotonic()
         self.identity = json.loads(json.dumps(identity))
         self.done: dict[str, Any] = {}
@@ -158,6 +159,10 @@ class ResultFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
+                if (picture := path.with_suffix(".png")).exists():
+                    raise InputError(
+                        f"{picture}: would be overwritten, and {path.name} is not beside it; choose another output"
+                    )
                 self._write()  # whose folder this is has to be known before the first result
         except OSError as error:
             raise InputError(f"output={str(path.parent)!r}: cannot be written ({error.strerror})") from error
@@ -166,7 +171,7 @@ class ResultFile:
     def _read(self) -> None:
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            old, done, summary = flatten(stored["identity"]), stored["done"], stored["summary"]
+            old, done, summary = flatten(stored["identity"]), dict(stored["done"]), dict(stored["summary"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self.path}: not a result file of this evaluation; choose another output") from error
         new = flatten(self.identity)
@@ -176,35 +181,58 @@ class ResultFile:
             raise InputError(f"{self.path}: results of another evaluation ({listed}); choose another output")
         self.done, self.summary = done, summary
 
-    def save(self) -> None:
+    def rows(self, name: str, is_whole: Callable[[Any], bool]) -> list[Any]:
+        """What there is of a variant, to be appended to.
+
+        Raises:
+            InputError: it is not what this evaluation writes.
+        """
+        rows = self.done.get(name, [])
+        if not is_whole(rows):
+            raise InputError(f"{self.path}: done.{name}: damaged; choose another output, or delete the file")
+        self.done[name] = rows
+        return rows
+
+    def save(self, name: str | None = None) -> None:
+        """Write the file; with the name of a variant, one of its stretches is done."""
         self._write()
-        self._state_path.unlink(missing_ok=True)
+        if name is not None:
+            self._state_path(name).unlink(missing_ok=True)
+
+    def _state_path(self, name: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.state.pt")
 
     def _write(self) -> None:
         text = json.dumps({"identity": self.identity, "summary": self.summary, "done": self.done}, allow_nan=False)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a full disk
 
-    def save_state(self, place: Sequence[Any], at: int, sums: Tensor, cache: Sequence[Any]) -> None:
-        """Every `seconds`, keep the sums and the cache after `at` tokens of the batch of stretches `place`."""
+    def save_state(self, name: str, place: Sequence[Any], at: int, sums: Tensor, cache: Sequence[Any]) -> None:
+        """Every `seconds`, keep a variant's sums and cache after `at` tokens of the batch of stretches `place`."""
         if time.monotonic() - self._last_state < self.seconds:
             return
         self._last_state = time.monotonic()
         if not all(hasattr(layer, "__dict__") for layer in cache):
             return  # a cache of a user's own mixer that cannot be taken apart: its stretch starts again
-        state = {"identity": json.dumps([self.identity, place]), "at": at, "sums": sums}
-        temporary = self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}")
+        state = {"identity": json.dumps([self.identity, name, place]), "at": at, "sums": sums}
+        path = self._state_path(name)
+        temporary = path.with_name(f".{path.name}")  # one name: what a kill leaves behind is written over
         torch.save({**state, "cache": [vars(layer) for layer in cache]}, temporary)
-        temporary.replace(self._state_path)
+        temporary.replace(path)
 
-    def load_state(self, place: Sequence[Any], cache: Sequence[Any], device: torch.device) -> tuple[int, Tensor] | None:
+    def load_state(
+        self, name: str, place: Sequence[Any], cache: Sequence[Any], device: torch.device
+    ) -> tuple[int, Tensor] | None:
         """Fill `cache` and return (at, sums), if a state of this batch of stretches is there."""
         try:
-            state = torch.load(self._state_path, map_location=device, weights_only=True)
+            state = torch.load(self._state_path(name), map_location=device, weights_only=True)
+            if state["identity"] != json.dumps([self.identity, name, place]):
+                return None
         except Exception:  # none, a damaged one, or objects of a user's own: its stretch starts again
-            return None
-        if state["identity"] != json.dumps([self.identity, place]):
             return None
         for layer, stored in zip(cache, state["cache"], strict=True):
             vars(layer).update(stored)
@@ -285,27 +313,33 @@ def _switches(name: str, train_length: int) -> dict[str, Any]:
         "scalable_softmax": {"attention.temperature": {"scalable_softmax": 1 / math.log(max(2, train_length))}},
         "window": {"window": max(2, train_length)},
     }
-    if name in presets:
-        return presets[name]
-    switches = {}
+    switches: dict[str, Any] = {}
     for word in name.split():
         key, separator, value = word.partition("=")
-        if not separator:
-            raise InputError(f"variants: {name!r}: unknown variant; allowed are {', '.join(PRESETS)}, or key=value")
-        switches[key] = _value(value)
-    if not switches:
+        if not separator and word not in presets:
+            raise InputError(
+                f"variants: {name!r}: unknown variant {word}; allowed are {', '.join(PRESETS)}, or key=value"
+            )
+        turned = {key: _value(name, value)} if separator else presets[word]
+        if repeated := turned.keys() & switches.keys():
+            raise InputError(f"variants: {name!r}: {min(repeated)} stands twice")
+        switches |= turned
+    if not name.split():
         raise InputError(f"variants: {name!r}: allowed are {', '.join(PRESETS)}, or key=value")
     return switches
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     if text in ("null", "true", "false"):
         return {"null": None, "true": True, "false": False}[text]
     for number in (int, float):
         try:
-            return number(text)
+            value = number(text)
         except ValueError:
-            pass
+            continue
+        if not math.isfinite(value):
+            raise InputError(f"variants: {name!r}: {text}: allowed are finite numbers")
+        return value
     return text
 
 
@@ -416,7 +450,7 @@ def loss_by_position(
     results: ResultFile | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, LossByPosition]:
-    """Loss by position of every variant on the same stretches.
+    """Loss by position of every variant on the same stretches, and of others that are finished in `results`.
 
     Args:
         stretches: (S, L + 1), see `choose_stretches`.
@@ -432,10 +466,16 @@ def loss_by_position(
         num_bytes = torch.zeros(len(stretches), len(edges) - 1, dtype=torch.int64)
         for row, labels in zip(num_bytes, stretches[:, 1:], strict=True):
             row.index_add_(0, bucket_of, token_bytes[labels].long())
+
+    def is_whole(rows: Any) -> bool:
+        count = len(rows) if isinstance(rows, list) else math.inf
+        return count <= len(stretches) and all(is_numbers(row, len(edges) - 1) for row in rows)
+
     found = {}
     total = len(variants) * len(stretches) * len(bucket_of)
-    for variant in variants:
-        rows: list[list[float]] = [] if results is None else results.done.setdefault(variant.name, [])
+    # all of them before any work
+    known: list[list[list[float]]] = [[] if results is None else results.rows(v.name, is_whole) for v in variants]
+    for variant, rows in zip(variants, known, strict=True):
         advance(len(rows) * len(bucket_of), total)
         while len(rows) < len(stretches):
             batch = stretches[len(rows) : len(rows) + batch_size]
@@ -446,8 +486,11 @@ def loss_by_position(
                 raise InputError(f"variants: {variant.name}: its loss is not finite")
             rows += sums.tolist()
             if results is not None:
-                results.save()
+                results.save(variant.name)
         found[variant.name] = LossByPosition(tuple(edges), torch.tensor(rows, dtype=torch.float64), num_bytes)
+    for name, rows in {} if results is None else results.done.items():
+        if name not in found and is_whole(rows) and len(rows) == len(stretches):
+            found[name] = LossByPosition(tuple(edges), torch.tensor(rows, dtype=torch.float64), num_bytes)
     return found
 
 
@@ -461,20 +504,27 @@ def _bucket_sums(
     advance: Callable[[int], None],
 ) -> Tensor:
     """(B, buckets) fp64 sums of nats of stretches (B, L + 1), the first of which is stretch number `row`."""
-    decoder, place = variant.decoder, [variant.name, row, len(batch)]
+    decoder, place = variant.decoder, [row, len(batch)]
     windowed = variant.window is not None and variant.window < batch.size(1) - 1
     at, sums = 0, torch.zeros(len(batch), int(bucket_of.max()) + 1, dtype=torch.float64)
     cache = [] if windowed else decoder.make_cache()  # a window is computed anew, from the tokens alone
     if results is not None and cache is not None:
-        at, sums = results.load_state(place, cache, decoder.embedding.weight.device) or (at, sums)
+        at, sums = results.load_state(variant.name, place, cache, decoder.embedding.weight.device) or (at, sums)
         advance(at * len(batch))
     for nats in stream_nats(decoder, batch, chunk_tokens=chunk_tokens, window=variant.window, cache=cache, start=at):
         sums.index_add_(1, bucket_of[at : at + nats.size(1)], nats.cpu().double())
         at += nats.size(1)
         advance(nats.numel())
         if results is not None and cache is not None:
-            results.save_state(place, at, sums, cache)
+            results.save_state(variant.name, place, at, sums, cache)
     return sums
+
+
+def is_numbers(row: Any, count: int) -> bool:
+    """Whether this, read from JSON, is a list of so many finite numbers."""
+    return (
+        isinstance(row, list) and len(row) == count and all(type(x) in (int, float) and math.isfinite(x) for x in row)
+    )
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InputError
-from moesaic.evaluation.long_context import ResultFile, Variant
+from moesaic.evaluation.long_context import ResultFile, Variant, is_numbers
 from moesaic.models import Decoder
 
 __all__ = ["NeedleCell", "NeedleConfig", "NeedleTask", "TextEncoder", "score_needles", "summarise_needles"]
@@ -151,6 +151,18 @@ class NeedleTask:
         context = np.concatenate([*pieces, hay[last:], question])
         return torch.from_numpy(context), torch.from_numpy(np.stack(encoded[len(lines) + 1 :]))
 
+    def is_whole(self, cells: Any) -> bool:
+        """Whether this, read from JSON, is the scores of the first cells of the grid."""
+        scores = ("accuracy", "rank", "exact_match")
+        count = len(cells) if isinstance(cells, list) else math.inf
+        return count <= len(self.cells) and all(
+            isinstance(cell, dict)
+            and cell.keys() == {"length", "depth", *scores}
+            and (cell["length"], cell["depth"]) == place
+            and all(is_numbers(cell[name], self.config.samples) for name in scores)
+            for cell, place in zip(cells, self.cells, strict=False)
+        )
+
     def _place(self, hay: Ids, depth: float) -> int:
         """The place between two lines nearest to `depth`, or just there if none is near."""
         wanted = depth * len(hay)
@@ -181,7 +193,7 @@ def score_needles(
     results: ResultFile | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[NeedleCell]]:
-    """Every variant on every cell of the grid, the same prompts for all.
+    """Every variant on every cell of the grid, the same prompts for all, and others that are finished in `results`.
 
     Args:
         results: saved after every cell; cells that it has already are not run again.
@@ -189,8 +201,11 @@ def score_needles(
     """
     found = {}
     total = len(variants) * task.config.samples * sum(length for length, _ in task.cells)
-    for variant in variants:
-        done: list[dict[str, Any]] = [] if results is None else results.done.setdefault(variant.name, [])
+    # all of them before any work
+    known: list[list[dict[str, Any]]] = [
+        [] if results is None else results.rows(v.name, task.is_whole) for v in variants
+    ]
+    for variant, done in zip(variants, known, strict=True):
         for i, (length, depth) in enumerate(task.cells):
             if i >= len(done):
                 cell = NeedleCell(length, depth, [], [], [])
@@ -205,6 +220,9 @@ def score_needles(
                     results.save()
             advance(length * task.config.samples, total)
         found[variant.name] = [NeedleCell(**cell) for cell in done]
+    for name, done in {} if results is None else results.done.items():
+        if name not in found and task.is_whole(done) and len(done) == len(task.cells):
+            found[name] = [NeedleCell(**cell) for cell in done]
     return found
 
 

@@ -32,10 +32,12 @@ from moesaic.training.checkpoints import TrainedModel, load_model
 
 __all__ = [
     "LongContextSource",
+    "checkpoint_digest",
     "copying_probe",
     "loss_by_position_probe",
     "needle_probe",
     "open_source",
+    "require_tokenizer",
     "run_loss_by_position",
     "run_needles",
     "summarise_loss_by_position",
@@ -68,11 +70,7 @@ def open_source(checkpoint: str | Path, data: DataConfig, split: str, device: st
     if split not in ("validation", "train"):
         raise InputError(f"split={split!r}: allowed are validation, train")
     model = load_model(checkpoint)
-    if model.tokenizer is None and data.source != "memmap":
-        raise InputError(
-            f"checkpoint {checkpoint}: it has no tokeniser, so it cannot read data.source={data.source!r}; allowed is "
-            "data.source=memmap, token ids"
-        )
+    require_tokenizer(model, data, checkpoint)
     loaded = load_data(data, model.tokenizer)
     if loaded.vocab_size > model.config.vocab_size:
         raise InputError(
@@ -80,9 +78,27 @@ def open_source(checkpoint: str | Path, data: DataConfig, split: str, device: st
             f"{model.config.vocab_size}"
         )
     model.decoder.to(device)
+    train_length = model.run_config["training"]["seq_len"]
+    return LongContextSource(model, getattr(loaded, split).tokens, train_length, checkpoint_digest(checkpoint))
+
+
+def checkpoint_digest(checkpoint: str | Path) -> str:
+    """What identifies its content for results that are to belong together."""
     with Path(checkpoint).open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return LongContextSource(model, getattr(loaded, split).tokens, model.run_config["training"]["seq_len"], fingerprint)
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def require_tokenizer(model: TrainedModel, data: DataConfig, checkpoint: str | Path) -> None:
+    """Refuse text for a checkpoint without tokeniser.
+
+    Raises:
+        InputError: it names the checkpoint.
+    """
+    if model.tokenizer is None and data.source != "memmap":
+        raise InputError(
+            f"checkpoint {checkpoint}: it has no tokeniser, so it cannot read data.source={data.source!r}; allowed is "
+            "data.source=memmap, token ids"
+        )
 
 
 def run_loss_by_position(
