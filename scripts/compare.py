@@ -98,11 +98,16 @@ def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def arm_of(config: dict[str, Any]) -> Arm:
+def arm_of(config: dict[str, Any], needs_data: bool = False) -> Arm:
+    """What is compared; with `needs_data` a vocabulary that the data do not fit is refused."""
     run_config = from_mapping(RunConfig, config)
     model = {**run_config.model}
     from_mapping(DecoderConfig, {**model, "vocab_size": model["vocab_size"] or 1}, "model")  # before any data is read
-    model["vocab_size"] = model["vocab_size"] or load_data(run_config.data).vocab_size
+    if needs_data or not model["vocab_size"]:
+        known = load_data(run_config.data).vocab_size
+        model["vocab_size"] = model["vocab_size"] or known
+        if model["vocab_size"] < known:
+            raise InputError(f"model.vocab_size={model['vocab_size']}: the data have {known} token ids")
     return Arm(
         model=from_mapping(DecoderConfig, model, "model"),
         batch_size=run_config.training.batch_size,
@@ -121,8 +126,14 @@ def compare(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     for name, found in overrides.items():
         with naming(name):
             configs[name] = compose_run(found)
+            require_accelerator("trainer.accelerator", configs[name]["trainer"]["accelerator"])
     trainer = configs["a"]["trainer"]
-    require_accelerator("trainer.accelerator", trainer["accelerator"])
+    for key in ("accelerator", "threads"):
+        if configs["b"]["trainer"][key] != trainer[key]:
+            raise InputError(
+                f"b: trainer.{key}={configs['b']['trainer'][key]!r}: a has {trainer[key]!r}; they are timed side by "
+                "side, so give one for both"
+            )
     on_gpu = trainer["accelerator"] in ("auto", "gpu") and torch.cuda.is_available()
     time_arms = functools.partial(time_steps, rounds=options.rounds, device="cuda" if on_gpu else "cpu")
     if trainer["threads"]:
@@ -130,7 +141,7 @@ def compare(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     arms = {}
     for name, config in configs.items():
         with naming(name):
-            arms[name] = arm_of(config)
+            arms[name] = arm_of(config, needs_data=options.launch)
     result: dict[str, Any] = {}
     if options.solve is not None:
         key = options.width or default_width(arms["b"].model)
@@ -175,7 +186,7 @@ def solve(a: Arm, b: Arm, quantity: str, key: str, time_arms: Any) -> tuple[int,
     def counted(arm: Arm) -> float:
         return float(getattr(account(arm.model, arm.seq_len), QUANTITIES[quantity]))
 
-    with naming(f"solve={quantity}"):
+    with naming(f"solve={quantity}" + (" (steps of a)" if quantity == "seconds" else "")):
         if quantity == "seconds":  # as a ratio, so that both are measured at the same time
             width, _ = solve_width(over_a, 1.0, start=start, most=16 * start, tolerance=0.02)
         else:

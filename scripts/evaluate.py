@@ -138,6 +138,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         output = Path(config["output"])
         if specialised:
             plot_specialisation(specialisation, output / "specialisation.png")
+            write_json(output / "specialisation.json", specialisation.counts())
         record = {"config": config, "checkpoint_digest": checkpoint_digest(config["checkpoint"]), **numbers}
         if data.task is not None:
             write_json(output / "evaluation.json", record)

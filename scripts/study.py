@@ -18,7 +18,7 @@ from rich.console import Console
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.studies.config import StudyConfig
-from moesaic.studies.report import write_study_report
+from moesaic.studies.report import PICTURES, write_study_report
 from moesaic.studies.runner import read_rows, run_study
 
 FAILED, INTERRUPTED = 1, 130
@@ -36,7 +36,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
         raise InputError(f"experiment: give a study; allowed: {known}")
     study_config = from_mapping(StudyConfig, config.pop("study"), "study")
     workers, results_dir = config.pop("workers"), config.pop("results_dir")
-    if not isinstance(workers, int) or workers < 1:
+    if type(workers) is not int or workers < 1:
         raise InputError(f"workers={workers!r}: allowed are integers >= 1")
     if config["trainer"]["precision"] == "auto":  # each machine would choose its own
         config["trainer"] = {**config["trainer"], "precision": "32-true"}
@@ -51,16 +51,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     rows = read_rows(results, study_config, config)
     if rows:
         write_study_report(study_config, config, rows, results, command, console)
-        made = (
-            "rows.jsonl",
-            "table.md",
-            "summary.json",
-            "effect.png",
-            "curves.png",
-            "parameters.png",
-            "total_flops.png",
-            "by_position.png",
-        )
+        made = ("rows.jsonl", "table.md", "summary.json", *PICTURES)
         names = ", ".join(name for name in made if (results / name).exists())
         console.print(f"written: {results}/{names}", markup=False, highlight=False, soft_wrap=True)
     for run, reason in failed.items():

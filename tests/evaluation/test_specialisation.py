@@ -14,6 +14,7 @@ from moesaic.evaluation.specialisation import (
     BYTE_CLASSES,
     FileKinds,
     Specialisation,
+    _panels,
     byte_class,
     explained_share,
     overlap,
@@ -63,6 +64,8 @@ def test_explained_share_is_1_0_or_in_between() -> None:
     assert explained_share(decided) == pytest.approx(1)
     assert explained_share(torch.tensor([[6, 3], [2, 1]])) == pytest.approx(0, abs=1e-12)
     assert explained_share(torch.tensor([[6, 0], [2, 0]])) == 0, "one expert takes all: there is nothing to explain"
+    one = torch.tensor([[0, n] for n in (1003, 2477, 3374, 1562, 178)])  # whose entropy is rounded to more than 0
+    assert explained_share(one) == 0
     # H(expert) = log 2, H(expert | token) = the entropy of (3/4, 1/4)
     conditional = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert explained_share(torch.tensor([[3, 1], [1, 3]])) == pytest.approx(1 - conditional / math.log(2))
@@ -130,6 +133,9 @@ def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int) -> None:
     seen = Specialisation(6, strings)
     ids = torch.stack([torch.randperm(4)[:top_k] for _ in range(40)])
     seen.update(rigged(4, first=ids, second=ids), {"tokens": torch.randint(6, (2, 20))})
+    titles = _panels(seen, "first").keys()
+    assert "overlap of the experts' tokens" in titles
+    assert ("chosen too, of what an expert takes" in titles) == (top_k > 1)
     assert plot_specialisation(seen, tmp_path / "plots" / "it.png")
     assert (tmp_path / "plots" / "it.png").read_bytes().startswith(b"\x89PNG")
     assert not plot_specialisation(Specialisation(6), tmp_path / "none.png")

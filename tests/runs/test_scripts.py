@@ -172,6 +172,12 @@ def test_specialisation_and_drift(trained: Path, composed: Composed, tmp_path: P
     assert numbers["router/layers.1.ffn/drift"] == numbers["router/layers.3.ffn/drift"] == 0
     assert json.loads((tmp_path / "seen" / "evaluation.json").read_text())["router/layers.1.ffn/drift"] == 0
     assert (tmp_path / "seen" / "specialisation.png").stat().st_size > 0
+    counts = json.loads((tmp_path / "seen" / "specialisation.json").read_text())["layers.1.ffn"]
+    assert sum(map(sum, counts["by_token"])) == sum(map(sum, counts["by_position"])) == numbers["tokens"]
+    assert [sum(column) for column in zip(*counts["by_token"], strict=True)] == [
+        row[i] for i, row in enumerate(counts["together"])
+    ]
+    assert len(counts["by_byte_class"]) == len(counts["byte_classes"]) == 5
     key = "router/layers.1.ffn/token_expert_nmi"
     assert numbers[key] == pytest.approx(final[key], abs=1e-3)
 

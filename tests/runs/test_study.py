@@ -282,6 +282,59 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) ->
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_variant_is_compared_with_the_run_that_it_evaluates(tiny: dict[str, Any]) -> None:
+    """Where a row came from a machine that rounds otherwise, and its variant is missing, both are made here."""
+    variants = {"hot": {"arm": "moe", "overrides": {"model.norm_eps": 1e-6}}}
+    tiny["study"] |= {"seeds": [0], "variants": variants}
+    assert call(tiny)[0] == 0
+    path = Path(tiny["results_dir"], "rows.jsonl")
+    here = rows(tiny)
+    for elsewhere in (5.0, here[1]["metrics"]["validation/bits_per_byte"]):
+        moved = [row for row in rows(tiny) if row["arm"] != "hot"]
+        moved[1]["metrics"]["validation/bits_per_byte"] = elsewhere
+        path.write_text("".join(json.dumps(row) + "\n" for row in moved))
+        status, printed = call(tiny)
+        assert status == 0, printed
+        assert [row["metrics"] for row in rows(tiny)] == [row["metrics"] for row in here]
+        said = "run again for its variants: moe, measure, seed 0, learning rate x1: "
+        assert said + ("differs from its row" if elsewhere == 5 else "as in its row") in printed
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny["study"]["seeds"] = [0]
+    assert call(tiny)[0] == 0
+    path = Path(tiny["results_dir"], "rows.jsonl")
+    whole = path.read_bytes()
+    for changes, message in (
+        ({"status": ...}, r"rows.jsonl:1: damaged \(KeyError\('status'"),
+        ({"cpu_seconds": "7"}, r"cpu_seconds is '7', no number"),
+        ({"metrics": {"validation/bits_per_byte": float("nan")}}, r"validation/bits_per_byte is nan, no number"),
+        ({"metrics": None}, r"rows.jsonl:1: damaged"),
+    ):
+        row = {key: value for key, value in {**rows(tiny)[0], **changes}.items() if value is not ...}
+        path.write_bytes((json.dumps(row) + "\n").encode() + whole.splitlines(keepends=True)[1])
+        with pytest.raises(InputError, match=message):
+            call(tiny)
+        path.write_bytes(whole)
+    path.write_bytes(b"\xff" + whole)
+    with pytest.raises(InputError, match=r"rows.jsonl: damaged"):
+        call(tiny)
+    path.write_bytes(whole)
+    (tmp_path / "other").mkdir()
+    for i in range(8):
+        (tmp_path / "other" / f"{i}.py").write_text(f"x = {i}\n" * 99)
+    elsewhere = {**tiny, "data": {**tiny["data"], "path": str(tmp_path / "other")}}
+    with pytest.raises(InputError, match="content hash of the data"):  # also if nothing is missing
+        call(elsewhere)
+    busy = runner._locked(Path(tiny["results_dir"]), "results_dir", Path(tiny["results_dir"]))
+    with busy, pytest.raises(InputError, match="another process is running this study"):
+        call({**tiny, "output_dir": str(tmp_path / "elsewhere")})
+    assert path.read_bytes() == whole
+    assert not Path(tiny["results_dir"], ".lock").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_the_config_of_a_study_without_rows_is_not_kept(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["study"]["seeds"] = [0]
     (tmp_path / "results").mkdir()
@@ -302,8 +355,9 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: dict[str, Any], t
     ):
         with pytest.raises(InputError, match=message):
             call({**tiny, "study": {**tiny["study"], **changes}})
-    with pytest.raises(InputError, match=r"workers=0: allowed are integers >= 1"):
-        call({**tiny, "workers": 0})
+    for workers in (0, True):
+        with pytest.raises(InputError, match=rf"workers={workers}: allowed are integers >= 1"):
+            call({**tiny, "workers": workers})
     assert not (tmp_path / "results").exists()
     assert not (tmp_path / "outputs").exists()
 

@@ -217,6 +217,17 @@ def test_diverged_runs_lose_the_tuning(study_of: StudyOf, base: dict[str, Any], 
     assert (found.best, found.at_edge) == (0.5, False)
 
 
+def test_of_equal_rates_the_middle_is_taken(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]
+) -> None:
+    study = study_of()
+    for losses, best in (({0.5: 1, 1: 1, 2: 1}, 1), ({0.5: 1, 1: 1, 2: 2}, 1), ({0.5: 2, 1: 1, 2: 1, 4: 1}, 2)):
+        rows = run_all(study, base, lambda job, losses=losses: float(losses.get(job.factor, 9)))
+        assert tuning(study, study.cells[0], rows).best == best
+    rows = run_all(study, base, lambda job: None)  # nothing but lower ones may help
+    assert tuning(study, study.cells[0], rows).factors == (0.125, 0.25, 0.5, 1.0, 2.0)
+
+
 def test_higher_may_be_better(study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]) -> None:
     study = study_of(higher_is_better=True)
     rows = run_all(study, base, lambda job: -abs(job.factor - 1))

@@ -109,6 +109,28 @@ def test_axes_and_variants_are_drawn(
     assert not (tmp_path / "by_position.png").exists()
 
 
+def test_what_a_study_no_longer_has_is_no_longer_drawn(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of(tune=None)
+    report(study, base, run_all(study, base, loss), tmp_path)
+    alone = study_of(tune=None, arms={"dense": {}})
+    report(alone, base, run_all(alone, base, loss), tmp_path)
+    assert not (tmp_path / "effect.png").exists()
+    assert "effect.png" not in (tmp_path / "table.md").read_text()
+
+
+def test_the_variant_of_a_diverged_run_is_not_missing(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of(tune=None, variants={"hot": {"arm": "moe", "overrides": {"model.norm_eps": 0.1}}})
+    made = run_all(study_of(tune=None), base, lambda job: None if job.arm == "moe" else 1.0)
+    printed = report(study, base, made, tmp_path)
+    assert "missing" not in printed
+    assert "hot: 3 of 3 runs diverged and count in no mean" in printed
+    assert json.loads((tmp_path / "summary.json").read_text())["complete"] is True
+
+
 def test_fewer_seeds_than_have_rows_hide_none(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:

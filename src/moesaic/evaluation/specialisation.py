@@ -74,7 +74,7 @@ def explained_share(counts: Tensor) -> float:
     """
     joint = counts.double() / counts.sum().clamp(min=1)
     columns = _entropy(joint.sum(dim=0))
-    if columns == 0:
+    if int((counts.sum(dim=0) > 0).sum()) < 2:  # the entropy of one may be rounded to more than 0
         return 0.0
     return min(1.0, max(0.0, (_entropy(joint.sum(dim=1)) + columns - _entropy(joint.flatten())) / columns))
 
@@ -213,6 +213,18 @@ class Specialisation:
                 found[f"router/{name}/expert_overlap"] = float(pairs) / (experts * (experts - 1))
         return found
 
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """What all of this is made of, as lists: by layer the fields of `LayerCounts`, and the names of the rows."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, layer in self.layers.items():
+            fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+            found[name] = {key: None if value is None else value.tolist() for key, value in fields.items()}
+            by_class = self.by_class(name)
+            found[name]["by_byte_class"] = None if by_class is None else by_class.tolist()
+            found[name]["byte_classes"] = list(BYTE_CLASSES)
+            found[name]["file_kinds"] = None if self.file_kinds is None else self.file_kinds.names
+        return found
+
     def describe(self, token: int) -> str:
         """A token for a label."""
         if self.token_strings is None or token >= len(self.token_strings):
@@ -270,15 +282,18 @@ def _panels(found: Specialisation, name: str) -> dict[str, _Panel]:
     ranges = [(2**k - 1, min(2 ** (k + 1) - 2, last)) for k in range(len(octaves))]
     labels = [str(start) if start == end else f"{start} to {end}" for start, end in ranges]
     panels["by position in the window"] = _Panel(_shares(octaves), labels)
-    if counts.together.sum() > counts.together.diagonal().sum():
-        title = "chosen too, of what an expert takes"
-        pairs = counts.together / counts.together.diagonal()[:, None].clamp(min=1)
-    else:
-        title, pairs = "overlap of the experts' tokens", overlap(counts.by_token)
-    panels[title] = _Panel(pairs.clone().fill_diagonal_(math.nan).numpy())  # of an expert with itself: says nothing
+    panels["overlap of the experts' tokens"] = _pairs(overlap(counts.by_token))
+    if counts.together.sum() > counts.together.diagonal().sum():  # top_k > 1
+        takes = counts.together.diagonal()[:, None].clamp(min=1)
+        panels["chosen too, of what an expert takes"] = _pairs(counts.together / takes)
     if counts.then is not None:
         panels["first choice in the next MoE layer"] = _Panel(_shares(counts.then), x="expert there")
     return panels
+
+
+def _pairs(shares: Tensor) -> _Panel:
+    """(E, E) without its diagonal: of an expert with itself it says nothing."""
+    return _Panel(shares.clone().fill_diagonal_(math.nan).numpy())
 
 
 def _groups(counts: dict[str, Tensor]) -> _Panel:

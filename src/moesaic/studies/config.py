@@ -481,7 +481,9 @@ def tuning(study: StudyConfig, cell: Cell, rows: Mapping[str, Row]) -> Tuning:
         if not all(key in rows for key in keys):
             return Tuning(tuple(factors), None)
         scores = [score(study, rows[key]) for key in keys]
-        best = scores.index(min(scores))
+        equal = [i for i, value in enumerate(scores) if value == min(scores)]
+        # where the metric is saturated, the middle of what is best; where everything diverged, the smallest
+        best = equal[len(equal) // 2] if math.isfinite(min(scores)) else 0
         at_edge = best in (0, len(factors) - 1)
         if not at_edge or extensions == EXTENSIONS:
             return Tuning(tuple(factors), factors[best], at_edge)

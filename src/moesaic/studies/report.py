@@ -21,6 +21,7 @@ from moesaic.studies.statistics import ArmResult, Interval, summarise
 from moesaic.training.records import write_atomically, write_json
 
 __all__ = [
+    "PICTURES",
     "plot_by_position",
     "plot_curves",
     "plot_effects",
@@ -30,7 +31,17 @@ __all__ = [
     "write_study_report",
 ]
 
+PICTURES = {
+    "effect.png": "differences to the baseline with 95% intervals",
+    "curves.png": "checks during training over what was spent",
+    "parameters.png": "the end of training over the parameters of the model",
+    "by_position.png": "loss over the position in the text, as trained and switched at evaluation",
+    "total_flops.png": "the end of training over FLOPs, those of the teacher counted in",
+}
+"""Those that a study can have, in their order in table.md."""
+
 EDGE = "†"
+DASHES = ("-", "--", ":", "-.")
 STUDENTS = 10
 """Of one teacher, where its cost is shared."""
 
@@ -65,20 +76,19 @@ def write_study_report(
         "\n".join(_markdown(line) for line in (columns, ["---"] + ["---:"] * (len(columns) - 1), *lines)),
         "\n".join(f"- {note}" for note in notes),
     ]
-    with_effect = plot_effects(study, arms, results / "effect.png")
-    with_curves = plot_curves(study, arms, results / "curves.png")
-    if with_effect:
-        paragraphs.append(f"![differences to {study.baseline} with 95% intervals](effect.png)")
-    if with_curves:
-        paragraphs.append("![checks during training over what was spent](curves.png)")
-    if plot_parameters(study, arms, results / "parameters.png"):
-        paragraphs.append("![the end of training over the parameters of the model](parameters.png)")
-    if plot_by_position(study, arms, base["training"]["seq_len"], results / "by_position.png"):
-        paragraphs.append(
-            "![loss over the position in the text, as trained and switched at evaluation](by_position.png)"
-        )
-    if plot_total_flops(study, base, arms, rows, results / "total_flops.png"):
-        paragraphs.append("![the end of training over FLOPs, those of the teacher counted in](total_flops.png)")
+    drawn = (
+        plot_effects(study, arms),
+        plot_curves(study, arms),
+        plot_parameters(study, arms),
+        plot_by_position(study, arms, base["training"]["seq_len"]),
+        plot_total_flops(study, base, arms, rows),
+    )
+    for (name, caption), figure in zip(PICTURES.items(), drawn, strict=True):
+        if figure is None:
+            (results / name).unlink(missing_ok=True)  # of what the study no longer has
+        else:
+            _save(figure, results / name)
+            paragraphs.append(f"![{caption}]({name})")
     write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
     write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
 
@@ -147,6 +157,7 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
         notes.append(f"Seconds of arms cannot be compared: processors with {' and with '.join(processors)}.")
     cpu = math.fsum(row["cpu_seconds"] for row in rows.values())
     where = {name: sorted({str(row[name])[:12] for row in rows.values()}) for name in ("data_hash", "commit", "torch")}
+    where["Python"] = sorted({row["python"] for row in rows.values() if "python" in row})
     known = ", ".join(f"{name} {' and '.join(values)}" for name, values in where.items() if values)
     notes.append(f"{len(rows)} rows, {cpu / 3600:.2f} CPU hours. {known}")
     if any(row["uncommitted_changes"] for row in rows.values()):
@@ -209,15 +220,15 @@ def _summary(
     }
 
 
-def plot_effects(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
-    """Paired differences to the baseline, dot and 95% bar; False (no file) if there is none.
+def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
+    """Paired differences to the baseline, dot and 95% bar; None if there is none.
 
     Arm below arm, or with axes a panel for each axis.
     """
     found = {(arm.arm, arm.axis): arm.difference for arm in arms if arm.difference is not None and arm.difference.n}
     names = [name for name in (*study.arms, *study.variants) if any(name == arm for arm, _ in found)]
     if not names:
-        return False
+        return None
     better = f"{'higher' if study.higher_is_better else 'lower'} is better"
     title = f"difference to {study.baseline}, 95% interval"
     if not study.axes:
@@ -232,8 +243,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bo
         panel.margins(y=0.5 / len(names))
         panel.grid(axis="y", visible=False)
         _label(panel, title, f"{study.metric} ({better})", "")
-        _save(figure, out)
-        return True
+        return figure
     widths = [max(4.0, 1.0 + 1.1 * len(axis.values)) for axis in study.axes.values()]
     figure, panels = _figure(1, len(study.axes), width=max(6.0, sum(widths)), height=4.2)
     for panel, (axis, points) in zip(panels, study.axes.items(), strict=True):
@@ -257,26 +267,23 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bo
         _label(panel, title, axis, "")
     panels[0].set_ylabel(f"{study.metric}\n({better})")
     _legend(study, figure, panels[0], names)
-    _save(figure, out)
-    return True
+    return figure
 
 
-def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
+def plot_curves(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
     """The checks during training over tokens, seconds and active FLOPs: mean over seeds, band from lowest to highest.
 
-    One row of panels for each point of an axis; False (no file) if no row has a curve. The first quarter of the
+    One row of panels for each point of an axis; None if no row has a curve. The first quarter of the
     training may leave the panel, so that the end can be told apart. No seconds if they are of several processors.
     """
     curves = {(arm.arm, arm.axis): [row["curve"] for row in arm.rows if row["curve"]] for arm in arms}
     names = [name for name in study.arms if any(name == arm and found for (arm, _), found in curves.items())]
     if not names:
-        return False
+        return None
     metric = next(found[0]["metric"] for found in curves.values() if found)
     columns = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "active FLOPs"}
     if len(_processors(row for arm in arms for row in arm.rows)) > 1:
         del columns["seconds"]
-    if any("teacher_flops" in curve for found in curves.values() for curve in found):
-        columns["total_flops"] = "active FLOPs and the teacher's passes"
     width, height = 4.5 * len(columns), 0.6 + 3.0 * len(study.points)
     figure, panels = _figure(len(study.points), len(columns), width=width, height=height)
     for line, point in enumerate(study.points):
@@ -294,18 +301,17 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> boo
             panel.set_title(f"{f'{point[0]}={point[1]}: ' if point else ''}over {label}", fontsize=11)
         panels[len(columns) * line].set_ylabel(f"{metric}\n(checks on a part of it)")
     _legend(study, figure, panels[0], names)
-    _save(figure, out)
-    return True
+    return figure
 
 
-def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult], out: Path) -> bool:
+def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
     """The metric at the end over all parameters, a point per arm with its 95% interval, a panel for each axis.
 
-    False (no file) if all models are of one size, within 1%.
+    None if all models are of one size, within 1%.
     """
     sizes = [size for axis in study.axes or [None] for _, size in _sizes(study, arms, axis)]
     if not sizes or max(sizes) <= 1.01 * min(sizes):
-        return False
+        return None
     figure, panels = _figure(1, max(1, len(study.axes)), width=max(9.0, 6.0 * len(study.axes)), height=4.6)
     for panel, axis in zip(panels, study.axes or [None], strict=True):
         for arm, size in _sizes(study, arms, axis):
@@ -327,8 +333,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult], out: Path) ->
     names = [name for name in study.arms if any(arm.arm == name and arm.level.n for arm in arms)]
     handles = [panels[0].plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
-    _save(figure, out)
-    return True
+    return figure
 
 
 def _sizes(study: StudyConfig, arms: Sequence[ArmResult], axis: str | None) -> list[tuple[ArmResult, float]]:
@@ -346,15 +351,15 @@ def _sizes(study: StudyConfig, arms: Sequence[ArmResult], axis: str | None) -> l
 BUCKET = re.compile(r"loss_by_position/as_trained/loss/(\d+)-(\d+)")
 
 
-def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int, out: Path) -> bool:
+def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int) -> Figure | None:
     """Loss over position: the arms, and for each what was switched at evaluation beside it.
 
     Mean over seeds, band from lowest to highest, from a quarter of the training length on: before it nothing differs.
-    False (no file) if no row has the buckets of `loss_by_position_probe`, or if there is an axis.
+    None if no row has the buckets of `loss_by_position_probe`, or if there is an axis.
     """
     found = {arm.arm: curve for arm in arms if (curve := _over_position(arm, seq_len // 4)) is not None}
     if not found or study.axes:
-        return False
+        return None
     panels_of = {"as trained": [name for name in study.arms if name in found]}
     for own in study.arms:
         switched = [name for name, variant in study.variants.items() if variant.arm == own and name in found]
@@ -380,8 +385,7 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
         panel.xaxis.set_major_formatter(lambda position, _: f"{position:.0f}")
         _label(panel, title, "position in the text, tokens", "nats per token")
         panel.legend(frameon=False, fontsize=8)
-    _save(figure, out)
-    return True
+    return figure
 
 
 def _over_position(arm: ArmResult, first: int) -> tuple[Floats, Floats] | None:
@@ -430,11 +434,11 @@ def total_flops(
 
 
 def plot_total_flops(
-    study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult], rows: Mapping[str, Row], out: Path
-) -> bool:
-    """The metric at the end over all FLOPs, a point per arm with its 95% interval; False (no file) without teachers."""
+    study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult], rows: Mapping[str, Row]
+) -> Figure | None:
+    """The metric at the end over all FLOPs, a point per arm with its 95% interval; None without teachers."""
     if not any(row["purpose"] == "prepare" or "teacher_flops" in row["metrics"] for row in rows.values()):
-        return False
+        return None
     panels_of = {
         "with the teacher's passes": (False, 1),
         "and with its training": (True, 1),
@@ -442,7 +446,7 @@ def plot_total_flops(
     }
     shown = [arm for arm in arms if arm.level.n and arm.arm in study.arms]
     if not shown:
-        return False
+        return None
     figure, panels = _figure(1, len(panels_of), width=13.5, height=4.6)
     for panel, (title, (training, students)) in zip(panels, panels_of.items(), strict=True):
         for arm in shown:
@@ -458,36 +462,28 @@ def plot_total_flops(
     names = list(dict.fromkeys(arm.arm for arm in shown))
     handles = [panels[0].plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
     figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=9)
-    _save(figure, out)
-    return True
+    return figure
 
 
 def _point(study: StudyConfig, arm: str) -> dict[str, str]:
     style = _style(study, arm)
-    return {"color": style["color"], "marker": "o" if style["linestyle"] == "-" else "s", "linestyle": "none"}
+    return {"color": style["color"], "marker": "os^D"[DASHES.index(style["linestyle"])], "linestyle": "none"}
 
 
 def _band(panel: Axes, curves: Sequence[Mapping[str, Any]], column: str, style: Mapping[str, str]) -> Floats:
     """Draw one arm; returns its values without those of the first quarter."""
     shared = min(len(curve["values"]) for curve in curves)
-    x = np.mean([_axis(curve, column)[:shared] for curve in curves], axis=0)
+    x = np.mean([np.array(curve[column][:shared], dtype=float) for curve in curves], axis=0)
     values = np.array([curve["values"][:shared] for curve in curves])
     panel.plot(x, values.mean(axis=0), linewidth=1.8, marker="o", markersize=3, **style)  # type: ignore[arg-type]
     panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
     return values[:, shared // 4 :].ravel()
 
 
-def _axis(curve: Mapping[str, Any], column: str) -> Floats:
-    if column != "total_flops":
-        return np.array(curve[column], dtype=float)
-    own = np.array(curve["active_flops"], dtype=float)
-    return own + np.array(curve.get("teacher_flops", np.zeros(len(own))), dtype=float)
-
-
 def _style(study: StudyConfig, arm: str) -> dict[str, str]:
-    """The same for an arm in every plot; dashed once the colours are used up."""
+    """The same for an arm in every plot; another dash each time the colours are used up."""
     i = [*study.arms, *study.variants].index(arm)
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
 
 
 def _legend(study: StudyConfig, figure: Figure, panel: Axes, names: Sequence[str]) -> None:

@@ -5,7 +5,9 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -66,13 +68,18 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
     _require_equal(config_path, canonical({**stored, "seed": 0}), canonical({**base, "seed": 0}))
     cells = {(cell.arm, cell.axis): cell for cell in study.cells}
     data_hashes: dict[str, str | None] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
             key, overrides, data_hash = row_key(row), row["overrides"], row["data_hash"]
             variant = study.variants.get(row["arm"]) if row["purpose"] == "variant" else None
             cell = cells.get((row["arm"] if variant is None else variant.arm, row["axis"]))
+            _require_whole(row)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{where}: damaged ({error!r})") from error
         if key in rows:
@@ -98,6 +105,16 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
     return rows
 
 
+def _require_whole(row: Row) -> None:
+    """Raise an error that names what a report would stumble over."""
+    numbers = {"cpu_seconds": row["cpu_seconds"], **row["metrics"]}
+    for key in ("status", "error", "commit", "uncommitted_changes", "torch", "curve"):
+        row[key]
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{key} is {value!r}, no number")
+
+
 def _probes(study: StudyConfig) -> dict[str, Any]:
     """What decides the numbers of probes, in every row of a results directory."""
     return {"probes": list(study.probes), "probe_options": study.probe_options}
@@ -120,15 +137,13 @@ def run_study(
         KeyboardInterrupt: Ctrl-C; no worker is left behind.
     """
     validate(study, base)
-    with _locked(runs):
+    with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
         rows = read_rows(results, study, base)
-        if not plan(study, base, rows).missing:
-            return {}
         data_hashes = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
-        try:
-            results.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"results_dir={str(results)!r}: cannot be written ({error.strerror})") from error
+        if not plan(study, base, rows).missing:
+            if base["data"].get("path") is not None:  # named on the command line, which the report shows
+                _load(base, results / "rows.jsonl", data_hashes.get(_data_of({})))
+            return {}
         if not rows:  # there may be the config of a study that was stopped before its first row
             write_yaml(results / "config.yaml", {**base, "study": _probes(study)})
         loaded: dict[str, str | None] = {}
@@ -163,9 +178,10 @@ def run_study(
                     _end(process)
                     if process.returncode == 0:
                         new = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-                        if job.purpose == "prepare" and job.key in rows:
-                            _tell_again(progress.bar.console, rows[job.key], new[0])
-                        rows |= {row_key(row): row for row in new if row_key(row) not in rows}
+                        again = job.key in rows and _tell_again(progress.bar.console, rows[job.key], new[0])
+                        # variants are compared with the very run whose checkpoint they evaluate
+                        replaces = again and job.purpose == "measure"
+                        rows |= {row_key(row): row for row in new if replaces or row_key(row) not in rows}
                         text = "".join(json.dumps(row) + "\n" for row in rows.values())
                         write_atomically(results / "rows.jsonl", text)
                         todo = plan(study, base, rows, _at_hand(study, prepared))
@@ -184,7 +200,9 @@ def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> str | Non
     """Fill the data cache before the workers need it; returns the content hash of the data."""
     found: str | None = load_data(from_mapping(DataConfig, config["data"], "data")).facts.get("content_hash")
     if known is not None:
-        _require_equal(rows, {"content hash of the data": known}, {"content hash of the data": found})
+        of_python = f"content hash of the data (stdlib and packages are Python's, here {platform.python_version()})"
+        what = of_python if config["data"]["source"] in ("stdlib", "packages") else "content hash of the data"
+        _require_equal(rows, {what: known}, {what: found})
     return found
 
 
@@ -264,15 +282,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.stdin.close()
 
 
-def _tell_again(console: Console, row: Row, again: Row) -> None:
-    """Another machine may round otherwise; the row stays what it was."""
+def _tell_again(console: Console, row: Row, again: Row) -> bool:
+    """Whether a run differs from its row: another machine may round otherwise."""
+    prepares = row["purpose"] == "prepare"
     numbers = [
         f"{name} {value:.6g} now, {row['metrics'][name]:.6g} there"
         for name in sorted(row["metrics"].keys() & again["metrics"].keys())
         if name.startswith("validation/") and (value := again["metrics"][name]) != row["metrics"][name]
     ]
-    text = f"differs from its row ({'; '.join(numbers)})" if numbers else "as in its row"
-    console.print(f"prepared again: {row['arm']}: {text}", markup=False, highlight=False, soft_wrap=True)
+    kept = ", which stays" if prepares else "; it and its variants are replaced"
+    text = f"differs from its row ({'; '.join(numbers)}){kept}" if numbers else "as in its row"
+    what = f"prepared again: {row['arm']}" if prepares else f"run again for its variants: {row_key(row)}"
+    console.print(f"{what}: {text}", markup=False, highlight=False, soft_wrap=True)
+    return bool(numbers)
 
 
 def _reason(returncode: int, log: Path) -> str:
@@ -335,14 +357,18 @@ def _require_equal(path: Path | str, found: Mapping[str, Any], wanted: Mapping[s
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, key: str, value: Path) -> Iterator[None]:
+    """Make a folder that the key of this value asks for, and keep other processes from it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"output_dir={str(folder.parent)!r}: cannot be written ({error.strerror})") from error
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder}: another process is running this study") from error
+        raise InputError(f"{key}={str(value)!r}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"{folder}: another process is running this study") from error
+    else:
         yield
+    finally:
+        os.close(descriptor)

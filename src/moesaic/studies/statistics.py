@@ -117,8 +117,11 @@ def _result(
     found: dict[int, Row] = {}
     for seed in study.seeds if tuned.best is not None else ():
         run = {"arm": arm, "axis": cell.axis, "purpose": purpose, "seed": seed, "factor": tuned.best}
+        trained = rows.get(row_key({**run, "arm": cell.arm, "purpose": "measure"}))
         if row_key(run) in rows:
             found[seed] = rows[row_key(run)]
+        elif trained is not None and _diverged(trained):  # there is nothing that a variant could evaluate
+            found[seed] = trained
     values = {seed: row["metrics"][study.metric] for seed, row in found.items() if not _diverged(row)}
     place = f"{arm} at {cell.axis}" if cell.axis else arm
     if baseline is None:

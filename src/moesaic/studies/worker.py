@@ -64,6 +64,7 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
         "commit": here["git_commit"],
         "uncommitted_changes": bool(changes),
         "torch": torch.__version__,
+        "python": here["python"],
         "processor": here["processor"],
         "metrics": {key: value for key, value in result.items() if _is_number(value)},
         "warnings": result["warnings"],
