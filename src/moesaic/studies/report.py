@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -322,11 +322,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
             if arm.axis is not None:
                 value, at = arm.axis.partition("=")[2], (size, arm.level.mean)
                 panel.annotate(value, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=GREY)
-        panel.set_xscale("log")
-        for formatted in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
-            formatted(EngFormatter(sep=""))
-        panel.tick_params(axis="x", which="minor", labelsize=7)
-        panel.margins(x=0.12)
+        _log_scale(panel)
         panel.set_xlabel("parameters")
         panel.set_title("at the end of training" if axis is None else f"over {axis}", fontsize=11)
     panels[0].set_ylabel(f"{study.metric}\n({'higher' if study.higher_is_better else 'lower'} is better)")
@@ -455,7 +451,7 @@ def plot_total_flops(
             if arm.level.n > 1:
                 panel.vlines(x, arm.level.low, arm.level.high, color=style["color"], linewidth=1.5, alpha=0.6)
             panel.plot(x, arm.level.mean, markersize=7, **style)  # type: ignore[arg-type]
-        panel.set_xscale("log")
+        _log_scale(panel)
         panel.set_xlabel("FLOPs per student")
         panel.set_title(title, fontsize=11)
     panels[0].set_ylabel(study.metric)
@@ -463,6 +459,15 @@ def plot_total_flops(
     handles = [panels[0].plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
     figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=9)
     return figure
+
+
+def _log_scale(panel: Axes) -> None:
+    """Of x, with ticks like 200k."""
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.margins(x=0.12)
 
 
 def _point(study: StudyConfig, arm: str) -> dict[str, str]:
