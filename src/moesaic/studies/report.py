@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
             study.baseline, (1, 0), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
             va="center", color=GREY, fontsize=8, annotation_clip=False,
         )  # fmt: skip
-        panel.set_xticks(range(len(points.values)), list(points.values))
+        panel.set_xticks(range(len(points.values)), [textwrap.fill(label, 12) for label in points.values])
         panel.set_xlim(-0.6, len(points.values) - 0.4)
         panel.margins(y=0.15)
         panel.grid(axis="x", visible=False)
