@@ -39,7 +39,7 @@ from moesaic.models.comparison import Arm, count_costs, default_width, solve_wid
 from moesaic.training.config import RunConfig, require_accelerator
 from moesaic.training.optimizers import build_optimizer
 from moesaic.training.records import create_run_dir
-from moesaic.training.run import run
+from moesaic.training.run import fit_vocabulary, run
 
 QUANTITIES = {"active_flops": "forward_flops", "parameters": "parameters", "seconds": "step_seconds"}
 
@@ -101,15 +101,13 @@ def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
 def arm_of(config: dict[str, Any], needs_data: bool = False) -> Arm:
     """What is compared; with `needs_data` a vocabulary that the data do not fit is refused."""
     run_config = from_mapping(RunConfig, config)
-    model = {**run_config.model}
-    from_mapping(DecoderConfig, {**model, "vocab_size": model["vocab_size"] or 1}, "model")  # before any data is read
-    if needs_data or not model["vocab_size"]:
-        known = load_data(run_config.data).vocab_size
-        model["vocab_size"] = model["vocab_size"] or known
-        if model["vocab_size"] < known:
-            raise InputError(f"model.vocab_size={model['vocab_size']}: the data have {known} token ids")
+    given = run_config.model["vocab_size"]
+    # before any data is read
+    model = from_mapping(DecoderConfig, {**run_config.model, "vocab_size": given or 1}, "model")
+    if needs_data or not given:
+        model = fit_vocabulary(run_config, load_data(run_config.data))
     return Arm(
-        model=from_mapping(DecoderConfig, model, "model"),
+        model=model,
         batch_size=run_config.training.batch_size,
         seq_len=run_config.training.seq_len,
         optimizer=run_config.optimizer.name,

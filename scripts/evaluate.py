@@ -71,7 +71,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     data_config = from_mapping(DataConfig, config["data"], "data")
     model = load_model(config["checkpoint"])
     _require_readable(model, data_config, config["checkpoint"])
-    _require_same_evaluation(config)
+    digest = checkpoint_digest(config["checkpoint"]) if config["output"] else None
+    _require_same_evaluation(config, digest)
     data = load_data(data_config, model.tokenizer)
     if data.vocab_size > model.config.vocab_size:
         raise InputError(
@@ -139,7 +140,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         if specialised:
             plot_specialisation(specialisation, output / "specialisation.png")
             write_json(output / "specialisation.json", specialisation.counts())
-        record = {"config": config, "checkpoint_digest": checkpoint_digest(config["checkpoint"]), **numbers}
+        record = {"config": config, "checkpoint_digest": digest, **numbers}
         if data.task is not None:
             write_json(output / "evaluation.json", record)
             plot_recall(scores, output / "recall.png", seq_len, data.task.chance)
@@ -154,7 +155,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
 PICTURES = ("evaluation.png", "recall.png", "specialisation.png")
 
 
-def _require_same_evaluation(config: dict[str, Any]) -> None:
+def _require_same_evaluation(config: dict[str, Any], digest: str | None) -> None:
     """Refuse a directory with an evaluation.json of other settings, or with others' pictures: they'd be overwritten."""
     if not config["output"]:
         return
@@ -171,7 +172,7 @@ def _require_same_evaluation(config: dict[str, Any]) -> None:
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a result of this script; choose another output") from error
-    asked = flatten({**config, "checkpoint_digest": checkpoint_digest(config["checkpoint"])})
+    asked = flatten({**config, "checkpoint_digest": digest})
     where = ("checkpoint", "output", "batch_size", "accelerator", "data.cache_dir", "variants")
     keys = [
         key for key in sorted(stored.keys() | asked.keys()) if key.split(".")[0] not in ("loss_by_position", "needle")

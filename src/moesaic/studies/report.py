@@ -316,10 +316,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
     figure, panels = _figure(1, max(1, len(study.axes)), width=max(9.0, 6.0 * len(study.axes)), height=4.6)
     for panel, axis in zip(panels, study.axes or [None], strict=True):
         for arm, size in _sizes(study, arms, axis):
-            style = _point(study, arm.arm)
-            if arm.level.n > 1:
-                panel.vlines(size, arm.level.low, arm.level.high, color=style["color"], linewidth=1.5, alpha=0.6)
-            panel.plot(size, arm.level.mean, markersize=7, **style)  # type: ignore[arg-type]
+            _draw_level(panel, study, arm, size)
             if arm.axis is not None:
                 value, at = arm.axis.partition("=")[2], (size, arm.level.mean)
                 panel.annotate(value, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=GREY)
@@ -327,9 +324,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
         panel.set_xlabel("parameters")
         panel.set_title("at the end of training" if axis is None else f"over {axis}", fontsize=11)
     panels[0].set_ylabel(f"{study.metric}\n({'higher' if study.higher_is_better else 'lower'} is better)")
-    names = [name for name in study.arms if any(arm.arm == name and arm.level.n for arm in arms)]
-    handles = [panels[0].plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    _legend_of_levels(study, figure, panels[0], arms, columns=4)
     return figure
 
 
@@ -447,18 +442,12 @@ def plot_total_flops(
     figure, panels = _figure(1, len(panels_of), width=13.5, height=4.6)
     for panel, (title, (training, students)) in zip(panels, panels_of.items(), strict=True):
         for arm in shown:
-            x = total_flops(base, arm, rows, training=training, students=students)
-            style = _point(study, arm.arm)
-            if arm.level.n > 1:
-                panel.vlines(x, arm.level.low, arm.level.high, color=style["color"], linewidth=1.5, alpha=0.6)
-            panel.plot(x, arm.level.mean, markersize=7, **style)  # type: ignore[arg-type]
+            _draw_level(panel, study, arm, total_flops(base, arm, rows, training=training, students=students))
         _log_scale(panel)
         panel.set_xlabel("FLOPs per student")
         panel.set_title(title, fontsize=11)
     panels[0].set_ylabel(study.metric)
-    names = list(dict.fromkeys(arm.arm for arm in shown))
-    handles = [panels[0].plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=9)
+    _legend_of_levels(study, figure, panels[0], shown, columns=5)
     return figure
 
 
@@ -469,6 +458,22 @@ def _log_scale(panel: Axes) -> None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.margins(x=0.12)
+
+
+def _draw_level(panel: Axes, study: StudyConfig, arm: ArmResult, x: float) -> None:
+    """The metric of an arm at x, with its interval if it has one."""
+    style = _point(study, arm.arm)
+    if arm.level.n > 1:
+        panel.vlines(x, arm.level.low, arm.level.high, color=style["color"], linewidth=1.5, alpha=0.6)
+    panel.plot(x, arm.level.mean, markersize=7, **style)  # type: ignore[arg-type]
+
+
+def _legend_of_levels(
+    study: StudyConfig, figure: Figure, panel: Axes, arms: Sequence[ArmResult], *, columns: int
+) -> None:
+    names = [name for name in study.arms if any(arm.arm == name and arm.level.n for arm in arms)]
+    handles = [panel.plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)), frameon=False, fontsize=9)
 
 
 def _point(study: StudyConfig, arm: str) -> dict[str, str]:

@@ -83,7 +83,7 @@ from moesaic.training.records import (
 )
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
-__all__ = ["resolve_resume", "run"]
+__all__ = ["fit_vocabulary", "resolve_resume", "run"]
 
 
 def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
     elif distillation is not None:
         tokenizer = students_tokenizer(distillation, run_config.data)
     data = load_data(run_config.data, tokenizer)
-    model_config = _fit_vocabulary(run_config, data)
+    model_config = fit_vocabulary(run_config, data)
     stretches = None
     if loaded is not None and extends is not None:
         require_extendable(str(checkpoint), loaded, model_config)
@@ -348,7 +348,12 @@ def _status(run_dir: Path) -> str | None:
         return None
 
 
-def _fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
+def fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
+    """The model of a run with the vocabulary of its data, where it says none.
+
+    Raises:
+        InputError: it says one that is too small for them.
+    """
     wanted = config.model.get("vocab_size")
     if wanted is None:
         wanted = data.vocab_size
