@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from moesaic.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "scripts"))
 
 COMMANDS = re.findall(r"(?:^    |`)(python scripts/train\.py[^`#\n]*)", README, re.MULTILINE)
 TABLE = re.findall(r"\| `((?:-m )?[a-z_./]+=[^`]+)` \|$", README, re.MULTILINE)
@@ -34,7 +32,7 @@ def test_snippet_runs(page: str, snippet: str, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"python scripts/train.py {options}" for options in TABLE)])
 def test_command_composes(command: str) -> None:
-    from _cli import plain
+    from moesaic.cli.common import plain
 
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
     firsts = [re.sub(r"=([^,\[]*),.*", r"=\1", word) for word in words]  # of a sweep, the first run

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from moesaic.errors import InputError
 
-__all__ = ["flatten", "from_mapping", "to_mapping"]
+__all__ = ["flatten", "from_mapping", "require", "to_mapping"]
 
 T = TypeVar("T")
 
@@ -150,3 +150,9 @@ def _join(where: str, name: str) -> str:
 
 def _show(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
+
+
+def require(config: Any, name: str, ok: bool, allowed: str) -> None:
+    """Raise ValueError for the field `name` of a dataclass unless `ok`; `allowed` says what it must be."""
+    if not ok:
+        raise ValueError(f"{name}={getattr(config, name)!r}: allowed are {allowed}")

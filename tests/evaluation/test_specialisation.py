@@ -143,7 +143,7 @@ def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int) -> None:
 
 def test_experts_are_numbered_by_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(specialisation, "_save", lambda figure, out: figures.append(figure))
+    monkeypatch.setattr(specialisation, "save_figure", lambda figure, out: figures.append(figure))
     seen = Specialisation(6)
     ids = torch.arange(40).view(40, 1) % 4
     seen.update(rigged(4, first=ids, second=ids), {"tokens": torch.randint(6, (2, 20))})

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
 SMOKE = [
     "debug=smoke",
@@ -42,7 +42,7 @@ def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
     if "with_pictures" not in request.fixturenames:
         for module in ("plots", "specialisation"):
-            monkeypatch.setattr(f"moesaic.evaluation.{module}._save", save)
+            monkeypatch.setattr(f"moesaic.evaluation.{module}.save_figure", save)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def composed(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """composed("key=value", ...) -> the plain config of a smoke run on the small corpus, writing below tmp_path."""
-    from _cli import plain
+    from moesaic.cli.common import plain
 
     def compose_plain(*overrides: str, config: str = "train", smoke: bool = True) -> dict[str, Any]:
         chosen = [f"++data.cache_dir={tmp_path / 'cache'}"]

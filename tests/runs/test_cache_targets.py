@@ -13,20 +13,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cache_targets
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from moesaic.checkpoints import load_model, save_model
+from moesaic.cli import cache_targets
 from moesaic.config import from_mapping
 from moesaic.data import ByteTokenizer, DataConfig, TrainingLoader, load_data
 from moesaic.data.loaders import windows_at
-from moesaic.distillation import CachedTargets, TargetCache, TargetFormat, cache_identity, data_settings, stream_keys
+from moesaic.distillation import (
+    CachedTargets,
+    TargetCache,
+    TargetFormat,
+    cache_identity,
+    data_settings,
+    stream_keys,
+)
+from moesaic.distillation import fill as filling
 from moesaic.errors import InputError
 from moesaic.losses.targets import TopKTargets
 from moesaic.models import DecoderConfig, MoEConfig, build_decoder, llama4_toy
-from moesaic.training.checkpoints import load_model, save_model
 
 Composed = Callable[..., dict[str, Any]]
 
@@ -59,7 +67,7 @@ def fill(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """What the cache holds, and what was printed."""
     console = Console(record=True, quiet=False, file=open(os.devnull, "w"), width=200)  # noqa: SIM115, PTH123
     with console.file:
-        found = cache_targets.cache_targets(config, console)
+        found = filling.fill_cache(config, console)
         return found, console.export_text()
 
 
@@ -129,7 +137,7 @@ def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path
 
 
 def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    batches = cache_targets._missing_batches
+    batches = filling._missing_batches
 
     def interrupted(*arguments: Any) -> Any:
         for i, batch in enumerate(batches(*arguments)):
@@ -137,7 +145,7 @@ def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPat
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(cache_targets, "_missing_batches", interrupted)
+    monkeypatch.setattr(filling, "_missing_batches", interrupted)
     config = given()
     with pytest.raises(KeyboardInterrupt):
         fill(config)

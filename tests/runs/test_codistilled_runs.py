@@ -9,19 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cache_targets
-import evaluate
-import generate
 import pytest
 import torch
 from rich.console import Console
 
+from moesaic.checkpoints import load_checkpoint, load_model, save_model
+from moesaic.cli import evaluate, generate
 from moesaic.config import from_mapping
 from moesaic.data import ByteTokenizer, DataConfig, TrainingLoader, load_data
 from moesaic.distillation import CacheThrough, TargetCache, stream_keys
+from moesaic.distillation.fill import fill_cache
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
-from moesaic.training.checkpoints import load_checkpoint, load_model, save_model
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]
@@ -56,7 +55,7 @@ def make_cache(composed: Composed, teacher: Path, directory: Path, *overrides: s
     sizes = ["data=files", "data.tokenizer=bytes", "seq_len=64", "batch_size=4", "windows_per_shard=8", "k=5"]
     sizes += [f"teacher={teacher}", f"directory={directory}", *overrides]
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        cache_targets.cache_targets(composed(*sizes, config="cache_targets"), Console(file=nowhere))
+        fill_cache(composed(*sizes, config="cache_targets"), Console(file=nowhere))
     return directory
 
 

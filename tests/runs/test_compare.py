@@ -4,10 +4,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-import compare
 import pytest
 from rich.console import Console
 
+from moesaic.cli import compare
 from moesaic.errors import InputError
 
 

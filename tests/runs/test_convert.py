@@ -4,18 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import convert
-import evaluate
-import generate
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moesaic.checkpoints import load_model
+from moesaic.cli import convert, evaluate, generate
+from moesaic.evaluation.sampling import SampleConfig
 from moesaic.interop import to_hf
 from moesaic.models import build_decoder, llama4_toy
-from moesaic.training.checkpoints import load_model
-from moesaic.training.config import SampleConfig
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]

@@ -9,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
 import torch
-from _cli import plain
 from hydra import compose, initialize_config_dir
 
+from moesaic.checkpoints import save_model
+from moesaic.cli import evaluate
+from moesaic.cli.common import plain
 from moesaic.data import BPETokenizer, DataConfig
 from moesaic.errors import InputError
+from moesaic.evaluation.checkpoint_evaluations import copying_probe, loss_by_position_probe, needle_probe, open_source
 from moesaic.models import build_decoder, llama4_toy
-from moesaic.training.checkpoints import save_model
-from moesaic.training.probes import copying_probe, loss_by_position_probe, needle_probe, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -226,8 +226,8 @@ def test_examples_in_the_comments_are_variants(checkpoint: Path) -> None:
     assert shown is not None
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = plain(compose("evaluate", ["variants=" + re.sub(r"\n#\s*", " ", shown[1])]))
+    from moesaic.checkpoints import load_model
     from moesaic.evaluation.long_context import build_variants
-    from moesaic.training.checkpoints import load_model
 
     variants = build_variants(load_model(checkpoint).decoder, config["variants"], 32)
     assert len(variants) == 6

@@ -11,13 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from moesaic.checkpoints import load_checkpoint, load_model, save_model
 from moesaic.config import from_mapping
 from moesaic.data import BPETokenizer, DataConfig, load_data
 from moesaic.errors import InputError
 from moesaic.evaluation.long_context import choose_stretches
 from moesaic.models import build_decoder, llama4_toy
 from moesaic.training import run as run_module
-from moesaic.training.checkpoints import load_checkpoint, load_model, save_model
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import memory
 import pytest
 
+from moesaic.cli import memory
 from moesaic.models.memory import estimate_memory
 
 MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from moesaic.checkpoints import load_checkpoint
 from moesaic.evaluation.routing import RoutingHealth, routing_health
 from moesaic.layers import Routing, count_tokens
 from moesaic.training import run as run_module
-from moesaic.training.checkpoints import load_checkpoint
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]

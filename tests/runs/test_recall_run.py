@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
 import torch
 import yaml
 
+from moesaic.checkpoints import load_checkpoint
+from moesaic.cli import evaluate
 from moesaic.data import TaskTrainingLoader
 from moesaic.errors import InputError
 from moesaic.studies.worker import evaluate_variant
-from moesaic.training.checkpoints import load_checkpoint
 from moesaic.training.run import run
 
 TEST = {"test_sequences": 64, "test_multiples": [1, 4]}
@@ -23,8 +23,9 @@ TINY = ["training.batch_size=4", "training.log_every=5", "training.validate_ever
 @pytest.fixture
 def recall(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """recall("key=value", ..., task={...}) -> the plain config of experiment=recall, writing below tmp_path."""
-    from _cli import plain
     from hydra import compose, initialize_config_dir
+
+    from moesaic.cli.common import plain
 
     def composed(*overrides: str, task: dict[str, Any] = TEST) -> dict[str, Any]:
         chosen = ["experiment=recall", f"output_dir={tmp_path / 'outputs'}", "trainer.precision=32-true", *overrides]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import train
 from conftest import SMOKE
 
+from moesaic.checkpoints import load_checkpoint
+from moesaic.cli import train
 from moesaic.errors import InputError
-from moesaic.training.checkpoints import load_checkpoint
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]

@@ -14,9 +14,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.errors import InputError
 from moesaic.training import run as run_module
-from moesaic.training.checkpoints import load_checkpoint, load_model
 from moesaic.training.records import create_run_dir
 from moesaic.training.run import run
 

@@ -10,18 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate
-import generate
 import pytest
-import report
-from _cli import refuse_unknown_keys
 
+from moesaic.checkpoints import load_model, save_model
+from moesaic.cli import evaluate, generate, report
+from moesaic.cli.common import refuse_unknown_keys
 from moesaic.config import from_mapping
+from moesaic.distillation.config import DistillationConfig
 from moesaic.errors import InputError
 from moesaic.losses import SoftWeightConfig
 from moesaic.models import DecoderConfig
-from moesaic.training.checkpoints import load_model, save_model
-from moesaic.training.config import DistillationConfig, RunConfig
+from moesaic.training.config import RunConfig
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]

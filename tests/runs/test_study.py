@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import study
-import train
 import yaml
 from rich.console import Console
 
+from moesaic.cli import study, train
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
+from moesaic.files import write_json
 from moesaic.studies import runner
 from moesaic.studies.config import Cell, StudyConfig, job_of, run_config_of, validate
 from moesaic.studies.worker import work
-from moesaic.training.records import write_json
 from moesaic.training.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +38,7 @@ TINY = [
 
 PROBES = """
 def count(checkpoint, config, options):
-    from moesaic.training.checkpoints import load_model
+    from moesaic.checkpoints import load_model
     model = load_model(checkpoint)
     return {"probe/eps": model.config.norm_eps, "probe/seed": config["seed"], "probe/option": options["number"]}
 """
@@ -428,7 +427,7 @@ DRIVER = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 sys.path.insert(0, sys.argv[1])
-import study
+from moesaic.cli import study
 sys.exit(study.study(json.load(open(sys.argv[2])), "python scripts/study.py ..."))
 """
 

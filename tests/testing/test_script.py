@@ -7,19 +7,13 @@ from types import ModuleType
 
 import pytest
 
-import moesaic
 from moesaic.testing import moe_checks
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     pytest.importorskip("rich")
-    path = Path(moesaic.__file__).parents[2] / "scripts" / "conformance.py"
-    spec = importlib.util.spec_from_file_location("conformance_script", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("moesaic.cli.conformance")
 
 
 def run(script: ModuleType, *arguments: str) -> int:

@@ -14,18 +14,11 @@ from torch import distributed
 
 from moesaic.config import from_mapping, to_mapping
 from moesaic.distillation import FrozenTeacher, weights_hash
+from moesaic.distillation.config import DistillationConfig, teacher_mapping
 from moesaic.errors import InputError
 from moesaic.losses import SoftWeightConfig
 from moesaic.models import Decoder, DecoderConfig, MoEConfig, build_decoder, llama4_toy
-from moesaic.training.config import (
-    BalanceConfig,
-    DistillationConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainingConfig,
-    teacher_mapping,
-)
+from moesaic.training.config import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainingConfig
 from moesaic.training.module import Diverged, LanguageModel
 
 Batch = dict[str, torch.Tensor]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moesaic.errors import InputError
-from moesaic.training.records import CsvTable, RunLogger, disk_full
+from moesaic.files import disk_full
+from moesaic.training.records import CsvTable, RunLogger
 
 
 def read(path: Path) -> list[dict[str, str]]:

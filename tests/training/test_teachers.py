@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from moesaic.checkpoints import save_model
 from moesaic.data import BPETokenizer, ByteTokenizer, DataConfig, Tokenizer
 from moesaic.distillation import weights_hash
+from moesaic.distillation.teachers import load_teacher, teacher_tokenizer
 from moesaic.errors import InputError
 from moesaic.interop import to_hf
 from moesaic.models import Decoder, build_decoder, llama4_toy
-from moesaic.training.checkpoints import save_model
-from moesaic.training.teachers import load_teacher, teacher_tokenizer
 
 TEXTS = [b"def f(x):\n    return x\n" * 20, b"a tokeniser needs some text to learn from " * 20]
 BPE = BPETokenizer.train(TEXTS, 270)

@@ -4,7 +4,14 @@ from moesaic.data.corpora import Corpus, Document
 from moesaic.data.loaders import EvaluationLoader, TrainingLoader
 from moesaic.data.streams import Data, DataConfig, TokenStream, load_data
 from moesaic.data.tasks import Task, TaskEvaluationLoader, TaskTrainingLoader
-from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenizer_from_dict
+from moesaic.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    token_bytes,
+    token_strings,
+    tokenizer_from_dict,
+)
 
 __all__ = [
     "BPETokenizer",
@@ -21,5 +28,7 @@ __all__ = [
     "Tokenizer",
     "TrainingLoader",
     "load_data",
+    "token_bytes",
+    "token_strings",
     "tokenizer_from_dict",
 ]

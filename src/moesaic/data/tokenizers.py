@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moesaic.errors import InputError
 
-__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "tokenizer_from_dict"]
+__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "token_bytes", "token_strings", "tokenizer_from_dict"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -149,3 +149,15 @@ def _checked(ids: Iterable[int], vocab_size: int) -> Iterable[int]:
         if not 0 <= i < vocab_size:
             raise InputError(f"token id {i}: the vocabulary has ids 0 to {vocab_size - 1}")
         yield int(i)
+
+
+def token_strings(tokenizer: Tokenizer | None) -> list[bytes] | None:
+    """The bytes of each token; None without a tokeniser."""
+    return None if tokenizer is None else [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[int]:
+    """Length of each token in bytes; the end-of-text marker counts none."""
+    lengths = [len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
+    lengths[tokenizer.end_of_text] = 0
+    return lengths

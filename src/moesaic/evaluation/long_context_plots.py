@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from moesaic.evaluation.long_context import LossByPosition
 from moesaic.evaluation.needle import NeedleCell, NeedleConfig, summarise_needles
-from moesaic.evaluation.plots import COLOURS, GREY, Floats, _figure, _label, _save
+from moesaic.evaluation.plotting import COLORS, GREY, Floats, label_axes, new_figure, save_figure
 
 __all__ = ["plot_needles", "plot_variants_by_position"]
 
@@ -17,7 +17,7 @@ __all__ = ["plot_needles", "plot_variants_by_position"]
 def plot_variants_by_position(found: Mapping[str, LossByPosition], out: Path, train_length: int) -> None:
     """Loss by position with its standard error; beside it the paired difference to the first variant, or, for one
     variant alone, the loss up to a position."""
-    figure, (left, right) = _figure(1, 2, width=12, height=4.4)
+    figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
     first = next(iter(found.values()))
     edges = np.array(first.edges, dtype=float)
     # the bucket of position 0 lies at 1 token of context
@@ -39,25 +39,27 @@ def plot_variants_by_position(found: Mapping[str, LossByPosition], out: Path, tr
     )  # fmt: skip
     count = len(first.nats)
     error = "± standard error" if count > 1 else "no error known"
-    _label(
+    label_axes(
         left, f"Loss by position ({count} stretch{'es' * (count > 1)}, {error})", "tokens of context", "nats per token"
     )
     if len(found) == 1:
-        _label(right, "Loss up to a position", "tokens so far", "mean nats per token")
+        label_axes(right, "Loss up to a position", "tokens so far", "mean nats per token")
     else:
-        right.axhline(0, color=COLOURS[0], linewidth=1)
-        _label(right, f"Difference to {next(iter(found))}, paired by stretch", "tokens of context", "nats per token")
+        right.axhline(0, color=COLORS[0], linewidth=1)
+        label_axes(
+            right, f"Difference to {next(iter(found))}, paired by stretch", "tokens of context", "nats per token"
+        )
     handles, labels = left.get_legend_handles_labels()
     columns = max(1, min(4, 150 // max(map(len, labels))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: NeedleConfig, train_length: int) -> None:
     """One heat map of accuracy per variant, depth against context length, with the number in every cell."""
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
-    figure, axes = _figure(rows, columns, width=1 + 6 * columns, height=0.6 + 3.2 * rows)
+    figure, axes = new_figure(rows, columns, width=1 + 6 * columns, height=0.6 + 3.2 * rows)
     image = None
     for axis, (name, cells) in zip(axes, found.items(), strict=False):
         lengths = sorted({cell.length for cell in cells})
@@ -77,7 +79,7 @@ def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: N
         within = sum(length <= train_length for length in lengths)
         if 0 < within < len(lengths):
             axis.axvline(within - 0.5, color="white", linestyle="--", linewidth=1.5)
-        _label(axis, name, "tokens of context", "depth of the needle (0%: start)")
+        label_axes(axis, name, "tokens of context", "depth of the needle (0%: start)")
         axis.grid(False)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
@@ -86,7 +88,7 @@ def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: N
     chance, copied = 1 / (config.distractors + 1), 1 / (config.planted + 1)
     title = f"Needles: chance {chance:.2f}, any planted value {copied:.2f}; dashed: training length {train_length}"
     figure.suptitle(title, fontsize=11)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def _band(axis: Axes, x: Floats, points: Sequence[tuple[float, float]], colour: str, name: str) -> None:
@@ -98,4 +100,4 @@ def _band(axis: Axes, x: Floats, points: Sequence[tuple[float, float]], colour: 
 
 
 def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+    return [COLORS[i % len(COLORS)] for i in range(count)]

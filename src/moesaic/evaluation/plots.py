@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from moesaic.evaluation.plotting import BLUE, COLORS, GREY, ORANGE, Floats, label_axes, new_figure, save_figure
 
 __all__ = [
     "plot_curves",
@@ -22,11 +21,6 @@ __all__ = [
     "plot_loss_by_position",
     "read_columns",
 ]
-
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
-COLOURS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-
-Floats = npt.NDArray[np.float64]
 
 
 def read_columns(path: Path, *names: str) -> tuple[Floats, ...]:
@@ -41,7 +35,7 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], fina
 
     The checks during a run see a part of the validation split; `final` is the value on all of it, at the end.
     """
-    figure, (left, right) = _figure(1, 2, width=11, height=4)
+    figure, (left, right) = new_figure(1, 2, width=11, height=4)
     steps, loss = read_columns(metrics_csv, "step", "train/loss")
     last = steps[-1]
     left.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
@@ -51,7 +45,7 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], fina
         middle = steps[window // 2 : window // 2 + len(smooth)]
         left.plot(middle, smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} rows")
         left.legend(frameon=False)
-    _label(left, "Training loss", "optimiser step", "nats per token")
+    label_axes(left, "Training loss", "optimiser step", "nats per token")
 
     steps, bits = read_columns(metrics_csv, "step", "validation/bits_per_byte")
     if len(bits):
@@ -72,17 +66,17 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], fina
                 )  # fmt: skip
         margin = 0.08 * max(high - low, 0.1)
         right.set_ylim(low - margin, high + 2 * margin)
-        _label(right, "Held-out text", "optimiser step", "bits per byte")
+        label_axes(right, "Held-out text", "optimiser step", "bits per byte")
     else:
         steps, loss = read_columns(metrics_csv, "step", "validation/loss")
         right.plot(steps, loss, color=BLUE, marker="o", markersize=3)
-        _label(right, "Held-out text", "optimiser step", "nats per token")
-    _save(figure, out)
+        label_axes(right, "Held-out text", "optimiser step", "nats per token")
+    save_figure(figure, out)
 
 
 def plot_distillation(metrics_csv: Path, out: Path) -> None:
     """Weight of the soft targets, running loss gap, and losses of student and teacher, over the student's tokens."""
-    figure, (left, middle, right) = _figure(1, 3, width=14, height=4)
+    figure, (left, middle, right) = new_figure(1, 3, width=14, height=4)
 
     def draw(axis: Axes, column: str, colour: str, label: str) -> None:
         tokens, values = read_columns(metrics_csv, "tokens", column)
@@ -92,18 +86,18 @@ def plot_distillation(metrics_csv: Path, out: Path) -> None:
     draw(left, "distillation/soft_weight", BLUE, "mean over tokens")
     draw(left, "distillation/agreement", GREY, "agreement on the most likely token")
     left.set_ylim(-0.02, 1.02)
-    _label(left, "Weight of the soft targets", "tokens", "share")
+    label_axes(left, "Weight of the soft targets", "tokens", "share")
     draw(middle, "distillation/loss_gap", BLUE, "student's loss minus teacher's")
     middle.axhline(0, color=GREY, linestyle=":", linewidth=1)
-    _label(middle, "Loss gap, running mean", "tokens", "nats per token")
+    label_axes(middle, "Loss gap, running mean", "tokens", "nats per token")
     draw(right, "train/loss", BLUE, "student, hard")
     draw(right, "distillation/teacher_loss", ORANGE, "teacher, hard")
-    draw(right, "distillation/soft", COLOURS[2], "student, soft")
-    _label(right, "Training losses", "tokens", "nats per token")
+    draw(right, "distillation/soft", COLORS[2], "student, soft")
+    label_axes(right, "Training losses", "tokens", "nats per token")
     for axis in (left, middle, right):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend(frameon=False, fontsize=8)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_expert_load(routing_csv: Path, out: Path) -> bool:
@@ -115,7 +109,7 @@ def plot_expert_load(routing_csv: Path, out: Path) -> bool:
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     columns = 1 if len(layers) < 4 else 2 if len(layers) < 13 else 4
     lines = -(-len(layers) // columns)
-    figure, axes = _figure(lines, columns, width=9 if columns == 1 else 12, height=max(3.0, 2.3 * lines))
+    figure, axes = new_figure(lines, columns, width=9 if columns == 1 else 12, height=max(3.0, 2.3 * lines))
     image = None
     for layer, axis in zip(layers, axes, strict=False):
         mine = [row for row in rows if row["layer"] == layer]
@@ -130,14 +124,14 @@ def plot_expert_load(routing_csv: Path, out: Path) -> bool:
         image = axis.pcolormesh(
             np.maximum(edges, 0), np.arange(experts + 1) - 0.5, log_load, cmap="RdBu_r", vmin=-2, vmax=2
         )
-        _label(axis, f"{layer}: load of each expert over time", "optimiser step", "expert")
+        label_axes(axis, f"{layer}: load of each expert over time", "optimiser step", "expert")
         axis.grid(False)
     for axis in axes[len(layers) :]:
         axis.set_visible(False)
     assert image is not None
     bar = figure.colorbar(image, ax=list(axes), ticks=[-2, -1, 0, 1, 2], label="load over ideal")
     bar.ax.set_yticklabels(["≤ 1/4", "1/2", "1", "2", "≥ 4"])
-    _save(figure, out)
+    save_figure(figure, out)
     return True
 
 
@@ -149,16 +143,16 @@ def plot_drift(metrics_csv: Path, out: Path) -> bool:
     drifts = {name: (steps, shares) for name, (steps, shares) in columns.items() if len(steps)}
     if not drifts:
         return False
-    figure, (axis,) = _figure(1, 1, width=8, height=4)
+    figure, (axis,) = new_figure(1, 1, width=8, height=4)
     shades = colormaps["viridis"](np.linspace(0, 0.8, len(drifts)))
     for (name, (steps, shares)), shade in zip(drifts.items(), shades, strict=True):
         layer = name.removeprefix("router/").removesuffix("/drift")
         axis.plot(steps, shares, color=shade, marker="o", markersize=3, linewidth=1.4, label=layer)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    _label(axis, "Choices of experts that changed since the check before", "optimiser step", "share of choices")
+    label_axes(axis, "Choices of experts that changed since the check before", "optimiser step", "share of choices")
     axis.legend(frameon=False, fontsize=8, ncols=-(-len(drifts) // 12))
-    _save(figure, out)
+    save_figure(figure, out)
     return True
 
 
@@ -168,7 +162,7 @@ def plot_loss_by_position(nats: Sequence[float], out: Path, train_length: int, c
     edges = np.unique(np.round(np.geomspace(1, len(values) + 1, 33)).astype(int))
     middles = [float(np.sqrt(a * (b - 1))) for a, b in itertools.pairwise(edges)]
     means = [values[a - 1 : b - 1].mean() for a, b in itertools.pairwise(edges)]
-    figure, (axis,) = _figure(1, 1, width=8, height=4)
+    figure, (axis,) = new_figure(1, 1, width=8, height=4)
     axis.plot(middles, means, color=BLUE, marker="o", markersize=3)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -184,8 +178,8 @@ def plot_loss_by_position(nats: Sequence[float], out: Path, train_length: int, c
             f"chunk {chunk}", (chunk, 0.88), xycoords=("data", "axes fraction"), xytext=(-4, 0),
             textcoords="offset points", ha="right", va="top", color=GREY, fontsize=8,
         )  # fmt: skip
-    _label(axis, "Loss by position on held-out text", "position in the window (tokens)", "nats per token")
-    _save(figure, out)
+    label_axes(axis, "Loss by position on held-out text", "position in the window (tokens)", "nats per token")
+    save_figure(figure, out)
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path, metric: str) -> None:
@@ -194,11 +188,11 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path,
     Args:
         curves: label -> seeds -> columns "step", "tokens", "active_flops", "seconds" and `metric`, equally long.
     """
-    figure, axes = _figure(1, 4, width=16, height=4.2)
+    figure, axes = new_figure(1, 4, width=16, height=4.2)
     names = {"step": "optimiser steps", "tokens": "tokens", "active_flops": "active FLOPs", "seconds": "seconds"}
     for axis, (column, name) in zip(axes, names.items(), strict=True):
         for i, (label, seeds) in enumerate(curves.items()):
-            colour = COLOURS[i % len(COLOURS)]
+            colour = COLORS[i % len(COLORS)]
             for seed in seeds:
                 alone = len(seeds) == 1
                 axis.plot(
@@ -211,33 +205,10 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path,
                 mean_y = np.mean([seed[metric][:shared] for seed in seeds], axis=0)
                 axis.plot(mean_x, mean_y, color=colour, linewidth=1.8, label=f"{label} (mean of {len(seeds)})")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _label(axis, f"over {name}", name, metric if column == "step" else "")
+        label_axes(axis, f"over {name}", name, metric if column == "step" else "")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         columns = max(1, min(4, 200 // max(map(len, labels))))  # labels name every key in which the arms differ
         figure.set_figheight(4 + 0.2 * -(-len(handles) // columns))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    _save(figure, out)
-
-
-def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes
-
-
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=11)
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-
-
-def _save(figure: Figure, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(out)
+    save_figure(figure, out)

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moesaic.evaluation.plots import COLOURS, GREY, _figure, _label, _save
+from moesaic.data import Task, TaskEvaluationLoader
+from moesaic.evaluation.plotting import COLORS, GREY, label_axes, new_figure, save_figure
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import Decoder
 
-__all__ = ["RecallScore", "evaluate_recall", "plot_recall", "recall_numbers"]
+__all__ = ["RecallScore", "evaluate_recall", "plot_recall", "recall_numbers", "score_recall"]
 
 PREFIX = "slices/"
 
@@ -90,12 +91,12 @@ def recall_numbers(scores: Mapping[int, RecallScore]) -> dict[str, float]:
 def plot_recall(scores: Mapping[int, RecallScore], out: Path, train_length: int, chance: float) -> None:
     """Accuracy by slice, one panel per slice and one line per length of the sequences, beside chance."""
     names = sorted({name for score in scores.values() for name in score.slices})
-    figure, axes = _figure(1, len(names), width=2 + 4 * len(names), height=4)
+    figure, axes = new_figure(1, len(names), width=2 + 4 * len(names), height=4)
     for axis, name in zip(axes, names, strict=True):
         for i, (multiple, score) in enumerate(sorted(scores.items())):
             found = score.by_slice(name)
             axis.plot(
-                list(found), list(found.values()), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4,
+                list(found), list(found.values()), color=COLORS[i % len(COLORS)], marker="o", markersize=4,
                 label=f"length {multiple * train_length}: {score.accuracy:.3f}",
             )  # fmt: skip
         axis.axhline(chance, color=GREY, linestyle=":", linewidth=1, label=f"chance: {chance:.3f}")
@@ -113,6 +114,28 @@ def plot_recall(scores: Mapping[int, RecallScore], out: Path, train_length: int,
             axis.set_xticks(values)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set_ylim(-0.03, 1.03)
-        _label(axis, f"Accuracy by {name}", name if name != "distance" else "distance (tokens, up to)", "accuracy")
+        label_axes(axis, f"Accuracy by {name}", name if name != "distance" else "distance (tokens, up to)", "accuracy")
     axes[0].legend(frameon=False, fontsize=8)
-    _save(figure, out)
+    save_figure(figure, out)
+
+
+def score_recall(decoder: Decoder, task: Task, seq_len: int, batch_size: int) -> dict[int, RecallScore]:
+    """Multiple of the training length -> score; `recall_numbers` makes metrics of them.
+
+    Args:
+        seq_len: the training length.
+        batch_size: of sequences of that length; as many tokens of longer ones run together.
+
+    Raises:
+        InputError: the test sequences do not fit seq_len.
+    """
+    scores = {}
+    for multiple in task.test_multiples:
+        loader = TaskEvaluationLoader(
+            task,
+            seq_len=multiple * seq_len,
+            batch_size=max(1, batch_size // multiple),
+            growth=task.growth(multiple),
+        )
+        scores[multiple] = evaluate_recall(decoder, loader)
+    return scores

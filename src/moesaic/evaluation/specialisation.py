@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from moesaic.evaluation.plots import Floats, _figure, _label, _save
+from moesaic.data import Tokenizer, TokenStream
+from moesaic.evaluation.plotting import Floats, label_axes, new_figure, save_figure
 from moesaic.models import DecoderOutput
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Specialisation",
     "byte_class",
     "explained_share",
+    "file_kinds",
     "overlap",
     "plot_specialisation",
 ]
@@ -243,7 +245,7 @@ def plot_specialisation(found: Specialisation, out: Path) -> bool:
         return False
     rows = {name: _panels(found, name) for name in found.layers}
     titles = list(dict.fromkeys(title for panels in rows.values() for title in panels))
-    figure, axes = _figure(len(rows), len(titles), width=4.2 * len(titles), height=0.5 + 3.9 * len(rows))
+    figure, axes = new_figure(len(rows), len(titles), width=4.2 * len(titles), height=0.5 + 3.9 * len(rows))
     for column, title in enumerate(titles):
         shown = [panels[title].shares for panels in rows.values() if title in panels]
         largest = max(float(np.nanmax(shares, initial=0.0)) for shares in shown) or 1.0
@@ -255,7 +257,7 @@ def plot_specialisation(found: Specialisation, out: Path) -> bool:
                 axis.set_visible(False)
     for row, name in enumerate(rows):
         axes[len(titles) * row].set_ylabel(name, fontsize=12, fontweight="bold")
-    _save(figure, out)
+    save_figure(figure, out)
     return True
 
 
@@ -330,7 +332,7 @@ def _shares(counts: Tensor) -> Floats:
 def _draw(axis: Axes, panel: _Panel, title: str, largest: float) -> None:
     shares = panel.shares
     image = axis.imshow(shares, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
-    _label(axis, title, panel.x, "expert" if panel.labels is None else "")
+    label_axes(axis, title, panel.x, "expert" if panel.labels is None else "")
     axis.grid(False)
     assert axis.figure is not None
     axis.figure.colorbar(image, ax=axis, fraction=0.05)
@@ -376,3 +378,10 @@ def _add_known(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 def _entropy(probabilities: Tensor) -> float:
     """Nats."""
     return float(torch.special.entr(probabilities).sum())
+
+
+def file_kinds(stream: TokenStream, tokenizer: Tokenizer | None) -> FileKinds | None:
+    """Of the tokens of a split; None where nobody knows the files, as in a memory map or a recall task."""
+    if stream.documents is None or tokenizer is None:
+        return None
+    return FileKinds(stream.tokens, tokenizer.end_of_text, stream.documents)

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.distillation import TargetFormat
+from moesaic.distillation.config import teacher_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
-from moesaic.training.config import RunConfig, teacher_mapping
+from moesaic.training.config import RunConfig
 
 __all__ = [
     "AxisConfig",

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.config import flatten
-from moesaic.evaluation.plots import COLOURS, GREY, Floats, _figure, _label, _save
+from moesaic.evaluation.plotting import COLORS, GREY, Floats, label_axes, new_figure, save_figure
+from moesaic.files import write_atomically, write_json
 from moesaic.studies.config import Row, StudyConfig, apply_overrides, prepared_names, row_key
 from moesaic.studies.statistics import ArmResult, Interval, summarise
-from moesaic.training.records import write_atomically, write_json
 
 __all__ = [
     "PICTURES",
@@ -88,7 +88,7 @@ def write_study_report(
         if figure is None:
             (results / name).unlink(missing_ok=True)  # of what the study no longer has
         else:
-            _save(figure, results / name)
+            save_figure(figure, results / name)
             paragraphs.append(f"![{caption}]({name})")
     write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
     write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
@@ -233,7 +233,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
     better = f"{'higher' if study.higher_is_better else 'lower'} is better"
     title = f"difference to {study.baseline}, 95% interval"
     if not study.axes:
-        figure, (panel,) = _figure(1, 1, width=8.5, height=1.4 + 0.3 * len(names))
+        figure, (panel,) = new_figure(1, 1, width=8.5, height=1.4 + 0.3 * len(names))
         for place, name in enumerate(names):
             interval, colour = found[name, None], _style(study, name)["color"]
             panel.hlines(place, interval.low, interval.high, color=colour, linewidth=2, alpha=0.8)
@@ -243,10 +243,10 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
         panel.invert_yaxis()
         panel.margins(y=0.5 / len(names))
         panel.grid(axis="y", visible=False)
-        _label(panel, title, f"{study.metric} ({better})", "")
+        label_axes(panel, title, f"{study.metric} ({better})", "")
         return figure
     widths = [max(4.0, 1.0 + 1.1 * len(axis.values)) for axis in study.axes.values()]
-    figure, panels = _figure(1, len(study.axes), width=max(6.0, sum(widths)), height=4.2)
+    figure, panels = new_figure(1, len(study.axes), width=max(6.0, sum(widths)), height=4.2)
     for panel, (axis, points) in zip(panels, study.axes.items(), strict=True):
         for i, name in enumerate(names):
             for at, label in enumerate(points.values):
@@ -265,7 +265,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
         panel.set_xlim(-0.6, len(points.values) - 0.4)
         panel.margins(y=0.15)
         panel.grid(axis="x", visible=False)
-        _label(panel, title, axis, "")
+        label_axes(panel, title, axis, "")
     panels[0].set_ylabel(f"{study.metric}\n({better})")
     _legend(study, figure, panels[0], names)
     return figure
@@ -286,7 +286,7 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
     if len(_processors(row for arm in arms for row in arm.rows)) > 1:
         del columns["seconds"]
     width, height = 4.5 * len(columns), 0.6 + 3.0 * len(study.points)
-    figure, panels = _figure(len(study.points), len(columns), width=width, height=height)
+    figure, panels = new_figure(len(study.points), len(columns), width=width, height=height)
     for line, point in enumerate(study.points):
         for i, (column, label) in enumerate(columns.items()):
             panel = panels[len(columns) * line + i]
@@ -313,7 +313,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
     sizes = [size for axis in study.axes or [None] for _, size in _sizes(study, arms, axis)]
     if not sizes or max(sizes) <= 1.01 * min(sizes):
         return None
-    figure, panels = _figure(1, max(1, len(study.axes)), width=max(9.0, 6.0 * len(study.axes)), height=4.6)
+    figure, panels = new_figure(1, max(1, len(study.axes)), width=max(9.0, 6.0 * len(study.axes)), height=4.6)
     for panel, axis in zip(panels, study.axes or [None], strict=True):
         for arm, size in _sizes(study, arms, axis):
             _draw_level(panel, study, arm, size)
@@ -359,10 +359,10 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
             panels_of[f"{own}: switched at evaluation only"] = [own, *switched]
     columns = min(2, len(panels_of))
     rows = -(-len(panels_of) // columns)
-    figure, panels = _figure(rows, columns, width=6.5 * columns, height=4.2 * rows)
+    figure, panels = new_figure(rows, columns, width=6.5 * columns, height=4.2 * rows)
     for panel in panels[len(panels_of) :]:
         panel.set_visible(False)
-    colours = [GREY, *COLOURS]
+    colours = [GREY, *COLORS]
     for panel, (title, names) in zip(panels, panels_of.items(), strict=False):
         for i, name in enumerate(names):
             x, values = found[name]
@@ -375,7 +375,7 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
         panel.axvline(seq_len, color=GREY, linewidth=1, linestyle=":", label="training length")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda position, _: f"{position:.0f}")
-        _label(panel, title, "position in the text, tokens", "nats per token")
+        label_axes(panel, title, "position in the text, tokens", "nats per token")
         panel.legend(frameon=False, fontsize=8)
     return figure
 
@@ -439,7 +439,7 @@ def plot_total_flops(
     shown = [arm for arm in arms if arm.level.n and arm.arm in study.arms]
     if not shown:
         return None
-    figure, panels = _figure(1, len(panels_of), width=13.5, height=4.6)
+    figure, panels = new_figure(1, len(panels_of), width=13.5, height=4.6)
     for panel, (title, (training, students)) in zip(panels, panels_of.items(), strict=True):
         for arm in shown:
             _draw_level(panel, study, arm, total_flops(base, arm, rows, training=training, students=students))
@@ -494,7 +494,7 @@ def _band(panel: Axes, curves: Sequence[Mapping[str, Any]], column: str, style: 
 def _style(study: StudyConfig, arm: str) -> dict[str, str]:
     """The same for an arm in every plot; another dash each time the colours are used up."""
     i = [*study.arms, *study.variants].index(arm)
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
 def _legend(study: StudyConfig, figure: Figure, panel: Axes, names: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moesaic.config import flatten, from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
+from moesaic.files import write_atomically, write_json, write_yaml
 from moesaic.studies.config import (
     Job,
     Plan,
@@ -40,7 +41,6 @@ from moesaic.studies.config import (
     run_config_of,
     validate,
 )
-from moesaic.training.records import write_atomically, write_json, write_yaml
 
 __all__ = ["read_rows", "run_study"]
 

@@ -5,7 +5,6 @@ be killed at any time and started again. It ends when its standard input does, s
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -20,24 +19,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from moesaic.checkpoints import load_model, save_model
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
 from moesaic.distillation import TargetFormat
+from moesaic.distillation.fill import fill_cache
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modelling import evaluate_language_model
 from moesaic.evaluation.plots import read_columns
-from moesaic.evaluation.recall import recall_numbers
+from moesaic.evaluation.recall import recall_numbers, score_recall
+from moesaic.files import write_atomically, write_json
 from moesaic.models import DecoderConfig, account, build_decoder
 from moesaic.studies.config import Row, VariantConfig, apply_overrides, import_probe, variant_options
-from moesaic.training.checkpoints import load_model, save_model
-from moesaic.training.recall import score_recall
-from moesaic.training.records import environment, write_atomically, write_json
+from moesaic.training.records import environment
 from moesaic.training.run import run
 
 __all__ = ["evaluate_variant", "main", "work"]
 
 CURVE_POINTS = 40
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 
 
 def work(folder: Path) -> list[Row]:
@@ -105,9 +104,7 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
 
 
 def _fill_cache(cache: Mapping[str, Any], config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Run scripts/cache_targets.py for the data and windows of `config`; it continues what was killed."""
-    sys.path.insert(0, str(SCRIPTS))
-    script = importlib.import_module("cache_targets")
+    """Fill a cache for the data and windows of `config`; it continues what was killed."""
     seq_len = config["training"]["seq_len"]
     settings = {
         **dataclasses.asdict(TargetFormat()),
@@ -115,7 +112,7 @@ def _fill_cache(cache: Mapping[str, Any], config: Mapping[str, Any], directory: 
         **cache,
         **{"directory": str(directory), "seq_len": seq_len, "data": config["data"]},
     }
-    found = script.cache_targets(settings, Console(soft_wrap=True, highlight=False))
+    found = fill_cache(settings, Console(soft_wrap=True, highlight=False))
     teacher = account(load_model(cache["teacher"]).config, seq_len)
     return {
         "status": "finished",

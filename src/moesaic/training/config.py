@@ -1,29 +1,22 @@
 """The configuration of a whole run: what conf/train.yaml composes, as strict frozen dataclasses."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-
+from moesaic.config import require
 from moesaic.data import DataConfig
-from moesaic.errors import InputError
+from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
-from moesaic.losses import DIVERGENCES, SoftWeightConfig
+from moesaic.evaluation.sampling import SampleConfig
 
 __all__ = [
     "BalanceConfig",
-    "DistillationConfig",
     "OptimizerConfig",
     "Precision",
     "RunConfig",
-    "SampleConfig",
     "ScheduleConfig",
     "TrainerConfig",
     "TrainingConfig",
-    "require_accelerator",
-    "teacher_mapping",
 ]
 
 
@@ -44,10 +37,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_learning_rate", "eps"):
-            _check(self, name, getattr(self, name) > 0, "numbers > 0")
-        _check(self, "weight_decay", self.weight_decay >= 0, "numbers >= 0")
+            require(self, name, getattr(self, name) > 0, "numbers > 0")
+        require(self, "weight_decay", self.weight_decay >= 0, "numbers >= 0")
         for name in ("beta1", "beta2"):
-            _check(self, name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
+            require(self, name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +53,9 @@ class ScheduleConfig:
     final_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, "warmup_steps", self.warmup_steps >= 0, "numbers >= 0")
-        _check(self, "decay_fraction", 0 < self.decay_fraction <= 1, "0 < value <= 1")
-        _check(self, "final_factor", 0 <= self.final_factor <= 1, "0 <= value <= 1")
+        require(self, "warmup_steps", self.warmup_steps >= 0, "numbers >= 0")
+        require(self, "decay_fraction", 0 < self.decay_fraction <= 1, "0 < value <= 1")
+        require(self, "final_factor", 0 <= self.final_factor <= 1, "0 <= value <= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +69,7 @@ class BalanceConfig:
 
     def __post_init__(self) -> None:
         for name in ("load_balance_loss_weight", "router_z_loss_weight", "expert_bias_update_rate"):
-            _check(self, name, getattr(self, name) >= 0, "numbers >= 0")
+            require(self, name, getattr(self, name) >= 0, "numbers >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +90,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "validate_every", "log_every", "checkpoint_every"):
-            _check(self, name, getattr(self, name) >= 1, "numbers >= 1")
+            require(self, name, getattr(self, name) >= 1, "numbers >= 1")
         for name in ("validation_batches", "validation_seq_len"):
-            _check(self, name, (getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, "numbers >= 1, or null")
-        _check(self, "gradient_clip", self.gradient_clip >= 0, "numbers >= 0 (0: off)")
+            require(self, name, (getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, "numbers >= 1, or null")
+        require(self, "gradient_clip", self.gradient_clip >= 0, "numbers >= 0 (0: off)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,71 +108,7 @@ class TrainerConfig:
     keep_freed_memory: bool = False  # glibc on a CPU: do not return memory to the system, which is slow to get again
 
     def __post_init__(self) -> None:
-        _check(self, "threads", self.threads is None or self.threads >= 1, "numbers >= 1, or null")
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """The text generated at the end of a run."""
-
-    prompt: str = "class "
-    max_new_tokens: int = 200
-    temperature: float = 0.7
-    top_k: int | None = None
-    top_p: float | None = 0.95
-
-    def __post_init__(self) -> None:
-        _check(self, "max_new_tokens", self.max_new_tokens >= 0, "numbers >= 0")
-        _check(self, "temperature", self.temperature >= 0, "numbers >= 0 (0: greedy)")
-        _check(self, "top_k", self.top_k is None or self.top_k >= 1, "numbers >= 1, or null")
-        _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "0 < top_p <= 1, or null")
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillationConfig:
-    """Soft targets beside the labels, and where they come from.
-
-    `frozen`: a trained teacher looks on. `joint`: the teacher trains along, as if alone, with the run's seed, balance
-    and schedule. `cached`: targets from disk, which serve any number of students; what they lack, `teacher` adds.
-    """
-
-    source: Literal["frozen", "joint", "cached"]
-    teacher: str | None = None  # frozen, cached: a checkpoint or a transformers directory
-    cache: str | None = None  # cached: directory
-    teacher_model: dict[str, Any] = dataclasses.field(default_factory=dict)  # joint: what differs from `model`
-    teacher_learning_rate: float | None = None  # joint; null: optimizer.learning_rate
-    teacher_muon_learning_rate: float | None = None  # joint; null: optimizer.muon_learning_rate
-    divergence: str = "forward_kl"
-    coefficient: float = 0.5  # of jsd and the skew divergences
-    temperature: float = 1.0  # of the soft term
-    soft_weight: SoftWeightConfig | None = None  # null: see `weight_policy`
-
-    def __post_init__(self) -> None:
-        needs = {"frozen": "teacher", "cached": "cache"}.get(self.source)
-        if needs is not None and not getattr(self, needs):
-            example = {"teacher": "RUN/checkpoints/last.ckpt", "cache": "TARGETS"}[needs]
-            raise ValueError(f"{needs}=None: source={self.source} needs one (distillation.{needs}={example})")
-        takes = {"frozen": ("teacher",), "joint": (), "cached": ("teacher", "cache")}[self.source]
-        for name in ("teacher", "cache"):
-            if getattr(self, name) is not None and name not in takes:
-                raise ValueError(f"{name}={getattr(self, name)!r}: source={self.source} takes none; allowed is null")
-        for name in ("teacher_model", "teacher_learning_rate", "teacher_muon_learning_rate"):
-            if getattr(self, name) and self.source != "joint":
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: the teacher of source={self.source} is built already"
-                )
-        if "vocab_size" in self.teacher_model:
-            raise ValueError("teacher_model.vocab_size: the teacher has the student's; leave it out")
-        _check(self, "divergence", self.divergence in DIVERGENCES, ", ".join(DIVERGENCES))
-        _check(self, "coefficient", 0 < self.coefficient < 1, "0 < value < 1")
-        _check(self, "temperature", 0 < self.temperature < math.inf, "numbers > 0")
-        for name in ("teacher_learning_rate", "teacher_muon_learning_rate"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) > 0, "numbers > 0, or null")
-
-    @property
-    def weight_policy(self) -> SoftWeightConfig:
-        """`soft_weight`, by default under gap control, up to .5 for a teacher that trains along, else .9."""
-        return self.soft_weight or SoftWeightConfig(value=0.5 if self.source == "joint" else 0.9, gap=0.1)
+        require(self, "threads", self.threads is None or self.threads >= 1, "numbers >= 1, or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +133,8 @@ class RunConfig:
     extend_context: LossByPositionConfig | None = None  # start from ckpt_path's weights alone, at a longer length
 
     def __post_init__(self) -> None:
-        _check(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
-        _check(self, "seed", self.seed >= 0, "integers >= 0")
+        require(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
+        require(self, "seed", self.seed >= 0, "integers >= 0")
         if self.resume and self.ckpt_path is not None:
             raise ValueError(
                 f"ckpt_path={self.ckpt_path!r}: resume=true already says which checkpoint; give one of them"
@@ -221,29 +150,3 @@ class RunConfig:
                 f"balance.expert_bias_update_rate={self.balance.expert_bias_update_rate}: it needs "
                 "model.moe.expert_bias=true"
             )
-
-
-def teacher_mapping(model: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The model of a teacher that trains along: the student's with `distillation.teacher_model` merged into it."""
-    merged = dict(model)
-    for key, value in overrides.items():
-        below = merged.get(key)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = teacher_mapping(below, value) if nested else value  # type: ignore[arg-type]
-    return merged
-
-
-def require_accelerator(key: str, accelerator: str) -> None:
-    """Raise InputError that names `key` if this machine does not have the accelerator that was asked for."""
-    if accelerator not in ("auto", "cpu", "gpu", "mps"):
-        raise InputError(f"{key}={accelerator!r}: allowed are auto, cpu, gpu, mps")
-    found = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not found.get(accelerator, True):
-        raise InputError(
-            f"{key}={accelerator!r}: torch {torch.__version__} finds none on this machine; allowed here: auto, cpu"
-        )
-
-
-def _check(config: Any, name: str, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={getattr(config, name)!r}: allowed are {allowed}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moesaic.config import from_mapping
 from moesaic.distillation import CacheThrough, FrozenTeacher, TargetSource
+from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
 from moesaic.evaluation.language_modelling import LanguageModelScore
 from moesaic.evaluation.routing import RoutingHealth, routing_health
@@ -28,7 +29,7 @@ from moesaic.losses import (
 )
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import Account, Decoder, DecoderConfig, account, build_decoder
-from moesaic.training.config import OptimizerConfig, RunConfig, teacher_mapping
+from moesaic.training.config import OptimizerConfig, RunConfig
 from moesaic.training.optimizers import build_optimizer, learning_rate_factor
 
 __all__ = ["Diverged", "LanguageModel"]

@@ -2,12 +2,9 @@
 
 import csv
 import datetime
-import errno
 import io
-import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from moesaic.errors import InputError
+from moesaic.files import disk_full, write_atomically
 
-__all__ = ["CsvTable", "RunLogger", "create_run_dir", "environment", "require_disk_space", "write_json", "write_yaml"]
+__all__ = ["CsvTable", "RunLogger", "create_run_dir", "environment"]
 
 
 def create_run_dir(output_dir: Path, name: str) -> Path:
@@ -37,33 +34,6 @@ def create_run_dir(output_dir: Path, name: str) -> Path:
             raise InputError(f"output_dir={str(output_dir)!r}: cannot be written ({error.strerror})") from error
         return path
     raise InputError(f"output_dir={str(output_dir)!r}: a thousand runs of {name} started in this second")
-
-
-def require_disk_space(path: Path, needed: int) -> None:
-    """Raise InputError unless `needed` bytes are free where `path` is."""
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise InputError(
-            f"{path}: {free / 1e6:.0f} MB free, but checkpoints and logs of this run need about {needed / 1e6:.0f} MB; "
-            "free some space or choose another output_dir"
-        )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_yaml(path: Path, value: Any) -> None:
-    write_atomically(path, yaml.safe_dump(value, sort_keys=False))
 
 
 def environment() -> dict[str, Any]:
@@ -154,10 +124,3 @@ class RunLogger(Logger):
             self.table.append([{"step": step, **{key: f"{value:.10g}" for key, value in metrics.items()}}])
         except OSError as error:
             raise disk_full(self.table.path, error) from error
-
-
-def disk_full(path: Path, error: OSError) -> Exception:
-    """The error to raise for a failed write: a message about the disk if it is full, else the original."""
-    if error.errno == errno.ENOSPC:
-        return InputError(f"{path}: no space left on the device; the last checkpoint is intact, resume=true continues")
-    return error

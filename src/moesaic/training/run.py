@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from moesaic.allocator import keep_freed_memory
+from moesaic.checkpoints import decoder_weights, load_checkpoint, require_same_model, save_model
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.data import (
     Data,
@@ -29,8 +30,23 @@ from moesaic.data import (
     TaskTrainingLoader,
     TrainingLoader,
     load_data,
+    token_bytes,
+    token_strings,
 )
+from moesaic.devices import require_accelerator
+from moesaic.distillation.config import teacher_mapping
+from moesaic.distillation.opened import open_targets, require_paths, require_same_teacher, students_tokenizer
 from moesaic.errors import InputError
+from moesaic.evaluation.extension import (
+    checkpoint_tokenizer,
+    compare_with_start,
+    extension_numbers,
+    extension_table,
+    keep_start,
+    open_stretches,
+    require_extendable,
+    start_of,
+)
 from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.evaluation.plots import (
@@ -41,46 +57,18 @@ from moesaic.evaluation.plots import (
     plot_loss_by_position,
     read_columns,
 )
-from moesaic.evaluation.recall import plot_recall, recall_numbers
+from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
-from moesaic.evaluation.specialisation import Specialisation, plot_specialisation
+from moesaic.evaluation.sampling import sample_text
+from moesaic.evaluation.specialisation import Specialisation, file_kinds, plot_specialisation
+from moesaic.files import require_disk_space, write_atomically, write_json, write_yaml
 from moesaic.models import Decoder, DecoderConfig, account
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor
-from moesaic.training.checkpoints import (
-    decoder_weights,
-    file_kinds,
-    load_checkpoint,
-    require_same_distillation,
-    require_same_model,
-    sample_text,
-    save_model,
-    token_bytes,
-    token_strings,
-)
-from moesaic.training.config import RunConfig, TrainingConfig, require_accelerator, teacher_mapping
-from moesaic.training.distillation import open_targets, require_paths, require_same_teacher, students_tokenizer
-from moesaic.training.extension import (
-    checkpoint_tokenizer,
-    compare_with_start,
-    extension_numbers,
-    extension_table,
-    keep_start,
-    open_stretches,
-    require_extendable,
-    start_of,
-)
+from moesaic.training.config import RunConfig, TrainingConfig
+from moesaic.training.continuing import require_same_distillation
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.precision import choose_precision
-from moesaic.training.recall import score_recall
-from moesaic.training.records import (
-    RunLogger,
-    create_run_dir,
-    environment,
-    require_disk_space,
-    write_atomically,
-    write_json,
-    write_yaml,
-)
+from moesaic.training.records import RunLogger, create_run_dir, environment
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
 __all__ = ["fit_vocabulary", "resolve_resume", "run"]

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.distillation.opened import OpenedTargets
 from moesaic.models import Account, Decoder, DecoderConfig
 from moesaic.models.memory import LiveBytes
 from moesaic.training.config import RunConfig
-from moesaic.training.distillation import OpenedTargets
 
 __all__ = ["activation_bytes", "describe_teacher", "print_summary", "print_verdict"]
 

@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.data import DataConfig, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.models import Decoder
-from moesaic.training.checkpoints import load_checkpoint, load_model
 
 __all__ = ["load_teacher", "require_teacher", "teacher_tokenizer"]
 

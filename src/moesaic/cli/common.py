@@ -1,4 +1,4 @@
-"""What the scripts share: plain mappings from Hydra, and bad input reported without a traceback."""
+"""What the commands share: plain mappings from Hydra, and bad input reported without a traceback."""
 
 import difflib
 import errno
@@ -16,7 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from moesaic.config import flatten
 from moesaic.errors import InputError
 
-CONFIG_PATH = str(Path(__file__).resolve().parent.parent / "conf")
+__all__ = ["CONFIG_PATH", "exit_on_bad_input", "plain", "refuse_unknown_keys"]
+
+CONFIG_PATH = str(Path(__file__).resolve().parents[3] / "conf")
 
 OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
 sys.path.insert(0, str(Path.cwd()))  # own parts named by dotted path are found where you stand

@@ -20,10 +20,10 @@ from moesaic.distillation import (
     stream_keys,
     weights_hash,
 )
+from moesaic.distillation.config import DistillationConfig
+from moesaic.distillation.teachers import load_teacher, require_teacher, teacher_tokenizer
 from moesaic.errors import InputError, naming
 from moesaic.models import Decoder
-from moesaic.training.config import DistillationConfig
-from moesaic.training.teachers import load_teacher, require_teacher, teacher_tokenizer
 
 __all__ = ["OpenedTargets", "open_targets", "require_paths", "require_same_teacher", "students_tokenizer"]
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from moesaic.checkpoints import TrainedModel, load_model
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.data.tokenizers import Ids
@@ -28,7 +29,6 @@ from moesaic.evaluation.long_context import (
     mean_and_error,
 )
 from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarise_needles
-from moesaic.training.checkpoints import TrainedModel, load_model
 
 __all__ = [
     "LongContextSource",

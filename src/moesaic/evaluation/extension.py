@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from moesaic.checkpoints import decoder_weights, load_model, require_same_model
 from moesaic.config import to_mapping
 from moesaic.data import DataConfig, Tokenizer, TokenStream, tokenizer_from_dict
 from moesaic.errors import InputError, naming
@@ -23,7 +24,6 @@ from moesaic.evaluation.long_context import (
     loss_by_position,
 )
 from moesaic.models import Decoder, DecoderConfig, build_decoder
-from moesaic.training.checkpoints import decoder_weights, load_model, require_same_model
 
 __all__ = [
     "Stretches",

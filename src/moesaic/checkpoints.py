@@ -9,24 +9,18 @@ from typing import Any
 import torch
 
 from moesaic.config import flatten, from_mapping, to_mapping
-from moesaic.data import Tokenizer, TokenStream, tokenizer_from_dict
+from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.errors import InputError
-from moesaic.evaluation.specialisation import FileKinds
-from moesaic.models import Decoder, DecoderConfig, build_decoder, generate
-from moesaic.training.config import RunConfig, SampleConfig, TrainingConfig, teacher_mapping
+from moesaic.models import Decoder, DecoderConfig, build_decoder
 
 __all__ = [
     "TrainedModel",
     "decoder_weights",
-    "file_kinds",
     "load_checkpoint",
     "load_model",
-    "require_same_distillation",
+    "require_same_keys",
     "require_same_model",
-    "sample_text",
     "save_model",
-    "token_bytes",
-    "token_strings",
 ]
 
 
@@ -113,11 +107,10 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
     if decoder.config is None:
         raise InputError("this decoder has no config: only decoders of build_decoder can be written")
     model = to_mapping(decoder.config)
-    run_config = RunConfig(name=path.stem, model=model, training=TrainingConfig(steps=1, batch_size=1, seq_len=seq_len))
     checkpoint = {
         "state_dict": {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
         "hyper_parameters": {
-            "config": to_mapping(run_config),
+            "config": {"name": path.stem, "data": {}, "training": {"seq_len": seq_len}},
             "model": model,
             "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
             "token_bytes": None if tokenizer is None else token_bytes(tokenizer),
@@ -133,31 +126,12 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
         partial.unlink(missing_ok=True)
 
 
-def token_strings(tokenizer: Tokenizer | None) -> list[bytes] | None:
-    """The bytes of each token; None without a tokeniser."""
-    return None if tokenizer is None else [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-
-
-def file_kinds(stream: TokenStream, tokenizer: Tokenizer | None) -> FileKinds | None:
-    """Of the tokens of a split; None where nobody knows the files, as in a memory map or a recall task."""
-    if stream.documents is None or tokenizer is None:
-        return None
-    return FileKinds(stream.tokens, tokenizer.end_of_text, stream.documents)
-
-
-def token_bytes(tokenizer: Tokenizer) -> list[int]:
-    """Length of each token in bytes; the end-of-text marker counts none."""
-    lengths = [len(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
-    lengths[tokenizer.end_of_text] = 0
-    return lengths
-
-
 def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:
     """Raise InputError that names every key in which a checkpoint's model differs from `model`."""
-    _require_same("model", path, checkpoint["hyper_parameters"]["model"], to_mapping(model))
+    require_same_keys("model", path, checkpoint["hyper_parameters"]["model"], to_mapping(model))
 
 
-def _require_same(key: str, path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def require_same_keys(key: str, path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     stored, wanted = flatten(stored), flatten(wanted)
     differing = [
         f"{key}.{name}: {stored.get(name)!r} in the checkpoint, {wanted.get(name)!r} in the config"
@@ -166,43 +140,3 @@ def _require_same(key: str, path: str, stored: Mapping[str, Any], wanted: Mappin
     ]
     if differing:
         raise InputError(f"checkpoint {path}: a model of another shape; " + "; ".join(differing))
-
-
-def require_same_distillation(path: str, checkpoint: dict[str, Any], config: RunConfig, model: DecoderConfig) -> None:
-    """Raise InputError if a checkpoint's optimiser has a teacher or a weight policy where `config` has none, or others.
-
-    A checkpoint of weights only starts any run.
-    """
-    if "optimizer_states" not in checkpoint:
-        return
-    stored = checkpoint["hyper_parameters"]["config"].get("distillation")
-    wanted = config.distillation
-    found = "none" if stored is None else stored["source"]
-    asked = "none" if wanted is None else wanted.source
-    on_disk = ("frozen", "cached")  # these two may follow each other: the state of a run is the same
-    if found != asked and not (found in on_disk and asked in on_disk):
-        raise InputError(
-            f"checkpoint {path}: of a run with distillation source {found}, the config has {asked}; to start from its "
-            "weights alone, write them with moesaic.training.checkpoints.save_model"
-        )
-    if stored is not None and wanted is not None and asked == "joint":
-        theirs = teacher_mapping(checkpoint["hyper_parameters"]["model"], stored["teacher_model"])
-        _require_same("teacher_model", path, theirs, teacher_mapping(to_mapping(model), wanted.teacher_model))
-
-
-def sample_text(decoder: Decoder, tokenizer: Tokenizer, sampling: SampleConfig, seed: int) -> str:
-    """The prompt and its continuation, up to the end of the text."""
-    prompt = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(sampling.prompt.encode()).tolist()]])
-    tokens = generate(
-        decoder,
-        prompt.to(decoder.embedding.weight.device),
-        sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=seed,
-        stop_token=tokenizer.end_of_text,
-    )[0, 1:].tolist()
-    if tokens and tokens[-1] == tokenizer.end_of_text:
-        tokens = tokens[:-1]
-    return tokenizer.decode(tokens).decode("utf-8", errors="replace")

@@ -1,0 +1,131 @@
+"""Check mixture-of-experts layers: python scripts/conformance.py moesaic transformers-mixtral package.module:factory
+
+Exits with 1 if a check failed, with 2 if a layer could not be made. Without names, the ones known here are listed.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.errors import InputError
+from moesaic.layers import MoE
+from moesaic.testing import Report, check_moe, comparison_table
+from moesaic.testing.peers import PEERS
+
+__all__ = ["main"]
+
+
+def llama4() -> MoE:
+    """Sigmoid top-1, the score on the experts' input, a shared expert."""
+    return MoE.build(16, 24, 4)
+
+
+def top2_with_bias() -> MoE:
+    """Softmax top-2 normalised, the score on the output, no shared expert, a selection bias."""
+    return MoE.build(
+        16,
+        24,
+        4,
+        top_k=2,
+        score_function="softmax",
+        normalize_scores=True,
+        score_before_experts=False,
+        shared_hidden_dim=0,
+        expert_bias=True,
+    )
+
+
+def in_bfloat16() -> MoE:
+    return MoE.build(16, 24, 4, top_k=2, expert_bias=True, dtype=torch.bfloat16)
+
+
+LAYERS: dict[str, Callable[..., Any]] = {
+    "moesaic": llama4,
+    "moesaic-top2-bias": top2_with_bias,
+    "moesaic-bfloat16": in_bfloat16,
+    **PEERS,
+}
+PACKAGES = ("torch", "transformers", "torchtitan", "st-moe-pytorch", "mixture-of-experts", "pytorch-mixtures")
+COLORS = {"pass": "green", "fail": "red", "not applicable": "dim"}
+
+
+def find(name: str) -> Callable[..., Any]:
+    """A layer known here, or `package.module:factory` as seen from the working directory."""
+    if name in LAYERS:
+        return LAYERS[name]
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise InputError(f"{name}: allowed are package.module:factory, {', '.join(LAYERS)}")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name}: {error}") from error
+    if not callable(factory):
+        raise InputError(f"{name} is {type(factory).__name__}: allowed is a function that returns a layer")
+    return factory
+
+
+def versions() -> str:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def show(reports: Mapping[str, Report], console: Console) -> None:
+    table = Table("check", *reports)
+    for row in next(iter(reports.values())).rows:
+        statuses = [reports[name][row.check].status for name in reports]
+        table.add_row(row.check, *(f"[{COLORS[status]}]{status}[/]" for status in statuses))
+    console.print(table)
+    for name, report in reports.items():
+        for row in report.rows:
+            if row.status == "fail":
+                console.print(f"[bold]{name}[/], [red]{row.check}[/]: {row.statement}", highlight=False)
+                console.print(f"    {row.detail}", markup=False, highlight=False)
+                console.print(f"    guards against {row.bug}", markup=False, highlight=False)
+            elif row.status == "not applicable" and len(reports) == 1:
+                console.print(f"[bold]{name}[/], [dim]{row.check}: {row.detail}[/]", highlight=False)
+
+
+def markdown(reports: Mapping[str, Report]) -> str:
+    lines = [f"With {versions()}.", "", comparison_table(reports), ""]
+    for name, report in reports.items():
+        lines += [f"- {name}, {row.check}: {row.detail}" for row in report.failures]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layers", nargs="*", help="names or package.module:factory")
+    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/conformance.md")
+    given = parser.parse_args(arguments)
+    if not given.layers:
+        print(f"Known layers: {', '.join(LAYERS)}")
+        return
+    try:
+        reports = {name: check_moe(find(name)) for name in given.layers}
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if given.markdown:
+        print(markdown(reports))
+    else:
+        show(reports, Console())
+    sys.exit(not all(report.ok for report in reports.values()))
+
+
+if __name__ == "__main__":
+    main()

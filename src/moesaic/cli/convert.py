@@ -1,0 +1,159 @@
+"""Convert between transformers' Llama 4 directories and our checkpoints.
+
+python scripts/convert.py HF_DIRECTORY model.ckpt          # for evaluate.py, generate.py and train.py ckpt_path=...
+python scripts/convert.py RUN/checkpoints/last.ckpt NEW_HF_DIRECTORY
+python scripts/convert.py HF_DIRECTORY NEW_HF_DIRECTORY    # the text part alone, another dtype, other shards
+python scripts/convert.py --dry-run HF_DIRECTORY           # names, shapes and dtypes; reads no weight
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moesaic.checkpoints import load_model, save_model
+from moesaic.data import BPETokenizer, Tokenizer
+from moesaic.data.tokenizers import END_OF_TEXT
+from moesaic.errors import InputError
+from moesaic.interop import check_hf, config_to_hf, from_hf, to_hf
+from moesaic.interop.llama4_weights import Progress as TensorProgress
+from moesaic.models import Decoder, DecoderConfig, account
+
+__all__ = ["convert", "main"]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert(
+    source: Path, destination: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000
+) -> Decoder:
+    """Convert `source` to `destination` (a .ckpt file, or else a transformers directory); returns the decoder.
+
+    Raises:
+        InputError: either cannot be used; nothing is written then.
+    """
+    to_checkpoint = destination.suffix == ".ckpt"
+    if destination.exists() and (to_checkpoint or not destination.is_dir()):
+        raise InputError(f"{destination}: exists already; choose another name")
+    with _bar("reading") as tell:
+        if source.is_dir():
+            decoder = from_hf(source, dtype=dtype, progress=tell)
+            tokenizer = _read_tokenizer(decoder.foreign_files.get("tokenizer.json"))
+        else:
+            if to_checkpoint:
+                raise InputError(f"{source}: a checkpoint already; a destination that ends in .ckpt takes a directory")
+            loaded = load_model(source)
+            decoder, tokenizer = loaded.decoder, loaded.tokenizer
+            if not decoder.foreign_files and isinstance(tokenizer, BPETokenizer):
+                decoder.foreign_files = _tokenizer_files(tokenizer)
+    with _bar("writing") as tell:
+        if to_checkpoint:
+            save_model(destination, decoder, tokenizer)
+        else:
+            to_hf(decoder, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=tell)
+    return decoder
+
+
+def _read_tokenizer(text: str | None) -> Tokenizer | None:
+    """The tokeniser of a directory that this script wrote; that of others ends texts otherwise than our tools do."""
+    if text is None or json.loads(text).get("model", {}).get("vocab", {}).get(END_OF_TEXT) != BPETokenizer.end_of_text:
+        return None
+    return BPETokenizer(text)
+
+
+def _tokenizer_files(tokenizer: BPETokenizer) -> dict[str, str]:
+    """What transformers' AutoTokenizer and generate() need."""
+    content = json.loads(tokenizer.to_dict()["json"])
+    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"eos_token_id": tokenizer.end_of_text, "bos_token_id": tokenizer.end_of_text}
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    return {
+        "config.json": json.dumps(end),
+        "tokenizer.json": json.dumps(content),
+        "tokenizer_config.json": json.dumps(names),
+    }
+
+
+def dry_run(source: Path) -> Table:
+    """Check all that can be checked without weights; returns what was found."""
+    if not source.is_dir():
+        config = load_model(source).config
+        config_to_hf(config, {}, "float32")
+        return _summary(str(source), config, {"can be written as": "Llama4ForCausalLM"})
+    report = check_hf(source)
+    facts = {"tensors": f"{report.tensors}, all accounted for", "bytes": f"{report.bytes:,}"}
+    if report.skipped:
+        facts["vision tensors"] = f"{report.skipped}, would be skipped"
+    if report.absent_shards:
+        facts["shards not here"] = f"{len(report.absent_shards)}: of their tensors only the names were checked"
+        facts["bytes"] += " in the shards that are here"
+    return _summary(str(source), report.config, facts)
+
+
+def _summary(title: str, config: DecoderConfig, facts: dict[str, str]) -> Table:
+    counted = account(config, seq_len=config.attention.attention_chunk_size or 8192)
+    moe_layers = sum(layer.ffn == "moe" for layer in config.layers)
+    nope_layers = sum(layer.mixer in ("nope", "chunked_nope") for layer in config.layers)
+    table = Table(title=title, show_header=False)
+    table.add_row("layers", f"{config.num_layers}, {moe_layers} of them MoE, {nope_layers} without positions")
+    if config.moe is not None and moe_layers:
+        table.add_row("experts", f"{config.moe.num_experts}, top {config.moe.top_k}, and a shared one")
+    table.add_row("parameters", f"{counted.parameters:,}, {counted.active_parameters:,} active")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[TensorProgress]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total, name: progress.update(task, completed=done, total=total, description=f"{what} {name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a directory in transformers' format, or a checkpoint of ours")
+    parser.add_argument("destination", type=Path, nargs="?", help="NAME.ckpt, or a new directory")
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is written; default: as it is")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default: 5)")
+    parser.add_argument("--dry-run", action="store_true", help="check only")
+    given = parser.parse_args(arguments)
+    console = Console()
+    started = time.perf_counter()
+    try:
+        if given.dry_run:
+            console.print(dry_run(given.source))
+            return
+        if given.destination is None:
+            raise InputError("destination: missing; give NAME.ckpt or a new directory, or --dry-run")
+        dtype = None if given.dtype is None else DTYPES[given.dtype]
+        decoder = convert(given.source, given.destination, dtype, int(given.max_shard_gb * 1e9))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    parameters = dict(decoder.named_parameters())
+    dtypes = {dtype or p.dtype for p in parameters.values()}
+    facts = {
+        "tensors": str(len(parameters)),
+        "bytes": f"{sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters.values()):,}",
+        "dtype": ", ".join(sorted(str(x).removeprefix("torch.") for x in dtypes)),
+        "seconds": f"{time.perf_counter() - started:.1f}",
+        "written": str(given.destination),
+    }
+    assert decoder.config is not None
+    console.print(_summary(str(given.source), decoder.config, facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Score a checkpoint on any data source: python scripts/evaluate.py checkpoint=PATH [data=files data.path=...]
+
+A recall checkpoint: data=associative_recall, with data.task as it was trained.
+
+What each expert takes, and what another checkpoint of the same run routes differently:
+python scripts/evaluate.py checkpoint=PATH task=specialisation output=DIRECTORY [other_checkpoint=PATH]
+
+Long contexts, with switches of the model turned at inference only:
+python scripts/evaluate.py checkpoint=PATH task=loss_by_position|needle variants=[as_trained,no_temperature,window]
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Column, Table
+from torch import Tensor
+
+from moesaic.checkpoints import TrainedModel, load_model
+from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from moesaic.config import flatten, from_mapping
+from moesaic.data import DataConfig, EvaluationLoader, Task, TaskEvaluationLoader, load_data, token_strings
+from moesaic.devices import require_accelerator
+from moesaic.errors import InputError
+from moesaic.evaluation.checkpoint_evaluations import (
+    checkpoint_digest,
+    open_source,
+    require_tokenizer,
+    run_loss_by_position,
+    run_needles,
+    summarise_loss_by_position,
+    summarise_needle_variants,
+)
+from moesaic.evaluation.drift import Drift
+from moesaic.evaluation.language_modelling import evaluate_language_model
+from moesaic.evaluation.long_context import LossByPositionConfig
+from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
+from moesaic.evaluation.needle import NeedleConfig
+from moesaic.evaluation.plots import plot_loss_by_position
+from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
+from moesaic.evaluation.routing import load_health
+from moesaic.evaluation.specialisation import Specialisation, file_kinds, plot_specialisation
+from moesaic.files import write_json
+from moesaic.models import Decoder, DecoderOutput
+
+__all__ = ["main"]
+
+
+def evaluate(config: dict[str, Any]) -> dict[str, Any]:
+    """Loss in nats per token, bits per byte and router load of a checkpoint, as a plain mapping.
+
+    With task=specialisation what explains the choice of expert as well, and drift to other_checkpoint.
+    """
+    _require_paths(config)
+    specialised = config["task"] == "specialisation"
+    if config["other_checkpoint"] is not None and not specialised:
+        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
+    if config["variants"] != ["as_trained"]:
+        raise InputError(f"variants={config['variants']}: they need task=loss_by_position or task=needle")
+    if config["split"] not in ("validation", "train"):
+        raise InputError(f"split={config['split']!r}: allowed are validation, train")
+    for key in ("seq_len", "batch_size", "max_batches"):
+        if config[key] is not None and (type(config[key]) is not int or config[key] < 1):
+            raise InputError(f"{key}={config[key]!r}: allowed are integers >= 1")
+    require_accelerator("accelerator", config["accelerator"])
+    data_config = from_mapping(DataConfig, config["data"], "data")
+    model = load_model(config["checkpoint"])
+    _require_readable(model, data_config, config["checkpoint"])
+    digest = checkpoint_digest(config["checkpoint"]) if config["output"] else None
+    _require_same_evaluation(config, digest)
+    data = load_data(data_config, model.tokenizer)
+    if data.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"data: token ids up to {data.vocab_size - 1}, but the checkpoint has a vocabulary of "
+            f"{model.config.vocab_size}"
+        )
+    trained_length = model.run_config["training"]["seq_len"]
+    seq_len = config["seq_len"] or trained_length
+    if data.task is not None and config["split"] != "validation":
+        raise InputError(f"split={config['split']!r}: allowed is validation, the test sequences of a recall task")
+    if data.task is not None and config["max_batches"] is not None:
+        raise InputError(
+            f"max_batches={config['max_batches']}: of a recall task all test sequences are scored; "
+            "data.task.test_sequences says how many there are"
+        )
+    split = getattr(data, config["split"])
+    if data.task is not None:
+        data.task.require_length(seq_len, "seq_len")
+    elif config["seq_len"] is not None and seq_len >= len(split.tokens):
+        raise InputError(
+            f"seq_len={seq_len}: longer than the data, the {config['split']} split has {len(split.tokens)} tokens; "
+            "allowed are numbers below"
+        )
+    batches: dict[str, Any] = {"batch_size": config["batch_size"], "max_batches": config["max_batches"]}
+    loader = (
+        EvaluationLoader(split.tokens, seq_len=seq_len, **batches)
+        if data.task is None
+        else TaskEvaluationLoader(data.task, seq_len=seq_len, **batches)
+    )
+    decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
+    specialisation = Specialisation(
+        model.config.vocab_size, token_strings(model.tokenizer), file_kinds(split, data.tokenizer)
+    )
+    watchers: list[Specialisation | Drift] = [specialisation] if specialised else []
+    if config["other_checkpoint"] is not None:
+        watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.embedding.weight.device)))
+
+    def watch(output: DecoderOutput, batch: dict[str, Tensor]) -> None:
+        for watcher in watchers:
+            watcher.update(output, batch)
+
+    if config["output"]:
+        try:
+            Path(config["output"]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output={config['output']!r}: cannot be written ({error.strerror})") from error
+    score = evaluate_language_model(
+        decoder, track(loader, "evaluating", total=len(loader), console=Console(stderr=True)), model.token_bytes, watch
+    )
+    if specialised and not score.tokens_per_expert:
+        raise InputError(f"task=specialisation: {config['checkpoint']} has no MoE layers")
+    if config["max_batches"] is None:  # of a memory map without tokeniser the bytes are known for the whole split only
+        score.num_bytes = score.num_bytes or split.num_bytes or 0
+    numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
+    for name, counts in score.tokens_per_expert.items():
+        numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
+    for watcher in watchers:
+        numbers |= watcher.numbers()
+    scores = {}
+    if data.task is not None:  # most positions of its sequences have no loss, so none is shown by position
+        scores = score_recall(decoder, data.task, seq_len, config["batch_size"])
+        numbers |= {**recall_numbers(scores), "recall/chance": data.task.chance}
+    if config["output"]:
+        output = Path(config["output"])
+        if specialised:
+            plot_specialisation(specialisation, output / "specialisation.png")
+            write_json(output / "specialisation.json", specialisation.counts())
+        record = {"config": config, "checkpoint_digest": digest, **numbers}
+        if data.task is not None:
+            write_json(output / "evaluation.json", record)
+            plot_recall(scores, output / "recall.png", seq_len, data.task.chance)
+            return numbers
+        write_json(output / "evaluation.json", {**record, "loss_by_position": score.loss_by_position})
+        chunk = model.config.attention.attention_chunk_size
+        # not loss_by_position.png: that is the picture of the task of this name, which may have the same directory
+        plot_loss_by_position(score.loss_by_position, output / "evaluation.png", trained_length, chunk)
+    return numbers
+
+
+PICTURES = ("evaluation.png", "recall.png", "specialisation.png")
+
+
+def _require_same_evaluation(config: dict[str, Any], digest: str | None) -> None:
+    """Refuse a directory with an evaluation.json of other settings, or with others' pictures: they'd be overwritten."""
+    if not config["output"]:
+        return
+    path = Path(config["output"]) / "evaluation.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        stored = flatten({**record["config"], "checkpoint_digest": record["checkpoint_digest"]})
+    except (FileNotFoundError, NotADirectoryError):
+        if found := [name for name in PICTURES if path.with_name(name).exists()]:
+            raise InputError(
+                f"{path.with_name(found[0])}: would be overwritten, and {path.name} is not beside it; choose another "
+                "output"
+            ) from None
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a result of this script; choose another output") from error
+    asked = flatten({**config, "checkpoint_digest": digest})
+    where = ("checkpoint", "output", "batch_size", "accelerator", "data.cache_dir", "variants")
+    keys = [
+        key for key in sorted(stored.keys() | asked.keys()) if key.split(".")[0] not in ("loss_by_position", "needle")
+    ]
+    differing = [key for key in keys if key not in where and stored.get(key) != asked.get(key)]
+    if listed := "; ".join(f"{key}: {stored.get(key)} there, {asked.get(key)} now" for key in differing):
+        raise InputError(f"{path}: results of another evaluation ({listed}); choose another output")
+
+
+def _require_readable(model: TrainedModel, data: DataConfig, checkpoint: str) -> None:
+    """Refuse text that the checkpoint has no tokeniser for, and recall tasks whose ids mean something else to it."""
+    task, trained = data.make_task(), from_mapping(DataConfig, model.run_config["data"], "data")
+    if task is None:
+        require_tokenizer(model, data, checkpoint)
+        return
+    if model.tokenizer is not None:
+        raise InputError(f"data.source={data.source!r}: a recall task, but the checkpoint was trained on text")
+    known = trained.make_task()
+    if known is not None and (trained.source, _meaning(known)) != (data.source, _meaning(task)):
+        raise InputError(
+            f"data.source={data.source!r}: its ids mean {_meaning(task)}, but the checkpoint was trained on "
+            f"{trained.source!r} with {_meaning(known)}; give data={trained.source} and data.task as in training"
+        )
+
+
+def _meaning(task: Task) -> dict[str, int]:
+    """What the ids stand for, by how many there are of each kind."""
+    kinds = {name: getattr(task, name) for name in ("keys", "values", "fillers") if hasattr(task, name)}
+    return {**kinds, "all": task.vocab_size}
+
+
+def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
+    """Of a checkpoint that reads the same tokens."""
+    other = load_model(checkpoint)
+    if (other.tokenizer and other.tokenizer.to_dict()) != (model.tokenizer and model.tokenizer.to_dict()):
+        raise InputError(f"other_checkpoint={checkpoint}: it has another tokeniser than checkpoint")
+    if other.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"other_checkpoint={checkpoint}: it has a vocabulary of {other.config.vocab_size}; checkpoint has one of "
+            f"{model.config.vocab_size}"
+        )
+    return other.decoder
+
+
+def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The tasks loss_by_position and needle: numbers per variant."""
+    if config["task"] not in ("loss_by_position", "needle"):
+        raise InputError(f"task={config['task']!r}: allowed are score, specialisation, loss_by_position, needle")
+    _require_paths(config)
+    if config["other_checkpoint"] is not None:
+        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
+    for key in ("seq_len", "max_batches"):
+        if config[key] is not None:
+            raise InputError(
+                f"{key}={config[key]!r}: only task=score and task=specialisation have it; "
+                f"see the section {config['task']}"
+            )
+    if type(config["batch_size"]) is not int or config["batch_size"] < 1:
+        raise InputError(f"batch_size={config['batch_size']!r}: allowed are integers >= 1")
+    variants = config["variants"]
+    if not isinstance(variants, list) or not all(isinstance(name, str) for name in variants):
+        raise InputError(f"variants={variants!r}: allowed is a list of names and key=value")
+    require_accelerator("accelerator", config["accelerator"])
+    loss_config = from_mapping(LossByPositionConfig, config["loss_by_position"], "loss_by_position")
+    needle_config = from_mapping(NeedleConfig, config["needle"], "needle")
+    source = open_source(
+        config["checkpoint"],
+        from_mapping(DataConfig, config["data"], "data"),
+        config["split"],
+        "cuda" if config["accelerator"] == "gpu" else "cpu",
+    )
+    output = Path(config["output"]) if config["output"] else None
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(config["task"], total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, advance=done, total=total)
+
+        if config["task"] == "needle":
+            needles = run_needles(
+                source, needle_config, variants, batch_size=config["batch_size"], output=output, advance=advance
+            )
+            if output is not None:
+                plot_needles(needles, output / "needle.png", needle_config, source.train_length)
+            return summarise_needle_variants(needles, needle_config.distractors, source.train_length)
+        losses = run_loss_by_position(
+            source, loss_config, variants, batch_size=config["batch_size"], output=output, advance=advance
+        )
+    if output is not None:
+        plot_variants_by_position(losses, output / "loss_by_position.png", source.train_length)
+    return summarise_loss_by_position(losses, source.train_length)
+
+
+def _require_paths(config: dict[str, Any]) -> None:
+    if config["checkpoint"] is None:
+        raise InputError("checkpoint: missing; give checkpoint=<run>/checkpoints/last.ckpt")
+    for key in ("checkpoint", "other_checkpoint", "output"):
+        if config[key] is not None and not isinstance(config[key], str):
+            raise InputError(
+                f"{key}={config[key]!r}: allowed is a path; of a number or a word like true write ./ before"
+            )
+
+
+def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Table:
+    """One row per variant; a standard error stands beside its number."""
+    wanted = ["within/loss", "beyond/loss", "beyond/bits_per_byte", "within/difference", "beyond/difference"]
+    wanted += [f"{place}/{score}" for place in ("within", "beyond") for score in ("accuracy", "exact_match")]
+    wanted += ["beyond/accuracy_difference"]
+    columns = [key for key in wanted if any(key in numbers for numbers in summary.values())]
+    if "beyond/difference" in columns:
+        columns.remove("within/difference")
+    headings = [key.replace("/", "\n").replace("_", " ") for key in columns]
+    table = Table(
+        Column("variant", overflow="fold"),
+        *headings,
+        title=title,
+        caption="within and beyond the training length; ± standard error",
+    )
+    for name, numbers in summary.items():
+        cells = []
+        for key in columns:
+            error = numbers.get(f"{key}_standard_error")
+            cell = f"{numbers[key]:.4f}" if key in numbers else "-"
+            cells.append(cell if error is None else f"{cell} ± {error:.4f}")
+        table.add_row(name, *cells)
+    return table
+
+
+@hydra.main(config_path=CONFIG_PATH, config_name="evaluate", version_base="1.3")
+def _main(config: DictConfig) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if config.task not in ("score", "specialisation"):
+        summary = exit_on_bad_input(lambda: evaluate_long_context(plain(config)))
+        console.print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
+        return
+    numbers = exit_on_bad_input(lambda: evaluate(plain(config)))
+    table = Table("measure", "value", title=str(config.checkpoint))
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def main() -> None:
+    exit_on_bad_input(lambda: refuse_unknown_keys("evaluate", sys.argv[1:]))
+    _main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Run a study and report it: python scripts/study.py experiment=study_NAME [workers=2] [key=value ...]
+
+See conf/study.yaml. Runs that have a row in the results directory are not repeated: the same command continues what was
+stopped.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from moesaic.config import from_mapping
+from moesaic.errors import InputError
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.report import PICTURES, write_study_report
+from moesaic.studies.runner import read_rows, run_study
+
+__all__ = ["main", "study"]
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def study(config: dict[str, Any], command: str, console: Console | None = None) -> int:
+    """Run what is missing of a composed config with a `study` block, then report; returns an exit status.
+
+    Raises:
+        InputError: bad configuration, or results of another one in the directory.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    if config["study"]["arms"] is None:
+        known = ", ".join(sorted(path.stem for path in Path(CONFIG_PATH, "experiment").glob("study_*.yaml")))
+        raise InputError(f"experiment: give a study; allowed: {known}")
+    study_config = from_mapping(StudyConfig, config.pop("study"), "study")
+    workers, results_dir = config.pop("workers"), config.pop("results_dir")
+    if type(workers) is not int or workers < 1:
+        raise InputError(f"workers={workers!r}: allowed are integers >= 1")
+    if config["trainer"]["precision"] == "auto":  # each machine would choose its own
+        config["trainer"] = {**config["trainer"], "precision": "32-true"}
+    results = Path(results_dir or f"docs/studies/{config['name']}")
+    runs = Path(config["output_dir"]) / f"study_{config['name']}"
+    try:
+        failed = run_study(study_config, config, results=results, runs=runs, workers=workers, console=console)
+    except KeyboardInterrupt:
+        console.print("interrupted; finished runs are kept, the others continue from their last checkpoints with")
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        return INTERRUPTED
+    rows = read_rows(results, study_config, config)
+    if rows:
+        write_study_report(study_config, config, rows, results, command, console)
+        made = ("rows.jsonl", "table.md", "summary.json", *PICTURES)
+        names = ", ".join(name for name in made if (results / name).exists())
+        console.print(f"written: {results}/{names}", markup=False, highlight=False, soft_wrap=True)
+    for run, reason in failed.items():
+        console.print(f"error: {run} failed: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return FAILED if failed else 0
+
+
+@hydra.main(config_path=CONFIG_PATH, config_name="study", version_base="1.3")
+def _main(config: DictConfig) -> None:
+    command = shlex.join(["python", "scripts/study.py", *HydraConfig.get().overrides.task])
+    sys.exit(exit_on_bad_input(lambda: study(plain(config), command)))
+
+
+def main() -> None:
+    exit_on_bad_input(lambda: refuse_unknown_keys("study", sys.argv[1:]))
+    _main()
+
+
+if __name__ == "__main__":
+    main()
