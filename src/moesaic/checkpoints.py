@@ -136,7 +136,7 @@ def require_same_keys(key: str, path: str, stored: Mapping[str, Any], wanted: Ma
     differing = [
         f"{key}.{name}: {stored.get(name)!r} in the checkpoint, {wanted.get(name)!r} in the config"
         for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name) and name not in ("moe.backend", "init_std")
+        if stored.get(name) != wanted.get(name) and name not in ("moe.backend", "init_std", "format")
     ]
     if differing:
         raise InputError(f"checkpoint {path}: a model of another shape; " + "; ".join(differing))

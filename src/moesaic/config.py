@@ -23,7 +23,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from `values`, nested dataclasses included.
 
     Args:
-        cls: a dataclass. Field types may be bool, int, float, str, None, Any, Literal, X | Y, tuple[X, ...],
+        cls: a dataclass; a class method `check_mapping(values)` may refuse what only a mapping can be wrong about by
+            raising ValueError. Field types may be bool, int, float, str, None, Any, Literal, X | Y, tuple[X, ...],
             dict[str, X] and other dataclasses.
         values: plain containers, as `OmegaConf.to_container(..., resolve=True)` gives them.
         where: dotted path of `values` in the whole config, for messages.
@@ -47,6 +48,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{path}: missing; it needs {_describe(types_of[field.name])}")
     try:
+        if (check := getattr(cls, "check_mapping", None)) is not None:
+            check(values)
         return cls(**arguments)
     except InputError:
         raise

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.layer import benchmark_layer
 from benchmarks.limit import PRECISIONS
 from benchmarks.peers import OURS, CannotRun, Case, Peer
 from moesaic.layers import MoE
-from moesaic.layers.benchmark import benchmark_layer
 from moesaic.testing import MoEUnderTest
 from moesaic.testing.recognise import describe
 
@@ -70,7 +70,7 @@ def test_our_factory_makes_the_layer_that_was_asked_for(shared: bool) -> None:
 
 def test_layers_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "somebodys.py").write_text(
-        "from moesaic.layers.benchmark import benchmark_layer\n"
+        "from benchmarks.layer import benchmark_layer\n"
         "calls = []\n"
         "def good(**asked):\n"
         "    calls.append(asked)\n"

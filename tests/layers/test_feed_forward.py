@@ -50,5 +50,5 @@ def test_gradcheck() -> None:
 
 
 def test_bad_activation() -> None:
-    with pytest.raises(ValueError, match="activation='swish': allowed are silu, gelu, relu"):
+    with pytest.raises(ValueError, match="activation='swish': must be one of silu, gelu, relu"):
         FeedForward(4, 6, activation="swish")

@@ -237,7 +237,7 @@ def test_autocast(backend: str, before: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["sliced", "sliced_recompute"])
 def test_the_shared_expert_keeps_less_and_computes_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesaic.layers import moe as module
+    from moesaic.layers import feed_forward as module
 
     layer = redraw(MoE.build(dim=8, hidden_dim=16, num_experts=2, backend=backend))
     x = torch.randn(3, 20, 8, requires_grad=True)
@@ -264,7 +264,7 @@ def test_the_shared_expert_keeps_less_and_computes_the_same(backend: str, monkey
 
 @pytest.mark.parametrize("how", ["hook", "replaced", "bf16"])
 def test_a_shared_expert_whose_parts_are_somebody_elses_is_called(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesaic.layers import moe as module
+    from moesaic.layers import feed_forward as module
 
     monkeypatch.setattr(module, "LEAN_ELEMENTS", 0)
     dtype = torch.bfloat16 if how == "bf16" else torch.float32

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers import Routing, TopKRouter, count_tokens
+from moesaic.layers import Routing, TopKRouter
 
 
 class RunningMean(nn.Module):
@@ -45,7 +45,7 @@ class LinearRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         logits = self.linear(x)
         scores, ids = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
-        return Routing(logits, scores, ids, count_tokens(ids, logits.size(1)))
+        return Routing(logits, scores, ids)
 
 
 class BottomKRouter(TopKRouter):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from moesaic.layers import AttentionCache, MoE
+from moesaic.layers.attention import visible_keys
 from moesaic.models import (
     DecoderConfig,
     LayerConfig,
@@ -20,7 +21,6 @@ from moesaic.models import (
     llama4_scout,
     llama4_toy,
 )
-from moesaic.models.accounting import visible_keys
 
 
 def toy(attention: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
@@ -61,9 +61,9 @@ CONFIGS = {
     "head_dim is not dim / heads": toy({"head_dim": 6}),
     "dense twin": toy(dense_twin=True, moe={"top_k": 2}),
     "every mixer": toy(
-        **pattern(("rope", "dense"), ("full_rope", "moe"), ("nope", "dense_twin"), ("chunked_nope", "moe"))
+        **pattern(("chunked_rope", "dense"), ("rope", "moe"), ("nope", "dense_twin"), ("chunked_nope", "moe"))
     ),
-    "own parts": toy(moe={"router": OWN_ROUTER}, **pattern((OWN_MIXER, "moe"), ("rope", OWN_FFN))),
+    "own parts": toy(moe={"router": OWN_ROUTER}, **pattern((OWN_MIXER, "moe"), ("chunked_rope", OWN_FFN))),
 }
 
 
@@ -201,7 +201,7 @@ def test_layers_are_described() -> None:
         ("NoPE, full, temperature 0.1 / 8", "MoE 4 x 32, top 2"),
     ]
     assert [(x.mixer, x.ffn) for x in account(CONFIGS["own parts"], 16).layers][:2] == [
-        ("own_part_samples.RunningMean", "MoE 4 x 32, top 1 + shared 32"),
+        ("own_part_samples.RunningMean", "MoE 4 x 32, top 1 + shared 32, router own_part_samples.LinearRouter"),
         ("RoPE, chunks of 8, QK norm", "own_part_samples.TwoMatrices"),
     ]
 

@@ -39,7 +39,7 @@ OWN_FFN = {"type": "own_part_samples.TwoMatrices", "hidden_dim": 10}
 CONFIGS = {
     "llama 4": config(),
     "every mixer": config(
-        **pattern(("rope", "dense"), ("full_rope", "moe"), ("nope", "dense_twin"), ("chunked_nope", "moe"))
+        **pattern(("chunked_rope", "dense"), ("rope", "moe"), ("nope", "dense_twin"), ("chunked_nope", "moe"))
     ),
     "top 3, softmax, score after": config(
         moe={
@@ -51,7 +51,7 @@ CONFIGS = {
         }
     ),
     "convolution and biases": config({"conv_width": 3, "bias": True}),
-    "own parts": config(**pattern((OWN_MIXER, "moe"), ("rope", OWN_FFN)), num_layers=2),
+    "own parts": config(**pattern((OWN_MIXER, "moe"), ("chunked_rope", OWN_FFN)), num_layers=2),
 }
 
 
@@ -102,7 +102,7 @@ def test_cached_equals_uncached(splits: list[int], name: str) -> None:
 def test_the_four_mixers_differ_in_positions_and_reach() -> None:
     """One layer: does token 0 reach token 6 (chunks of 4)? Does the order of tokens 4 and 5 matter to it?"""
     found = {}
-    for mixer in ("rope", "full_rope", "nope", "chunked_nope"):
+    for mixer in ("chunked_rope", "rope", "nope", "chunked_nope"):
         decoder = build(config({"temperature": None}, num_layers=1, **pattern((mixer, "dense"))))
         tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
         changed, swapped = tokens.clone(), tokens.clone()
@@ -112,8 +112,8 @@ def test_the_four_mixers_differ_in_positions_and_reach() -> None:
         reach, order = ((decoder(other).logits[0, 6] - last).abs().max() > 1e-6 for other in (changed, swapped))
         found[mixer] = (bool(reach), bool(order))
     assert found == {
-        "rope": (False, True),
-        "full_rope": (True, True),
+        "chunked_rope": (False, True),
+        "rope": (True, True),
         "nope": (True, False),
         "chunked_nope": (False, False),
     }
@@ -272,7 +272,7 @@ def test_own_parts_keep_their_initialisation() -> None:
     own = config(
         moe={"router": {"type": "own_part_samples.LinearRouter"}},
         num_layers=2,
-        **pattern(("rope", "moe"), ("rope", OWN_FFN)),
+        **pattern(("chunked_rope", "moe"), ("chunked_rope", OWN_FFN)),
     )
     decoder = build_decoder(own)
     assert (decoder.get_submodule("layers.1.ffn").down.weight == 0.5).all(), "ffn"
@@ -304,7 +304,7 @@ def test_an_own_subclass_of_our_router_keeps_its_initialisation() -> None:
         ),
         (
             {"type": "own_part_samples.not_a_module"},
-            r"layer 0 mixer: own_part_samples\.not_a_module made a list; allowed: a torch\.nn\.Module",
+            r"layer 0 mixer: own_part_samples\.not_a_module made a list; it must be a torch\.nn\.Module",
         ),
     ],
 )
@@ -315,7 +315,9 @@ def test_bad_own_parts(part: dict[str, Any], message: str) -> None:
 
 def test_bad_own_ffn_and_router_say_where() -> None:
     with pytest.raises(InputError, match=r"layer 1 ffn: own_part_samples\.TwoMatrices\(dim\) failed: .*hidden_dim"):
-        build_decoder(config(**pattern(("rope", "dense"), ("rope", {"type": "own_part_samples.TwoMatrices"}))))
+        build_decoder(
+            config(**pattern(("chunked_rope", "dense"), ("chunked_rope", {"type": "own_part_samples.TwoMatrices"})))
+        )
     with pytest.raises(InputError, match=r"layer 1 router: type='own_part_samples\.Absent' cannot be imported"):
         build_decoder(config(moe={"router": {"type": "own_part_samples.Absent"}}))
 

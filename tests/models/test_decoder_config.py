@@ -35,7 +35,7 @@ def layers(config: DecoderConfig) -> list[tuple[Any, Any]]:
     return [(layer.mixer, layer.ffn) for layer in config.layers]
 
 
-ROPE_DENSE, ROPE_MOE, NOPE_DENSE, NOPE_MOE = [(m, f) for m in ("rope", "nope") for f in ("dense", "moe")]
+ROPE_DENSE, ROPE_MOE, NOPE_DENSE, NOPE_MOE = [(m, f) for m in ("chunked_rope", "nope") for f in ("dense", "moe")]
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,17 @@ def test_intervals_expand_with_the_phase_of_llama_4(step: int, interval: int, ex
 
 def test_a_pattern_is_tiled_over_the_layers() -> None:
     pattern = (
-        LayerConfig("rope", "dense"),
-        LayerConfig("full_rope", "moe"),
+        LayerConfig("chunked_rope", "dense"),
+        LayerConfig("rope", "moe"),
         LayerConfig("chunked_nope", "dense_twin"),
     )
     config = llama4_toy(num_layers=5, pattern=pattern, interleave_moe_layer_step=None, nope_layer_interval=None)
     assert layers(config) == [
-        ("rope", "dense"),
-        ("full_rope", "moe"),
+        ("chunked_rope", "dense"),
+        ("rope", "moe"),
         ("chunked_nope", "dense_twin"),
-        ("rope", "dense"),
-        ("full_rope", "moe"),
+        ("chunked_rope", "dense"),
+        ("rope", "moe"),
     ]
 
 
@@ -80,9 +80,9 @@ def test_the_expanded_list_is_a_pattern_of_the_same_model(step: int, interval: i
 def test_dense_twin_replaces_moe_layers_only() -> None:
     twin = llama4_toy(dense_twin=True)
     assert layers(twin) == [
-        ("rope", "dense"),
-        ("rope", "dense_twin"),
-        ("rope", "dense"),
+        ("chunked_rope", "dense"),
+        ("chunked_rope", "dense_twin"),
+        ("chunked_rope", "dense"),
         ("nope", "dense_twin"),
     ]
     assert twin.ffn_width("dense_twin") == 32 + 32
@@ -111,7 +111,7 @@ def test_round_trip(config: DecoderConfig) -> None:
 def test_round_trip_of_a_pattern_with_own_parts() -> None:
     own = {"type": "package.module.Class", "width": 3, "nested": {"a": [1, 2]}}
     config = llama4_toy(
-        pattern=(LayerConfig(own, "moe"), LayerConfig("rope", own)),
+        pattern=(LayerConfig(own, "moe"), LayerConfig("chunked_rope", own)),
         interleave_moe_layer_step=None,
         nope_layer_interval=None,
         moe=MoEConfig(num_experts=4, hidden_dim=8, router=own),
@@ -140,13 +140,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (WITHOUT_INTERVALS, r"model\.interleave_moe_layer_step=None: give either `pattern` or both intervals"),
     (
-        {"pattern": [{"mixer": "rope", "ffn": "moe"}]},
+        {"pattern": [{"mixer": "chunked_rope", "ffn": "moe"}]},
         r"model\.interleave_moe_layer_step=2: give either `pattern` or both intervals",
     ),
     ({"pattern": [], **WITHOUT_INTERVALS}, r"model\.pattern=\[\]: it needs at least one entry"),
     ({"moe": None}, r"model\.moe=None: the depth pattern has MoE layers"),
     (
-        {"moe": None, "pattern": [{"mixer": "rope", "ffn": "dense_twin"}], **WITHOUT_INTERVALS},
+        {"moe": None, "pattern": [{"mixer": "chunked_rope", "ffn": "dense_twin"}], **WITHOUT_INTERVALS},
         r"model\.moe=None: the depth pattern has MoE layers",
     ),
     ({"dims": 8}, r"model\.dims: unknown key \(did you mean model\.dim\?\)"),
@@ -214,26 +214,63 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"moe.router": {"scale": 2}},
-        r"model\.moe\.router=.*: an own part needs `type: package\.module\.Class`",
+        r"model\.moe\.router=.*: a custom module needs `type: package\.module\.Class`",
     ),
     (
-        {"pattern": [{"mixer": "rope", "ffn": "moe"}, {"mixer": "ropee", "ffn": "moe"}], **WITHOUT_INTERVALS},
-        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\); allowed: rope \| full_rope \| nope \| chunked_nope",
+        {"pattern": [{"mixer": "chunked_rope", "ffn": "moe"}, {"mixer": "ropee", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\); allowed: rope \| chunked_rope \| nope \| chunked_nope",
     ),
-    ({"pattern": [{"mixer": "rope"}], **WITHOUT_INTERVALS}, r"model\.pattern\[0\]\.ffn: missing"),
+    ({"pattern": [{"mixer": "chunked_rope"}], **WITHOUT_INTERVALS}, r"model\.pattern\[0\]\.ffn: missing"),
     (
-        {"pattern": [{"mixer": "rope", "fnn": "moe"}], **WITHOUT_INTERVALS},
+        {"pattern": [{"mixer": "chunked_rope", "fnn": "moe"}], **WITHOUT_INTERVALS},
         r"model\.pattern\[0\]\.fnn: unknown key \(did you mean model\.pattern\[0\]\.ffn\?\)",
     ),
     (
         {"pattern": [{"mixer": {"width": 3}, "ffn": "moe"}], **WITHOUT_INTERVALS},
-        r"model\.pattern\[0\]\.mixer=.*: an own part needs `type: package\.module\.Class`",
+        r"model\.pattern\[0\]\.mixer=.*: a custom module needs `type: package\.module\.Class`",
     ),
     (
         {"pattern": "rope", **WITHOUT_INTERVALS},
         r"model\.pattern: found 'rope' \(str\); allowed: a list of a mapping or null",
     ),
+    (
+        {"pattern": [{"mixer": "rope", "ffn": "moe"}], **WITHOUT_INTERVALS, "format": None},
+        r"model\.format: found None",
+    ),
+    (
+        {
+            "attention.attention_chunk_size": None,
+            "pattern": [{"mixer": "chunked_rope", "ffn": "moe"}],
+            **WITHOUT_INTERVALS,
+        },
+        r"model\.attention\.attention_chunk_size=None: the depth pattern has chunked_rope layers",
+    ),
+    ({"moe.dispatcher": {"scale": 2}}, r"model\.moe\.dispatcher=.*: a custom module needs `type"),
+    ({"moe.router": "uniform", "moe.expert_bias": True}, r"model\.moe\.expert_bias=True: router=uniform has no"),
 ]
+
+
+def unversioned(**changes: Any) -> dict[str, Any]:
+    values = mapping(**changes)
+    del values["format"]
+    return values
+
+
+def test_rope_beside_chunks_is_refused_where_the_format_is_not_said() -> None:
+    """Before format 2 `rope` meant chunk-local attention: the same words would make another model."""
+    pattern = [{"mixer": "rope", "ffn": "moe"}, {"mixer": "nope", "ffn": "dense"}]
+    changes = {"pattern": pattern, **WITHOUT_INTERVALS}
+    with pytest.raises(InputError, match=r"model\.pattern: mixer rope .*say chunked_rope for the former, or format: 2"):
+        from_mapping(DecoderConfig, unversioned(**changes), "model")
+    assert from_mapping(DecoderConfig, mapping(**changes)).layers[0].mixer == "rope"
+    without_chunks = unversioned(**changes, **{"attention.attention_chunk_size": None})
+    assert from_mapping(DecoderConfig, without_chunks).layers[0].mixer == "rope"
+
+
+def test_the_intervals_say_chunked_where_there_are_chunks() -> None:
+    assert llama4_toy().layers[0].mixer == "chunked_rope"
+    attention = dataclasses.replace(llama4_toy().attention, attention_chunk_size=None)
+    assert llama4_toy(attention=attention).layers[0].mixer == "rope"
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=["; ".join(changes) for changes, _ in BAD])
@@ -250,7 +287,7 @@ def test_the_mapping_used_above_is_good() -> None:
     ("make", "message"),
     [
         (lambda: LayerConfig(mixer="ropee", ffn="moe"), "mixer='ropee'"),  # type: ignore[arg-type]
-        (lambda: LayerConfig(mixer="rope", ffn="mo"), "ffn='mo'"),  # type: ignore[arg-type]
+        (lambda: LayerConfig(mixer="chunked_rope", ffn="mo"), "ffn='mo'"),  # type: ignore[arg-type]
         (lambda: MoEConfig(num_experts=2, hidden_dim=4, router="unform"), "router='unform'"),  # type: ignore[arg-type]
         (lambda: MoEConfig(num_experts=2, hidden_dim=4, top_k=3), "top_k=3"),
         (lambda: AttentionConfig(num_heads=3, num_kv_heads=2), "num_heads=3"),
@@ -269,5 +306,5 @@ def test_odd_head_dim_is_fine_without_positions() -> None:
 
 
 def test_own_parts_do_not_need_moe() -> None:
-    own = LayerConfig(mixer="rope", ffn={"type": "somewhere.Part"})
+    own = LayerConfig(mixer="chunked_rope", ffn={"type": "somewhere.Part"})
     assert llama4_toy(moe=None, pattern=(own,), **WITHOUT_INTERVALS).moe is None

@@ -114,7 +114,9 @@ def test_mode_is_restored_and_no_graph_is_kept(training: bool) -> None:
 
 def test_a_mixer_without_cache_falls_back_to_the_whole_text() -> None:
     own = LayerConfig({"type": "own_part_samples.RunningMean"}, "dense")
-    decoder = toy(pattern=(LayerConfig("rope", "moe"), own), interleave_moe_layer_step=None, nope_layer_interval=None)
+    decoder = toy(
+        pattern=(LayerConfig("chunked_rope", "moe"), own), interleave_moe_layer_step=None, nope_layer_interval=None
+    )
     assert decoder.make_cache() is None
     seen: list[int] = []
     decoder.embedding.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].size(1)))

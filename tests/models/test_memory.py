@@ -126,7 +126,7 @@ def test_both_are_within_5_percent_of_a_real_step(name: str, dtype: torch.dtype,
 )
 def test_a_lean_shared_expert_is_counted(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     before = estimates(CONFIGS[name], dtype)[0]
-    monkeypatch.setattr("moesaic.layers.moe.LEAN_ELEMENTS", 0)
+    monkeypatch.setattr("moesaic.layers.feed_forward.LEAN_ELEMENTS", 0)
     test_both_are_within_5_percent_of_a_real_step(name, dtype, False)
     is_lean = dtype == torch.float32 or name == "recomputed"
     assert (estimates(CONFIGS[name], dtype)[0].activations < before.activations) == is_lean
@@ -237,7 +237,7 @@ def test_a_model_that_fits_nowhere_is_traced() -> None:
 def test_own_parts_are_traced_and_have_no_formula() -> None:
     entries = (
         LayerConfig({"type": "own_part_samples.RunningMean"}, "moe"),
-        LayerConfig("rope", {"type": "own_part_samples.TwoMatrices", "hidden_dim": 300}),
+        LayerConfig("chunked_rope", {"type": "own_part_samples.TwoMatrices", "hidden_dim": 300}),
     )
     pattern = {"pattern": entries, "interleave_moe_layer_step": None, "nope_layer_interval": None}
     config = small(**pattern)

@@ -210,7 +210,7 @@ def test_resumed_checks_continue_those_before(
         (["resume=true"], r"resume=true: no unfinished run"),
         (["balance.expert_bias_update_rate=0.1"], r"it needs model.moe.expert_bias=true"),
         (["model.moe=null"], r"model.moe=None: the depth pattern has MoE layers"),
-        (["model.pattern=[{mixer: rope, ffn: dense}]"], r"give either `pattern` or both intervals"),
+        (["model.pattern=[{mixer: chunked_rope, ffn: dense}]"], r"give either `pattern` or both intervals"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

@@ -88,9 +88,9 @@ def test_llama4_tiny_has_exactly_the_published_layout(composed: Composed) -> Non
     model = {**composed("model=llama4_tiny", smoke=False)["model"], "vocab_size": 1024}
     config = from_mapping(DecoderConfig, model)
     assert [(layer.mixer, layer.ffn) for layer in config.layers] == [
-        ("rope", "dense"),
-        ("rope", "moe"),
-        ("rope", "dense"),
+        ("chunked_rope", "dense"),
+        ("chunked_rope", "moe"),
+        ("chunked_rope", "dense"),
         ("nope", "moe"),
     ]
     assert config.attention.conv_width == 0

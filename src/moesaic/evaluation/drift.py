@@ -112,7 +112,8 @@ class RunningDrift:
 
 
 def _id_dtype(num_experts: int) -> torch.dtype:
-    return torch.uint8 if num_experts <= 2**8 else torch.int16 if num_experts <= 2**15 else torch.int32
+    """Wide enough for the ids and for E, "no expert"."""
+    return torch.uint8 if num_experts < 2**8 else torch.int16 if num_experts < 2**15 else torch.int32
 
 
 def _shapes(routing: Mapping[str, Routing]) -> dict[str, tuple[int, int]]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layers import Routing, count_tokens
@@ -25,7 +26,7 @@ class RoutingHealth:
     entropy: float
     """Mean over tokens of the entropy of softmax(logits), over log E: 1 undecided, 0 certain."""
     margin: float
-    """Mean over tokens of the logit of the last chosen expert minus that of the best one left out."""
+    """Mean of the logit of the last chosen expert minus that of the best one left out, over tokens that have both."""
 
 
 def expert_load(tokens_per_expert: Tensor) -> Tensor:
@@ -43,12 +44,17 @@ def load_health(tokens_per_expert: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def routing_health(routing: Routing, valid: Tensor | None = None) -> RoutingHealth:
     """Measure one layer's routing; `valid` (T,) bool leaves padding out."""
-    num_experts, top_k = routing.logits.size(1), routing.expert_ids.size(1)
+    num_experts = routing.logits.size(1)
     logits = routing.logits.float()
-    chosen = logits.gather(1, routing.expert_ids).amin(dim=1)
-    left_out = logits.scatter(1, routing.expert_ids, -math.inf).amax(dim=1)
+    is_chosen = F.one_hot(routing.expert_ids, num_experts + 1).sum(dim=1)[:, :num_experts] > 0  # E is "no expert"
+    chosen = logits.masked_fill(~is_chosen, math.inf).amin(dim=1)
+    left_out = logits.masked_fill(is_chosen, -math.inf).amax(dim=1)
+    has_both = is_chosen.any(dim=1) & ~is_chosen.all(dim=1)
     if valid is not None:
-        logits, chosen, left_out = logits[valid], chosen[valid], left_out[valid]
+        has_both = has_both & valid
+    margin = (chosen - left_out)[has_both]
+    if valid is not None:
+        logits = logits[valid]
     log_probabilities = logits.log_softmax(dim=-1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean().item()
     max_violation, dead_share = load_health(count_tokens(routing.expert_ids, num_experts, valid))
@@ -56,5 +62,5 @@ def routing_health(routing: Routing, valid: Tensor | None = None) -> RoutingHeal
         max_violation=max_violation,
         dead_share=dead_share,
         entropy=entropy / math.log(num_experts) if num_experts > 1 else 0.0,
-        margin=(chosen - left_out).mean().item() if top_k < num_experts else 0.0,
+        margin=margin.mean().item() if margin.numel() else 0.0,
     )

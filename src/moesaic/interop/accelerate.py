@@ -14,8 +14,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moesaic.errors import InputError
+from moesaic.layers.backends import run_experts
 from moesaic.layers.dispatch import LocalDispatcher
-from moesaic.layers.experts import run_experts
 from moesaic.layers.moe import mix_experts
 from moesaic.layers.router import Routing, count_tokens
 
@@ -76,7 +76,7 @@ class RoutedByTheirBlock(nn.Module):
         """
         # the logits stayed with the block's router, and nothing here reads them
         counts = count_tokens(top_k_index, self.num_experts)
-        routing = Routing(logits=top_k_weights, scores=top_k_weights, expert_ids=top_k_index, tokens_per_expert=counts)
+        routing = Routing(logits=top_k_weights, scores=top_k_weights, expert_ids=top_k_index, counts=counts)
         mixed = mix_experts(hidden_states, routing, self.run, LocalDispatcher(), score_before_experts=False)
         return mixed.to(hidden_states.dtype)
 

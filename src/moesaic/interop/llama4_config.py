@@ -175,7 +175,7 @@ def _decoder_config(fields: _TextFields, pad_token_id: int | None, max_length: i
     chunked = [x == "chunked_attention" for x in fields.layer_types or ()] or uses_rope
     step = fields.interleave_moe_layer_step
     moe_layers = range(step - 1, num_layers, step) if fields.moe_layers is None else fields.moe_layers
-    mixers = {(1, 1): "rope", (1, 0): "full_rope", (0, 0): "nope", (0, 1): "chunked_nope"}
+    mixers = {(1, 1): "chunked_rope", (1, 0): "rope", (0, 0): "nope", (0, 1): "chunked_nope"}
     pattern = [
         {"mixer": mixers[rope, chunk], "ffn": "moe" if i in moe_layers else "dense"}
         for i, (rope, chunk) in enumerate(zip(uses_rope, chunked, strict=True))
@@ -264,7 +264,7 @@ def config_to_hf(config: DecoderConfig, carried: Mapping[str, Any], dtype: str) 
     _refuse_what_llama4_has_not(config)
     attention, moe = config.attention, config.moe
     layers = config.layers
-    chunked = [x.mixer in ("rope", "chunked_nope") and attention.attention_chunk_size is not None for x in layers]
+    chunked = [x.mixer in ("chunked_rope", "chunked_nope") for x in layers]
     # what is switched off keeps the values it came with
     unused = AttentionTemperature(carried.get("attn_scale", 0.1), int(carried.get("floor_scale", 8192)))
     temperature = attention.temperature or unused
@@ -290,7 +290,7 @@ def config_to_hf(config: DecoderConfig, carried: Mapping[str, Any], dtype: str) 
         # the two lists decide; the intervals only say how they came about
         interleave_moe_layer_step=config.interleave_moe_layer_step or carried.get("interleave_moe_layer_step") or 1,
         use_qk_norm=attention.qk_norm,
-        no_rope_layers=tuple(int(layer.mixer in ("rope", "full_rope")) for layer in layers),
+        no_rope_layers=tuple(int(layer.mixer in ("rope", "chunked_rope")) for layer in layers),
         no_rope_layer_interval=config.nope_layer_interval or carried.get("no_rope_layer_interval") or 4,
         # transformers wants a number even where no layer is chunked
         attention_chunk_size=attention.attention_chunk_size or max_length,

@@ -12,12 +12,19 @@ from moesaic.layers.attention import (
     causal_attention,
     masked_attention,
 )
-from moesaic.layers.benchmark import benchmark_layer
-from moesaic.layers.dispatch import DispatchContext, Dispatcher, LocalDispatcher
-from moesaic.layers.experts import BACKENDS, Experts, choose_backend, run_experts
+from moesaic.layers.backends import BACKENDS, choose_backend, run_experts
+from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
+from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
+from moesaic.layers.part import (
+    Flops,
+    ParameterKind,
+    Parametrization,
+    Part,
+    parameter_kinds,
+)
 from moesaic.layers.rotary import Llama3RopeScaling, RotaryEmbedding
 from moesaic.layers.router import Routing, TopKRouter, UniformRouter, count_tokens
 
@@ -27,13 +34,17 @@ __all__ = [
     "Attention",
     "AttentionCache",
     "AttentionTemperature",
-    "DispatchContext",
+    "Dispatched",
     "Dispatcher",
     "Experts",
     "FeedForward",
+    "Flops",
     "Llama3RopeScaling",
     "LocalDispatcher",
     "MoE",
+    "ParameterKind",
+    "Parametrization",
+    "Part",
     "RMSNorm",
     "RotaryEmbedding",
     "RoutedLayer",
@@ -41,11 +52,11 @@ __all__ = [
     "ShortConvolution",
     "TopKRouter",
     "UniformRouter",
-    "benchmark_layer",
     "causal_attention",
     "choose_backend",
     "count_tokens",
     "masked_attention",
     "mix_experts",
+    "parameter_kinds",
     "run_experts",
 ]

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moesaic.layers.norm import RMSNorm
+from moesaic.layers.part import ParameterKind
 from moesaic.layers.rotary import RotaryEmbedding
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ShortConvolution",
     "causal_attention",
     "masked_attention",
+    "visible_keys",
 ]
 
 
@@ -106,6 +108,14 @@ class AttentionCache:
         self._buffers = (grown[0], grown[1])
 
 
+def visible_keys(seq_len: int, chunk: int | None = None) -> float:
+    """Keys that a query sees under the causal (chunked) mask, averaged over seq_len positions."""
+    if chunk is None or chunk >= seq_len:
+        return (seq_len + 1) / 2
+    whole, rest = divmod(seq_len, chunk)
+    return (whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2) / seq_len
+
+
 class ShortConvolution(nn.Module):
     """y[t] = x[t] + sum over i < width of weight[i] * x[t - i]: depthwise, causal, zero-initialised.
 
@@ -129,6 +139,13 @@ class ShortConvolution(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
+
+    def parameter_kinds(self) -> dict[str, ParameterKind]:
+        return {"weight": "vector"}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """0: elementwise work is not counted."""
+        return 0.0
 
     def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, L, C) after tail (B, width - 1, C) (None: zeros) -> y (B, L, C) and the next tail."""
@@ -314,6 +331,17 @@ class Attention(nn.Module):
 
     def make_cache(self) -> AttentionCache:
         return AttentionCache(self.attention_chunk_size)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Four projections, and q k and p v over the keys that a token really sees, averaged over the sequence."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        matrices = 2 * sum(projection.weight.numel() for projection in projections)
+        return matrices + 4 * self.num_heads * self.head_dim * visible_keys(seq_len, self.attention_chunk_size)
+
+    def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Keys and values of `length` tokens; a chunk-local layer never holds more than those of one chunk."""
+        held = length if self.attention_chunk_size is None else min(length, self.attention_chunk_size)
+        return held * 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
 
     def forward(self, x: Tensor, cache: AttentionCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """x (B, L, D) -> (B, L, D); with a cache, x continues the tokens that the cache has seen.

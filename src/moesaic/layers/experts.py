@@ -1,134 +1,13 @@
-"""The routed experts: stacked weights and interchangeable backends.
-
-A backend is a pure function of rows sorted by expert; all of them share the weights and agree with `loop`, the oracle,
-in outputs and every gradient. To add one, write the function and register it in `BACKENDS`.
-"""
-
-from collections.abc import Callable
+"""The routed experts: stacked weights, run by any of the backends."""
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.expert_backends import cannot_repeat, grouped, loop, padded, sliced, sliced_recompute
+from moesaic.layers.backends import BACKENDS, choose_backend, run_experts
 from moesaic.layers.feed_forward import ACTIVATIONS
+from moesaic.layers.part import Parametrization
 
-__all__ = ["BACKENDS", "Experts", "choose_backend", "run_experts"]
-
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
-
-BACKENDS: dict[str, Backend] = {
-    "loop": loop,
-    "padded": padded,
-    "grouped": grouped,
-    "sliced": sliced,
-    "sliced_recompute": sliced_recompute,
-}
-CASTING_BACKENDS = {"sliced", "sliced_recompute"}
-"""Those that cast weights themselves, one expert at a time."""
-STRENGTHS = {
-    "grouped": "no padding and no host synchronisation",
-    "sliced": "on a CPU as fast as any, with the least memory",
-}
-
-
-def choose_backend(
-    device: torch.device,
-    dtype: torch.dtype,
-    dim: int,
-    hidden_dim: int,
-    backend: str = "auto",
-    activation: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[str, str]:
-    """What really runs for rows of this dtype when `backend` is asked for, and why: (name, reason).
-
-    A backend that cannot do it gives way to the next one, and the reason says what was in the way.
-
-    Args:
-        activation: with gradients, some backends cannot run one that has parameters or draws random numbers.
-    """
-    if torch.compiler.is_compiling() or device.type != "cpu":
-        candidates = ["grouped", "padded"]
-    else:
-        candidates = ["sliced", "grouped", "loop"]
-    if backend != "auto":
-        candidates.insert(0, backend)
-    reasons = []
-    for name in candidates:
-        obstacle = find_obstacle(name, device, dtype, dim, hidden_dim, activation)
-        if obstacle is None:
-            break
-        reasons.append(obstacle)
-    return name, "; ".join(reasons) or (STRENGTHS[name] if backend == "auto" else "as asked for")
-
-
-def find_obstacle(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    dim: int,
-    hidden_dim: int,
-    activation: Callable[[Tensor], Tensor] | None,
-) -> str | None:
-    """Why a backend cannot do it, None if it can."""
-    if backend == "grouped":
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"grouped_mm has no {dtype} kernel"
-        if device.type not in ("cpu", "cuda"):
-            return f"grouped_mm is not known to work on {device.type}"
-        if device.type == "cuda" and dtype != torch.bfloat16:
-            return f"grouped_mm on CUDA wants bfloat16, not {dtype}"
-        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
-            return f"torch.compile traces grouped_mm in bfloat16 only, not {dtype}"
-        if dim * dtype.itemsize % 16 or hidden_dim * dtype.itemsize % 16:
-            return f"grouped_mm needs rows of a multiple of 16 bytes, not dim={dim}, hidden_dim={hidden_dim}"
-    if backend in CASTING_BACKENDS:
-        if torch.compiler.is_compiling():
-            return f"{backend} depends on the numbers of rows, for which torch.compile would compile anew every time"
-        if activation is not None:
-            return cannot_repeat(activation, torch.zeros(1, hidden_dim, device=device, dtype=dtype))
-    return None
-
-
-def run_experts(
-    rows: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    rows_per_expert: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    backend: str = "auto",
-) -> Tensor:
-    """The experts as a function of their weights, on a backend by name, or on another that can: see `choose_backend`.
-
-    Under autocast everything is computed in the autocast dtype, cast here or by the backend, because grouped_mm and
-    bmm would not agree on what autocast means. Gradients are in the dtype of the weights.
-
-    Args:
-        rows: (R, D) sorted by expert.
-        gate_up: (E, D, 2F), gate first; views such as a transposed (E, 2F, D) are fine.
-        down: (E, F, D).
-        rows_per_expert: (E,) int64 that sums to R.
-
-    Returns:
-        (R, D).
-
-    Raises:
-        ValueError: rows and weights differ in dtype, and not under autocast.
-    """
-    device = rows.device
-    if torch.is_autocast_enabled(device.type):
-        rows = rows.to(torch.get_autocast_dtype(device.type))
-    elif not rows.dtype == gate_up.dtype == down.dtype:
-        raise ValueError(
-            f"rows are {rows.dtype}, gate_up {gate_up.dtype}, down {down.dtype}: only under autocast may they differ"
-        )
-    backend, _ = choose_backend(
-        device, rows.dtype, rows.size(1), down.size(1), backend, activation if torch.is_grad_enabled() else None
-    )
-    if backend not in CASTING_BACKENDS:
-        gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)
-        if rows.size(0) == 0:
-            backend = "loop"
-    return BACKENDS[backend](rows, gate_up, down, rows_per_expert, activation)
+__all__ = ["Experts"]
 
 
 class Experts(nn.Module):
@@ -173,6 +52,14 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.gate_up_proj, std=self.dim**-0.5)
         nn.init.normal_(self.down_proj, std=self.hidden_dim**-0.5)
+
+    def initialize(self, parametrization: Parametrization) -> None:
+        nn.init.normal_(self.gate_up_proj, std=parametrization.std("matrix", self.dim))
+        nn.init.normal_(self.down_proj, std=parametrization.std("matrix", self.hidden_dim))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one row in one expert."""
+        return 2 * (self.gate_up_proj.numel() + self.down_proj.numel()) / self.num_experts
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
         """rows (R, D) sorted by expert, rows_per_expert (E,) int64 that sums to R -> (R, D)."""

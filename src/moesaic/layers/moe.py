@@ -1,5 +1,6 @@
 """The mixture-of-experts layer (channel mixer)."""
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -7,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
-from moesaic.layers.experts import CASTING_BACKENDS, Experts, choose_backend, run_experts
-from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
-from moesaic.layers.router import Routing, ScoreFunction, TopKRouter
+from moesaic.layers.experts import Experts
+from moesaic.layers.feed_forward import FeedForward
+from moesaic.layers.part import ParameterKind, experts_per_token, flops_per_token, parameter_kinds
+from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
-
-LEAN_ELEMENTS = 2**20
-"""Hidden activations (tokens x width) from which on it is worth copying the gate's and up's weights into one."""
 
 
 def mix_experts(
@@ -42,7 +41,7 @@ class RoutedLayer(Protocol):
 
 
 class MoE(nn.Module):
-    """Dropless mixture of experts with an optional shared expert, a drop-in replacement for an FFN.
+    """Mixture of experts with an optional shared expert, a drop-in replacement for an FFN. It drops no token.
 
     Llama 4: y = shared_expert(x) + sum over the chosen experts e of expert_e(score_e * x). The score multiplies the
     *input* of the expert (`score_before_experts`); SwiGLU is not homogeneous, so scaling its output is something else.
@@ -54,7 +53,9 @@ class MoE(nn.Module):
         y, routing = moe.forward_with_routing(x)  # for balance losses and logs
 
     Args:
-        router: x (T, D) -> `Routing`.
+        router: x (T, D) -> logits (T, E), scores (T, K), expert_ids (T, K), as a `Routing` or a tuple. The layer counts
+            the tokens of each expert. An id of E means "no expert"; a router that never gives it may say so with an
+            attribute `may_skip = False`, which saves a host synchronization on GPUs.
         experts: rows (R, D) sorted by expert, rows_per_expert (E,) -> (R, D).
         shared_expert: sees every token, unscaled; None for none.
         dispatcher: how rows reach the experts.
@@ -76,6 +77,8 @@ class MoE(nn.Module):
         self.shared_expert = shared_expert
         self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.score_before_experts = score_before_experts
+        self.assume_full = False
+        """Whether to take it that every slot has an expert, without looking: for tensors without values."""
 
     @classmethod
     def build(
@@ -92,6 +95,8 @@ class MoE(nn.Module):
         expert_bias: bool = False,
         activation: str = "silu",
         backend: str = "auto",
+        router: nn.Module | None = None,
+        dispatcher: Dispatcher | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "MoE":
@@ -100,10 +105,11 @@ class MoE(nn.Module):
         Args:
             hidden_dim: width F of each routed expert.
             shared_hidden_dim: width of the shared expert; None means `hidden_dim`, 0 means no shared expert.
+            router: takes the place of the `TopKRouter`, and with it of all arguments about choice and scores.
         """
         shared_width = hidden_dim if shared_hidden_dim is None else shared_hidden_dim
-        return cls(
-            router=TopKRouter(
+        if router is None:
+            router = TopKRouter(
                 dim,
                 num_experts,
                 top_k=top_k,
@@ -112,13 +118,13 @@ class MoE(nn.Module):
                 expert_bias=expert_bias,
                 device=device,
                 dtype=dtype,
-            ),
-            experts=Experts(
-                num_experts, dim, hidden_dim, activation=activation, backend=backend, device=device, dtype=dtype
-            ),
-            shared_expert=FeedForward(dim, shared_width, activation=activation, device=device, dtype=dtype)
-            if shared_width
-            else None,
+            )
+        of_experts = {"activation": activation, "backend": backend, "device": device, "dtype": dtype}
+        return cls(
+            router=router,
+            experts=Experts(num_experts, dim, hidden_dim, **of_experts),  # type: ignore[arg-type]
+            shared_expert=FeedForward(dim, shared_width, **of_experts) if shared_width else None,  # type: ignore[arg-type]
+            dispatcher=dispatcher,
             score_before_experts=score_before_experts,
         )
 
@@ -126,57 +132,83 @@ class MoE(nn.Module):
         """(..., D) -> (..., D)."""
         return self.forward_with_routing(x)[0]
 
-    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward_with_routing(self, x: Tensor, routing: Routing | None = None) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D), and the router's decision over the T flattened tokens.
 
         Returning it, instead of storing it on a module or calling hooks, keeps it exactly once under activation
         checkpointing and lets go of it with the step.
+
+        Args:
+            routing: replays its expert_ids (T, K) instead of choosing. The scores are computed anew from all logits, so
+                the router learns as if it had made this choice. The result is marked as `replayed`.
+
+        Raises:
+            ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
         """
         tokens = x.reshape(-1, x.size(-1))
-        routing: Routing = self.router(tokens)
-        routed = mix_experts(tokens, routing, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
-        if self.shared_expert is None:
-            return routed, routing
-        if runs_lean(self.shared_expert, self.experts, tokens.size(0), tokens.device, tokens.dtype):
-            return run_as_expert(self.shared_expert, self.experts, x) + routed, routing
-        return self.shared_expert(x) + routed, routing
+        decided = self._count(self._route(tokens, routing), tokens.size(0), replayed=routing is not None)
+        y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
+        return y if self.shared_expert is None else self.shared_expert(x) + y, decided
+
+    def _route(self, tokens: Tensor, replay: Routing | None) -> tuple[Tensor, ...]:
+        if replay is None:
+            return tuple(self.router(tokens))
+        if "expert_ids" not in inspect.signature(self.router.forward).parameters:
+            raise ValueError(
+                f"routing: {type(self.router).__name__} cannot replay a choice; its forward must take expert_ids "
+                "(T, K) and score these experts"
+            )
+        return tuple(self.router(tokens, expert_ids=replay.expert_ids))
+
+    def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
+        """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""
+        logits, scores, expert_ids = decided[:3]
+        num_experts = getattr(self.experts, "num_experts", logits.size(-1))
+        slots = (num_tokens, scores.size(-1))
+        if logits.shape != (num_tokens, num_experts) or scores.shape != slots or expert_ids.shape != slots:
+            raise ValueError(
+                f"{type(self.router).__name__} returned logits {tuple(logits.shape)}, scores {tuple(scores.shape)} and "
+                f"expert_ids {tuple(expert_ids.shape)} for {num_tokens} tokens and {num_experts} experts; they must be "
+                "(tokens, experts), (tokens, K) and (tokens, K)"
+            )
+        counts, num_rows = count_tokens(expert_ids, num_experts), None
+        may_skip = (replayed or getattr(self.router, "may_skip", True)) and not self.assume_full
+        if may_skip and (found := int(counts.sum())) < expert_ids.numel():
+            scores, num_rows = scores.masked_fill(expert_ids == num_experts, 0), found
+        return Routing(logits, scores, expert_ids, counts, num_rows, replayed)
+
+    def parameter_kinds(self) -> dict[str, ParameterKind]:
+        """The matrices of a router are output-like, whatever its class: its logits are not hidden features."""
+        if hasattr(self.router, "parameter_kinds"):
+            return {}
+        kinds = parameter_kinds(self.router)
+        return {f"router.{name}": "output" for name, kind in kinds.items() if kind == "matrix"}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Router, shared expert, and as many experts as the router gives a token."""
+        dim, num_experts, top_k = self._sizes()
+        shape = (seq_len, dim)
+        flops = flops_per_token(self.router, seq_len, *shape).per_token
+        if self.shared_expert is not None:
+            flops += flops_per_token(self.shared_expert, seq_len, *shape).per_token
+        of_experts = flops_per_token(self.experts, seq_len, *shape)
+        of_one = of_experts.per_token / (1 if of_experts.source == "declared" else num_experts)
+        return flops + experts_per_token(self.router, num_experts, dim, top_k) * of_one
+
+    def active_parameters(self) -> int:
+        """All but those of the experts that a token does not meet."""
+        dim, num_experts, top_k = self._sizes()
+        idle = 1 - experts_per_token(self.router, num_experts, dim, top_k) / num_experts
+        return _size(self) - round(idle * _size(self.experts))
+
+    def _sizes(self) -> tuple[int, int, float]:
+        """D, E, and the K to assume of a router that cannot be asked."""
+        num_experts, dim = (int(getattr(self.experts, name)) for name in ("num_experts", "dim"))
+        return dim, num_experts, float(getattr(self.router, "top_k", 1))
 
     def extra_repr(self) -> str:
         return f"score_before_experts={self.score_before_experts}"
 
 
-def runs_lean(shared: nn.Module, experts: nn.Module, num_tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to run the shared expert on the backend of the routed ones, which keeps half as much for the backward.
-
-    Only where that is not slower, in fp32 on a CPU and at some size, or where "sliced_recompute" asks for little
-    memory. And only if nobody replaced or hooked its parts.
-    """
-    if type(shared) is not FeedForward or type(experts) is not Experts:
-        return False
-    projections = (shared.gate_proj, shared.up_proj, shared.down_proj)
-    if num_tokens * shared.down_proj.in_features < LEAN_ELEMENTS:
-        return False
-    if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in projections):
-        return False
-    is_fp32 = dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-    if not is_fp32 and experts.backend != "sliced_recompute":
-        return False
-    activation = ACTIVATIONS[shared.activation]
-    sizes = shared.gate_proj.in_features, shared.gate_proj.out_features
-    return choose_backend(device, dtype, *sizes, experts.backend, activation)[0] in CASTING_BACKENDS
-
-
-def run_as_expert(shared: nn.Module, experts: nn.Module, x: Tensor) -> Tensor:
-    """shared(x (..., D)), as one expert that all tokens go to."""
-    assert isinstance(shared, FeedForward) and isinstance(experts, Experts)
-    rows = x.reshape(-1, x.size(-1))
-    gate_up = torch.cat((shared.gate_proj.weight, shared.up_proj.weight)).t()
-    y = run_experts(
-        rows,
-        gate_up[None],
-        shared.down_proj.weight.t()[None],
-        torch.tensor([rows.size(0)]),
-        ACTIVATIONS[shared.activation],
-        experts.backend,
-    )
-    return y.view_as(x)
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

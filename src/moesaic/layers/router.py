@@ -7,30 +7,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.layers.part import ParameterKind, Parametrization
+
 __all__ = ["Routing", "TopKRouter", "UniformRouter", "count_tokens"]
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 
 
 class Routing(NamedTuple):
-    """What a router decided for T tokens. `logits` and `scores` carry gradients."""
+    """What a router decided for T tokens. A router gives the first three; `logits` and `scores` carry gradients."""
 
     logits: Tensor
     """(T, E), before the score function and without the selection bias."""
     scores: Tensor
     """(T, K), the weight of each chosen expert, in the dtype of the tokens."""
     expert_ids: Tensor
-    """(T, K) int64, best first."""
-    tokens_per_expert: Tensor
-    """(E,) int64, sums to T * K."""
+    """(T, K) int64, best first. E means "no expert": so tokens can have different numbers of experts, or none."""
+    counts: Tensor | None = None
+    """See `tokens_per_expert`. `MoE` fills it in; what a router puts here is not used."""
+    num_rows: int | None = None
+    """Number of slots that have an expert; None means all T * K. `MoE` fills it in."""
+    replayed: bool = False
+    """Whether the choice was handed to `MoE.forward_with_routing`. It then says nothing about balance."""
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64, how often each expert was chosen; sums to T * K less the slots without an expert."""
+        return count_tokens(self.expert_ids, self.logits.size(1)) if self.counts is None else self.counts
 
 
 def count_tokens(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """Rows per expert, (E,) int64, of expert_ids (T, K); rows where `valid` (T,) is False do not count."""
+    """Rows per expert, (E,) int64, of expert_ids (T, K); E ("no expert") and rows with `valid` (T,) False do not count.
+
+    Raises:
+        RuntimeError or IndexError: an id below 0 or above E (on CUDA an assertion of the device).
+    """
     counted = torch.ones_like(expert_ids) if valid is None else valid[:, None].expand_as(expert_ids).long()
     # not bincount: its output shape depends on data (host sync on CUDA, no meta device); not histc: integer CPU, MPS
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
-    return counts.scatter_add(0, expert_ids.flatten(), counted.flatten())
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
+    return counts.scatter_add(0, expert_ids.flatten(), counted.flatten())[:num_experts]
 
 
 class TopKRouter(nn.Module):
@@ -91,6 +106,24 @@ class TopKRouter(nn.Module):
         if self.expert_bias is not None:
             nn.init.zeros_(self.expert_bias)
 
+    def initialize(self, parametrization: Parametrization) -> None:
+        nn.init.normal_(self.weight, std=parametrization.std("output", self.dim))
+
+    def parameter_kinds(self) -> dict[str, ParameterKind]:
+        return {"weight": "output"}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return 2 * self.weight.numel()
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether `MoE` has to look for slots without an expert: only a `select` of somebody else may leave some."""
+        return type(self).select.__module__ != __name__
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
         """`.to(bfloat16)` and the like leave the bias in fp32, where its small steps are not lost."""
         super()._apply(fn, recurse)
@@ -98,20 +131,26 @@ class TopKRouter(nn.Module):
             self.expert_bias = self.expert_bias.float()
         return self
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route x (T, D)."""
+    def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
+        """Route x (T, D), or score the experts in expert_ids (T, K') as if they had been chosen."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)
         if self.score_function == "sigmoid":
             probabilities = torch.sigmoid(at_least_fp32(logits))
         else:
             probabilities = torch.softmax(at_least_fp32(logits), dim=-1)
-        expert_ids = self.select(logits, probabilities)
-        scores = probabilities.gather(1, expert_ids)
+        is_given = expert_ids is not None
+        if expert_ids is None:
+            expert_ids = self.select(logits, probabilities)
+        if is_given or self.may_skip:
+            is_none = expert_ids == self.num_experts
+            scores = probabilities.gather(1, expert_ids.masked_fill(is_none, 0)).masked_fill(is_none, 0)
+        else:
+            scores = probabilities.gather(1, expert_ids)
         if self.normalize_scores:
             # clamped: sigmoids of very negative logits are all 0
             scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-        return Routing(logits, scores.to(x.dtype), expert_ids, count_tokens(expert_ids, self.num_experts))
+        return Routing(logits, scores.to(x.dtype), expert_ids)
 
     def select(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """Expert ids (T, K) from logits and probabilities (T, E); the place to override for another selection."""

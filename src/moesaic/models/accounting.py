@@ -1,19 +1,23 @@
-"""Parameters, FLOPs and bytes of a decoder, from its config alone.
+"""Parameters, FLOPs and bytes of a decoder, from its config alone: what its parts say of themselves, added up.
 
-Closed forms, because counters miss things: torch's FlopCounterMode counts zero for grouped_mm and for CPU attention,
-and a parameter count that mixes total and active parameters is wrong by the number of experts. The tests hold these
-numbers against built models and against FlopCounterMode where it can count.
+Our parts state closed forms, because counters miss things: torch's FlopCounterMode counts zero for grouped_mm and for
+CPU attention, and a parameter count that mixes total and active parameters is wrong by the number of experts. Custom
+modules that state nothing are measured. The tests hold these numbers against built models and against FlopCounterMode
+where it can count.
 """
 
 import dataclasses
 import math
 
 import torch
+from torch import nn
 
-from moesaic.models.config import DecoderConfig, LayerConfig
-from moesaic.models.decoder import build_decoder
+from moesaic.layers.part import active_parameters, cache_bytes, flops_per_token, parameter_kinds
+from moesaic.models.config import FFN, DecoderConfig, Mixer
+from moesaic.models.custom import custom_modules
+from moesaic.models.decoder import Block, build_block
 
-__all__ = ["Account", "LayerAccount", "account", "kv_cache_bytes", "visible_keys"]
+__all__ = ["Account", "LayerAccount", "account", "kv_cache_bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,11 @@ class LayerAccount:
     parameters: int
     active_parameters: int
     matmul_flops: int
+    """In the active matrices."""
     attention_flops: float
+    """In what grows with the sequence."""
+    assumed: tuple[str, ...] = ()
+    """Parts that say nothing of their FLOPs and could not be measured: two per element of every matrix is assumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +74,16 @@ class Account:
 def account(config: DecoderConfig, seq_len: int) -> Account:
     """Count `config` at sequences of seq_len tokens.
 
-    Own parts are built on the meta device and counted as matrices that every token meets.
+    Everything is built without memory, except small custom modules that can only be measured on real numbers.
     """
-    layers = tuple(_layer(config, i, layer, seq_len) for i, layer in enumerate(config.layers))
+    kinds = _kinds_of_layers(config)
+    found = {i: _layer(config, i, seq_len) for i in set(kinds)}
+    layers = [found[i] for i in kinds]
     embedding = config.vocab_size * config.dim
     head = 0 if config.tie_embeddings else embedding
     outside = embedding + head + config.dim
     return Account(
-        layers=layers,
+        layers=tuple(layers),
         parameters=outside + sum(layer.parameters for layer in layers),
         active_parameters=outside + sum(layer.active_parameters for layer in layers),
         matmul_flops=2 * embedding + sum(layer.matmul_flops for layer in layers),
@@ -81,78 +91,83 @@ def account(config: DecoderConfig, seq_len: int) -> Account:
     )
 
 
-def visible_keys(seq_len: int, chunk: int | None = None) -> float:
-    """Keys that a query sees under the causal (chunked) mask, averaged over seq_len positions."""
-    if chunk is None or chunk >= seq_len:
-        return (seq_len + 1) / 2
-    whole, rest = divmod(seq_len, chunk)
-    return (whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2) / seq_len
-
-
 def kv_cache_bytes(config: DecoderConfig, length: int, dtype: torch.dtype = torch.float32) -> int:
-    """Keys and values that decoding token number `length` of a sequence reads; chunk-local layers: of its chunk only.
+    """Bytes that decoding token number `length` of a sequence reads from the caches of all layers.
 
-    That is the most they ever hold. Own mixers are not counted.
+    For attention these are keys and values; a chunk-local layer never holds more than those of its chunk.
     """
-    tokens = 0
-    for layer in config.layers:
-        if isinstance(layer.mixer, str):
-            chunk = config.chunk_of(layer.mixer)
-            tokens += length if chunk is None else min(length, chunk)
-    return tokens * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    kinds = _kinds_of_layers(config)
+    found = {i: cache_bytes(_build(config, i).mixer, length, dtype, config.dim) for i in set(kinds)}
+    return sum(found[i] for i in kinds)
 
 
-def _layer(config: DecoderConfig, i: int, layer: LayerConfig, seq_len: int) -> LayerAccount:
-    dim, attention = config.dim, config.attention
-    if isinstance(layer.mixer, dict):
-        mixer_matrices, mixer_rest = _own_part_sizes(config, i, "mixer")
-        mixer_name, attention_flops = layer.mixer["type"], 0.0
-    else:
-        queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        channels = queries + 2 * keys
-        mixer_matrices = dim * channels + queries * dim
-        mixer_rest = (channels + dim if attention.bias else 0) + attention.conv_width * channels
-        chunk = config.chunk_of(layer.mixer)
-        attention_flops = 2 * 2 * queries * visible_keys(seq_len, chunk)
-        mixer_name = _describe_mixer(config, layer.mixer)
+MOST_REAL_PARAMETERS = 2 * 10**7
+"""Size of a layer up to which one with custom modules is built with memory, so that it can be run if it must be."""
 
-    idle = 0  # parameters of the experts that a token does not meet
-    if isinstance(layer.ffn, dict):
-        ffn_matrices, ffn_rest = _own_part_sizes(config, i, "ffn")
-        ffn_name = layer.ffn["type"]
-    elif layer.ffn == "moe":
-        moe = config.moe
-        assert moe is not None  # checked by the config
-        if isinstance(moe.router, dict):
-            router_matrices, ffn_rest = _own_part_sizes(config, i, "ffn.router")
-        else:
-            router_matrices, ffn_rest = dim * moe.num_experts, 0
-        expert = 3 * dim * moe.hidden_dim
-        ffn_matrices = router_matrices + moe.num_experts * expert + 3 * dim * moe.shared_width
-        idle = (moe.num_experts - moe.top_k) * expert
-        shared = f" + shared {moe.shared_width}" if moe.shared_width else ""
-        ffn_name = f"MoE {moe.num_experts} x {moe.hidden_dim}, top {moe.top_k}{shared}"
-    else:
-        width = config.ffn_width(layer.ffn)
-        ffn_matrices, ffn_rest = 3 * dim * width, 0
-        ffn_name = f"dense {width}"
 
-    parameters = mixer_matrices + mixer_rest + ffn_matrices + ffn_rest + 2 * dim
+def _kinds_of_layers(config: DecoderConfig) -> list[int]:
+    """For every layer the first one that is like it. A custom module may depend on its layer: it is one of a kind."""
+    if custom_modules(config):
+        return list(range(config.num_layers))
+    return [config.layers.index(layer) for layer in config.layers]
+
+
+def _build(config: DecoderConfig, i: int) -> Block:
+    with torch.device("meta"):
+        block = build_block(config, i)
+    if custom_modules(config) and _size(block) <= MOST_REAL_PARAMETERS:
+        with torch.random.fork_rng(devices=[]):
+            return build_block(config, i)
+    return block
+
+
+def _layer(config: DecoderConfig, i: int, seq_len: int) -> LayerAccount:
+    block, layer = _build(config, i), config.layers[i]
+    mixer = flops_per_token(block.mixer, seq_len, 1, seq_len, config.dim)
+    ffn = flops_per_token(block.ffn, seq_len, seq_len, config.dim)
+    matrices = 2 * sum(p.numel() for kind, p in _with_kinds(block.mixer) if kind != "vector")
+    in_mixer = min(matrices, round(mixer.per_token))
+    assumed = [part for part, flops in ((layer.mixer, mixer), (layer.ffn, ffn)) if flops.source == "assumed"]
+    parameters = _size(block)
     return LayerAccount(
-        mixer=mixer_name,
-        ffn=ffn_name,
+        mixer=layer.mixer["type"] if isinstance(layer.mixer, dict) else _describe_mixer(config, layer.mixer),
+        ffn=layer.ffn["type"] if isinstance(layer.ffn, dict) else _describe_ffn(config, layer.ffn),
         parameters=parameters,
-        active_parameters=parameters - idle,
-        matmul_flops=2 * (mixer_matrices + ffn_matrices - idle),
-        attention_flops=attention_flops,
+        active_parameters=parameters - _size(block.ffn) + active_parameters(block.ffn, ffn),
+        matmul_flops=in_mixer + round(ffn.per_token),
+        attention_flops=mixer.per_token - in_mixer,
+        assumed=tuple(part["type"] for part in assumed if isinstance(part, dict)),
     )
 
 
-def _describe_mixer(config: DecoderConfig, mixer: str) -> str:
+def _with_kinds(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    kinds = parameter_kinds(part)
+    return [(kinds[name], parameter) for name, parameter in part.named_parameters()]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _describe_ffn(config: DecoderConfig, ffn: FFN) -> str:
+    if ffn != "moe":
+        return f"dense {config.ffn_width(ffn)}"
+    moe = config.moe
+    assert moe is not None  # checked by the config
+    shared = f" + shared {moe.shared_width}" if moe.shared_width else ""
+    router = (
+        ""
+        if moe.router == "top_k"
+        else f", router {moe.router['type'] if isinstance(moe.router, dict) else moe.router}"
+    )
+    return f"MoE {moe.num_experts} x {moe.hidden_dim}, top {moe.top_k}{shared}{router}"
+
+
+def _describe_mixer(config: DecoderConfig, mixer: Mixer) -> str:
     attention = config.attention
-    positions = mixer in ("rope", "full_rope")
+    positions = mixer in ("rope", "chunked_rope")
     words = ["RoPE" if positions else "NoPE"]
-    chunk = config.chunk_of(mixer)  # type: ignore[arg-type]
+    chunk = config.chunk_of(mixer)
     words.append("full" if chunk is None else f"chunks of {chunk}")
     if positions and attention.qk_norm:
         words.append("QK norm")
@@ -164,11 +179,3 @@ def _describe_mixer(config: DecoderConfig, mixer: str) -> str:
     if attention.conv_width:
         words.append(f"conv {attention.conv_width}")
     return ", ".join(words)
-
-
-def _own_part_sizes(config: DecoderConfig, i: int, name: str) -> tuple[int, int]:
-    """(parameters in matrices, other parameters) of a user's own module."""
-    with torch.device("meta"):
-        part = build_decoder(config).get_submodule(f"layers.{i}.{name}")
-    sizes = [(parameter.dim() >= 2, parameter.numel()) for parameter in part.parameters()]
-    return sum(n for matrix, n in sizes if matrix), sum(n for matrix, n in sizes if not matrix)

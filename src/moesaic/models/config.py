@@ -1,27 +1,33 @@
 """The configuration of a decoder, and its depth pattern expanded to one entry per layer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from moesaic.layers import ACTIVATIONS, BACKENDS, AttentionTemperature, Llama3RopeScaling
 
 __all__ = [
     "FFN",
+    "FORMAT",
     "AttentionConfig",
+    "CustomModule",
     "DecoderConfig",
     "LayerConfig",
     "Mixer",
     "MoEConfig",
 ]
 
-Mixer = Literal["rope", "full_rope", "nope", "chunked_nope"]
-"""Token mixers: RoPE on chunk-local or on full attention, no positions on full or on chunk-local attention."""
+Mixer = Literal["rope", "chunked_rope", "nope", "chunked_nope"]
+"""Token mixers: RoPE on full or on chunk-local attention, no positions on full or on chunk-local attention."""
 
 FFN = Literal["dense", "moe", "dense_twin"]
 """Channel mixers. `dense_twin` is a dense FFN of the width that a token meets in the MoE layer: top_k * F + shared."""
 
-OwnPart = dict[str, Any]
-"""A user's own module: {"type": "package.module.Class", ...its keyword arguments}; it is called with dim= as well."""
+CustomModule = dict[str, Any]
+"""A user's own module: {"type": "package.module.Class", ...its keyword arguments}, see `moesaic.models.custom`."""
+
+FORMAT = 2
+"""Version of the words of this file. In version 1, which carries no number, `rope` meant today's `chunked_rope`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +61,13 @@ class MoEConfig:
     hidden_dim: int
     top_k: int = 1
     shared_hidden_dim: int | None = None  # null: as hidden_dim; 0: no shared expert
-    router: Literal["top_k", "uniform"] | OwnPart = "top_k"
+    router: Literal["top_k", "uniform"] | CustomModule = "top_k"
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_scores: bool = False
     score_before_experts: bool = True
     expert_bias: bool = False
     backend: str = "auto"
+    dispatcher: Literal["local"] | CustomModule = "local"
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "hidden_dim")
@@ -72,9 +79,12 @@ class MoEConfig:
             raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: allowed are numbers >= 0, or null")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r}: allowed are auto, {', '.join(BACKENDS)}")
-        _check_own_part("router", self.router)
-        if self.expert_bias and self.router != "top_k":
-            raise ValueError(f"expert_bias=True: router={self.router!r} has no selection bias; it needs router=top_k")
+        _check_part("router", self.router)
+        _check_part("dispatcher", self.dispatcher)
+        if self.expert_bias and self.router == "uniform":
+            raise ValueError(
+                "expert_bias=True: router=uniform has no selection bias; it must be top_k or a custom module"
+            )
 
     @property
     def shared_width(self) -> int:
@@ -90,12 +100,12 @@ class MoEConfig:
 class LayerConfig:
     """One entry of the depth pattern."""
 
-    mixer: Mixer | OwnPart
-    ffn: FFN | OwnPart
+    mixer: Mixer | CustomModule
+    ffn: FFN | CustomModule
 
     def __post_init__(self) -> None:
-        _check_own_part("mixer", self.mixer)
-        _check_own_part("ffn", self.ffn)
+        _check_part("mixer", self.mixer)
+        _check_part("ffn", self.ffn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +132,7 @@ class DecoderConfig:
     tie_embeddings: bool = False
     init_std: float | None = 0.02  # null: 1 / sqrt(fan_in)
     padding_token: int | None = None  # its embedding gets no gradient
+    format: int = FORMAT  # version of these words
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "dim", "num_layers", "hidden_dim", "norm_eps", "init_std")
@@ -146,12 +157,29 @@ class DecoderConfig:
                 "attention.head_dim is null"
             )
         mixers = {layer.mixer for layer in self.layers if isinstance(layer.mixer, str)}
-        if self.head_dim % 2 and mixers & {"rope", "full_rope"}:
+        if self.head_dim % 2 and mixers & {"rope", "chunked_rope"}:
             raise ValueError(f"attention.head_dim={self.head_dim}: RoPE rotates pairs, head_dim must be even")
         if self.moe is None and any(layer.ffn in ("moe", "dense_twin") for layer in self.layers):
             raise ValueError("moe=None: the depth pattern has MoE layers, so `moe` is needed")
-        if "chunked_nope" in mixers and self.attention.attention_chunk_size is None:
-            raise ValueError("attention.attention_chunk_size=None: the depth pattern has chunked_nope layers")
+        chunk = self.attention.attention_chunk_size
+        if chunk is None and (chunked := mixers & {"chunked_rope", "chunked_nope"}):
+            raise ValueError(f"attention.attention_chunk_size=None: the depth pattern has {chunked.pop()} layers")
+        if self.format != FORMAT:
+            raise ValueError(f"format={self.format}: must be {FORMAT}")
+
+    @classmethod
+    def check_mapping(cls, values: Mapping[str, Any]) -> None:
+        """Refuse `rope` beside chunks in a config that does not say its format: it may be from before the renaming."""
+        attention, pattern = values.get("attention"), values.get("pattern")
+        if "format" in values or not isinstance(attention, Mapping) or not isinstance(pattern, (list, tuple)):
+            return
+        chunk = attention.get("attention_chunk_size")
+        if chunk is not None and any(isinstance(x, Mapping) and x.get("mixer") == "rope" for x in pattern):
+            raise ValueError(
+                f"pattern: mixer rope beside attention.attention_chunk_size={chunk} meant chunk-local attention in "
+                f"format 1 and means full attention now; say chunked_rope for the former, or format: {FORMAT} beside "
+                "the pattern for the latter"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -167,9 +195,10 @@ class DecoderConfig:
         if self.pattern is not None:
             layers = [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
         else:
+            rope: Mixer = "rope" if self.attention.attention_chunk_size is None else "chunked_rope"
             layers = [
                 LayerConfig(
-                    mixer="nope" if _every(self.nope_layer_interval, i) else "rope",
+                    mixer="nope" if _every(self.nope_layer_interval, i) else rope,
                     ffn="moe" if _every(self.interleave_moe_layer_step, i) else "dense",
                 )
                 for i in range(self.num_layers)
@@ -180,7 +209,7 @@ class DecoderConfig:
 
     def chunk_of(self, mixer: Mixer) -> int | None:
         """Chunk size of a built-in mixer; None for full attention."""
-        return self.attention.attention_chunk_size if mixer in ("rope", "chunked_nope") else None
+        return self.attention.attention_chunk_size if mixer in ("chunked_rope", "chunked_nope") else None
 
     def ffn_width(self, ffn: FFN) -> int:
         """Inner width of a built-in dense FFN."""
@@ -201,11 +230,18 @@ def _positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={value}: allowed are numbers > 0")
 
 
-def _check_own_part(name: str, part: str | OwnPart) -> None:
-    built_in = {"mixer": get_args(Mixer), "ffn": get_args(FFN), "router": ("top_k", "uniform")}[name]
-    if isinstance(part, str) and part not in built_in:
-        raise ValueError(f"{name}={part!r}: allowed are {', '.join(built_in)}, or an own part")
+BUILT_IN = {
+    "mixer": get_args(Mixer),
+    "ffn": get_args(FFN),
+    "router": ("top_k", "uniform"),
+    "dispatcher": ("local",),
+}
+
+
+def _check_part(name: str, part: str | CustomModule) -> None:
+    known = ", ".join(BUILT_IN[name])
+    if isinstance(part, str) and part not in BUILT_IN[name]:
+        meant = " (it is called rope now)" if part == "full_rope" else ""
+        raise ValueError(f"{name}={part!r}{meant}: must be one of {known}, or a custom module {{type: dotted path}}")
     if isinstance(part, dict) and not isinstance(part.get("type"), str):
-        raise ValueError(
-            f"{name}={part}: an own part needs `type: package.module.Class`; built-in are {', '.join(built_in)}"
-        )
+        raise ValueError(f"{name}={part}: a custom module needs `type: package.module.Class`; built-in are {known}")

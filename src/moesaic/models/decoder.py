@@ -1,6 +1,6 @@
 """The decoder: embedding, blocks of (token mixer, channel mixer), final norm, head."""
 
-import importlib
+import inspect
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,9 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.errors import InputError
 from moesaic.layers import (
     Attention,
-    Experts,
+    Dispatcher,
     FeedForward,
     MoE,
+    ParameterKind,
+    Parametrization,
     RMSNorm,
     RotaryEmbedding,
     RoutedLayer,
@@ -20,9 +22,11 @@ from moesaic.layers import (
     TopKRouter,
     UniformRouter,
 )
-from moesaic.models.config import DecoderConfig, LayerConfig, OwnPart
+from moesaic.layers.part import initialize as initialize_part
+from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
+from moesaic.models.custom import build_custom, construct
 
-__all__ = ["Block", "Decoder", "DecoderOutput", "build_decoder"]
+__all__ = ["Block", "Decoder", "DecoderOutput", "build_block", "build_decoder", "initialize"]
 
 
 class DecoderOutput(NamedTuple):
@@ -77,6 +81,8 @@ class Decoder(nn.Module):
 
     config: DecoderConfig | None = None
     """What `build_decoder` built this from; None for a decoder put together by hand."""
+    parametrization = Parametrization()
+    """The rule by which the weights were drawn; optimizers scale learning rates by it."""
     foreign_files: dict[str, str]
     """Text files that came with imported weights, by name (config.json, tokenizer.json, ...): what `config` does not
     say, such as token ids, is kept for writing the weights back."""
@@ -105,6 +111,17 @@ class Decoder(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embedding.weight
 
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def parameter_kinds(self) -> dict[str, ParameterKind]:
+        return {"head.weight": "output"}
+
     def forward(
         self, tokens: Tensor, cache: list[Any] | None = None, attention_mask: Tensor | None = None
     ) -> DecoderOutput:
@@ -117,15 +134,38 @@ class Decoder(nn.Module):
         hidden, routing = self.hidden_states(tokens, cache, attention_mask)
         return DecoderOutput(self.head(hidden), routing)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) int64 -> (B, L, D), what `hidden_states` takes as `embeddings`."""
+        return self.embedding(tokens)
+
     def hidden_states(
-        self, tokens: Tensor, cache: list[Any] | None = None, attention_mask: Tensor | None = None
+        self,
+        tokens: Tensor | None = None,
+        cache: list[Any] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Routing]]:
-        """What the head sees, (B, L, D), for losses that never build the (B, L, V) logits."""
+        """What the head sees, (B, L, D), for losses that never build the (B, L, V) logits.
+
+        Args:
+            tokens: (B, L) int64.
+            embeddings: (B, L, D) in place of tokens, for inputs that are not all text.
+
+        Raises:
+            ValueError: both of them, or neither.
+            InputError: padding, where a custom mixer cannot hide it.
+        """
+        if (tokens is None) == (embeddings is None):
+            raise ValueError("hidden_states: give either tokens or embeddings")
+        x = self.embed(tokens) if tokens is not None else embeddings
+        assert x is not None
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-            if cache is None and attention_mask.shape == tokens.shape and bool(attention_mask.all()):
+            if cache is None and attention_mask.shape == x.shape[:2] and bool(attention_mask.all()):
                 attention_mask = None  # nothing to hide: the faster path
-        x = self.embedding(tokens)
+        if attention_mask is not None:
+            self._require_padding_support()
         routing: dict[str, Routing] = {}
         for i, block in enumerate(self.layers):
             if self.checkpoint_activations and self.training and cache is None:
@@ -135,6 +175,14 @@ class Decoder(nn.Module):
             if decided is not None:
                 routing[f"layers.{i}.ffn"] = decided
         return self.norm(x), routing
+
+    def _require_padding_support(self) -> None:
+        for i, block in enumerate(self.layers):
+            if not _takes(block.mixer, 3):
+                raise InputError(
+                    f"attention_mask: the mixer of layer {i}, {type(block.mixer).__name__}, has no support for "
+                    "padding; its forward must take (x, cache=None, attention_mask=None)"
+                )
 
     def make_cache(self) -> list[Any] | None:
         """One cache per layer; None if a mixer (a user's own) has no `make_cache`."""
@@ -152,18 +200,12 @@ def build_decoder(
     """The decoder that `config` describes, initialised unless it is on the meta device.
 
     Raises:
-        InputError: an own part that cannot be imported or does not accept its arguments.
+        InputError: a custom module that cannot be imported, refuses its arguments, or lacks what its place needs.
     """
-    blocks = []
-    for i, layer in enumerate(config.layers):
-        mixer = _build_mixer(config, layer, i, device, dtype)
-        ffn = _build_ffn(config, layer, i, device, dtype)
-        norms = [RMSNorm(config.dim, eps=config.norm_eps, device=device, dtype=dtype) for _ in range(2)]
-        blocks.append(Block(mixer=mixer, ffn=ffn, mixer_norm=norms[0], ffn_norm=norms[1]))
     decoder = Decoder(
         vocab_size=config.vocab_size,
         dim=config.dim,
-        blocks=blocks,
+        blocks=[build_block(config, i, device=device, dtype=dtype) for i in range(config.num_layers)],
         norm_eps=config.norm_eps,
         tie_embeddings=config.tie_embeddings,
         checkpoint_activations=checkpoint_activations,
@@ -172,43 +214,39 @@ def build_decoder(
         dtype=dtype,
     )
     decoder.config = config
-    initialize(decoder, config.init_std)
+    initialize(decoder, Parametrization(config.init_std))
     return decoder
 
 
-@torch.no_grad()
-def initialize(decoder: Decoder, std: float | None) -> None:
-    """Draw every weight of our layers from N(0, std), or N(0, 1/fan_in) where std is None; biases 0, gains 1.
+def build_block(
+    config: DecoderConfig, i: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Block:
+    """Layer i of the decoder that `config` describes, before `initialize`."""
+    layer = config.layers[i]
+    mixer = _build_mixer(config, layer, i, device, dtype)
+    ffn = _build_ffn(config, layer, i, device, dtype)
+    norms = [RMSNorm(config.dim, eps=config.norm_eps, device=device, dtype=dtype) for _ in range(2)]
+    return Block(mixer=mixer, ffn=ffn, mixer_norm=norms[0], ffn_norm=norms[1])
 
-    One std for all is what Llama 4 in transformers does (0.02); embedding rows have a fan-in of one, so they take
-    std 1/sqrt(D) instead. Own parts keep the initialisation they gave themselves.
+
+@torch.no_grad()
+def initialize(decoder: Decoder, parametrization: Parametrization) -> None:
+    """Draw every weight of our layers by the rule; biases are 0 and gains 1.
+
+    The standard rule has one std for all, as Llama 4 in transformers (0.02). Custom modules keep the initialisation
+    they gave themselves, unless they have an `initialize` of their own.
     """
+    decoder.parametrization = parametrization
     if decoder.embedding.weight.is_meta:
         return
-    nn.init.normal_(decoder.embedding.weight, std=std or decoder.embedding.embedding_dim**-0.5)
+    dim = decoder.embedding.embedding_dim
+    nn.init.normal_(decoder.embedding.weight, std=parametrization.std("embedding", dim))
     if decoder.head.weight is not decoder.embedding.weight:
-        nn.init.normal_(decoder.head.weight, std=std or decoder.head.in_features**-0.5)
+        nn.init.normal_(decoder.head.weight, std=parametrization.std("output", dim))
     for block in decoder.layers:
         assert isinstance(block, Block)
         for part in (block.mixer, block.ffn):
-            if type(part).__module__.startswith("moesaic."):
-                _initialize_part(part, std)
-
-
-def _initialize_part(module: nn.Module, std: float | None) -> None:
-    if not type(module).__module__.startswith(("moesaic.", "torch.")):
-        return  # an own part, also one inside ours (a router)
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=std or module.in_features**-0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, TopKRouter):
-        nn.init.normal_(module.weight, std=std or module.dim**-0.5)
-    elif isinstance(module, Experts):
-        nn.init.normal_(module.gate_up_proj, std=std or module.dim**-0.5)
-        nn.init.normal_(module.down_proj, std=std or module.hidden_dim**-0.5)
-    for child in module.children():
-        _initialize_part(child, std)
+            initialize_part(part, parametrization)
 
 
 def _build_mixer(
@@ -216,9 +254,11 @@ def _build_mixer(
 ) -> nn.Module:
     mixer = layer.mixer
     if isinstance(mixer, dict):
-        return _own_part(mixer, f"layer {i} mixer", device, dtype, dim=config.dim)
+        module = build_custom(mixer, f"layer {i} mixer", device, dtype, **_known(config, i))
+        _require_mixer(module, config, f"layer {i} mixer: {mixer['type']}")
+        return module
     attention = config.attention
-    positions = mixer in ("rope", "full_rope")
+    positions = mixer in ("rope", "chunked_rope")
     return Attention(
         config.dim,
         num_heads=attention.num_heads,
@@ -243,61 +283,89 @@ def _build_ffn(
 ) -> nn.Module:
     ffn = layer.ffn
     if isinstance(ffn, dict):
-        return _own_part(ffn, f"layer {i} ffn", device, dtype, dim=config.dim)
+        return build_custom(ffn, f"layer {i} ffn", device, dtype, **_known(config, i))
     if ffn != "moe":
         width = config.ffn_width(ffn)
         return FeedForward(config.dim, width, activation=config.activation, device=device, dtype=dtype)
     moe = config.moe
     assert moe is not None  # checked at construction
-    layer_moe = MoE.build(
+    return MoE.build(
         config.dim,
         moe.hidden_dim,
         moe.num_experts,
-        top_k=moe.top_k,
         shared_hidden_dim=moe.shared_width,
-        score_function=moe.score_function,
-        normalize_scores=moe.normalize_scores,
         score_before_experts=moe.score_before_experts,
-        expert_bias=moe.expert_bias,
         activation=config.activation,
         backend=moe.backend,
+        router=_build_router(config, moe, i, device, dtype),
+        dispatcher=_build_dispatcher(config, moe, i),
         device=device,
         dtype=dtype,
     )
-    if isinstance(moe.router, dict):
-        sizes = {"dim": config.dim, "num_experts": moe.num_experts, "top_k": moe.top_k}
-        layer_moe.router = _own_part(moe.router, f"layer {i} router", device, dtype, **sizes)
-    elif moe.router == "uniform":
-        layer_moe.router = UniformRouter(
-            config.dim,
-            moe.num_experts,
-            top_k=moe.top_k,
-            score_function=moe.score_function,
-            normalize_scores=moe.normalize_scores,
-            device=device,
-            dtype=dtype,
-        )
-    return layer_moe
 
 
-def _own_part(
-    part: OwnPart, where: str, device: torch.device | str | None, dtype: torch.dtype | None, **sizes: int
+def _build_router(
+    config: DecoderConfig, moe: MoEConfig, i: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Import and construct a user's module; it is moved to device and dtype, so it needs no such arguments."""
-    path = part["type"]
-    module_name, _, class_name = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    if isinstance(moe.router, dict):
+        router = build_custom(moe.router, f"layer {i} router", device, dtype, **_known(config, i))
+        if moe.expert_bias and not isinstance(getattr(router, "expert_bias", None), Tensor):
+            raise InputError(
+                f"layer {i} router: moe.expert_bias=true, but {moe.router['type']} has no buffer `expert_bias` (E,) "
+                "that balancing could move; it must register one, or moe.expert_bias must be false"
+            )
+        return router
+    cls = {"top_k": TopKRouter, "uniform": UniformRouter}[moe.router]
+    return cls(
+        config.dim,
+        moe.num_experts,
+        top_k=moe.top_k,
+        score_function=moe.score_function,
+        normalize_scores=moe.normalize_scores,
+        expert_bias=moe.expert_bias,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _build_dispatcher(config: DecoderConfig, moe: MoEConfig, i: int) -> Dispatcher | None:
+    if not isinstance(moe.dispatcher, dict):
+        return None
+    where = f"layer {i} dispatcher"
+    dispatcher: Dispatcher = construct(moe.dispatcher, where, **_known(config, i))
+    if not all(callable(getattr(dispatcher, name, None)) for name in ("dispatch", "combine")):
+        raise InputError(f"{where}: {moe.dispatcher['type']} must make an object with dispatch and combine")
+    return dispatcher
+
+
+def _known(config: DecoderConfig, i: int) -> dict[str, Any]:
+    """What a custom module can ask for by name."""
+    known: dict[str, Any] = {"dim": config.dim, "layer_index": i, "num_layers": config.num_layers}
+    known["norm_eps"] = config.norm_eps
+    if config.moe is not None:
+        names = ("num_experts", "top_k", "score_function", "normalize_scores", "expert_bias")
+        known |= {name: getattr(config.moe, name) for name in names}
+    return known
+
+
+def _require_mixer(mixer: nn.Module, config: DecoderConfig, where: str) -> None:
+    """Raise InputError for a custom mixer that would fail in the middle of a batch.
+
+    forward(x) alone is enough for a mixer without a cache, in a model without a padding token.
+    """
+    takes_padding = _takes(mixer, 3)
+    is_plain = _takes(mixer, 1) and not hasattr(mixer, "make_cache") and config.padding_token is None
+    if not takes_padding and not is_plain:
         raise InputError(
-            f"{where}: type={path!r} cannot be imported ({error}); allowed: the dotted path of a class that Python can "
-            "import from here"
-        ) from error
-    arguments = {key: value for key, value in part.items() if key != "type"}
+            f"{where}: its forward{inspect.signature(mixer.forward)} has no support for padding; it must take (x, "
+            "cache=None, attention_mask=None). (x) alone is enough without make_cache and without model.padding_token"
+        )
+
+
+def _takes(mixer: nn.Module, count: int) -> bool:
+    """Whether `mixer` can be called with so many of x, cache, attention_mask."""
     try:
-        module = cls(**sizes, **arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {path}({', '.join({**sizes, **arguments})}) failed: {error}") from error
-    if not isinstance(module, nn.Module):
-        raise InputError(f"{where}: {path} made a {type(module).__name__}; allowed: a torch.nn.Module")
-    return module.to(device=device, dtype=dtype)
+        inspect.signature(mixer.forward).bind(*range(count))
+    except TypeError:
+        return False
+    return True

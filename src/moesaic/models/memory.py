@@ -24,12 +24,10 @@ from moesaic.layers import (
     Experts,
     FeedForward,
     MoE,
-    ShortConvolution,
-    TopKRouter,
     choose_backend,
+    parameter_kinds,
 )
-from moesaic.layers.expert_backends import make_blocks
-from moesaic.layers.moe import runs_lean
+from moesaic.layers.sliced import make_tiles
 from moesaic.losses.cross_entropy import VOCABULARY_BLOCK, linear_cross_entropy, rows_per_chunk
 from moesaic.models.accounting import kv_cache_bytes
 from moesaic.models.config import DecoderConfig
@@ -228,7 +226,7 @@ def _block(config: DecoderConfig, block: nn.Module, i: int, sizes: _Sizes) -> li
     parts.append(_routed(ffn, config.moe.top_k, sizes))
     if ffn.shared_expert is not None:
         assert isinstance(ffn.shared_expert, FeedForward)
-        shared = _shared_expert(ffn, sizes)
+        shared = _feed_forward(ffn.shared_expert, sizes)
         # the input is kept once for all experts
         parts.append(_Part(shared.kept - sizes.stream, shared.peak - sizes.stream, shared.gradients))
     return parts
@@ -252,28 +250,22 @@ KEPT_BY_GATED_FFN = {"relu": 3, "sigmoid": 3, "linear": 3, "quick_gelu": 5}
 
 
 def _feed_forward(layer: FeedForward, sizes: _Sizes) -> _Part:
+    if layer.is_lean(sizes.tokens, torch.device("cpu"), sizes.dtype):
+        return _lean_feed_forward(layer, sizes)
     hidden = sizes.tokens * layer.down_proj.in_features * sizes.bytes
     kept = sizes.stream + KEPT_BY_GATED_FFN.get(layer.activation, 4) * hidden
     # fullest where the product has handed its gradient to both factors
     return _Part(kept, kept + 2 * hidden + layer.down_proj.weight.nbytes, _nbytes(layer))
 
 
-def _shared_expert(moe: MoE, sizes: _Sizes) -> _Part:
-    """As `MoE` runs it: see `layers.moe.runs_lean`."""
-    shared, experts = moe.shared_expert, moe.experts
-    assert isinstance(shared, FeedForward) and isinstance(experts, Experts)
-    if not runs_lean(shared, experts, sizes.tokens, torch.device("cpu"), sizes.dtype):
-        return _feed_forward(shared, sizes)
-    hidden_dim = shared.down_proj.in_features
-    width = hidden_dim * sizes.bytes
-    block, keeps_all = (
-        max(block.size for block in make_blocks([sizes.tokens], 1)),
-        experts.backend != "sliced_recompute",
-    )
-    fused = shared.gate_proj.weight.nbytes + shared.up_proj.weight.nbytes
+def _lean_feed_forward(layer: FeedForward, sizes: _Sizes) -> _Part:
+    """As one expert of a sliced backend."""
+    width = layer.down_proj.in_features * sizes.bytes
+    tile, keeps_all = max(tile.size for tile in make_tiles([sizes.tokens], 1)), layer.backend != "sliced_recompute"
+    fused = layer.gate_proj.weight.nbytes + layer.up_proj.weight.nbytes
     kept = sizes.stream + fused + 2 * sizes.tokens * width * keeps_all
-    scratches = (4 if keeps_all else 6) + (0 if shared.activation == "silu" else 3)
-    return _Part(kept, kept + _nbytes(shared) + scratches * block * width + sizes.stream, _nbytes(shared))
+    scratches = (4 if keeps_all else 6) + (0 if layer.activation == "silu" else 3)
+    return _Part(kept, kept + _nbytes(layer) + scratches * tile * width + sizes.stream, _nbytes(layer))
 
 
 def _attention(layer: Attention, sizes: _Sizes) -> _Part:
@@ -340,13 +332,13 @@ def _routed(layer: MoE, top_k: int, sizes: _Sizes) -> _Part:
     )
     is_sliced = backend in ("sliced", "sliced_recompute")
     counts = _evenly(rows, experts.num_experts)
-    blocks = make_blocks(counts, 16 if sizes.bytes == 2 else 1)  # see layers.expert_backends.rounding
+    tiles = make_tiles(counts, 16 if sizes.bytes == 2 else 1)  # see layers.sliced.rounding
     kept += 2 * dispatched  # on both sides of the scores
-    places = sum(block.size for block in blocks) if is_sliced else rows
+    places = sum(tile.size for tile in tiles) if is_sliced else rows
     hidden = places * experts.hidden_dim * sizes.bytes
     if is_sliced:
         kept += 2 * hidden if backend == "sliced" else 0
-        scratch = max(block.size for block in blocks) * experts.hidden_dim * sizes.bytes
+        scratch = max(tile.size for tile in tiles) * experts.hidden_dim * sizes.bytes
         scratches = (4 if backend == "sliced" else 6) + (0 if experts.activation == "silu" else 3)
         working = weights + scratches * scratch
     else:
@@ -388,16 +380,9 @@ def _optimizer(decoder: nn.Module, name: str | None) -> tuple[int, int]:
 
 
 def _hidden_matrices(decoder: nn.Module) -> list[nn.Parameter]:
-    """Those that Muon steps: neither embedding nor head, router or short convolution."""
-    excluded = (nn.Embedding, ShortConvolution, TopKRouter)
-    found = {
-        parameter: None
-        for name, module in decoder.named_modules()
-        if not isinstance(module, excluded) and name.rpartition(".")[2] != "head"
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() >= 2
-    }
-    return list(found)
+    """Parameters that Muon steps."""
+    kinds = parameter_kinds(decoder)
+    return [parameter for name, parameter in decoder.named_parameters() if kinds[name] == "matrix"]
 
 
 # ---- by counting
@@ -475,6 +460,8 @@ def trace_memory(
             if module.backend == "grouped" and dtype != torch.bfloat16:
                 raise InputError(f"backend='grouped', dtype={dtype}: fake tensors know grouped_mm in bfloat16 only")
             module.register_forward_pre_hook(_route_evenly)
+        elif isinstance(module, MoE):
+            module.assume_full = True
     with FakeTensorMode(allow_non_fake_inputs=True), _RealWhereKnown():
         _move_to_fake_cpu(decoder)
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)

@@ -7,49 +7,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers import ShortConvolution, TopKRouter
+from moesaic.layers import ParameterKind, Parametrization, parameter_kinds
 from moesaic.training.config import OptimizerConfig, ScheduleConfig
 
 __all__ = ["MuonAdamW", "build_optimizer", "learning_rate_factor", "orthogonalizer", "parameter_groups"]
 
 Group = dict[str, Any]
 
+GROUPS: dict[ParameterKind, str] = {
+    "matrix": "matrices",
+    "output": "outputs",
+    "vector": "vectors",
+    "embedding": "embeddings",
+}
+"""Kinds of parameters in the order of their groups, which checkpoints rely on."""
+
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
-    """Every trainable parameter once, in up to three groups named "matrices", "vectors" and "embeddings".
+    """Every trainable parameter once, in groups by the kind that its part states, see `moesaic.layers.part`.
 
-    Weight decay applies to matrices only, not to gains, biases, short convolutions, embeddings or the head's
-    twin of an embedding. With Muon, "matrices" are the hidden ones; the router and the head, whose outputs are not
-    hidden features, stay with AdamW (Jordan et al. 2024), decayed, in a fourth group "outputs".
+    "matrices" and "outputs" are decayed, "vectors" and "embeddings" are not. With Muon the matrices take its steps; the
+    outputs (routers, the head) stay with AdamW, because their results are not hidden features (Jordan et al. 2024).
+    A kind is split where the model's `parametrization` scales learning rates apart.
     """
-    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "outputs": [], "vectors": [], "embeddings": []}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue  # a tied head shows up twice
-            seen.add(id(parameter))
-            if isinstance(module, nn.Embedding):
-                kind = "embeddings"
-            elif parameter.dim() < 2 or isinstance(module, ShortConvolution):
-                kind = "vectors"
-            elif isinstance(module, TopKRouter) or path.rpartition(".")[2] == "head":
-                kind = "outputs"
-            else:
-                kind = "matrices"
-            kinds[kind].append(parameter)
-    decayed = ("matrices", "outputs")
-    return [
-        {
-            "name": kind,
-            "params": parameters,
-            "weight_decay": config.weight_decay if kind in decayed else 0.0,
-            "muon": config.name == "muon" and kind == "matrices",
-            "lr": config.muon_learning_rate if config.name == "muon" and kind == "matrices" else config.learning_rate,
-        }
-        for kind, parameters in kinds.items()
-        if parameters
-    ]
+    kinds = parameter_kinds(model)
+    parametrization: Parametrization = getattr(model, "parametrization", Parametrization())
+    grouped: dict[tuple[ParameterKind, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = parametrization.learning_rate_scale(kinds[name], parameter.shape)
+            grouped.setdefault((kinds[name], scale), []).append(parameter)
+    groups = []
+    for kind, name in GROUPS.items():
+        for (found, scale), parameters in grouped.items():
+            if found != kind:
+                continue
+            by_muon = config.name == "muon" and kind == "matrix"
+            learning_rate = config.muon_learning_rate if by_muon else config.learning_rate
+            groups.append(
+                {
+                    "name": name if scale == 1 else f"{name} x{scale:g}",
+                    "params": parameters,
+                    "weight_decay": config.weight_decay if kind in ("matrix", "output") else 0.0,
+                    "muon": by_muon,
+                    "lr": learning_rate * scale,
+                }
+            )
+    return groups
 
 
 def build_optimizer(

@@ -1,0 +1,182 @@
+"""Backends of the routed experts: pure functions of rows sorted by expert, stacked weights and row counts.
+
+All take rows (R, D), gate_up (E, D, 2F) with the gate first, down (E, F, D), rows_per_expert (E,) int64 that sums to R
+and the activation of the gate, and return (R, D). All agree with `loop`, the oracle, in outputs and every gradient.
+To add one, write the function and register it in `BACKENDS`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.layers.sliced import Activation, cannot_repeat, sliced, sliced_recompute
+
+__all__ = ["BACKENDS", "CASTING_BACKENDS", "choose_backend", "grouped", "loop", "padded", "run_experts"]
+
+logger = logging.getLogger("moesaic.layers")
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
+
+
+def loop(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, activation: Activation) -> Tensor:
+    """One expert after the other: the oracle. Any dtype and shape.
+
+    Experts without rows run on empty matrices, so that every weight has a gradient (DistributedDataParallel needs it).
+    `unbind`, because the backward of `weight[e]` would zero-fill a whole (E, ...) gradient for every expert.
+    """
+    outputs = []
+    for x, gate_up_e, down_e in zip(rows.split(rows_per_expert.tolist()), gate_up.unbind(), down.unbind(), strict=True):
+        gate, up = (x @ gate_up_e).chunk(2, dim=-1)
+        outputs.append((activation(gate) * up) @ down_e)
+    return torch.cat(outputs)
+
+
+def padded(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, activation: Activation) -> Tensor:
+    """One batched matmul, every expert padded to the fullest one: good when balanced, memory grows with skew."""
+    # at least 2 rows: a compiler would otherwise have to ask whether they are 0 or 1
+    num_experts, capacity = gate_up.size(0), torch.sym_max(int(rows_per_expert.max()), 2)
+    first_row = rows_per_expert.cumsum(0) - rows_per_expert
+    expert_of_row = torch.arange(num_experts, device=rows.device).repeat_interleave(rows_per_expert)
+    place = torch.arange(rows.size(0), device=rows.device) - first_row[expert_of_row]
+    place = place + expert_of_row * capacity
+    x = rows.new_zeros(num_experts * capacity, rows.size(1)).index_copy(0, place, rows)
+    gate, up = torch.bmm(x.unflatten(0, (num_experts, capacity)), gate_up).chunk(2, dim=-1)
+    y = torch.bmm(activation(gate) * up, down)
+    return y.flatten(0, 1).index_select(0, place)
+
+
+def grouped(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, activation: Activation) -> Tensor:
+    """`torch.nn.functional.grouped_mm`: no padding, no host synchronisation."""
+    ends = rows_per_expert.cumsum(0, dtype=torch.int32)
+    gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(activation(gate) * up, down, offs=ends)
+    if y.requires_grad:  # its backward refuses an expanded gradient, such as that of y.sum()
+        y.register_hook(torch.Tensor.contiguous)
+    return y
+
+
+BACKENDS: dict[str, Backend] = {
+    "loop": loop,
+    "padded": padded,
+    "grouped": grouped,
+    "sliced": sliced,
+    "sliced_recompute": sliced_recompute,
+}
+CASTING_BACKENDS = {"sliced", "sliced_recompute"}
+"""Backends that cast weights themselves, one expert at a time."""
+STRENGTHS = {
+    "grouped": "no padding and no host synchronisation",
+    "sliced": "on a CPU as fast as any, with the least memory",
+}
+
+
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    hidden_dim: int,
+    backend: str = "auto",
+    activation: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[str, str]:
+    """What really runs for rows of this dtype when `backend` is asked for, and why: (name, reason).
+
+    A backend that cannot do it gives way to the next one, and the reason says what was in the way.
+
+    Args:
+        activation: with gradients, some backends cannot run one that has parameters or draws random numbers.
+    """
+    if torch.compiler.is_compiling() or device.type != "cpu":
+        candidates = ["grouped", "padded"]
+    else:
+        candidates = ["sliced", "grouped", "loop"]
+    if backend != "auto":
+        candidates.insert(0, backend)
+    reasons = []
+    for name in candidates:
+        obstacle = find_obstacle(name, device, dtype, dim, hidden_dim, activation)
+        if obstacle is None:
+            break
+        reasons.append(obstacle)
+    return name, "; ".join(reasons) or (STRENGTHS[name] if backend == "auto" else "as asked for")
+
+
+def find_obstacle(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    hidden_dim: int,
+    activation: Callable[[Tensor], Tensor] | None,
+) -> str | None:
+    """Why a backend cannot do it, None if it can."""
+    if backend == "grouped":
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"grouped_mm has no {dtype} kernel"
+        if device.type not in ("cpu", "cuda"):
+            return f"grouped_mm is not known to work on {device.type}"
+        if device.type == "cuda" and dtype != torch.bfloat16:
+            return f"grouped_mm on CUDA wants bfloat16, not {dtype}"
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+            return f"torch.compile traces grouped_mm in bfloat16 only, not {dtype}"
+        if dim * dtype.itemsize % 16 or hidden_dim * dtype.itemsize % 16:
+            return f"grouped_mm needs rows of a multiple of 16 bytes, not dim={dim}, hidden_dim={hidden_dim}"
+    if backend in CASTING_BACKENDS:
+        if torch.compiler.is_compiling():
+            return f"{backend} depends on the numbers of rows, for which torch.compile would compile anew every time"
+        if activation is not None:
+            return cannot_repeat(activation, torch.zeros(1, hidden_dim, device=device, dtype=dtype))
+    return None
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def run_experts(
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    rows_per_expert: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    backend: str = "auto",
+) -> Tensor:
+    """The experts as a function of their weights, on a backend by name, or on another that can: see `choose_backend`.
+
+    Under autocast everything is computed in the autocast dtype, cast here or by the backend, because grouped_mm and
+    bmm would not agree on what autocast means. Gradients are in the dtype of the weights.
+
+    Args:
+        rows: (R, D) sorted by expert.
+        gate_up: (E, D, 2F), gate first; views such as a transposed (E, 2F, D) are fine.
+        down: (E, F, D).
+        rows_per_expert: (E,) int64 that sums to R.
+
+    Returns:
+        (R, D).
+
+    Raises:
+        ValueError: rows and weights differ in dtype, and not under autocast.
+    """
+    device = rows.device
+    if torch.is_autocast_enabled(device.type):
+        rows = rows.to(torch.get_autocast_dtype(device.type))
+    elif not rows.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(
+            f"rows are {rows.dtype}, gate_up {gate_up.dtype}, down {down.dtype}: only under autocast may they differ"
+        )
+    asked = backend
+    backend, reason = choose_backend(
+        device, rows.dtype, rows.size(1), down.size(1), backend, activation if torch.is_grad_enabled() else None
+    )
+    if asked not in ("auto", backend) and not torch.compiler.is_compiling():
+        say_once(f"backend={asked!r} gives way to {backend!r}: {reason}")
+    if backend not in CASTING_BACKENDS:
+        gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)
+        if rows.size(0) == 0:
+            backend = "loop"
+    return BACKENDS[backend](rows, gate_up, down, rows_per_expert, activation)

@@ -1,0 +1,238 @@
+"""What a part of a model says of itself, and what is assumed where it says nothing.
+
+A part is any module that fills a seam: a token mixer, a channel mixer, a router, the experts, a norm. It may have any
+of the methods of `Part`. The functions of this module ask for them, and otherwise decide by dimension or by measuring.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Flops",
+    "ParameterKind",
+    "Parametrization",
+    "Part",
+    "active_parameters",
+    "cache_bytes",
+    "experts_per_token",
+    "flops_per_token",
+    "initialize",
+    "parameter_kinds",
+]
+
+ParameterKind = Literal["matrix", "output", "vector", "embedding"]
+"""How a parameter is trained. "matrix": hidden features to hidden features, or a stack of such, decayed and stepped by
+Muon where that is on. "output": logits from features (a head, a router), decayed, always stepped by AdamW. "vector" (a
+gain, a bias, a short filter) and "embedding": AdamW without decay."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parametrization:
+    """The rule by which parameters are drawn and by which their learning rates are scaled, by kind and shape.
+
+    This one is the standard parametrization: one standard deviation, one learning rate.
+
+    Args:
+        init_std: of every weight; None means 1 / sqrt(fan_in).
+    """
+
+    init_std: float | None = 0.02
+
+    def std(self, kind: ParameterKind, fan_in: int) -> float:
+        """Standard deviation of a new weight; `fan_in` of an embedding is its width."""
+        return self.init_std or fan_in**-0.5
+
+    def learning_rate_scale(self, kind: ParameterKind, shape: torch.Size) -> float:
+        """The factor on the learning rate of a parameter's kind."""
+        return 1.0
+
+
+class Part(Protocol):
+    """What a part may say of itself. Each method is optional."""
+
+    def parameter_kinds(self) -> Mapping[str, ParameterKind]:
+        """Kinds of some parameters, by their name within the part ("A_log", "gate.weight"); the others get defaults."""
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs of one token in a sequence of seq_len tokens. A multiply-add counts as two."""
+
+    def active_parameters(self) -> int:
+        """Number of parameters that one token meets."""
+
+    def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Bytes that decoding token number `length` of one sequence reads from the cache."""
+
+    def initialize(self, parametrization: Parametrization) -> None:
+        """Draw all parameters of the part. Without this method a custom part keeps what its constructor drew."""
+
+
+class Flops(NamedTuple):
+    """Forward FLOPs of one token, and how they are known."""
+
+    per_token: float
+    source: Literal["declared", "measured", "assumed"]
+    """"assumed": two per element of every matrix, because the part could not be run."""
+
+
+def parameter_kinds(module: nn.Module) -> dict[str, ParameterKind]:
+    """The kind of every parameter by its dotted name, in the order of `named_parameters`.
+
+    What an outer module says counts before what an inner one says. By default embeddings are "embedding"; parameters
+    with fewer than two dimensions, filters of convolutions and parameters with a true `_no_weight_decay` attribute are
+    "vector"; all others are "matrix".
+
+    Raises:
+        ValueError: a part names a parameter or a kind that does not exist.
+    """
+    kinds = {name: _default_kind(module, p) for name, p in module.named_parameters(recurse=False)}
+    for child_name, child in module.named_children():
+        kinds |= {f"{child_name}.{name}": kind for name, kind in parameter_kinds(child).items()}
+    declared: Mapping[str, ParameterKind] = getattr(module, "parameter_kinds", dict)()
+    for name, kind in declared.items():
+        if name not in kinds or kind not in ("matrix", "output", "vector", "embedding"):
+            raise ValueError(
+                f"{type(module).__name__}.parameter_kinds: {name!r}: {kind!r} must be one of its parameters "
+                f"({', '.join(kinds)}) and one of matrix, output, vector, embedding"
+            )
+    return kinds | dict(declared)
+
+
+def initialize(part: nn.Module, parametrization: Parametrization) -> None:
+    """Draw the weights of `part` and of what is below it. A custom part without `initialize` keeps its own."""
+    declared, is_ours = getattr(part, "initialize", None), _is_ours(type(part).__module__)
+    # a custom class may inherit ours and still have drawn in its constructor
+    if declared is not None and (is_ours or not _is_ours(declared.__module__)):
+        declared(parametrization)
+        return
+    if not is_ours:
+        return
+    if isinstance(part, nn.Linear):
+        nn.init.normal_(part.weight, std=parametrization.std("matrix", part.in_features))
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+    for child in part.children():
+        initialize(child, parametrization)
+
+
+def flops_per_token(part: nn.Module, seq_len: int, *shape: int) -> Flops:
+    """Forward FLOPs of one token of `part`: declared, or counted by torch while it runs, or assumed by dimension.
+
+    torch counts matrix products, convolutions and attention; elementwise work is left out, as in our own parts.
+
+    Args:
+        seq_len: tokens of a sequence.
+        shape: what the part takes for these tokens, such as (1, seq_len, D).
+    """
+    declared = getattr(part, "flops_per_token", None)
+    if declared is not None:
+        return Flops(float(declared(seq_len)), "declared")
+    measured = _measure_flops(part, shape)
+    if measured is not None:
+        return Flops(measured / seq_len, "measured")
+    kinds = parameter_kinds(part)
+    return Flops(2.0 * sum(p.numel() for name, p in part.named_parameters() if kinds[name] != "vector"), "assumed")
+
+
+def active_parameters(part: nn.Module, flops: Flops) -> int:
+    """Parameters that one token meets in a channel mixer: declared, or as many as the measured `flops` account for."""
+    declared = getattr(part, "active_parameters", None)
+    if declared is not None:
+        return int(declared())
+    kinds, sizes = parameter_kinds(part), {name: p.numel() for name, p in part.named_parameters()}
+    vectors = sum(size for name, size in sizes.items() if kinds[name] == "vector")
+    total = sum(sizes.values())
+    return total if flops.source != "measured" else min(total, round(flops.per_token / 2) + vectors)
+
+
+def cache_bytes(part: nn.Module, length: int, dtype: torch.dtype, dim: int) -> int:
+    """Bytes that decoding token number `length` of one sequence reads: declared, or all tensors of a filled cache.
+
+    0 for a part without cache, or whose cache cannot be filled without running on real numbers.
+    """
+    declared, make_cache = getattr(part, "cache_bytes", None), getattr(part, "make_cache", None)
+    if declared is not None:
+        return int(declared(length, dtype))
+    if make_cache is None:
+        return 0
+    try:
+        with torch.device("meta"), torch.no_grad():
+            cache = make_cache()
+            copy.deepcopy(part).to("meta", dtype)(torch.empty(1, length, dim, dtype=dtype), cache)
+    except Exception:  # what a foreign module raises on tensors without memory has no common base
+        return 0
+    return sum(tensor.nbytes for tensor in _tensors(cache))
+
+
+def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: float) -> float:
+    """Mean number of experts that a router gives a token: declared as `experts_per_token`, or measured on noise.
+
+    Args:
+        default: the answer for a router that cannot be run (one without memory).
+    """
+    declared = getattr(router, "experts_per_token", None)
+    if isinstance(declared, (int, float)):
+        return float(declared)
+    weight = next(router.parameters(), None)
+    if weight is not None and weight.is_meta:
+        return default
+    like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        expert_ids = router(torch.randn(_SOME_TOKENS, dim, **like))[2]
+    return float((expert_ids < num_experts).sum()) / _SOME_TOKENS
+
+
+_SOME_TOKENS = 256
+_MOST_WORK = 10**9
+"""Parameters times tokens up to which a part is run on real numbers, to count its FLOPs."""
+
+
+def _default_kind(module: nn.Module, parameter: nn.Parameter) -> ParameterKind:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    is_filter = isinstance(module, nn.modules.conv._ConvNd)
+    if parameter.dim() < 2 or is_filter or getattr(parameter, "_no_weight_decay", False):
+        return "vector"
+    return "matrix"
+
+
+def _measure_flops(part: nn.Module, shape: tuple[int, ...]) -> float | None:
+    """FLOPs of one call, counted without memory, or on real numbers where the part looks at them; None if neither."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it loads a lot
+
+    def count(module: nn.Module, x: Tensor) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(x)
+        return float(counter.get_total_flops())
+
+    weights = list(part.parameters())
+    dtype = weights[0].dtype if weights else torch.float32
+    try:
+        return count(copy.deepcopy(part).to("meta"), torch.empty(shape, dtype=dtype, device="meta"))
+    except Exception:  # what a foreign module raises on tensors without memory has no common base
+        tokens = torch.Size(shape[:-1]).numel()
+        if any(p.is_meta for p in weights) or sum(p.numel() for p in weights) * tokens > _MOST_WORK:
+            return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return count(part, torch.randn(shape, dtype=dtype))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors within containers and the attributes of objects."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif hasattr(value, "__dict__"):
+        value = list(vars(value).values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _is_ours(path: str) -> bool:
+    return path.startswith(("moesaic.", "torch.")) and not path.startswith("moesaic.examples")

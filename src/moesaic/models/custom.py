@@ -1,0 +1,101 @@
+"""Custom modules: parts of a user's own, named in a config by their dotted path."""
+
+import hashlib
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moesaic.errors import InputError
+from moesaic.models.config import CustomModule, DecoderConfig
+
+__all__ = ["Source", "build_custom", "construct", "custom_modules", "sources"]
+
+
+class Source(NamedTuple):
+    """The file that a custom module's class is written in, as it is now."""
+
+    file: Path
+    sha256: str
+
+
+def construct(custom: CustomModule, where: str, **known: Any) -> Any:
+    """Import what a custom module's type names, and call it.
+
+    Args:
+        custom: {"type": dotted path, and keyword arguments for the call}.
+        where: the place in the model, for messages.
+        known: what the constructor is given if it asks for it by name; the arguments of `custom` count before.
+
+    Raises:
+        InputError: it cannot be imported, or does not accept its arguments.
+    """
+    path, cls = custom["type"], _find(custom["type"], where)
+    arguments = {key: value for key, value in custom.items() if key != "type"}
+    try:
+        asked = inspect.signature(cls).parameters
+        arguments = {name: value for name, value in known.items() if name in asked} | arguments
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: {path}({', '.join(arguments)}) failed: {error}. By name it can ask for {', '.join(known)}"
+        ) from error
+
+
+def build_custom(
+    custom: CustomModule, where: str, device: torch.device | str | None, dtype: torch.dtype | None, **known: Any
+) -> nn.Module:
+    """`construct`, for a torch.nn.Module; it is moved to device and dtype, so it needs no such arguments.
+
+    Raises:
+        InputError: as `construct`, or it is no module.
+    """
+    module = construct(custom, where, **known)
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{where}: {custom['type']} made a {type(module).__name__}; it must be a torch.nn.Module")
+    return module.to(device=device, dtype=dtype)
+
+
+def custom_modules(config: DecoderConfig) -> dict[str, CustomModule]:
+    """The custom modules of a model by where they stand ("layers.0.mixer", "moe.router")."""
+    found: dict[str, CustomModule] = {}
+    for i, layer in enumerate(config.layers):
+        for name, part in (("mixer", layer.mixer), ("ffn", layer.ffn)):
+            if isinstance(part, dict):
+                found[f"layers.{i}.{name}"] = part
+    if config.moe is not None:
+        for name, part in (("router", config.moe.router), ("dispatcher", config.moe.dispatcher)):
+            if isinstance(part, dict):
+                found[f"moe.{name}"] = part
+    return found
+
+
+def sources(config: DecoderConfig) -> dict[str, Source]:
+    """Where the custom modules of a model are written, by dotted path; without those that have no source file.
+
+    Raises:
+        InputError: one of them cannot be imported.
+    """
+    found = {}
+    for where, custom in custom_modules(config).items():
+        try:
+            file = inspect.getsourcefile(_find(custom["type"], where))
+        except TypeError:  # a builtin, or an instance
+            file = None
+        if file is not None and Path(file).is_file():
+            found[custom["type"]] = Source(Path(file), hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    return found
+
+
+def _find(path: str, where: str) -> Any:
+    module_name, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{where}: type={path!r} cannot be imported ({error}); it must be the dotted path of a class that Python "
+            "can import from here"
+        ) from error
