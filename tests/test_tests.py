@@ -34,8 +34,8 @@ def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
             names = [argument.value for argument in node.args[:2] if isinstance(argument, ast.Constant)]
             yield from ((node.lineno, name) for name in names if isinstance(name, str) and is_private(name))
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            if is_private(node.attr):
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and is_private(node.attr):
+            if node.value.id in modules:
                 yield node.lineno, f"{node.value.id}.{node.attr}"
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import kill_in_call
 from rich.console import Console
+from small_runs import kill_in_call
 
 from moesaic.checkpoints import load_model, save_model
 from moesaic.cli import cache_targets
@@ -104,6 +104,7 @@ def test_the_forecast_is_right_and_training_batches_find_their_targets(given: Co
     assert "distillation.teacher=" not in cache_targets.describe(config, found)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path, corpus: Path) -> None:
     sizes = [*SIZES, "seq_len=16"]  # many small shards
     config = given(*sizes, f"directory={tmp_path / 'whole'}")
@@ -197,6 +198,7 @@ def read_all(config: dict[str, Any]) -> dict[int, list[Any]]:
     }
 
 
+@pytest.mark.slow_but_for("top_k")
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
 def test_new_data_are_added_to_an_old_cache(given: Composed, corpus: Path, tmp_path: Path, kind: str) -> None:
     """One file that comes last leaves all windows before it alone, one in the middle moves those behind it."""
@@ -300,6 +302,7 @@ def test_a_cache_of_another_teacher_is_refused(given: Composed, teacher: Path) -
     TargetCache.open(config["directory"], of.settings())
 
 
+@pytest.mark.slow
 def test_the_command_line(given: Composed, teacher: Path, tmp_path: Path, corpus: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "cache_targets.py")]
     refused = subprocess.run([*command, "sequence=3"], capture_output=True, text=True, check=False)

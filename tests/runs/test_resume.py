@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMOKE, kill_in_call
+from small_runs import SMOKE, kill_in_call
 
 from moesaic.checkpoints import load_checkpoint
 from moesaic.cli import train
@@ -31,7 +31,8 @@ SETTINGS = [
 
 
 def command(corpus: Path, tmp_path: Path, run_dir: str) -> list[str]:
-    return [str(ROOT / "scripts" / "train.py"), *SMOKE, f"data.path={corpus}", f"run_dir={tmp_path / run_dir}", *SETTINGS]
+    script = str(ROOT / "scripts" / "train.py")
+    return [script, *SMOKE, f"data.path={corpus}", f"run_dir={tmp_path / run_dir}", *SETTINGS]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -49,7 +50,8 @@ def test_killed_and_resumed_equals_uninterrupted(composed: Composed, corpus: Pat
     assert not (tmp_path / "killed" / "metrics.json").exists()
 
     resume = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=true", f"run_dir={tmp_path / 'killed'}"]
-    subprocess.run(resume, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(resume, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     run(composed(*SETTINGS, f"run_dir={tmp_path / 'whole'}"))
 
     for table in ("metrics.csv", "routing.csv"):

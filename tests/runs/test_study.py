@@ -100,6 +100,7 @@ def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(config["results_dir"], "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_verdict_and_again(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def test_from_nothing_to_a_verdict_and_again(
         call(tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # collapse and divergence, at a million times the learning rate
 @pytest.mark.usefixtures("in_this_process")
 def test_learning_rates_are_tuned(tiny: dict[str, Any]) -> None:
@@ -188,6 +190,7 @@ def test_learning_rates_are_tuned(tiny: dict[str, Any]) -> None:
     assert [name.startswith("dense_measure_seed0") for name in kept] == [True], "those of tuning are not needed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
     soft = {"value": 0.9}
@@ -259,6 +262,7 @@ def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
     assert len(rows(tiny)) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {
@@ -385,6 +389,7 @@ IROPE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
 @pytest.mark.parametrize("name", ["study_irope", "study_irope_no_conv", "study_irope_recall", "study_mixers_recall"])
 def test_arms_and_variants_of_the_long_context_studies_run(
@@ -495,6 +500,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
 def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp_path: Path) -> None:
     outputs = Path(long_run["output_dir"])
@@ -534,6 +540,7 @@ def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp
     assert row["metrics"]["steps"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
 def test_interrupt_ends_the_workers_and_says_how_to_continue(long_run: dict[str, Any], tmp_path: Path) -> None:
     outputs = Path(long_run["output_dir"])

@@ -49,6 +49,7 @@ def drawn_by_position(
     return found
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_everything_is_written(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_unfinished_and_diverged_studies_are_reported_too(
     assert "moe against dense: no pair of finished runs, no verdict; moe: 3 of 3 runs diverged" in printed
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_axes_and_variants_are_drawn(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], row_of: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -188,6 +190,7 @@ def test_models_of_one_size_are_not_drawn_over_parameters(
         assert (tmp_path / "parameters.png").exists() == (size == 1011)
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -223,6 +226,7 @@ def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     assert "moe: 2 of 3 runs diverged" in report(study, base, rows, tmp_path)
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_the_teachers_flops_are_counted(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:
