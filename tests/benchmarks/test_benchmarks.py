@@ -47,6 +47,7 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.count("\n") > 3
 
 
+@pytest.mark.slow
 def test_acceleration_covers_every_implementation() -> None:
     from benchmarks import acceleration
 
@@ -81,6 +82,7 @@ def test_what_needs_too_much_memory_is_left_out_with_the_size() -> None:
     assert acceleration.obstacle(case, "grouped_mm", 1.0) is None
 
 
+@pytest.mark.slow
 def test_all_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.__main__ import NAMES as IN_TURN
     from benchmarks.__main__ import main

@@ -94,6 +94,7 @@ def test_dense_model_has_no_router_rows(composed: Composed) -> None:
     assert not (only_run(config) / "plots" / "drift.png").exists()
 
 
+@pytest.mark.slow
 def test_kinds_of_files_of_a_mixed_folder(composed: Composed, corpus: Path, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(corpus, mixed)

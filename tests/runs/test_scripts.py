@@ -50,6 +50,17 @@ def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Pa
     assert run(composed(*overrides))["status"] == "finished"
 
 
+@pytest.mark.parametrize("experiment", [name for name in group("experiment") if not name.startswith("study_")])
+def test_every_experiment_is_valid(composed: Composed, experiment: str) -> None:
+    given = {
+        "codistill_frozen": ["distillation.teacher=it"],
+        "codistill_cached": ["distillation.cache=it"],
+        "extend_context": ["ckpt_path=it"],
+    }
+    config = from_mapping(RunConfig, composed(f"experiment={experiment}", *given.get(experiment, []), smoke=False))
+    from_mapping(DecoderConfig, {**config.model, "vocab_size": 2048}, "model")
+
+
 @pytest.mark.slow_but_for("small")
 @pytest.mark.parametrize("model", group("model"))
 def test_every_model_runs_at_its_own_size(composed: Composed, corpus: Path, model: str) -> None:
