@@ -23,20 +23,25 @@ def is_private(name: str) -> bool:
 
 def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and name of each private name that is patched, imported from our packages, or read from our modules."""
-    modules: set[str] = set()
+    imported = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    ours = [alias for node in imported for alias in node.names if package(node, alias) in OURS]
+    modules = {alias.asname or alias.name for alias in ours if alias.name[:1].islower()}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
-            modules |= {alias.asname or alias.name for alias in node.names if alias.name[:1].islower()}
-            yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
-        elif isinstance(node, ast.Import):
-            modules |= {alias.asname for alias in node.names if alias.asname and alias.name.split(".")[0] in OURS}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
-            names = [argument.value for argument in node.args[:2] if isinstance(argument, ast.Constant)]
-            yield from ((node.lineno, name) for name in names if isinstance(name, str) and is_private(name))
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and is_private(node.attr):
-            if node.value.id in modules:
-                yield node.lineno, f"{node.value.id}.{node.attr}"
+        match node:
+            case ast.ImportFrom():
+                yield from (
+                    (node.lineno, alias.name) for alias in node.names if alias in ours and is_private(alias.name)
+                )
+            case ast.Call(func=ast.Attribute(attr="setattr")):
+                names = [argument.value for argument in node.args[:2] if isinstance(argument, ast.Constant)]
+                yield from ((node.lineno, name) for name in names if isinstance(name, str) and is_private(name))
+            case ast.Attribute(value=ast.Name(id=module)) if module in modules and is_private(node.attr):
+                yield node.lineno, f"{module}.{node.attr}"
+
+
+def package(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
+    """What an import names first."""
+    return ((node.module or "") if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
 
 
 def sleeps(tree: ast.AST, function: str = "") -> Iterator[tuple[int, str]]:
