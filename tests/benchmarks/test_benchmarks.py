@@ -24,6 +24,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow_but_for("loss", "decoding")
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
@@ -98,6 +99,7 @@ def test_all_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "choose another directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow_but_for("epyc")
 @pytest.mark.parametrize("machine", ["xeon", "epyc"])
 def test_pictures_of_the_committed_rows(machine: str, tmp_path: Path) -> None:
     """The second CPU has no bf16."""
