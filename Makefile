@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 
-.PHONY: install train test bench lint clean
+.PHONY: install train test test-all bench lint clean
 
 install: .venv/installed
 
@@ -24,7 +24,10 @@ train: install
 	$(BIN)/python scripts/train.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --durations=25 $(ARGS)
+
+test-all: install
+	$(BIN)/python -m pytest -m slow --durations=25 $(ARGS)
 
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -15,6 +15,25 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: at the end they would keep one worker busy while the other has nothing left to do."""
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whole runs first: at the end they would keep one worker busy while the other has nothing left to do.
+
+    What `slow_but_for` does not name becomes slow.
+
+    Raises:
+        pytest.UsageError: a word of `slow_but_for` is in no id, so that a case went missing from the quick ones.
+    """
+    unused: dict[tuple[str, str], bool] = {}
+    for item in items:
+        if mark := item.get_closest_marker("slow_but_for"):
+            function, _, parameters = item.nodeid.partition("[")
+            named = [word for word in mark.args if word in parameters]
+            if not named:
+                item.add_marker(pytest.mark.slow)
+            for word in mark.args:
+                unused[function, word] = unused.get((function, word), True) and word not in named
+    whole = not config.getoption("lf", False) and not any("::" in argument for argument in config.args)
+    if whole and (missing := [f"{function}: {word!r}" for (function, word), left in unused.items() if left]):
+        raise pytest.UsageError(f"slow_but_for: words in no id of the test: {', '.join(missing)}")
     items.sort(key=lambda item: "runs" not in item.path.parts)

@@ -24,6 +24,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow_but_for("loss", "decoding")
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
@@ -47,6 +48,7 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.count("\n") > 3
 
 
+@pytest.mark.slow
 def test_acceleration_covers_every_implementation() -> None:
     from benchmarks import acceleration
 
@@ -81,6 +83,7 @@ def test_what_needs_too_much_memory_is_left_out_with_the_size() -> None:
     assert acceleration.obstacle(case, "grouped_mm", 1.0) is None
 
 
+@pytest.mark.slow
 def test_all_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.__main__ import NAMES as IN_TURN
     from benchmarks.__main__ import main
@@ -96,6 +99,7 @@ def test_all_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "choose another directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow_but_for("epyc")
 @pytest.mark.parametrize("machine", ["xeon", "epyc"])
 def test_pictures_of_the_committed_rows(machine: str, tmp_path: Path) -> None:
     """The second CPU has no bf16."""

@@ -64,7 +64,7 @@ def test_wall_clock_sees_sleep() -> None:
 def test_cpus_that_emulate_bf16_are_not_waited_for(
     times: float, runs: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness, "_bf16_over_fp32", lambda: times)
+    monkeypatch.setattr(harness, "bf16_over_fp32", lambda: times)
     options, _ = parse_options("", ["--device", "cpu", "--output", str(tmp_path / "rows.jsonl")])
     assert (bf16_obstacle(options) is None) == runs
     assert list(dtypes_to_time(options)) == ["fp32", "bf16"][: 1 + runs]
@@ -77,7 +77,7 @@ def test_cpus_that_emulate_bf16_are_not_waited_for(
 
 
 def test_smoke_runs_try_every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_bf16_over_fp32", lambda: 90.0)
+    monkeypatch.setattr(harness, "bf16_over_fp32", lambda: 90.0)
     assert bf16_obstacle(parse_options("", ["--device", "cpu", "--smoke"])[0]) is None
 
 

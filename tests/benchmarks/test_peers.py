@@ -164,6 +164,7 @@ def test_a_layer_that_ignores_autocast_is_told_apart() -> None:
 # ---- everybody else
 
 
+@pytest.mark.slow
 def test_everybody_is_in_every_cell() -> None:
     rows = peers.main(["--smoke"])
     expected = {"dense", *peers.peers(torch.device("cpu"))}

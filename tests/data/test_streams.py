@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from moesaic.config import from_mapping
-from moesaic.data import ByteTokenizer, DataConfig, load_data
-from moesaic.data import streams as streams_module
+from moesaic.data import BPETokenizer, ByteTokenizer, DataConfig, load_data
 from moesaic.errors import InputError
 
 
@@ -82,7 +81,7 @@ def test_baselines_are_what_the_compressors_say(folder: Path) -> None:
 
 def test_second_time_comes_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_data(config(folder))
-    monkeypatch.setattr(streams_module, "_build", lambda *arguments: pytest.fail("built again"))
+    monkeypatch.setattr(BPETokenizer, "train", lambda *arguments: pytest.fail("built again"))
     second = load_data(config(folder))
     np.testing.assert_array_equal(first.train.tokens, second.train.tokens)
     assert first.facts == second.facts
@@ -125,7 +124,7 @@ def test_full_disk_names_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(streams_module, "_encode", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match=r"data.cache_dir='.*cache': cannot be written \(no space left\)"):
         load_data(config(folder))
     assert list((folder.parent / "cache").iterdir()) == []

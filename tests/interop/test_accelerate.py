@@ -457,6 +457,7 @@ def test_hooks_of_block_router_and_experts_fire_once(name: str) -> None:
     assert sorted(fired) == sorted(id(part) for part in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the tracer about itself
 @pytest.mark.parametrize("name", ["llama4", "mixtral"])
 def test_compiled_model(name: str) -> None:

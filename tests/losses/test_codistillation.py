@@ -665,6 +665,7 @@ def test_a_teacher_without_mass_on_a_token() -> None:
     assert_same(found, dense, 1e-12)
 
 
+@pytest.mark.slow_but_for("top_k")
 @kinds
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("gate", ["none", "agreement"])

@@ -8,6 +8,7 @@ import torch
 from moesaic.models import build_decoder, llama4_toy
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the tracer about itself
 def test_compiled_blocks_give_the_same_outputs_and_gradients() -> None:
     torch._dynamo.reset()

@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_but_for("greedy-8", "all-13")
 @pytest.mark.parametrize("length", [1, 5, 8, 13])
 @pytest.mark.parametrize("way", WAYS)
 def test_cache_changes_nothing(way: str, length: int) -> None:

@@ -100,6 +100,7 @@ def estimates(config: DecoderConfig, dtype: torch.dtype, checkpoint: bool = Fals
     return estimate_memory(config, **sizes), trace_memory(config, **sizes)
 
 
+@pytest.mark.slow_but_for("dense-dtype1", "recomputed-dtype8")
 @pytest.mark.parametrize(
     ("name", "dtype", "checkpoint"),
     [
@@ -120,6 +121,7 @@ def test_both_are_within_5_percent_of_a_real_step(name: str, dtype: torch.dtype,
     assert (formula.weights, formula.gradients) == (traced.weights, traced.gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("alternating", torch.float32), ("recomputed", torch.bfloat16), ("MoE everywhere", torch.bfloat16)],
@@ -150,6 +152,7 @@ def test_checkpointing_and_dtype_matter() -> None:
     assert estimate_memory(config, **sizes, dtype=torch.bfloat16).step < 0.8 * step
 
 
+@pytest.mark.slow_but_for("tied-adamw")
 @pytest.mark.parametrize(
     ("config", "name", "dtype"),
     [
@@ -186,6 +189,7 @@ def test_optimizer_against_the_real_one(config: str, name: str, dtype: torch.dty
     assert formula.total == formula.weights + state + max(formula.step, formula.optimizer_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 65])
 def test_kv_cache_against_a_real_one(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["alternating"]
@@ -222,6 +226,7 @@ def test_presets(preset: Any) -> None:
     assert found.kv_cache == kv_cache_bytes(config, 8192, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_nowhere_is_traced() -> None:
     """Two layers of Scout, for the time."""
     config = dataclasses.replace(llama4_scout(), num_layers=2, nope_layer_interval=2, vocab_size=20000)

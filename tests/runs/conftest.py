@@ -9,18 +9,9 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from small_runs import BPE, ROOT, SMOKE
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-
-SMOKE = [
-    "debug=smoke",
-    "trainer.precision=32-true",
-    "data=files",
-    "data.tokenizer=bytes",
-    "model.dim=16",
-    "model.attention.head_dim=4",
-]
 
 ONE_PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -35,14 +26,17 @@ def with_pictures() -> None:
 @pytest.fixture(autouse=True)
 def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """To draw them takes longer than the steps of a run this small; the files are there."""
+    if "with_pictures" not in request.fixturenames:
+        draw_nothing(monkeypatch)
 
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     def save(figure: object, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(ONE_PIXEL)
 
-    if "with_pictures" not in request.fixturenames:
-        for module in ("plots", "specialisation"):
-            monkeypatch.setattr(f"moesaic.evaluation.{module}.save_figure", save)
+    for module in ("long_context_plots", "plots", "recall", "specialisation"):
+        patch.setattr(f"moesaic.evaluation.{module}.save_figure", save)
 
 
 @pytest.fixture(scope="session")
@@ -56,18 +50,51 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def composed(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """composed("key=value", ...) -> the plain config of a smoke run on the small corpus, writing below tmp_path."""
+def composer(corpus: Path, folder: Path) -> Callable[..., dict[str, Any]]:
+    """What the fixture `composed` is, for runs that write below `folder`."""
     from moesaic.cli.common import plain
 
     def compose_plain(*overrides: str, config: str = "train", smoke: bool = True) -> dict[str, Any]:
-        chosen = [f"++data.cache_dir={tmp_path / 'cache'}"]
+        chosen = [f"++data.cache_dir={folder / 'cache'}"]
         if config == "train":
-            chosen += [f"output_dir={tmp_path / 'outputs'}", *(SMOKE if smoke else [])]
+            chosen += [f"output_dir={folder / 'outputs'}", *(SMOKE if smoke else [])]
         if smoke:
             chosen.append(f"data.path={corpus}")
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             return plain(compose(config, [*chosen, *overrides]))
 
     return compose_plain
+
+
+@pytest.fixture
+def composed(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """composed("key=value", ...) -> the plain config of a smoke run on the small corpus, writing below tmp_path."""
+    return composer(corpus, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def train_once(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """train_once("key=value", ...) -> the directory of a finished run, trained once for all tests of a worker.
+
+    They read it only; who changes something takes a copy.
+    """
+    from moesaic.training.run import run
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def train(*overrides: str) -> Path:
+        if overrides not in made:
+            folder = tmp_path_factory.mktemp("trained")
+            with pytest.MonkeyPatch.context() as patch:
+                draw_nothing(patch)
+                run(composer(corpus, folder)(*overrides, f"run_dir={folder / 'run'}"))
+            made[overrides] = folder / "run"
+        return made[overrides]
+
+    return train
+
+
+@pytest.fixture
+def trained(train_once: Callable[..., Path]) -> Path:
+    """last.ckpt of 20 steps with a BPE tokenizer, to be read only."""
+    return train_once(*BPE) / "checkpoints" / "last.ckpt"

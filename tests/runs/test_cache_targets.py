@@ -1,14 +1,13 @@
 """scripts/cache_targets.py as a person uses it: forecast, resume after kill -9, what is refused and how it is said."""
 
+import itertools
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from small_runs import kill_in_call
 
 from moesaic.checkpoints import load_model, save_model
 from moesaic.cli import cache_targets
@@ -25,13 +25,14 @@ from moesaic.data import ByteTokenizer, DataConfig, TrainingLoader, load_data
 from moesaic.data.loaders import windows_at
 from moesaic.distillation import (
     CachedTargets,
+    CacheThrough,
     TargetCache,
     TargetFormat,
     cache_identity,
     data_settings,
     stream_keys,
 )
-from moesaic.distillation import fill as filling
+from moesaic.distillation.fill import fill_cache
 from moesaic.errors import InputError
 from moesaic.losses.targets import TopKTargets
 from moesaic.models import DecoderConfig, MoEConfig, build_decoder, llama4_toy
@@ -67,7 +68,7 @@ def fill(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """What the cache holds, and what was printed."""
     console = Console(record=True, quiet=False, file=open(os.devnull, "w"), width=200)  # noqa: SIM115, PTH123
     with console.file:
-        found = filling.fill_cache(config, console)
+        found = fill_cache(config, console)
         return found, console.export_text()
 
 
@@ -103,29 +104,21 @@ def test_the_forecast_is_right_and_training_batches_find_their_targets(given: Co
     assert "distillation.teacher=" not in cache_targets.describe(config, found)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path, corpus: Path) -> None:
-    sizes = [*SIZES, "seq_len=16"]  # many small shards: time enough to be killed in
+    sizes = [*SIZES, "seq_len=16"]  # many small shards
     config = given(*sizes, f"directory={tmp_path / 'whole'}")
     windows = fill(config)[0]["windows"]
     killed = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "scripts" / "cache_targets.py"), *sizes]
+    command = [str(ROOT / "scripts" / "cache_targets.py"), *sizes]
     command += [f"teacher={config['teacher']}", f"directory={killed}", f"data.path={corpus}"]
     command += [f"data.cache_dir={tmp_path / 'cache'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    listed = 0
-    wanted = random.Random(0).randrange(1, 12)
-    while listed < wanted and process.poll() is None:
-        time.sleep(0.001)
-        if (killed / "manifest.json").exists():
-            listed = len(json.loads((killed / "manifest.json").read_text())["shards"])
-    time.sleep(random.random() / 50)  # in the middle of whatever comes next
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    # in the middle of writing a shard or the manifest
+    kill_in_call("os", "fsync", random.Random(0).randrange(4, 24), command, tmp_path)
 
     cache = TargetCache.open(killed)
     cache.verify()
-    assert 8 * listed <= len(cache) < windows
+    assert 0 < len(cache) < windows
     before = contents(killed)
     found, printed = fill(given(*sizes, f"directory={killed}"))
     assert f"resumed   {len(cache):,} of {windows:,} windows are there already" in printed
@@ -137,19 +130,17 @@ def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path
 
 
 def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    batches = filling._missing_batches
+    whole, calls = CacheThrough.fill, itertools.count()
 
-    def interrupted(*arguments: Any) -> Any:
-        for i, batch in enumerate(batches(*arguments)):
-            if i == 5:
-                raise KeyboardInterrupt
-            yield batch
+    def interrupted(self: CacheThrough, batch: Any) -> None:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        whole(self, batch)
 
-    monkeypatch.setattr(filling, "_missing_batches", interrupted)
     config = given()
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CacheThrough, "fill", interrupted)
         fill(config)
-    monkeypatch.undo()
     assert len(TargetCache.open(config["directory"])) == 16  # two shards of two batches
     fill(config)
     other = given(f"directory={tmp_path / 'whole'}")
@@ -207,6 +198,7 @@ def read_all(config: dict[str, Any]) -> dict[int, list[Any]]:
     }
 
 
+@pytest.mark.slow_but_for("top_k")
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
 def test_new_data_are_added_to_an_old_cache(given: Composed, corpus: Path, tmp_path: Path, kind: str) -> None:
     """One file that comes last leaves all windows before it alone, one in the middle moves those behind it."""
@@ -310,6 +302,7 @@ def test_a_cache_of_another_teacher_is_refused(given: Composed, teacher: Path) -
     TargetCache.open(config["directory"], of.settings())
 
 
+@pytest.mark.slow
 def test_the_command_line(given: Composed, teacher: Path, tmp_path: Path, corpus: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "cache_targets.py")]
     refused = subprocess.run([*command, "sequence=3"], capture_output=True, text=True, check=False)

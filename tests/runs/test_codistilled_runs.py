@@ -146,6 +146,7 @@ def test_joint_leaves_a_student_and_a_teacher_that_equals_a_run_of_its_own(compo
     assert trained(next_one, tmp_path / "next")["validation/teacher_loss"] == metrics["validation/teacher_loss"]
 
 
+@pytest.mark.slow
 def test_cached(
     composed: Composed, teacher: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +199,7 @@ def grow(corpus: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_additional_data_are_added_while_training(
     composed: Composed, corpus: Path, teacher: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +231,7 @@ def test_additional_data_are_added_while_training(
             torch.testing.assert_close(one, other, rtol=2**-9, atol=2**-9)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_a_checkpoint_takes_what_the_cache_got_since(
     composed: Composed, corpus: Path, teacher: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -259,6 +262,7 @@ def test_a_student_on_other_text_reads_it_with_the_teachers_tokeniser(
     refused(composed(*frozen, "data.tokenizer=bytes"), r"distillation.teacher: .* of 300, the student's has 257")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampled", "dense"])
 def test_other_kinds_of_targets(composed: Composed, teacher: Path, tmp_path: Path, kind: str) -> None:
     cache = make_cache(composed, teacher, tmp_path / kind, f"kind={kind}")
@@ -268,6 +272,7 @@ def test_other_kinds_of_targets(composed: Composed, teacher: Path, tmp_path: Pat
     trained(composed("experiment=codistill_cached", f"distillation.cache={cache}", *settings), tmp_path / "in bf16")
 
 
+@pytest.mark.slow_but_for("frozen-bf16-mixed")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("source", ["frozen", "joint", "cached"])
 def test_precisions(composed: Composed, teacher: Path, tmp_path: Path, source: str, precision: str) -> None:
@@ -277,6 +282,7 @@ def test_precisions(composed: Composed, teacher: Path, tmp_path: Path, source: s
     trained(composed(*overrides), tmp_path / "it")
 
 
+@pytest.mark.slow
 def test_evaluate_and_generate_take_the_student(
     composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,6 +367,7 @@ def test_a_cache_that_does_not_fit_is_refused(composed: Composed, teacher: Path,
     assert run(with_teacher)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_kind_of_run_is_refused(composed: Composed, teacher: Path, tmp_path: Path) -> None:
     run({**composed("training.steps=2"), "run_dir": str(tmp_path / "plain")})
     last = tmp_path / "plain" / "checkpoints" / "last.ckpt"
@@ -384,6 +391,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(composed: Composed, teac
 # ---- resume
 
 
+@pytest.mark.slow_but_for("frozen")
 @pytest.mark.parametrize("source", ["frozen", "joint", "cached"])
 def test_crashed_and_resumed_equals_uninterrupted(
     composed: Composed, teacher: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
@@ -420,6 +428,7 @@ def test_crashed_and_resumed_equals_uninterrupted(
         assert first[key] == second[key], key
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_what_it_paid_whatever_the_cache_got_since(
     composed: Composed, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,12 +47,14 @@ def test_equal_parameters_at_either_width(common: list[str], width: str) -> None
     assert result["solved"]["parameters"] == pytest.approx(result["a"]["parameters"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_equal_seconds(common: list[str]) -> None:
     result, shown = compared("a=model.hidden_dim=512", "b=model.hidden_dim=64", "solve=seconds", *common)
     assert result["found"] % 8 == 0
     assert "where b / a is" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 4 steps are no time to balance in
 def test_launch_trains_both_and_ends_in_a_table(common: list[str]) -> None:
     arguments = ["a=model.dense_twin=true", "b=model.moe.num_experts=4", "solve=active_flops", "launch=true"]

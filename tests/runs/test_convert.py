@@ -20,15 +20,14 @@ Composed = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def trained(composed: Composed) -> Path:
-    """last.ckpt of a short run in Llama 4's layout with a BPE tokeniser."""
+def llama(train_once: Callable[..., Path]) -> Path:
+    """last.ckpt of a short run in Llama 4's layout with a BPE tokeniser, to be read only."""
     layout = ["model.attention.conv_width=0", "model.attention.qk_norm=true", "data.tokenizer=bpe"]
-    config = composed("name=tiny", "training.steps=2", "data.vocab_size=300", *layout)
-    run(config)
-    return next(Path(config["output_dir"]).glob("tiny/*/checkpoints/last.ckpt"))
+    return train_once("training.steps=2", "data.vocab_size=300", *layout) / "checkpoints" / "last.ckpt"
 
 
-def test_from_a_run_to_transformers_and_back(trained: Path, tmp_path: Path, composed: Composed) -> None:
+def test_from_a_run_to_transformers_and_back(llama: Path, tmp_path: Path, composed: Composed) -> None:
+    trained = llama
     directory, back = tmp_path / "hf", tmp_path / "back.ckpt"
     convert.main([str(trained), str(directory)])
     original = load_model(trained)
@@ -61,8 +60,9 @@ def test_from_a_run_to_transformers_and_back(trained: Path, tmp_path: Path, comp
     assert run(config)["status"] == "finished"
 
 
-def test_only_weights_of_a_converted_model_are_trained_on(trained: Path, tmp_path: Path, composed: Composed) -> None:
+def test_only_weights_of_a_converted_model_are_trained_on(llama: Path, tmp_path: Path, composed: Composed) -> None:
     """Steps count from zero, and the first loss is that of the imported weights."""
+    trained = llama
     directory, back = tmp_path / "hf", tmp_path / "back.ckpt"
     convert.main([str(trained), str(directory)])
     convert.main([str(directory), str(back)])
@@ -101,15 +101,12 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_dry_run_of_a_checkpoint_says_what_llama4_has_not(composed: Composed, capsys: Any) -> None:
-    config = composed("name=conv", "training.steps=2", "model.attention.conv_width=3")
-    run(config)
-    checkpoint = next(Path(config["output_dir"]).glob("conv/*/checkpoints/last.ckpt"))
-    for arguments in (["--dry-run", str(checkpoint)], [str(checkpoint), str(checkpoint.parent / "hf")]):
+def test_dry_run_of_a_checkpoint_says_what_llama4_has_not(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    for arguments in (["--dry-run", str(trained)], [str(trained), str(tmp_path / "hf")]):
         with pytest.raises(SystemExit):
             convert.main(arguments)
         assert "error: this model is not a Llama 4: attention.conv_width: found 3" in capsys.readouterr().err
-    assert not (checkpoint.parent / "hf").exists()
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize(

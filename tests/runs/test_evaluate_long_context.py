@@ -210,6 +210,7 @@ def test_a_checkpoint_without_tokeniser(asked: Composed, nameless: Path, checkpo
         evaluate.evaluate_long_context(asked("task=needle", *ids))
 
 
+@pytest.mark.slow
 def test_the_command(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py")]
     arguments = [f"checkpoint={checkpoint}", "data=files", f"data.path={corpus}", "task=loss_by_position"]

@@ -20,6 +20,7 @@ def test_every_model_has_a_table(model: str, capsys: pytest.CaptureFixture[str])
         assert memory.show(n) in printed
 
 
+@pytest.mark.slow
 def test_both_columns(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--seq-len", "64", "--trace", "--checkpoint-activations", "--optimizer"]
     for optimizer in ("muon", "none"):

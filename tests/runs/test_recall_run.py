@@ -42,6 +42,7 @@ def only_run(config: dict[str, Any]) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_associative_recall_is_learned(
     recall: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +64,7 @@ def test_associative_recall_is_learned(
     assert "tokenised" not in shown
 
 
+@pytest.mark.slow_but_for("induction")
 @pytest.mark.parametrize("source", ["associative_recall", "selective_copying", "induction"])
 def test_every_task_leaves_its_numbers_and_no_text(recall: Callable[..., dict[str, Any]], source: str) -> None:
     config = recall(f"data={source}", "training.steps=10", *TINY)
@@ -88,6 +90,7 @@ def test_every_task_leaves_its_numbers_and_no_text(recall: Callable[..., dict[st
     assert json.loads((run_dir / "environment.json").read_text())["data"]["source"] == source
 
 
+@pytest.mark.slow
 def test_a_crashed_run_goes_on_bit_equal(
     recall: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

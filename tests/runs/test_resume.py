@@ -3,17 +3,15 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMOKE
+from small_runs import SMOKE, kill_in_call
 
 from moesaic.checkpoints import load_checkpoint
 from moesaic.cli import train
@@ -28,13 +26,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     *("model.moe.expert_bias=true", "training.accumulate=2"),
     *("balance.expert_bias_update_rate=0.01", "balance.load_balance_scope=global_batch"),
-    *("training.steps=120", "training.log_every=7", "training.validate_every=25"),
+    *("training.steps=60", "training.log_every=7", "training.validate_every=25"),
 ]
 
 
 def command(corpus: Path, tmp_path: Path, run_dir: str) -> list[str]:
-    script = [sys.executable, str(ROOT / "scripts" / "train.py")]
-    return [*script, *SMOKE, f"data.path={corpus}", f"run_dir={tmp_path / run_dir}", *SETTINGS]
+    script = str(ROOT / "scripts" / "train.py")
+    return [script, *SMOKE, f"data.path={corpus}", f"run_dir={tmp_path / run_dir}", *SETTINGS]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -46,21 +44,13 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_killed_and_resumed_equals_uninterrupted(composed: Composed, corpus: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    killed = subprocess.Popen(command(corpus, tmp_path, "killed"), **quiet)  # type: ignore[call-overload]
-    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)  # somewhere after a checkpoint
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    stopped_at = load_checkpoint(checkpoint)["global_step"]
-    assert 10 <= stopped_at < 120
+    # in the middle of step 38, eight steps after a checkpoint
+    kill_in_call("moesaic.data:TrainingLoader", "batch", 75, command(corpus, tmp_path, "killed"), tmp_path)
+    assert load_checkpoint(tmp_path / "killed" / "checkpoints" / "last.ckpt")["global_step"] == 30
     assert not (tmp_path / "killed" / "metrics.json").exists()
 
     resume = [sys.executable, str(ROOT / "scripts" / "train.py"), "resume=true", f"run_dir={tmp_path / 'killed'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(resume, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     run(composed(*SETTINGS, f"run_dir={tmp_path / 'whole'}"))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_runs import BPE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moesaic.checkpoints import load_checkpoint, load_model
@@ -93,6 +94,7 @@ def test_dense_model_has_no_router_rows(composed: Composed) -> None:
     assert not (only_run(config) / "plots" / "drift.png").exists()
 
 
+@pytest.mark.slow
 def test_kinds_of_files_of_a_mixed_folder(composed: Composed, corpus: Path, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(corpus, mixed)
@@ -114,12 +116,11 @@ def test_runs_of_the_same_second_get_directories_of_their_own(tmp_path: Path) ->
     assert len(paths) == 5
 
 
-def test_checkpoint_is_enough_to_evaluate(composed: Composed) -> None:
-    config = composed()
-    metrics = run(config)
-    model = load_model(only_run(config) / "checkpoints" / "last.ckpt")
+def test_checkpoint_is_enough_to_evaluate(trained: Path) -> None:
+    metrics = json.loads((trained.parents[1] / "metrics.json").read_text())
+    model = load_model(trained)
     assert model.tokenizer is not None
-    assert model.tokenizer.vocab_size == 257
+    assert model.tokenizer.vocab_size == model.config.vocab_size > 257
     assert sum(p.numel() for p in model.decoder.parameters()) == metrics["parameters/total"]
 
 
@@ -156,6 +157,7 @@ def test_ckpt_path_continues_bit_equal_in_a_new_directory(composed: Composed) ->
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_every", [10, 15])
 def test_resumed_checks_continue_those_before(
     composed: Composed, checkpoint_every: int, monkeypatch: pytest.MonkeyPatch
@@ -224,16 +226,13 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not list(Path(config["output_dir"]).glob("*/*"))
 
 
-def test_checkpoints_that_do_not_fit_are_refused(composed: Composed, tmp_path: Path) -> None:
-    config = composed()
-    run(config)
-    good = only_run(config) / "checkpoints" / "last.ckpt"
+def test_checkpoints_that_do_not_fit_are_refused(composed: Composed, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another shape; model.dim: 16 in the checkpoint, 32 in the config"):
-        run(composed(f"ckpt_path={good}", "model.dim=32"))
+        run(composed(*BPE, f"ckpt_path={trained}", "model.dim=32"))
     truncated = tmp_path / "truncated.ckpt"
-    truncated.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    truncated.write_bytes(trained.read_bytes()[: trained.stat().st_size // 2])
     with pytest.raises(InputError, match=r"truncated.ckpt: truncated or not a checkpoint"):
-        run(composed(f"ckpt_path={truncated}"))
+        run(composed(*BPE, f"ckpt_path={truncated}"))
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"weights": torch.zeros(3)}, foreign)
     with pytest.raises(InputError, match=r"foreign.ckpt: not a checkpoint that scripts/train.py wrote"):
@@ -257,15 +256,10 @@ def test_used_run_dir_is_refused(composed: Composed, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_a_finished_run_is_not_resumed_but_trained_on(composed: Composed) -> None:
-    config = composed("training.log_every=1")
-    run(config)
-    run_dir = only_run(config)
+def test_a_finished_run_is_not_resumed_but_trained_on(composed: Composed, trained: Path) -> None:
     with pytest.raises(InputError, match=r"this run is finished; to train on, start a new one with ckpt_path="):
-        run({**config, "resume": True, "run_dir": str(run_dir)})
-    more = composed(
-        f"ckpt_path={run_dir}/checkpoints/last.ckpt", "training.steps=30", "training.log_every=1", "name=more"
-    )
+        run({**composed(*BPE), "resume": True, "run_dir": str(trained.parents[1])})
+    more = composed(*BPE, f"ckpt_path={trained}", "training.steps=30", "training.log_every=1", "name=more")
     assert run(more)["steps"] == 30
     [more_dir] = Path(more["output_dir"]).glob("more/*")
     assert [row["step"] for row in read_csv(more_dir / "metrics.csv") if row["train/loss"]] == [

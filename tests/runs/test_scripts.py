@@ -32,6 +32,7 @@ def group(name: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / name).glob("*.yaml"))
 
 
+@pytest.mark.slow_but_for("balancing", "codistill_joint", "own_parts")
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 20 steps are no time to balance in
 @pytest.mark.parametrize("experiment", [name for name in group("experiment") if not name.startswith("study_")])
 def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Path) -> None:
@@ -49,6 +50,18 @@ def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Pa
     assert run(composed(*overrides))["status"] == "finished"
 
 
+@pytest.mark.parametrize("experiment", [name for name in group("experiment") if not name.startswith("study_")])
+def test_every_experiment_is_valid(composed: Composed, experiment: str) -> None:
+    given = {
+        "codistill_frozen": ["distillation.teacher=it"],
+        "codistill_cached": ["distillation.cache=it"],
+        "extend_context": ["ckpt_path=it"],
+    }
+    config = from_mapping(RunConfig, composed(f"experiment={experiment}", *given.get(experiment, []), smoke=False))
+    from_mapping(DecoderConfig, {**config.model, "vocab_size": 2048}, "model")
+
+
+@pytest.mark.slow_but_for("small")
 @pytest.mark.parametrize("model", group("model"))
 def test_every_model_runs_at_its_own_size(composed: Composed, corpus: Path, model: str) -> None:
     smoke = ["debug=smoke", "data=files", "data.tokenizer=bytes", f"data.path={corpus}", "training.steps=2"]
@@ -101,6 +114,7 @@ def test_llama4_tiny_has_exactly_the_published_layout(composed: Composed) -> Non
     assert config.attention.temperature.attn_scale == 0.1
 
 
+@pytest.mark.slow_but_for("accumulate", "adamw", "activations")
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -124,6 +138,7 @@ def test_options_run(composed: Composed, overrides: list[str]) -> None:
     assert run(config)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_sweep_survives_a_failed_run_and_ends_in_a_table(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", "debug=smoke", "training.steps=4"]
     command += ["data=files", "data.tokenizer=bytes", f"data.path={corpus}", f"output_dir={tmp_path}"]
@@ -140,14 +155,6 @@ def test_sweep_survives_a_failed_run_and_ends_in_a_table(corpus: Path, tmp_path:
     assert (sweep / "report.png").stat().st_size > 0
     with (sweep / "report.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2
-
-
-@pytest.fixture
-def trained(composed: Composed, corpus: Path) -> Path:
-    config = composed("data.tokenizer=bpe", "data.vocab_size=300")
-    run(config)
-    [checkpoint] = Path(config["output_dir"]).glob("*/*/checkpoints/last.ckpt")
-    return checkpoint
 
 
 def test_evaluate_agrees_with_the_end_of_training(trained: Path, composed: Composed, tmp_path: Path) -> None:

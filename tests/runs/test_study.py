@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from moesaic.checkpoints import load_checkpoint
 from moesaic.cli import study, train
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
@@ -91,13 +93,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             return Finished(2)
         return Finished(0)
 
-    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "start_worker", start)
 
 
 def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(config["results_dir"], "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_verdict_and_again(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +174,7 @@ def test_from_nothing_to_a_verdict_and_again(
         call(tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # collapse and divergence, at a million times the learning rate
 @pytest.mark.usefixtures("in_this_process")
 def test_learning_rates_are_tuned(tiny: dict[str, Any]) -> None:
@@ -186,6 +190,7 @@ def test_learning_rates_are_tuned(tiny: dict[str, Any]) -> None:
     assert [name.startswith("dense_measure_seed0") for name in kept] == [True], "those of tuning are not needed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
     soft = {"value": 0.9}
@@ -257,6 +262,7 @@ def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
     assert len(rows(tiny)) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {
@@ -326,9 +332,11 @@ def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path:
     elsewhere = {**tiny, "data": {**tiny["data"], "path": str(tmp_path / "other")}}
     with pytest.raises(InputError, match="content hash of the data"):  # also if nothing is missing
         call(elsewhere)
-    busy = runner._locked(Path(tiny["results_dir"]), "results_dir", Path(tiny["results_dir"]))
-    with busy, pytest.raises(InputError, match="another process is running this study"):
+    descriptor = os.open(tiny["results_dir"], os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as another process would hold it
+    with pytest.raises(InputError, match="another process is running this study"):
         call({**tiny, "output_dir": str(tmp_path / "elsewhere")})
+    os.close(descriptor)
     assert path.read_bytes() == whole
     assert not Path(tiny["results_dir"], ".lock").exists()
 
@@ -381,6 +389,7 @@ IROPE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
 @pytest.mark.parametrize("name", ["study_irope", "study_irope_no_conv", "study_irope_recall", "study_mixers_recall"])
 def test_arms_and_variants_of_the_long_context_studies_run(
@@ -423,27 +432,48 @@ def test_train_says_where_a_study_belongs(composed: Callable[..., dict[str, Any]
         train.train(composed("experiment=study_score_placement", smoke=False))
 
 
+WORKER = """
+import sys, time
+from pathlib import Path
+from moesaic.data import TrainingLoader
+from moesaic.studies import worker
+folder, hold = Path(sys.argv[1]), Path(sys.argv[2])
+batch = TrainingLoader.batch
+def held(self, i):
+    while hold.exists() and i >= int(hold.read_text()):
+        (folder / "held").touch()
+        time.sleep(0.02)
+    return batch(self, i)
+TrainingLoader.batch = held
+worker.main(folder)
+"""
+
 DRIVER = """
-import json, signal, sys
+import json, os, signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
-sys.path.insert(0, sys.argv[1])
 from moesaic.cli import study
-sys.exit(study.study(json.load(open(sys.argv[2])), "python scripts/study.py ..."))
+from moesaic.studies import runner
+config, worker, hold = sys.argv[1:]
+def start_worker(folder):
+    return start(folder, [sys.executable, "-c", worker, str(folder), hold])
+start, runner.start_worker = runner.start_worker, start_worker
+sys.exit(study.study(json.load(open(config)), "python scripts/study.py ..."))
 """
 
 
 @pytest.fixture
 def long_run(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A study of one run of some seconds, and its config in tmp_path/study.json."""
+    """A study of one run that waits at the step in tmp_path/hold, and its config in tmp_path/study.json."""
     tiny["study"] |= {"arms": {"dense": {}}, "seeds": [0]}
-    tiny["training"] |= {"steps": 200, "checkpoint_every": 10, "validate_every": 100}
+    tiny["training"] |= {"steps": 40, "checkpoint_every": 10, "validate_every": 20}
     (tmp_path / "study.json").write_text(json.dumps(tiny))
+    (tmp_path / "hold").write_text("15")
     return tiny
 
 
 @contextlib.contextmanager
 def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", DRIVER, str(ROOT / "scripts"), str(tmp_path / "study.json")]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "study.json"), WORKER, str(tmp_path / "hold")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
@@ -458,42 +488,47 @@ def workers_in(folder: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if "moesaic.studies.worker" in (text := path.read_text()) and str(folder) in text:
+            if "worker.main(folder)\n\0" + str(folder) in path.read_text():
                 found.append(int(path.parent.name))
     return found
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300  # for what never comes
     while not condition():
         assert time.monotonic() < deadline, f"waited for {what}"
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
 def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp_path: Path) -> None:
     outputs = Path(long_run["output_dir"])
 
-    def step() -> str:
-        found = [path.read_text().splitlines()[-1] for path in outputs.glob("study_tiny/*/run/metrics.csv")]
-        return found[0].split(",")[0] if found and list(outputs.glob("study_tiny/*/run/checkpoints/last.ckpt")) else ""
+    def stopped_at() -> int:
+        [checkpoint] = outputs.glob("study_tiny/*/run/checkpoints/last.ckpt")
+        step: int = load_checkpoint(checkpoint)["global_step"]
+        return step
 
     with started(tmp_path) as process:
-        wait_for(step, "a checkpoint")
+        wait_for(lambda: list(outputs.glob("study_tiny/*/held")), "step 15")
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_for(lambda: not workers_in(outputs), "the worker's end after that of the study")
-    stopped_at = step()
-    assert int(stopped_at) < 200, "the run was over before it could be killed"
+    assert stopped_at() == 10
     assert not Path(long_run["results_dir"], "rows.jsonl").exists()
 
+    (tmp_path / "hold").write_text("25")
+    [held] = outputs.glob("study_tiny/*/held")
+    held.unlink()
     with started(tmp_path) as process:
-        wait_for(lambda: int(step() or 0) > int(stopped_at), "the continued run")
+        wait_for(held.exists, "step 25 of the continued run")
         [worker] = workers_in(outputs)
         os.kill(worker, signal.SIGKILL)
         printed, _ = process.communicate()
     assert process.returncode == 1
     assert "failed: killed by signal 9" in printed
+    assert stopped_at() == 20
 
     status, printed = call(long_run)
     assert status == 0, printed
@@ -502,9 +537,10 @@ def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp
     trainer = {**whole["trainer"], "threads": 1, "precision": "32-true"}
     expected = run({**whole, "run_dir": str(tmp_path / "whole"), "trainer": trainer})
     assert row["metrics"]["validation/loss"] == expected["validation/loss"]
-    assert row["metrics"]["steps"] == 200
+    assert row["metrics"]["steps"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
 def test_interrupt_ends_the_workers_and_says_how_to_continue(long_run: dict[str, Any], tmp_path: Path) -> None:
     outputs = Path(long_run["output_dir"])

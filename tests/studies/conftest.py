@@ -41,6 +41,18 @@ STUDY: dict[str, Any] = {
 
 
 @pytest.fixture
+def with_pictures() -> None:
+    """For tests that look at pictures."""
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write them as PNG takes most of the time of a report; the files are there."""
+    if "with_pictures" not in request.fixturenames:
+        monkeypatch.setattr("moesaic.studies.report.save_figure", lambda figure, out: out.touch())
+
+
+@pytest.fixture
 def base() -> dict[str, Any]:
     return copy.deepcopy(BASE)
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from moesaic.studies.config import Job, StudyConfig
-from moesaic.studies.report import _over_position, _sizes, total_flops, write_study_report
+from moesaic.studies.report import plot_by_position, plot_curves, plot_parameters, total_flops, write_study_report
 from moesaic.studies.statistics import summarise
 
 StudyOf = Callable[..., StudyConfig]
@@ -30,6 +30,26 @@ def report(study: StudyConfig, base: dict[str, Any], rows: dict[str, Any], out: 
     return console.file.getvalue()
 
 
+def drawn_by_position(
+    study: StudyConfig, rows: dict[str, Any]
+) -> dict[str, tuple[list[float], list[float], tuple[float, float]]]:
+    """Positions, means over the seeds, and the ends of the band of each arm as trained, at a length of 16 tokens."""
+    figure = plot_by_position(study, summarise(study, rows), 16)
+    assert figure is not None
+    panel = figure.axes[0]
+    curves = [line for line in panel.lines if line.get_marker() == "o"]
+    found = {}
+    for line, band in zip(curves, panel.collections, strict=True):
+        values = [y for x, y in band.get_paths()[0].vertices]
+        found[str(line.get_label())] = (
+            [float(x) for x in line.get_xdata()],
+            [float(y) for y in line.get_ydata()],
+            (min(values), max(values)),
+        )
+    return found
+
+
+@pytest.mark.usefixtures("with_pictures")
 def test_everything_is_written(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -81,6 +101,7 @@ def test_unfinished_and_diverged_studies_are_reported_too(
     assert "moe against dense: no pair of finished runs, no verdict; moe: 3 of 3 runs diverged" in printed
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_axes_and_variants_are_drawn(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], row_of: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -104,8 +125,10 @@ def test_axes_and_variants_are_drawn(
     assert "no correction for 6 comparisons" in printed, "two of them of hot to moe, its own arm"
     assert (tmp_path / "effect.png").stat().st_size > 5000
     assert (tmp_path / "parameters.png").stat().st_size > 5000
-    sizes = {arm.name: size for arm, size in _sizes(study, summarise(study, rows), "experts")}
-    assert sizes == {"dense": 100, "moe (experts=2)": 100, "moe (experts=8)": 400}, "what was switched has no size"
+    figure = plot_parameters(study, summarise(study, rows))
+    assert figure is not None
+    sizes = sorted(x for line in figure.axes[0].lines for x in line.get_xdata())
+    assert sizes == [100, 100, 400], "dense, moe at 2 and at 8 experts; what was switched has no size"
     assert not (tmp_path / "by_position.png").exists()
 
 
@@ -140,29 +163,19 @@ def test_fewer_seeds_than_have_rows_hide_none(
 
 
 def test_seconds_of_several_processors_are_not_compared(
-    study_of: StudyOf,
-    base: dict[str, Any],
-    run_all: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:
     study = study_of(tune=None)
     rows = run_all(study, base, loss)
-    drawn: list[str] = []
-
-    def band(panel: object, curves: object, column: str, style: object) -> list[float]:
-        drawn.append(column)
-        return [0.0]
-
-    monkeypatch.setattr("moesaic.studies.report._band", band)
     for other, said in (("AVX2", False), ("AVX512", True)):
         for row in rows.values():
             row["processor"] = other if row["arm"] == "moe" else "AVX2"
-        drawn.clear()
         printed = report(study, base, rows, tmp_path)
+        figure = plot_curves(study, summarise(study, rows))
+        assert figure is not None
+        drawn = [panel.get_title() for panel in figure.axes]
         assert ("Seconds of arms cannot be compared: processors with AVX2 and with AVX512." in printed) == said
-        assert ("seconds" not in drawn) == said
-        assert {"tokens", "active_flops"} <= set(drawn)
+        assert drawn == ["over tokens", *([] if said else ["over training seconds"]), "over active FLOPs"]
 
 
 def test_models_of_one_size_are_not_drawn_over_parameters(
@@ -177,6 +190,7 @@ def test_models_of_one_size_are_not_drawn_over_parameters(
         assert (tmp_path / "parameters.png").exists() == (size == 1011)
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -201,17 +215,18 @@ def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     assert hot["to_its_own_arm"]["mean"] == pytest.approx(-0.51)
     assert "(by_position.png)" in table
     assert (tmp_path / "by_position.png").stat().st_size > 5000
-    centres, values = _over_position(summarise(study, rows)[2], 4)  # type: ignore[misc]
-    assert centres.tolist() == pytest.approx([32**0.5, 96**0.5])
-    assert values.tolist() == [[1.0] * 2, [2.0] * 2, [3.0] * 2]
+    drawn = drawn_by_position(study, rows)["moe"]
+    assert drawn[0] == pytest.approx([32**0.5, 96**0.5])
+    assert drawn[1:] == ([2.0] * 2, (1.0, 3.0))
     for seed in (0, 1):  # a run that diverged has no buckets
         key = next(key for key, row in rows.items() if row["arm"] == "moe" and row["seed"] == seed)
         rows[key] |= {"status": "diverged", "metrics": {}}
-        _, values = _over_position(summarise(study, rows)[1], 4)  # type: ignore[misc]
-        assert values.tolist() == [[s + 1.0] * 2 for s in range(seed + 1, 3)]
+        left = [s + 1.0 for s in range(seed + 1, 3)]
+        assert drawn_by_position(study, rows)["moe"][1:] == ([sum(left) / len(left)] * 2, (min(left), max(left)))
     assert "moe: 2 of 3 runs diverged" in report(study, base, rows, tmp_path)
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_the_teachers_flops_are_counted(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:

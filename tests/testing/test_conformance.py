@@ -63,6 +63,7 @@ def test_ours_passes_everything_that_applies(name: str) -> None:
     assert {row.check for row in rows if row.status == "not applicable"} == unbiased
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sigmoid top-1, shared", "loop", "padded", "grouped, bfloat16"])
 def test_ours_compiles(name: str) -> None:
     row = CHECKS["compile"].run(lambda: MoE.build(DIM, HIDDEN, 4, **CONFIGURATIONS[name]))
@@ -104,6 +105,7 @@ def test_one_expert_and_more_experts_than_features() -> None:
 # ---- on Hugging Face's
 
 
+@pytest.mark.slow_but_for("mixtral")
 @pytest.mark.parametrize("name", [name for name in PEERS if name.startswith("transformers")])
 def test_transformers_blocks(name: str) -> None:
     pytest.importorskip("transformers")
@@ -301,6 +303,7 @@ def test_checks_one_by_one_fail_and_skip() -> None:
     CHECKS["outputs"](bad)
 
 
+@pytest.mark.slow
 def test_pytest_reports_what_does_not_apply_as_skipped(tmp_path: Path) -> None:
     path = tmp_path / "test_own.py"
     path.write_text(
@@ -334,6 +337,7 @@ def test_where_the_graph_breaks_is_said() -> None:
 # ---- manners
 
 
+@pytest.mark.slow
 def test_nothing_of_the_caller_is_disturbed() -> None:
     layer = MoE.build(DIM, HIDDEN, 4, expert_bias=True)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -367,6 +371,7 @@ def test_two_runs_agree() -> None:
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_importing_the_kit_loads_torch_only() -> None:
     program = """
 import json, sys

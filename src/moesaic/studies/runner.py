@@ -42,7 +42,7 @@ from moesaic.studies.config import (
     validate,
 )
 
-__all__ = ["read_rows", "run_study"]
+__all__ = ["read_rows", "run_study", "start_worker"]
 
 
 def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
@@ -169,7 +169,7 @@ def run_study(
                     for job in waiting[: workers - len(running)]:
                         folder = folder_of(job)
                         _describe(study, base, job, folder, loaded[_data_of(job.overrides)], prepared)
-                        running[_start(folder)] = (job, folder)
+                        running[start_worker(folder)] = (job, folder)
                     progress.show([job.key for job, _ in running.values()], todo)
                     if not running:
                         return failed
@@ -261,11 +261,15 @@ def _describe(
     write_json(folder / "job.json", description)
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes]:
-    """A worker on one thread. Its own session keeps Ctrl-C from it; the pipe ends it when this process is gone."""
+def start_worker(folder: Path, command: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """A worker on one thread. Its own session keeps Ctrl-C from it; the pipe ends it when this process is gone.
+
+    Args:
+        command: in place of python -m moesaic.studies.worker FOLDER.
+    """
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "moesaic.studies.worker", str(folder)],
+            command or [sys.executable, "-m", "moesaic.studies.worker", str(folder)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -278,7 +282,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Safe at any time: a run continues from its last checkpoint."""
     process.kill()
     process.wait()
-    assert process.stdin is not None  # see `_start`
+    assert process.stdin is not None  # see `start_worker`
     process.stdin.close()
 
 
