@@ -21,13 +21,13 @@ install: .venv/installed
 	touch $@
 
 train: install
-	$(BIN)/python scripts/train.py $(ARGS)
+	$(BIN)/moesaic train $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: install
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/moesaic bench $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from benchmarks.harness import (
+from .harness import (
     DTYPES,
     Options,
     Progress,
@@ -35,7 +35,7 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
-from benchmarks.limit import output_of
+from .limit import output_of
 from moesaic.interop import accelerate
 
 __all__ = ["Case", "main", "measure"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import (
+from .harness import (
     Options,
     Progress,
     Row,

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
+from .harness import (
     DTYPES,
     Options,
     Progress,

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Progress, Row, finish, parse_options
-from benchmarks.limit import (
+from .harness import Options, Progress, Row, finish, parse_options
+from .limit import (
     PASSES,
     DenseSwiGLU,
     Precision,

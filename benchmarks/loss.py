@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import (
+from .harness import (
     Options,
     Progress,
     Row,

@@ -87,7 +87,7 @@ def collect_runs(root: Path) -> list[Run]:
     runs = [_read(path.parent) for path in sorted(root.rglob("config.yaml"))]
     if not runs:
         raise InputError(
-            f"{root}: no run in it; a run is a directory with a config.yaml, as scripts/train.py writes it"
+            f"{root}: no run in it; a run is a directory with a config.yaml, as moesaic train writes it"
         )
     return runs
 
