@@ -23,6 +23,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from moesaic.interop import accelerate
+
 from .harness import (
     DTYPES,
     Options,
@@ -36,7 +38,6 @@ from .harness import (
     time_in_turn,
 )
 from .limit import output_of
-from moesaic.interop import accelerate
 
 __all__ = ["Case", "main", "measure"]
 

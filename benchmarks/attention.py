@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.layers import Attention, RotaryEmbedding
+
 from .harness import (
     Options,
     Progress,
@@ -26,7 +28,6 @@ from .harness import (
     quantiles,
     time_in_turn,
 )
-from moesaic.layers import Attention, RotaryEmbedding
 
 __all__ = ["main", "measure"]
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from moesaic.layers import BACKENDS, Experts, FeedForward, MoE, TopKRouter, choose_backend
+
 from .harness import Options, Progress, Row, finish, parse_options
 from .limit import (
     PASSES,
@@ -26,7 +28,6 @@ from .limit import (
     precisions_to_time,
     print_ratios,
 )
-from moesaic.layers import BACKENDS, Experts, FeedForward, MoE, TopKRouter, choose_backend
 
 __all__ = ["LOADS", "Shape", "main", "measure"]
 

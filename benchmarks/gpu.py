@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.layers import Attention, MoE, RotaryEmbedding
+from moesaic.losses import linear_cross_entropy, load_balance_loss
+from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
+
 from .harness import (
     Options,
     Progress,
@@ -29,9 +33,6 @@ from .harness import (
     time_in_turn,
 )
 from .limit import DenseSwiGLU
-from moesaic.layers import Attention, MoE, RotaryEmbedding
-from moesaic.losses import linear_cross_entropy, load_balance_loss
-from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
 
 __all__ = ["DENSE_PEAK", "main", "measure"]
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.losses import linear_cross_entropy
+
 from .harness import (
     Options,
     Progress,
@@ -25,7 +27,6 @@ from .harness import (
     quantiles,
     time_in_turn,
 )
-from moesaic.losses import linear_cross_entropy
 
 __all__ = ["main", "measure"]
 

@@ -3,9 +3,8 @@
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moesaic.checkout import CONFIG_DIR
 from moesaic.cli import COMMANDS
-from moesaic.cli.config_files import config_groups, default_options
+from moesaic.cli.config_files import config_groups
 from moesaic.config import flatten
 from moesaic.errors import InputError
 
@@ -88,7 +87,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str | None = None) -> None:
-    """Refuse an override that names no key or no option, with what it may have meant; Hydra says only that it is absent.
+    """Refuse an override that names no key or no option, and say what it may have meant.
 
     Args:
         config_dir: the user's own config files.
@@ -101,10 +100,11 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
     if not folders[-1].is_dir():
         raise InputError(f"--config-dir {config_dir}: no such directory")
     groups = config_groups(*folders)
-    optional = {group for group, option in default_options(config_name).items() if option is None}
+    if config_dir and not Path(config_dir).samefile(CONFIG_DIR):
+        _refuse_double_names(Path(config_dir))
     for override in overrides:
         if override.key_or_group in groups and not override.is_delete():
-            _check_options(override, groups[override.key_or_group], override.key_or_group in optional)
+            _check_options(override, groups[override.key_or_group])
     chosen = [str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]
     try:  # an experiment may give keys to a section that is null by default
         config = compose_with(config_dir, config_name, chosen)
@@ -112,6 +112,15 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
         config = compose_with(config_dir, config_name, [])
     for override in overrides:
         _check_key(override, config, groups)
+
+
+def _refuse_double_names(folder: Path) -> None:
+    ours, theirs = config_groups(CONFIG_DIR), config_groups(folder)
+    for group, options in theirs.items():
+        for option in options:
+            if option in ours[group]:
+                file = folder / group / f"{option}.yaml"
+                raise InputError(f"{file}: Moesaic has {group}={option} already; must have another name")
 
 
 def _parse(argument: str) -> Override:
@@ -131,7 +140,7 @@ def _for_shell(argument: str) -> str:
     return '"' + re.sub(r'(["\\$`])', r"\\\1", argument) + '"'
 
 
-def _check_options(override: Override, options: Sequence[str], may_be_null: bool) -> None:
+def _check_options(override: Override, options: Sequence[str]) -> None:
     value = override.value()
     if isinstance(value, ChoiceSweep):
         value = value.list
@@ -139,16 +148,16 @@ def _check_options(override: Override, options: Sequence[str], may_be_null: bool
         return  # a pattern
     for option in value if isinstance(value, list) else [value]:
         name = option.text if isinstance(option, QuotedString) else option
-        if str(name) in options or (name is None and may_be_null):
+        if str(name) in options:
             continue
         hint = _did_you_mean(difflib.get_close_matches(str(name), options, n=1))
         raise InputError(f"{override.input_line}: no such option{hint}; must be one of {', '.join(options)}")
 
 
 def compose_with(folder: str | Path | None, config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """What Hydra composes, with the user's own config files in `folder` before those of Moesaic."""
-    more = [f"hydra.searchpath=[{quoted(f'file://{CONFIG_DIR}')}]"] if folder else []
-    with initialize_config_dir(str(Path(folder or CONFIG_DIR).resolve()), version_base="1.3"):
+    """What Hydra composes, with the user's own config files in `folder`."""
+    more = [f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]"] if folder else []
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return compose(config_name, [*more, *overrides])
 
 
@@ -162,9 +171,12 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
         if key in at_top:
             raise InputError(f"~{key}: this key cannot be taken away; give it another value")
         return
-    known = [*groups, *at_top, *flatten(OmegaConf.to_container(config, resolve=False))]  # type: ignore[arg-type]
+    leaves = list(flatten(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
+    known = leaves if "." in key else [*groups, *at_top, *leaves]
     if root not in at_top:
-        raise InputError(f"{key}: unknown key{_did_you_mean(_close(key, known, at_top))}; must be one of {', '.join(at_top)}")
+        raise InputError(
+            f"{key}: unknown key{_did_you_mean(_close(key, known, at_top))}; must be one of {', '.join(at_top)}"
+        )
     if override.is_add() or override.is_force_add():
         return
     section, path, name = config, "", key
@@ -175,7 +187,9 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
         return  # below a value that is null by default: the config's own types know better
     siblings = [path + str(other) for other in section]
     if key not in siblings:
-        raise InputError(f"{key}: unknown key{_did_you_mean(_close(key, known, siblings))}; must be one of {', '.join(siblings)}")
+        raise InputError(
+            f"{key}: unknown key{_did_you_mean(_close(key, known, siblings))}; must be one of {', '.join(siblings)}"
+        )
     value = override.value()
     if isinstance(section[name], DictConfig) and section[name] and isinstance(value, (str, int, float, QuotedString)):
         keys = [f"{key}.{other}" for other in section[name]]
@@ -183,14 +197,15 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
         raise InputError(f"{override.input_line}: {key} is a section{hint}; give one of its keys: {', '.join(keys)}")
 
 
-def _close(key: str, known: Iterable[str], siblings: Iterable[str]) -> list[str]:
+def _close(key: str, known: Sequence[str], siblings: Sequence[str]) -> list[str]:
     """The likeliest key: one of nearly the same path, a sibling of nearly the same name, or this name elsewhere."""
     last = key.rpartition(".")[2]
     by_name = {name.rpartition(".")[2]: name for name in known}
     beside = {name.rpartition(".")[2]: name for name in siblings}
-    for options, wanted, cutoff in ((dict.fromkeys(known), key, 0.85), (beside, last, 0.7), (by_name, last, 0.8)):
-        if found := difflib.get_close_matches(wanted, options, n=1, cutoff=cutoff):
-            return [options.get(found[0]) or found[0]]
+    by_path = {name: name for name in known}
+    for names, wanted, cutoff in ((by_path, key, 0.85), (beside, last, 0.7), (by_name, last, 0.8)):
+        if found := difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff):
+            return [names[found[0]]]
     return []
 
 

@@ -43,7 +43,9 @@ def flags_of(given: Mapping[str, Any]) -> list[str]:
         if key == "name" or value in (None, False, []):
             continue
         if key not in takes:
-            raise InputError(f"{key}={value}: {name or 'running all'} does not have it; must be one of {', '.join(takes)}")
+            raise InputError(
+                f"{key}={value}: {name or 'running all'} does not have it; must be one of {', '.join(takes)}"
+            )
         flag = f"--{key.replace('_', '-')}"
         if key == "layers":
             flags += [word for layer in value for word in ("--layer", layer)]

@@ -1,4 +1,4 @@
-"""Two models side by side, and the width that makes them cost the same: moesaic compare a="..." b="..." [key=value ...]"""
+"""Two models side by side, and the width that makes them cost the same: moesaic compare a="..." b="..." """
 
 import dataclasses
 import functools

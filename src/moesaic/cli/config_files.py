@@ -27,7 +27,9 @@ Values follow Hydra's grammar: a text with special signs needs quotes inside quo
 def config_groups(*folders: Path) -> dict[str, list[str]]:
     """The config groups of Moesaic, and the options of each in these folders."""
     groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
-    return {group: sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")}) for group in groups}
+    return {
+        group: sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")}) for group in groups
+    }
 
 
 def default_options(config_name: str) -> dict[str, Any]:
@@ -46,7 +48,11 @@ def help_text(name: str, arguments: Sequence[str] = ()) -> str:
     config_name = name.replace("-", "_")
     defaults = default_options(config_name)
     groups = config_groups(*filter(None, [CONFIG_DIR, _config_dir(arguments)]))
-    lines = [COMMANDS[name].summary, "", " ".join(filter(None, ["Usage: moesaic", name, COMMANDS[name].usage, "[key=value ...]"]))]
+    lines = [
+        COMMANDS[name].summary,
+        "",
+        " ".join(filter(None, ["Usage: moesaic", name, COMMANDS[name].usage, "[key=value ...]"])),
+    ]
     for file in _composed_files(config_name):
         lines += ["", _explained(CONFIG_DIR / file)]
     if defaults:
@@ -56,7 +62,12 @@ def help_text(name: str, arguments: Sequence[str] = ()) -> str:
             lines.append(f"  {group:<11} {names}")
     for group, option in defaults.items():
         if option is not None:
-            lines += ["", f"Keys of {group}={option}, below {group}:", "", _explained(CONFIG_DIR / group / f"{option}.yaml")]
+            lines += [
+                "",
+                f"Keys of {group}={option}, below {group}:",
+                "",
+                _explained(CONFIG_DIR / group / f"{option}.yaml"),
+            ]
     return "\n".join([*lines, "", FLAGS])
 
 

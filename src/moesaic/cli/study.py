@@ -44,8 +44,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
         raise InputError(f"workers={workers!r}: allowed are integers >= 1")
     if config["trainer"]["precision"] == "auto":  # each machine would choose its own
         config["trainer"] = {**config["trainer"], "precision": "32-true"}
-    home = "docs/studies" if Path.cwd() == checkout() else "studies"
-    results = Path(results_dir or f"{home}/{config['name']}")
+    results = Path(results_dir) if results_dir else default_results(config["name"], Path.cwd())
     runs = Path(config["output_dir"]) / f"study_{config['name']}"
     try:
         failed = run_study(study_config, config, results=results, runs=runs, workers=workers, console=console)
@@ -62,6 +61,11 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     for run, reason in failed.items():
         console.print(f"error: {run} failed: {reason}", markup=False, highlight=False, soft_wrap=True)
     return FAILED if failed else 0
+
+
+def default_results(name: str, working_folder: Path) -> Path:
+    """Where the rows of a study go: beside the committed ones in a clone, else into the working folder's studies/."""
+    return Path("docs/studies" if working_folder == checkout() else "studies") / name
 
 
 def _task(config: DictConfig) -> None:

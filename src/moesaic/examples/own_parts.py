@@ -3,7 +3,7 @@
     moesaic train experiment=own_parts
 
 A part is a torch.nn.Module. It is constructed with the sizes (dim, for a router also num_experts and top_k) and with
-whatever else its YAML entry says beside `type`. Parts of your own are found in the folder from which you run the command.
+whatever else its YAML entry says beside `type`. Your own modules are found in the working folder.
 """
 
 import torch
