@@ -21,7 +21,7 @@ install: .venv/installed
 	touch $@
 
 train: install
-	$(BIN)/python scripts/train.py $(ARGS)
+	$(BIN)/moesaic train $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" --durations=25 $(ARGS)
@@ -30,7 +30,7 @@ test-all: install
 	$(BIN)/python -m pytest -m slow --durations=25 $(ARGS)
 
 bench: install
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/moesaic bench $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n[{i}/{len(given.only)}] {name}, after {time.perf_counter() - began:.0f} s", flush=True)
         # a process for each: threads and allocator settings of one are not those of the next
         smoke = ["--smoke"] if given.smoke else []
-        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *smoke, "--output", str(rows)])
+        done = subprocess.run([sys.executable, "-m", f"{__package__}.{name}", *smoke, "--output", str(rows)])
         if done.returncode:
-            sys.exit(f"benchmarks.{name} failed; what was measured before is in {rows}")
+            sys.exit(f"{name} failed; what was measured before is in {rows}")
     pictures = plot([json.loads(line) for line in rows.read_text().splitlines()], directory)
     print(f"\n{time.perf_counter() - began:.0f} s; written {rows}{''.join(f', {path}' for path in pictures)}")
 

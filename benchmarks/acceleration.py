@@ -23,7 +23,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from benchmarks.harness import (
+from moesaic.interop import accelerate
+
+from .harness import (
     DTYPES,
     Options,
     Progress,
@@ -35,8 +37,7 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
-from benchmarks.limit import output_of
-from moesaic.interop import accelerate
+from .limit import output_of
 
 __all__ = ["Case", "main", "measure"]
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import (
+from moesaic.layers import Attention, RotaryEmbedding
+
+from .harness import (
     Options,
     Progress,
     Row,
@@ -26,7 +28,6 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
-from moesaic.layers import Attention, RotaryEmbedding
 
 __all__ = ["main", "measure"]
 

@@ -26,7 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
+from moesaic.layers import Experts
+from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, build_decoder, kv_cache_bytes
+from moesaic.models.memory import LiveBytes
+
+from .harness import (
     DTYPES,
     Options,
     Progress,
@@ -39,9 +43,6 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
-from moesaic.layers import Experts
-from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, build_decoder, kv_cache_bytes
-from moesaic.models.memory import LiveBytes
 
 __all__ = ["main", "measure"]
 

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Progress, Row, finish, parse_options
-from benchmarks.limit import (
+from moesaic.layers import BACKENDS, Experts, FeedForward, MoE, TopKRouter, choose_backend
+
+from .harness import Options, Progress, Row, finish, parse_options
+from .limit import (
     PASSES,
     DenseSwiGLU,
     Precision,
@@ -26,7 +28,6 @@ from benchmarks.limit import (
     precisions_to_time,
     print_ratios,
 )
-from moesaic.layers import BACKENDS, Experts, FeedForward, MoE, TopKRouter, choose_backend
 
 __all__ = ["LOADS", "Shape", "main", "measure"]
 

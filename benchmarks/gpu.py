@@ -17,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import (
+from moesaic.layers import Attention, MoE, RotaryEmbedding
+from moesaic.losses import linear_cross_entropy, load_balance_loss
+from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
+
+from .harness import (
     Options,
     Progress,
     Row,
@@ -28,10 +32,7 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
-from benchmarks.limit import DenseSwiGLU
-from moesaic.layers import Attention, MoE, RotaryEmbedding
-from moesaic.losses import linear_cross_entropy, load_balance_loss
-from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
+from .limit import DenseSwiGLU
 
 __all__ = ["DENSE_PEAK", "main", "measure"]
 

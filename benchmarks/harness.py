@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moesaic.allocator import keep_freed_memory
+from moesaic.checkout import git
 
 __all__ = [
     "Options",
@@ -103,7 +103,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     parser.add_argument("--clock", choices=["cpu", "wall", "cuda"], help="default: cpu, or cuda on a GPU")
     parser.add_argument("--threads", type=int, help="default: 1 under --clock cpu, else torch's choice")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--keep-freed-memory", action="store_true", help="the allocator hint of scripts/train.py")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="the allocator hint of moesaic train")
     parser.add_argument("--output", type=Path, help="append JSON lines to this file")
     for flags, keywords in extra:
         parser.add_argument(*flags, **keywords)
@@ -328,14 +328,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a plus sign if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    """Short hash of the checkout, with a plus sign if files differ from it; empty for an installed package."""
+    head = git("rev-parse", "--short", "HEAD")
+    return "" if head is None else head + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
 def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

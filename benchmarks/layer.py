@@ -15,7 +15,7 @@ def benchmark_layer(
     shared: bool = True,
     dtype: torch.dtype | None = None,
 ) -> MoE:
-    """What `python -m benchmarks.peers --layer package.module:factory` calls, made by `MoE.build`.
+    """What `moesaic bench peers layers=[package.module:factory]` calls, made by `MoE.build`.
 
     A factory of your own takes these keywords and returns an nn.Module that maps (B, L, d_model) to the same shape, or
     to a tuple that starts with it.

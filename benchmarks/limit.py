@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import (
+from .harness import (
     Options,
     Row,
     bf16_obstacle,

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import (
+from moesaic.losses import linear_cross_entropy
+
+from .harness import (
     Options,
     Progress,
     Row,
@@ -25,7 +27,6 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
-from moesaic.losses import linear_cross_entropy
 
 __all__ = ["main", "measure"]
 

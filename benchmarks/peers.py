@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Progress, Row, finish, parse_options, print_table
-from benchmarks.limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time, reason
 from moesaic.layers.benchmark import benchmark_layer
 from moesaic.testing import MoEUnderTest
 from moesaic.testing.peers import PEERS as KNOWN
 from moesaic.testing.recognise import describe
+
+from .harness import Options, Progress, Row, finish, parse_options, print_table
+from .limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time, reason
 
 __all__ = ["OURS", "Case", "Peer", "main", "measure", "peers"]
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Progress, Row, finish, parse_options, print_table
-from benchmarks.limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time
 from moesaic.layers.benchmark import benchmark_layer
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
+
+from .harness import Options, Progress, Row, finish, parse_options, print_table
+from .limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time
 
 __all__ = ["SWEEPS", "Point", "main", "measure"]
 

@@ -23,7 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import (
+from moesaic.layers import AttentionTemperature
+from moesaic.losses import linear_cross_entropy, load_balance_loss
+from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
+
+from .harness import (
     Options,
     Progress,
     Row,
@@ -35,9 +39,6 @@ from benchmarks.harness import (
     quantiles,
     time_in_turn,
 )
-from moesaic.layers import AttentionTemperature
-from moesaic.losses import linear_cross_entropy, load_balance_loss
-from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
 
 __all__ = ["DEFAULT", "main", "measure"]
 

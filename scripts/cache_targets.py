@@ -1,6 +1,8 @@
 """python scripts/cache_targets.py is the same as moesaic cache-targets."""
 
-from moesaic.cli.cache_targets import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["cache-targets", *sys.argv[1:]])

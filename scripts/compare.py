@@ -1,6 +1,8 @@
 """python scripts/compare.py is the same as moesaic compare."""
 
-from moesaic.cli.compare import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["compare", *sys.argv[1:]])

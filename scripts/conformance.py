@@ -1,6 +1,8 @@
 """python scripts/conformance.py is the same as moesaic conformance."""
 
-from moesaic.cli.conformance import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["conformance", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """python scripts/convert.py is the same as moesaic convert."""
 
-from moesaic.cli.convert import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["convert", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """python scripts/evaluate.py is the same as moesaic evaluate."""
 
-from moesaic.cli.evaluate import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["evaluate", *sys.argv[1:]])

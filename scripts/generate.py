@@ -1,6 +1,8 @@
 """python scripts/generate.py is the same as moesaic generate."""
 
-from moesaic.cli.generate import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["generate", *sys.argv[1:]])

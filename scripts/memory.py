@@ -1,6 +1,8 @@
 """python scripts/memory.py is the same as moesaic memory."""
 
-from moesaic.cli.memory import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["memory", *sys.argv[1:]])

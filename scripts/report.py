@@ -1,6 +1,8 @@
 """python scripts/report.py is the same as moesaic report."""
 
-from moesaic.cli.report import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["report", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """python scripts/study.py is the same as moesaic study."""
 
-from moesaic.cli.study import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["study", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """python scripts/train.py is the same as moesaic train."""
 
-from moesaic.cli.train import main
+import sys
+
+from moesaic.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -20,7 +20,9 @@ TIERS = {
     "errors": 0,
     "config": 0,
     "allocator": 0,
+    "checkout": 0,
     "devices": 1,
+    "examples": 1,
     "files": 1,
     "layers": 0,
     "losses": 1,
@@ -34,6 +36,7 @@ TIERS = {
     "training": 5,
     "studies": 6,
     "cli": 7,
+    "__main__": 8,
 }
 ALLOWED_WITHIN_TIER = {("config", "errors"), ("models", "losses")}
 CORE = {"layers", "losses", "models"}

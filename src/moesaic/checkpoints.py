@@ -52,7 +52,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         # not torch's own words: they advise to load without weights_only
         raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
-        raise InputError(f"checkpoint {path}: not a checkpoint that scripts/train.py wrote")
+        raise InputError(f"checkpoint {path}: not a checkpoint that moesaic train wrote")
     return checkpoint
 
 

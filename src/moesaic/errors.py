@@ -1,4 +1,4 @@
-"""The one exception for bad input: scripts print it without a traceback."""
+"""The one exception for bad input: commands print it without a traceback."""
 
 import contextlib
 from collections.abc import Iterator

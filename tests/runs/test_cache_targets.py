@@ -1,4 +1,4 @@
-"""scripts/cache_targets.py as a person uses it: forecast, resume after kill -9, what is refused and how it is said."""
+"""moesaic cache-targets as a person uses it: forecast, resume after kill -9, what is refused and how it is said."""
 
 import itertools
 import json
@@ -307,10 +307,10 @@ def test_the_command_line(given: Composed, teacher: Path, tmp_path: Path, corpus
     command = [sys.executable, str(ROOT / "scripts" / "cache_targets.py")]
     refused = subprocess.run([*command, "sequence=3"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: sequence: unknown key; allowed: data, teacher, directory, seq_len, ")
+    assert refused.stderr.startswith("error: sequence: unknown key; must be one of data, teacher, directory, seq_len, ")
     command += [*SIZES, f"teacher={teacher}", "directory=targets", f"data.path={corpus}", "seq_len=128"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = "python scripts/train.py experiment=codistill_cached distillation.cache=targets training.seq_len=128"
+    told = "moesaic train experiment=codistill_cached distillation.cache=targets training.seq_len=128"
     assert told in done.stdout and done.stdout.endswith(f" data.path={corpus}\n")
     assert (tmp_path / "targets" / "manifest.json").exists()

@@ -292,7 +292,7 @@ def test_evaluate_and_generate_take_the_student(
         config = composed("data=files", f"checkpoint={checkpoint}", f"output={tmp_path / name}", config="evaluate")
         assert evaluate.evaluate(config)["loss"] == pytest.approx(metrics[key], rel=1e-5)
         capsys.readouterr()
-        generate.main([str(checkpoint), "def f1(", "--max-new-tokens", "3"])
+        generate.main([str(checkpoint), "def f1(", "max_new_tokens=3"])
         assert capsys.readouterr().out.startswith("def f1(")
 
 
@@ -359,7 +359,7 @@ def test_a_cache_that_does_not_fit_is_refused(composed: Composed, teacher: Path,
     shard.write_bytes(content)
     incomplete = {**manifest, "shards": manifest["shards"][:2]}
     (cache / "manifest.json").write_text(json.dumps(incomplete))
-    refused(cached(), r"distillation.cache: .*it holds 16 of \d+ windows of the training split; scripts/cache_targets")
+    refused(cached(), r"distillation.cache: .*it holds 16 of \d+ windows of the training split; moesaic cache-targets")
     (cache / "manifest.json").write_text(json.dumps({**manifest, "settings": {"seq_len": 64}}))
     refused(cached(), r"distillation.cache: .*manifest.json: damaged \(settings.teacher: missing")
     (cache / "manifest.json").write_text(json.dumps(incomplete))

@@ -1,4 +1,4 @@
-"""scripts/compare.py as a person uses it."""
+"""moesaic compare as a person uses it."""
 
 import io
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_equal_active_flops_within_one_step_of_width(common: list[str]) -> None:
     assert all(result[name]["step_seconds"] > 0 for name in ("a", "b", "solved"))
     for words in ("active parameters", "ms per step", f"solve=active_flops: model.moe.hidden_dim={result['found']}"):
         assert words in shown, words
-    [first, second] = [line for line in shown.splitlines() if line.startswith("python scripts/train.py")]
+    [first, second] = [line for line in shown.splitlines() if line.startswith("moesaic train")]
     assert first.endswith("model.dense_twin=true model.moe.hidden_dim=88")
     assert second.endswith(f"model.moe.num_experts=16 model.moe.top_k=2 model.moe.hidden_dim={result['found']}")
 
@@ -97,12 +97,10 @@ def test_bad_input(common: list[str], arguments: list[str], message: str) -> Non
 
 
 def test_the_command(common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    compare.main(["--help"])
-    assert "solve=active_flops|parameters|seconds" in capsys.readouterr().out
     compare.main(["a=", "b=model.dense_twin=true", *common])
     shown = capsys.readouterr().out
     assert "MFLOP per token, training" in shown
-    assert shown.count("python scripts/train.py debug=smoke") == 2
+    assert shown.count("moesaic train debug=smoke") == 2
     with pytest.raises(SystemExit) as stopped:
         compare.main(["a=", *common])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""scripts/convert.py: from a run to transformers and back, and what a person reads when it cannot be."""
+"""moesaic convert: from a run to transformers and back, and what a person reads when it cannot be."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_only_weights_of_a_converted_model_are_trained_on(llama: Path, tmp_path:
 def test_directory_to_directory_changes_dtype_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decoder = build_decoder(llama4_toy())
     to_hf(decoder, tmp_path / "a")
-    convert.main([str(tmp_path / "a"), str(tmp_path / "b"), "--dtype", "bfloat16", "--max-shard-gb", "0.00003"])
+    convert.main([str(tmp_path / "a"), str(tmp_path / "b"), "dtype=bfloat16", "max_shard_gb=0.00003"])
     shards = sorted((tmp_path / "b").glob("*.safetensors"))
     found = {name: tensor for file in shards for name, tensor in load_file(file).items()}
     expected = load_file(tmp_path / "a" / "model.safetensors")
@@ -95,14 +95,14 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     removed = sorted((tmp_path / "a").glob("*.safetensors"))[1]
     removed.unlink()
     before = sorted(tmp_path.rglob("*"))
-    convert.main(["--dry-run", str(tmp_path / "a")])
+    convert.main([str(tmp_path / "a"), "dry_run=true"])
     printed = capsys.readouterr().out
     assert "all accounted for" in printed and "1: of their tensors only the names were checked" in printed
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_dry_run_of_a_checkpoint_says_what_llama4_has_not(trained: Path, tmp_path: Path, capsys: Any) -> None:
-    for arguments in (["--dry-run", str(trained)], [str(trained), str(tmp_path / "hf")]):
+    for arguments in ([str(trained), "dry_run=true"], [str(trained), str(tmp_path / "hf")]):
         with pytest.raises(SystemExit):
             convert.main(arguments)
         assert "error: this model is not a Llama 4: attention.conv_width: found 3" in capsys.readouterr().err
@@ -120,7 +120,7 @@ def test_dry_run_of_a_checkpoint_says_what_llama4_has_not(trained: Path, tmp_pat
         (["empty", "out"], "empty: no config.json in this directory"),
         (["taken.ckpt", "new.ckpt"], "taken.ckpt: a checkpoint already"),
         (["taken.ckpt", "out"], "checkpoint taken.ckpt: truncated or not a checkpoint"),
-        (["hf", "out", "--max-shard-gb", "0"], "max_shard_bytes=0: allowed are numbers >= 1"),
+        (["hf", "out", "max_shard_gb=0"], "max_shard_bytes=0: allowed are numbers >= 1"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The long-context tasks of scripts/evaluate.py and their probes, on a checkpoint of seconds."""
+"""The long-context tasks of moesaic evaluate and their probes, on a checkpoint of seconds."""
 
 import json
 import math

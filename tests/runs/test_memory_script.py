@@ -1,4 +1,4 @@
-"""scripts/memory.py as a person uses it."""
+"""moesaic memory as a person uses it."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "co
 
 @pytest.mark.parametrize("model", [*memory.PRESETS, *MODELS])
 def test_every_model_has_a_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    memory.main([model, "--batch-size", "2", "--seq-len", "128", "--dtype", "float32", "--optimizer", "none"])
+    memory.main([model, "batch_size=2", "seq_len=128", "dtype=float32", "optimizer=null"])
     printed = capsys.readouterr().out
     found = estimate_memory(memory.find_config(model), batch_size=2, seq_len=128, optimizer=None)
     assert f"{model}: 2 x 128 tokens, float32" in printed
@@ -22,13 +22,13 @@ def test_every_model_has_a_table(model: str, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_both_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--seq-len", "64", "--trace", "--checkpoint-activations", "--optimizer"]
-    for optimizer in ("muon", "none"):
-        memory.main(["small", *options, optimizer])
+    options = ["seq_len=64", "trace=true", "checkpoint_activations=true"]
+    for optimizer in ("muon", "null"):
+        memory.main(["small", *options, f"optimizer={optimizer}"])
         lines = capsys.readouterr().out.splitlines()
         assert any("formula" in line and "traced" in line for line in lines)
         state = next(line for line in lines if line.split()[1:2] == ["optimizer"])
-        assert ("0.0 MB" in state) == (optimizer == "none")
+        assert ("0.0 MB" in state) == (optimizer == "null")
 
 
 def test_units() -> None:
@@ -42,8 +42,8 @@ def test_units() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["llama5"], "error: model=llama5: allowed are scout, maverick, behemoth_guess, "),
-        (["scout", "--batch-size", "0"], "error: batch_size=0: allowed are numbers >= 1"),
+        (["llama5"], "error: name=llama5: must be one of scout, maverick, behemoth_guess, "),
+        (["scout", "batch_size=0"], "error: batch_size=0: allowed are numbers >= 1"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

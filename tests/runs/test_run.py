@@ -235,7 +235,7 @@ def test_checkpoints_that_do_not_fit_are_refused(composed: Composed, trained: Pa
         run(composed(*BPE, f"ckpt_path={truncated}"))
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"weights": torch.zeros(3)}, foreign)
-    with pytest.raises(InputError, match=r"foreign.ckpt: not a checkpoint that scripts/train.py wrote"):
+    with pytest.raises(InputError, match=r"foreign.ckpt: not a checkpoint that moesaic train wrote"):
         load_model(foreign)
 
 

@@ -1,4 +1,4 @@
-"""The scripts as a person uses them: every shipped config, sweeps, evaluate, generate, report."""
+"""The commands as a person uses them: every shipped config, sweeps, evaluate, generate, report."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ import pytest
 
 from moesaic.checkpoints import load_model, save_model
 from moesaic.cli import evaluate, generate, report
-from moesaic.cli.common import refuse_unknown_keys
+from moesaic.cli.arguments import check_overrides, read_flags
 from moesaic.config import from_mapping
 from moesaic.distillation.config import DistillationConfig
 from moesaic.errors import InputError
@@ -248,14 +248,14 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
     with pytest.raises(InputError, match=r"output=.*file/x.*cannot be written"):
         evaluate.evaluate(composed(*asked[:2], f"output={tmp_path / 'file' / 'x'}", config="evaluate"))
     (tmp_path / "scored" / "evaluation.json").write_text("[]")
-    with pytest.raises(InputError, match=r"evaluation.json: not a result of this script; choose another output"):
+    with pytest.raises(InputError, match=r"evaluation.json: not a result of moesaic evaluate; choose another output"):
         evaluate.evaluate(composed(*asked, config="evaluate"))
     with pytest.raises(InputError, match=r"seq_len=1000000: longer than the data, the validation split has \d+ tokens"):
         evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "seq_len=1000000", config="evaluate"))
 
 
 def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(trained), "def f1(", "--max-new-tokens", "12", "--seed", "3"]
+    arguments = [str(trained), "def f1(", "max_new_tokens=12", "seed=3"]
     generate.main(arguments)
     first = capsys.readouterr().out
     generate.main(arguments)
@@ -268,8 +268,8 @@ def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (["/nowhere.ckpt"], "error: checkpoint /nowhere.ckpt: no such file\n"),
-        (["TRAINED", "--temperature", "-1"], "error: temperature=-1.0: allowed are numbers >= 0 (0: greedy)\n"),
-        (["TRAINED", "--top-p", "2"], "error: top_p=2.0: allowed are 0 < top_p <= 1, or null\n"),
+        (["TRAINED", "temperature=-1"], "error: temperature=-1.0: allowed are numbers >= 0 (0: greedy)\n"),
+        (["TRAINED", "top_p=2"], "error: top_p=2.0: allowed are 0 < top_p <= 1, or null\n"),
     ],
 )
 def test_generate_refuses_bad_input(
@@ -289,41 +289,54 @@ def test_report_refuses_a_folder_without_runs(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_report_on_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report.main([str(trained.parents[1]), "--metric", "validation/loss"])
+    report.main([str(trained.parents[1]), "metrics=[validation/loss]"])
     assert "| (all equal) | 1 of 1 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        report.main([str(trained.parents[1]), "--metric", "accuracy"])
-    assert "--metric accuracy: no run has it; found: active_flops" in capsys.readouterr().err
+        report.main([str(trained.parents[1]), "metrics=[accuracy]"])
+    assert "metrics: no run has accuracy; found: active_flops" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("training.step=5", r"training.step: unknown key (did you mean training.steps?); allowed: training.steps, "),
-        ("trainng.steps=5", r"trainng.steps: unknown key (did you mean training.steps?); allowed: model, data, "),
+        (
+            "training.step=5",
+            r"training.step: unknown key (did you mean training.steps?); must be one of training.steps, ",
+        ),
+        ("trainng.steps=5", r"trainng.steps: unknown key (did you mean training.steps?); must be one of model, data, "),
         ("model.attention.heads=2", r"model.attention.heads: unknown key (did you mean model.attention.num_heads?)"),
-        ("+extra.key=1", r"extra.key: unknown key; allowed: model, data, "),
+        ("+extra.key=1", r"extra.key: unknown key; must be one of model, data, "),
         ("~training", r"~training: this key cannot be taken away"),
-        ("data=null", r"data=null: allowed: associative_recall, "),
+        ("data=null", r"data=null: no such option; must be one of associative_recall, "),
+        ("model.num_expert=4", r"model.num_expert: unknown key (did you mean model.moe.num_experts?)"),
+        ("data.batch_size=4", r"data.batch_size: unknown key (did you mean training.batch_size?)"),
+        ("modle=small", r"modle: unknown key (did you mean model?)"),
+        ("experiment=balanceing", r"experiment=balanceing: no such option (did you mean balancing?)"),
+        ("experiment=recall,balanceing", r"no such option (did you mean balancing?)"),
+        ("optimizer=adamw", r"optimizer is a section (did you mean optimizer.name=adamw?)"),
+        ("model.pattern=[{mixer", r"""model.pattern=[{mixer: cannot be read (no viable alternative"""),
+        ("name='x", r"""must be in quotes inside quotes: "name='\\'x'\""""),
+        ("small", r"small: must be key=value"),
     ],
 )
 def test_unknown_keys_are_answered_with_the_allowed_ones(argument: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        refuse_unknown_keys("train", ["-m", "seed=1,2", argument])
+        check_overrides("train", ["seed=1,2", argument])
 
 
 def test_keys_of_a_section_that_only_the_experiment_gives() -> None:
-    refuse_unknown_keys("train", ["experiment=codistill_frozen", "distillation.soft_weight.value=0.1"])
+    check_overrides("train", ["experiment=codistill_frozen", "distillation.soft_weight.value=0.1"])
     with pytest.raises(
         InputError, match=re.escape("distillation.teachr: unknown key (did you mean distillation.teach")
     ):
-        refuse_unknown_keys("train", ["experiment=codistill_frozen", "distillation.teachr=x"])
+        check_overrides("train", ["experiment=codistill_frozen", "distillation.teachr=x"])
 
 
 def test_known_keys_groups_and_hydra_syntax_pass() -> None:
     known = ["experiment=balancing", "model=llama4_tiny", "+data.extra=1", "~data.task", "hydra.run.dir=x", "seed=1"]
-    refuse_unknown_keys("train", [*known, "model.attention.rope_scaling.factor=8", "-m", "--cfg", "job"])
-    refuse_unknown_keys("train", ["experiment=codistill_frozen,balancing", "-m"])
+    check_overrides("train", [*known, "model.attention.rope_scaling.factor=8", "hydra/launcher=joblib"])
+    check_overrides("train", ["experiment=codistill_frozen,balancing"])
+    assert read_flags(["-sc", "install=bash"]).shell_completion
 
 
 def test_unknown_key_on_the_command_line() -> None:
@@ -331,6 +344,6 @@ def test_unknown_key_on_the_command_line() -> None:
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith(
-        "error: optimizer.lr: unknown key; allowed: optimizer.name, optimizer.learning_rate"
+        "error: optimizer.lr: unknown key; must be one of optimizer.name, optimizer.learning_rate"
     )
     assert refused.stderr.count("\n") == 1

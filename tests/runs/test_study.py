@@ -61,7 +61,7 @@ def tiny(composed: Callable[..., dict[str, Any]], tmp_path: Path) -> dict[str, A
 
 def call(config: dict[str, Any]) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=200)
-    status = study.study({**config}, "python scripts/study.py ...", console)
+    status = study.study({**config}, "moesaic study ...", console)
     assert isinstance(console.file, io.StringIO)
     return status, console.file.getvalue()
 
@@ -427,7 +427,7 @@ def test_arms_and_variants_of_the_long_context_studies_run(
 
 
 def test_train_says_where_a_study_belongs(composed: Callable[..., dict[str, Any]]) -> None:
-    expected = "^this is a study: python scripts/study.py experiment=study_score_placement$"
+    expected = "^this is a study: moesaic study experiment=study_score_placement$"
     with pytest.raises(InputError, match=expected):
         train.train(composed("experiment=study_score_placement", smoke=False))
 
@@ -457,7 +457,7 @@ config, worker, hold = sys.argv[1:]
 def start_worker(folder):
     return start(folder, [sys.executable, "-c", worker, str(folder), hold])
 start, runner.start_worker = runner.start_worker, start_worker
-sys.exit(study.study(json.load(open(config)), "python scripts/study.py ..."))
+sys.exit(study.study(json.load(open(config)), "moesaic study ..."))
 """
 
 
@@ -551,6 +551,6 @@ def test_interrupt_ends_the_workers_and_says_how_to_continue(long_run: dict[str,
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate()
     assert process.returncode == 130
-    assert "continue from their last checkpoints with\n  python scripts/study.py ..." in printed
+    assert "continue from their last checkpoints with\n  moesaic study ..." in printed
     assert "Traceback" not in printed
     assert workers_in(outputs) == []

@@ -1,4 +1,4 @@
-"""scripts/conformance.py: a table, the failures, and an exit code."""
+"""moesaic conformance: a table, the failures, and an exit code."""
 
 import importlib.util
 import sys
@@ -40,9 +40,8 @@ def test_a_layer_of_ones_own(
         "    def forward(self, x):\n        return super().forward(x - x.mean(dim=0))\n\n\n"
         "def layer():\n    return Batch(8, 8)\n\n\nnumber = 3\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    assert run(script, "own_layer:layer", "--markdown") == 1
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as the command does with the working folder
+    assert run(script, "own_layer:layer", "markdown=true") == 1
     out = capsys.readouterr().out
     assert "| batch-mates | **fail** |" in out
     assert "- own_layer:layer, batch-mates: a sequence in a batch and alone: relative error" in out

@@ -29,7 +29,7 @@ def decoder(tokenizer: Tokenizer = BPE) -> Decoder:
 def test_checkpoint_and_directory_are_the_same_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     teacher = decoder()
     save_model(tmp_path / "t.ckpt", teacher, BPE)
-    # as scripts/convert.py writes it: the same tokeniser with another way back to text
+    # as moesaic convert writes it: the same tokeniser with another way back to text
     content = {**json.loads(BPE.to_dict()["json"]), "decoder": {"type": "ByteLevel"}}
     teacher.foreign_files = {"config.json": "{}", "tokenizer.json": json.dumps(content)}
     to_hf(teacher, tmp_path / "hf")

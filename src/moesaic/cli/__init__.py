@@ -1,1 +1,95 @@
-"""The commands, one module each: moesaic <command> [key=value ...]."""
+"""The command `moesaic` and its subcommands, one module each: moesaic <command> [key=value ...].
+
+This module imports nothing but the standard library, so that help, version and typing errors are answered at once.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesaic import __version__
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand. Its keys are those of conf/<name>.yaml and its code is cli/<name>.py, with _ in place of -."""
+
+    summary: str
+    words: tuple[str, ...] = ()
+    """Keys that leading words without `=` fill, in this order. A name that ends in ... takes all that are left."""
+    usage: str = ""
+    """These words as the help shows them."""
+
+
+COMMANDS = {
+    "train": Command("Train a model; -m for a sweep."),
+    "evaluate": Command("Score a checkpoint on any data.", ("checkpoint",), "CHECKPOINT"),
+    "generate": Command("Continue a prompt with a trained model.", ("checkpoint", "prompt"), "CHECKPOINT [PROMPT]"),
+    "study": Command("Run arms over seeds, with tuned learning rates, and report intervals and a verdict."),
+    "report": Command("Turn a tree of runs into one table and one plot.", ("directory",), "DIRECTORY"),
+    "compare": Command("Put two models side by side, or find the width that makes them cost the same."),
+    "convert": Command(
+        "Convert between transformers' Llama 4 directories and checkpoints.",
+        ("source", "destination"),
+        "SOURCE [DESTINATION]",
+    ),
+    "conformance": Command("Check mixture-of-experts layers, also your own.", ("layers...",), "[LAYER ...]"),
+    "memory": Command("Say how much memory a model takes, without allocating it.", ("name",), "MODEL"),
+    "cache-targets": Command(
+        "Compute a teacher's targets once, for any number of students.", ("teacher", "directory"), "TEACHER DIRECTORY"
+    ),
+    "bench": Command("Measure layers and models on this machine.", ("name",), "[NAME]"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that `argv` (by default the command line) names; ends the process with its exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return
+    name, *rest = arguments
+    if name == "--version":
+        print(f"moesaic {__version__}")
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+        hint = f" (did you mean moesaic {close[0]}?)" if close else ""
+        print(f"error: {name}: unknown command{hint}; must be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # custom modules named by dotted path are found where you stand
+    try:
+        if {"-h", "--help"} & set(rest):
+            print(importlib.import_module("moesaic.cli.config_files").help_text(name, rest))
+            return
+        module = importlib.import_module(f"moesaic.cli.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "moesaic":
+            raise
+        print(
+            f"error: moesaic {name} needs the package {error.name.split('.')[0]}: pip install 'moesaic[train]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    module.main(rest)
+
+
+def overview() -> str:
+    """The commands, one line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: moesaic COMMAND [WORD ...] [key=value ...]",
+            "",
+            *lines,
+            "",
+            "moesaic COMMAND --help explains every key of a command. moesaic --version prints the version.",
+        ]
+    )

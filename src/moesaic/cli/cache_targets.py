@@ -1,14 +1,13 @@
-"""Compute a teacher's targets once: python scripts/cache_targets.py teacher=PATH directory=NEW [key=value ...]"""
+"""Compute a teacher's targets once: moesaic cache-targets TEACHER DIRECTORY [key=value ...]"""
 
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from moesaic.cli.common import launch, plain
 from moesaic.distillation.fill import fill_cache
 
 __all__ = ["describe", "main"]
@@ -22,28 +21,22 @@ def describe(config: dict[str, Any], found: dict[str, Any], overrides: Sequence[
     return (
         f"written   {directory}: {found['windows']:,} windows, {found['bytes'] / 1e6:,.1f} MB; "
         f"{found['new windows']:,} of them now, in {found['seconds']:.0f} s\n"
-        f"next\n  python scripts/train.py experiment=codistill_cached distillation.cache={directory} "
+        f"next\n  moesaic train experiment=codistill_cached distillation.cache={directory} "
         f"training.seq_len={config['seq_len']}{same}"
         f"{reads if found['tokeniser'] == 'of the teacher' else ''}"
     )
 
 
-@hydra.main(config_path=CONFIG_PATH, config_name="cache_targets", version_base="1.3")
-def _main(config: DictConfig) -> None:
+def _task(config: DictConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
+    given = plain(config)
     try:
-        given = exit_on_bad_input(lambda: plain(config))
-        found = exit_on_bad_input(lambda: fill_cache(given, console))
+        found = fill_cache(given, console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues after the last complete shard")
         sys.exit(130)
     console.print(describe(given, found, sys.argv[1:]))
 
 
-def main() -> None:
-    exit_on_bad_input(lambda: refuse_unknown_keys("cache_targets", sys.argv[1:]))
-    _main()
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    launch("cache-targets", arguments, _task)

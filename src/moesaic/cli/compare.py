@@ -1,17 +1,4 @@
-"""Two models side by side, and the width that makes them cost the same.
-
-python scripts/compare.py a="model.dense_twin=true" b="model.moe.num_experts=16" [option=value] [key=value ...]
-
-a and b are overrides of conf/train.yaml, separated by spaces; any other key=value holds for both. Printed are
-parameters, FLOPs per token, bytes of fp32 training, and the median time of interleaved steps. Options:
-  solve=active_flops|parameters|seconds  find the width of b (a multiple of 8) that makes this equal to a's:
-                      active FLOPs per token, all parameters, or the measured time of a step (the search ends within
-                      2%; what is printed is measured anew, so it says how much the machine's noise allows)
-  width=KEY           which: model.moe.hidden_dim, of every expert (default where b has MoE layers or dense twins; a
-                      shared expert of width null and the twins follow), or model.hidden_dim, of the dense FFNs
-  rounds=7            steps timed per model; 0: none
-  launch=true         train both (b as solved), one after the other, and end with the table of scripts/report.py
-"""
+"""Two models side by side, and the width that makes them cost the same: moesaic compare a="..." b="..." """
 
 import dataclasses
 import functools
@@ -23,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from moesaic.cli.arguments import check_overrides, complete
+from moesaic.cli.common import composed, launch, users_config_dir
 from moesaic.config import from_mapping
 from moesaic.data import load_data
 from moesaic.devices import require_accelerator
@@ -49,7 +37,7 @@ QUANTITIES = {"active_flops": "forward_flops", "parameters": "parameters", "seco
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What compare.py takes itself; everything else on its command line is an override of both runs."""
+    """What the command takes itself; everything else on its command line is an override of both runs."""
 
     a: str
     b: str
@@ -70,15 +58,9 @@ class Options:
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """Options, and the overrides for both."""
     names = [field.name for field in dataclasses.fields(Options)]
-    given: dict[str, Any] = {}
-    common = []
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if key not in names or not separator:
-            common.append(argument)
-        else:
-            given[key] = value if key in ("a", "b") else yaml.safe_load(value)
-    return from_mapping(Options, given), common
+    overrides = OverridesParser.create().parse_overrides(complete("compare", arguments))
+    given = {o.key_or_group: o.value() for o in overrides if o.key_or_group in names}
+    return from_mapping(Options, given), [str(o.input_line) for o in overrides if o.key_or_group not in names]
 
 
 def words(name: str, text: str) -> list[str]:
@@ -89,13 +71,9 @@ def words(name: str, text: str) -> list[str]:
 
 
 def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
-    """The config of `train.py` under these overrides. Both sides must have one precision: auto is fp32."""
-    refuse_unknown_keys("train", overrides)
-    try:
-        with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-            config = plain(compose("train", list(overrides)))
-    except HydraException as error:
-        raise InputError(str(error).splitlines()[0]) from error
+    """The config of a run under these overrides. Both sides must have one precision: auto is fp32."""
+    check_overrides("train", overrides, users_config_dir())
+    config = composed("train", overrides)
     if config["trainer"]["precision"] == "auto":
         config["trainer"]["precision"] = "32-true"
     return config
@@ -160,7 +138,7 @@ def compare(arguments: Sequence[str], console: Console) -> dict[str, Any]:
         console.print(f"solve={options.solve}: {key}={width}, where b / a is {ratio:.4f}", highlight=False)
     launched = {name: overrides[name] for name in ("a", "solved" if options.solve else "b")}
     for found in launched.values():
-        console.print(shlex.join(["python", "scripts/train.py", *found]), soft_wrap=True, highlight=False)
+        console.print(shlex.join(["moesaic", "train", *found]), soft_wrap=True, highlight=False)
     if options.launch:
         directory = create_run_dir(Path(configs["a"]["output_dir"]), "compare")
         for name, found in launched.items():
@@ -222,13 +200,9 @@ def table(result: dict[str, Any], title: str) -> Table:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if not given or {"-h", "--help"} & set(given):
-        print(__doc__)
-        return
-    exit_on_bad_input(lambda: compare(given, Console(width=None if sys.stdout.isatty() else 120)))
+def _task(config: DictConfig) -> None:
+    compare(HydraConfig.get().overrides.task, Console(width=None if sys.stdout.isatty() else 120))
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    launch("compare", arguments, _task)

@@ -1,20 +1,20 @@
-"""Check mixture-of-experts layers: python scripts/conformance.py moesaic transformers-mixtral package.module:factory
+"""Check mixture-of-experts layers: moesaic conformance moesaic transformers-mixtral package.module:factory
 
 Exits with 1 if a check failed, with 2 if a layer could not be made. Without names, the ones known here are listed.
 """
 
-import argparse
 import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.layers import MoE
 from moesaic.testing import Report, check_moe, comparison_table
@@ -64,7 +64,6 @@ def find(name: str) -> Callable[..., Any]:
     module, separator, attribute = name.partition(":")
     if not separator:
         raise InputError(f"{name}: allowed are package.module:factory, {', '.join(LAYERS)}")
-    sys.path.insert(0, str(Path.cwd()))
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -107,25 +106,18 @@ def markdown(reports: Mapping[str, Report]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layers", nargs="*", help="names or package.module:factory")
-    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/conformance.md")
-    given = parser.parse_args(arguments)
-    if not given.layers:
+def _task(config: DictConfig) -> None:
+    given = plain(config)
+    if not given["layers"]:
         print(f"Known layers: {', '.join(LAYERS)}")
         return
-    try:
-        reports = {name: check_moe(find(name)) for name in given.layers}
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if given.markdown:
+    reports = {name: check_moe(find(name)) for name in given["layers"]}
+    if given["markdown"]:
         print(markdown(reports))
     else:
         show(reports, Console())
     sys.exit(not all(report.ok for report in reports.values()))
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    launch("conformance", arguments, _task)

@@ -1,25 +1,19 @@
-"""Convert between transformers' Llama 4 directories and our checkpoints.
+"""Convert between transformers' Llama 4 directories and our checkpoints: moesaic convert SOURCE DESTINATION"""
 
-python scripts/convert.py HF_DIRECTORY model.ckpt          # for evaluate.py, generate.py and train.py ckpt_path=...
-python scripts/convert.py RUN/checkpoints/last.ckpt NEW_HF_DIRECTORY
-python scripts/convert.py HF_DIRECTORY NEW_HF_DIRECTORY    # the text part alone, another dtype, other shards
-python scripts/convert.py --dry-run HF_DIRECTORY           # names, shapes and dtypes; reads no weight
-"""
-
-import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moesaic.checkpoints import load_model, save_model
+from moesaic.cli.common import launch, plain
 from moesaic.data import BPETokenizer, Tokenizer
 from moesaic.data.tokenizers import END_OF_TEXT
 from moesaic.errors import InputError
@@ -63,7 +57,7 @@ def convert(
 
 
 def _read_tokenizer(text: str | None) -> Tokenizer | None:
-    """The tokeniser of a directory that this script wrote; that of others ends texts otherwise than our tools do."""
+    """The tokeniser of a directory that `convert` wrote; that of others ends texts otherwise than our tools do."""
     if text is None or json.loads(text).get("model", {}).get("vocab", {}).get(END_OF_TEXT) != BPETokenizer.end_of_text:
         return None
     return BPETokenizer(text)
@@ -121,27 +115,21 @@ def _bar(what: str) -> Iterator[TensorProgress]:
         yield lambda done, total, name: progress.update(task, completed=done, total=total, description=f"{what} {name}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a directory in transformers' format, or a checkpoint of ours")
-    parser.add_argument("destination", type=Path, nargs="?", help="NAME.ckpt, or a new directory")
-    parser.add_argument("--dtype", choices=DTYPES, help="of what is written; default: as it is")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default: 5)")
-    parser.add_argument("--dry-run", action="store_true", help="check only")
-    given = parser.parse_args(arguments)
+def _task(config: DictConfig) -> None:
+    given = plain(config)
     console = Console()
     started = time.perf_counter()
-    try:
-        if given.dry_run:
-            console.print(dry_run(given.source))
-            return
-        if given.destination is None:
-            raise InputError("destination: missing; give NAME.ckpt or a new directory, or --dry-run")
-        dtype = None if given.dtype is None else DTYPES[given.dtype]
-        decoder = convert(given.source, given.destination, dtype, int(given.max_shard_gb * 1e9))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for key in ("source", "destination"):
+        if not isinstance(given[key], str) and (key == "source" or not given["dry_run"]):
+            raise InputError(f"{key}: missing; give moesaic convert SOURCE DESTINATION, or SOURCE dry_run=true")
+    source = Path(given["source"])
+    if given["dry_run"]:
+        console.print(dry_run(source))
+        return
+    if given["dtype"] not in (None, *DTYPES):
+        raise InputError(f"dtype={given['dtype']!r}: must be one of {', '.join(DTYPES)}, or null")
+    dtype = DTYPES.get(given["dtype"])
+    decoder = convert(source, Path(given["destination"]), dtype, int(given["max_shard_gb"] * 1e9))
     parameters = dict(decoder.named_parameters())
     dtypes = {dtype or p.dtype for p in parameters.values()}
     facts = {
@@ -149,11 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bytes": f"{sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters.values()):,}",
         "dtype": ", ".join(sorted(str(x).removeprefix("torch.") for x in dtypes)),
         "seconds": f"{time.perf_counter() - started:.1f}",
-        "written": str(given.destination),
+        "written": given["destination"],
     }
     assert decoder.config is not None
-    console.print(_summary(str(given.source), decoder.config, facts))
+    console.print(_summary(given["source"], decoder.config, facts))
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    launch("convert", arguments, _task)

@@ -1,21 +1,20 @@
-"""Score a checkpoint on any data source: python scripts/evaluate.py checkpoint=PATH [data=files data.path=...]
+"""Score a checkpoint on any data source: moesaic evaluate CHECKPOINT [data=files data.path=...]
 
 A recall checkpoint: data=associative_recall, with data.task as it was trained.
 
 What each expert takes, and what another checkpoint of the same run routes differently:
-python scripts/evaluate.py checkpoint=PATH task=specialisation output=DIRECTORY [other_checkpoint=PATH]
+moesaic evaluate CHECKPOINT task=specialisation output=DIRECTORY [other_checkpoint=PATH]
 
 Long contexts, with switches of the model turned at inference only:
-python scripts/evaluate.py checkpoint=PATH task=loss_by_position|needle variants=[as_trained,no_temperature,window]
+moesaic evaluate CHECKPOINT task=loss_by_position|needle variants=[as_trained,no_temperature,window]
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress, track
@@ -23,7 +22,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from moesaic.checkpoints import TrainedModel, load_model
-from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from moesaic.cli.common import launch, plain
 from moesaic.config import flatten, from_mapping
 from moesaic.data import DataConfig, EvaluationLoader, Task, TaskEvaluationLoader, load_data, token_strings
 from moesaic.devices import require_accelerator
@@ -172,7 +171,7 @@ def _require_same_evaluation(config: dict[str, Any], digest: str | None) -> None
             ) from None
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a result of this script; choose another output") from error
+        raise InputError(f"{path}: not a result of moesaic evaluate; choose another output") from error
     asked = flatten({**config, "checkpoint_digest": digest})
     where = ("checkpoint", "output", "batch_size", "accelerator", "data.cache_dir", "variants")
     keys = [
@@ -269,7 +268,7 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
 
 def _require_paths(config: dict[str, Any]) -> None:
     if config["checkpoint"] is None:
-        raise InputError("checkpoint: missing; give checkpoint=<run>/checkpoints/last.ckpt")
+        raise InputError("checkpoint: missing; give moesaic evaluate RUN/checkpoints/last.ckpt")
     for key in ("checkpoint", "other_checkpoint", "output"):
         if config[key] is not None and not isinstance(config[key], str):
             raise InputError(
@@ -302,24 +301,18 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
     return table
 
 
-@hydra.main(config_path=CONFIG_PATH, config_name="evaluate", version_base="1.3")
-def _main(config: DictConfig) -> None:
+def _task(config: DictConfig) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     if config.task not in ("score", "specialisation"):
-        summary = exit_on_bad_input(lambda: evaluate_long_context(plain(config)))
+        summary = evaluate_long_context(plain(config))
         console.print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
         return
-    numbers = exit_on_bad_input(lambda: evaluate(plain(config)))
+    numbers = evaluate(plain(config))
     table = Table("measure", "value", title=str(config.checkpoint))
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
 
 
-def main() -> None:
-    exit_on_bad_input(lambda: refuse_unknown_keys("evaluate", sys.argv[1:]))
-    _main()
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    launch("evaluate", arguments, _task)

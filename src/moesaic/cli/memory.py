@@ -1,22 +1,16 @@
-"""How much memory does a model take, also one that no machine here can hold? Nothing of it is allocated.
+"""Say how much memory a model takes, without allocating any of it: moesaic memory MODEL [key=value ...]"""
 
-python scripts/memory.py scout                  # one sequence of 8192 tokens in bf16, AdamW
-python scripts/memory.py maverick --batch-size 4 --seq-len 32768 --optimizer muon --checkpoint-activations
-python scripts/memory.py small --dtype float32 --trace    # by formula, and counted on tensors without memory
-
-MODEL is scout, maverick, behemoth_guess, or a file of conf/model. One process holds everything: nothing is sharded.
-"""
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain
+from moesaic.checkout import CONFIG_DIR
+from moesaic.cli.common import composed, launch, plain, users_config_dir
+from moesaic.cli.config_files import config_groups
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig, llama4_behemoth_guess, llama4_maverick, llama4_scout
@@ -50,11 +44,10 @@ def find_config(name: str) -> DecoderConfig:
     """
     if name in PRESETS:
         return PRESETS[name]()
-    files = sorted(path.stem for path in (Path(CONFIG_PATH) / "model").glob("*.yaml"))
+    files = config_groups(CONFIG_DIR, *filter(None, [users_config_dir()]))["model"]
     if name not in files:
-        raise InputError(f"model={name}: allowed are {', '.join([*PRESETS, *files])}")
-    with initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        config = plain(compose("train", [f"model={name}"]))
+        raise InputError(f"name={name}: must be one of {', '.join([*PRESETS, *files])}")
+    config = composed("train", [f"model={name}"])
     model = config["model"]
     return from_mapping(DecoderConfig, {**model, "vocab_size": model["vocab_size"] or config["data"]["vocab_size"]})
 
@@ -74,34 +67,31 @@ def show(n: int) -> str:
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
 
 
-def report(given: argparse.Namespace) -> Table:
-    config, dtype = find_config(given.model), DTYPES[given.dtype]
-    optimizer = None if given.optimizer == "none" else given.optimizer
-    sizes = {"batch_size": given.batch_size, "seq_len": given.seq_len}
-    checkpoint = given.checkpoint_activations
+def report(given: Mapping[str, Any]) -> Table:
+    for key, allowed in (("dtype", [*DTYPES]), ("optimizer", ["adamw", "muon", None])):
+        if given[key] not in allowed:
+            raise InputError(f"{key}={given[key]!r}: must be one of {', '.join(x or 'null' for x in allowed)}")
+    for key in ("batch_size", "seq_len"):
+        if type(given[key]) is not int:
+            raise InputError(f"{key}={given[key]!r}: must be an integer >= 1")
+    config, dtype, optimizer = find_config(given["name"]), DTYPES[given["dtype"]], given["optimizer"]
+    sizes = {"batch_size": given["batch_size"], "seq_len": given["seq_len"]}
+    checkpoint = given["checkpoint_activations"]
     columns = {
         "formula": estimate_memory(config, **sizes, dtype=dtype, optimizer=optimizer, checkpoint_activations=checkpoint)
     }
-    if given.trace:
+    if given["trace"]:
         make = None if optimizer is None else lambda decoder: build_optimizer(decoder, OptimizerConfig(name=optimizer))
         columns["traced"] = trace_memory(
             config, **sizes, dtype=dtype, make_optimizer=make, checkpoint_activations=checkpoint
         )
-    return table(f"{given.model}: {given.batch_size} x {given.seq_len:,} tokens, {given.dtype}", columns)
+    title = f"{given['name']}: {given['batch_size']} x {given['seq_len']:,} tokens, {given['dtype']}"
+    return table(title, columns)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="scout, maverick, behemoth_guess, or a file of conf/model")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--seq-len", type=int, default=8192)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of everything; default: bfloat16")
-    parser.add_argument("--optimizer", choices=["adamw", "muon", "none"], default="adamw")
-    parser.add_argument("--checkpoint-activations", action="store_true")
-    parser.add_argument("--trace", action="store_true", help="count as well, on tensors without memory (seconds)")
-    given = parser.parse_args(arguments)
-    exit_on_bad_input(lambda: Console().print(report(given)))
+def _task(config: DictConfig) -> None:
+    Console().print(report(plain(config)))
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    launch("memory", arguments, _task)

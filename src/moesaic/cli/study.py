@@ -1,4 +1,4 @@
-"""Run a study and report it: python scripts/study.py experiment=study_NAME [workers=2] [key=value ...]
+"""Run a study and report it: moesaic study experiment=study_NAME [workers=2] [key=value ...]
 
 See conf/study.yaml. Runs that have a row in the results directory are not repeated: the same command continues what was
 stopped.
@@ -6,15 +6,16 @@ stopped.
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from moesaic.checkout import CONFIG_DIR, checkout
+from moesaic.cli.common import launch, plain, users_config_dir
+from moesaic.cli.config_files import config_groups
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.studies.config import StudyConfig
@@ -34,15 +35,16 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     """
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     if config["study"]["arms"] is None:
-        known = ", ".join(sorted(path.stem for path in Path(CONFIG_PATH, "experiment").glob("study_*.yaml")))
-        raise InputError(f"experiment: give a study; allowed: {known}")
+        folders = [CONFIG_DIR, *filter(None, [users_config_dir()])]
+        known = [name for name in config_groups(*map(Path, folders))["experiment"] if name.startswith("study_")]
+        raise InputError(f"experiment: give a study; allowed: {', '.join(known)}")
     study_config = from_mapping(StudyConfig, config.pop("study"), "study")
     workers, results_dir = config.pop("workers"), config.pop("results_dir")
     if type(workers) is not int or workers < 1:
         raise InputError(f"workers={workers!r}: allowed are integers >= 1")
     if config["trainer"]["precision"] == "auto":  # each machine would choose its own
         config["trainer"] = {**config["trainer"], "precision": "32-true"}
-    results = Path(results_dir or f"docs/studies/{config['name']}")
+    results = Path(results_dir) if results_dir else default_results(config["name"], Path.cwd())
     runs = Path(config["output_dir"]) / f"study_{config['name']}"
     try:
         failed = run_study(study_config, config, results=results, runs=runs, workers=workers, console=console)
@@ -61,16 +63,14 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     return FAILED if failed else 0
 
 
-@hydra.main(config_path=CONFIG_PATH, config_name="study", version_base="1.3")
-def _main(config: DictConfig) -> None:
-    command = shlex.join(["python", "scripts/study.py", *HydraConfig.get().overrides.task])
-    sys.exit(exit_on_bad_input(lambda: study(plain(config), command)))
+def default_results(name: str, working_folder: Path) -> Path:
+    """Where the rows of a study go: beside the committed ones in a clone, else into the working folder's studies/."""
+    return Path("docs/studies" if working_folder == checkout() else "studies") / name
 
 
-def main() -> None:
-    exit_on_bad_input(lambda: refuse_unknown_keys("study", sys.argv[1:]))
-    _main()
+def _task(config: DictConfig) -> None:
+    sys.exit(study(plain(config), shlex.join(["moesaic", "study", *sys.argv[1:]])))
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    launch("study", arguments, _task)

@@ -1,4 +1,4 @@
-"""Train a model: python scripts/train.py [experiment=NAME] [key=value ...]; -m for a sweep. See conf/train.yaml."""
+"""Train a model: moesaic train [experiment=NAME] [key=value ...]; -m for a sweep. See conf/train.yaml."""
 
 import sys
 import traceback
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
+from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.evaluation.report import write_report
 from moesaic.files import write_json, write_yaml
@@ -29,7 +28,7 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
     When resuming, the stored config of the run counts; `overrides` (key=value) that contradict it are refused.
     """
     if "study" in config:
-        raise InputError(f"this is a study: python scripts/study.py experiment=study_{config['name']}")
+        raise InputError(f"this is a study: moesaic study experiment=study_{config['name']}")
     if config.get("resume"):
         stored, _ = resolve_resume(config)
         for override in overrides:
@@ -61,25 +60,19 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
     sweeps[run_dir.parent] += failed
 
 
-@hydra.main(config_path=CONFIG_PATH, config_name="train", version_base="1.3")
-def _main(config: DictConfig) -> None:
+def _task(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         train_in_sweep(plain(config), Path(hydra_config.runtime.output_dir))
     else:
-        exit_on_bad_input(lambda: train(plain(config), list(hydra_config.overrides.task)))
+        train(plain(config), list(hydra_config.overrides.task))
 
 
-def main() -> None:
-    exit_on_bad_input(lambda: refuse_unknown_keys("train", sys.argv[1:]))
-    _main()
+def main(arguments: Sequence[str]) -> None:
+    launch("train", arguments, _task)
     for directory, failures in sweeps.items():
         print(write_report(directory))
         print(f"written: {directory}/report.md, report.csv, report.png")
         if failures:
             print(f"error: {failures} run(s) of this sweep failed, see the table", file=sys.stderr)
             sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

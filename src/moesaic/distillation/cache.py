@@ -357,7 +357,7 @@ class TargetCache:
                 raise InputError(
                     f"{self.directory}: no targets for sequence {i} of the batch (it begins with {begins}): none of "
                     f"the {len(self)} windows of the cache has these tokens; other data, or windows cut elsewhere "
-                    "(TrainingLoader(fixed_windows=True) cuts them as scripts/cache_targets.py does)?"
+                    "(TrainingLoader(fixed_windows=True) cuts them as moesaic cache-targets does)?"
                 )
             rows.append(self._buffer[key] if key in self._buffer else self._read(key))
         kind = self.settings["kind"]

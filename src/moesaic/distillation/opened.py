@@ -135,7 +135,7 @@ def _require_all(cache: TargetCache, windows: npt.NDArray[np.int64]) -> None:
     if held == len(windows):
         return
     found = f"{cache.directory}: it holds {held} of {len(windows)} windows of the training split"
-    adds = "scripts/cache_targets.py adds the rest, or, while training, distillation.teacher=<its teacher>"
+    adds = "moesaic cache-targets adds the rest, or, while training, distillation.teacher=<its teacher>"
     if held == 0 and len(cache):
         raise InputError(f"{found}, and {len(cache)} others: other data? If they are meant, {adds}")
     raise InputError(f"{found}; {adds}")

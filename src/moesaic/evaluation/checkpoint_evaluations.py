@@ -1,4 +1,4 @@
-"""Long-context evaluations of a checkpoint: what scripts/evaluate.py runs, and probes for studies."""
+"""Long-context evaluations of a checkpoint: what moesaic evaluate runs, and probes for studies."""
 
 import dataclasses
 import hashlib

@@ -86,9 +86,7 @@ def collect_runs(root: Path) -> list[Run]:
         raise InputError(f"{root}: no such directory")
     runs = [_read(path.parent) for path in sorted(root.rglob("config.yaml"))]
     if not runs:
-        raise InputError(
-            f"{root}: no run in it; a run is a directory with a config.yaml, as scripts/train.py writes it"
-        )
+        raise InputError(f"{root}: no run in it; a run is a directory with a config.yaml, as moesaic train writes it")
     return runs
 
 
@@ -168,7 +166,7 @@ def write_report(root: Path, metrics: Sequence[str] = ()) -> str:
     found = {name for run in runs for name, value in run.metrics.items() if isinstance(value, (int, float))}
     for metric in metrics:
         if metric not in found:
-            raise InputError(f"--metric {metric}: no run has it; found: {', '.join(sorted(found)) or 'none'}")
+            raise InputError(f"metrics: no run has {metric}; found: {', '.join(sorted(found)) or 'none'}")
     chosen = list(metrics) or [name for name in DEFAULT_METRICS if name in found] or [DEFAULT_METRICS[-1]]
     rows = summarise(runs, chosen[0])
     markdown = to_markdown(rows, chosen)

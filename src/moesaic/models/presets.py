@@ -6,7 +6,7 @@ from typing import Any
 from moesaic.layers import AttentionTemperature, Llama3RopeScaling
 from moesaic.models.config import AttentionConfig, DecoderConfig, MoEConfig
 
-__all__ = ["llama4_behemoth_guess", "llama4_maverick", "llama4_scout", "llama4_toy"]
+__all__ = ["llama4_behemoth_guess", "llama4_maverick", "llama4_scout", "llama4_toy", "small"]
 
 
 def llama4_scout() -> DecoderConfig:
@@ -67,6 +67,28 @@ def llama4_behemoth_guess() -> DecoderConfig:
         attention=dataclasses.replace(scout.attention, num_heads=160, rope_scaling=None),
         hidden_dim=61440,
         moe=dataclasses.replace(scout.moe, hidden_dim=30720),
+    )
+
+
+def small(vocab_size: int) -> DecoderConfig:
+    """The default model of runs: Llama 4's layout at a size for two CPU cores, plus short convolutions."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        dim=96,
+        num_layers=4,
+        attention=AttentionConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=24,
+            rope_theta=10000.0,
+            attention_chunk_size=128,
+            temperature=AttentionTemperature(attn_scale=0.4, floor_scale=256),
+            conv_width=3,
+        ),
+        hidden_dim=384,
+        moe=MoEConfig(num_experts=8, hidden_dim=192),
+        interleave_moe_layer_step=2,
+        nope_layer_interval=4,
     )
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Any, Literal
 
-from moesaic.config import require
+from moesaic.config import require, to_mapping
 from moesaic.data import DataConfig
 from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.sampling import SampleConfig
+from moesaic.models.presets import small
 
 __all__ = [
     "BalanceConfig",
@@ -27,9 +28,9 @@ Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
 class OptimizerConfig:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 3e-3
-    muon_learning_rate: float = 3e-3
+    name: Literal["adamw", "muon"] = "muon"
+    learning_rate: float = 1.6e-2
+    muon_learning_rate: float = 4e-3  # on AdamW's scale
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -49,7 +50,7 @@ class ScheduleConfig:
 
     name: Literal["constant", "cosine", "wsd"] = "wsd"
     warmup_steps: int = 50
-    decay_fraction: float = 0.3
+    decay_fraction: float = 0.4
     final_factor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class ScheduleConfig:
 class BalanceConfig:
     """What keeps experts in use; a weight or rate of 0 switches a term off. Losses are means over the MoE layers."""
 
-    load_balance_loss_weight: float = 0.0
+    load_balance_loss_weight: float = 0.01
     load_balance_scope: Literal["micro_batch", "global_batch"] = "micro_batch"
     router_z_loss_weight: float = 0.0
     expert_bias_update_rate: float = 0.0  # needs model.moe.expert_bias=true
@@ -76,15 +77,15 @@ class BalanceConfig:
 class TrainingConfig:
     """How much is trained on what. One optimiser step sees batch_size * seq_len * accumulate tokens per process."""
 
-    steps: int
-    batch_size: int
-    seq_len: int
+    steps: int = 1200
+    batch_size: int = 8
+    seq_len: int = 256
     accumulate: int = 1
     fixed_windows: bool = False  # the same windows in every epoch, as runs from cached targets have them
     gradient_clip: float = 1.0  # norm; 0 switches it off
     validate_every: int = 200  # optimiser steps
     validation_batches: int | None = 16  # of each check during the run, spread over the split; null: all
-    validation_seq_len: int | None = None  # null: seq_len
+    validation_seq_len: int | None = 1024  # beyond the training length, which iRoPE is for; null: seq_len
     log_every: int = 10
     checkpoint_every: int = 200
 
@@ -100,24 +101,29 @@ class TrainingConfig:
 class TrainerConfig:
     """Where and in what precision."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    precision: Precision = "32-true"  # auto: what is faster here
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "cpu"
+    precision: Precision = "auto"  # auto: what is faster here
     compile: bool = False  # torch.compile of every block
     checkpoint_activations: bool = False
     threads: int | None = None  # CPU threads; null: torch's choice
-    keep_freed_memory: bool = False  # glibc on a CPU: do not return memory to the system, which is slow to get again
+    keep_freed_memory: bool = True  # glibc on a CPU: do not return memory to the system, which is slow to get again
 
     def __post_init__(self) -> None:
         require(self, "threads", self.threads is None or self.threads >= 1, "numbers >= 1, or null")
+
+
+def default_model() -> dict[str, Any]:
+    """The keys of conf/model/small.yaml, with the vocabulary left to the data."""
+    return {**to_mapping(small(vocab_size=1)), "vocab_size": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything about one run. `model` stays a mapping until the data has said how large the vocabulary is."""
 
-    name: str
-    model: dict[str, Any]
-    training: TrainingConfig
+    name: str = "default"
+    model: dict[str, Any] = dataclasses.field(default_factory=default_model)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)

@@ -5,7 +5,6 @@ import datetime
 import io
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from moesaic import __version__
+from moesaic.checkout import git
 from moesaic.errors import InputError
 from moesaic.files import disk_full, write_atomically
 
@@ -37,19 +38,12 @@ def create_run_dir(output_dir: Path, name: str) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and git state, for the record."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
+    """Versions, machine and git state of the checkout (null for an installed package), for the record."""
     changes = git("status", "--porcelain")
     return {
         "command": sys.argv,
         "python": platform.python_version(),
+        "moesaic": __version__,
         "torch": torch.__version__,
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),

@@ -170,7 +170,7 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
     require_disk_space(run_dir, 3 * 3 * weight_bytes + 20_000_000)  # last, best and one being written
     if loaded is not None and extends is not None and resume_dir is None:
         keep_start(run_dir, loaded)
-    # weights only: made by scripts/convert.py, a teacher.ckpt, or another length, which needs a schedule of its own
+    # weights only: made by moesaic convert, a teacher.ckpt, or another length, which needs a schedule of its own
     if loaded is not None and ("optimizer_states" not in loaded or (extends is not None and resume_dir is None)):
         module.decoder.load_state_dict(decoder_weights(loaded))
         checkpoint = None
@@ -286,7 +286,7 @@ def _fit(
         write_json(run_dir / "metrics.json", {"status": "interrupted", "steps": trainer.global_step})
         if (run_dir / "checkpoints" / "last.ckpt").exists():
             console.print(f"interrupted at step {trainer.global_step}; to continue from the last checkpoint:")
-            console.print(f"  python scripts/train.py resume=true run_dir={run_dir}", soft_wrap=True, highlight=False)
+            console.print(f"  moesaic train resume=true run_dir={run_dir}", soft_wrap=True, highlight=False)
         else:
             console.print(f"interrupted at step {trainer.global_step}, before the first checkpoint")
         raise
@@ -533,16 +533,16 @@ def _plots(
 def _next_commands(run_dir: Path, config: RunConfig) -> list[str]:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if config.data.make_task() is not None:
-        sweep = f"python scripts/train.py -m experiment=recall data={config.data.source} seed=0,1,2"
+        sweep = f"moesaic train -m experiment=recall data={config.data.source} seed=0,1,2"
         mixers = "model.nope_layer_interval=0,1,2 model.attention.attention_chunk_size=null"
         return [
             f"{sweep} {mixers}   # positions in all layers, in none, in every second",
             f"tensorboard --logdir {config.output_dir}",
         ]
     return [
-        f"python scripts/generate.py {checkpoint} 'import os'",
+        f"moesaic generate {checkpoint} 'import os'",
         f"tensorboard --logdir {config.output_dir}",
-        "python scripts/train.py -m model.dense_twin=false,true seed=0,1,2   # is the mixture worth it?",
+        "moesaic train -m model.dense_twin=false,true seed=0,1,2   # is the mixture worth it?",
     ]
 
 

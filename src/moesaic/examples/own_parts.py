@@ -1,15 +1,17 @@
 """Parts of your own, entering through YAML by dotted path; conf/experiment/own_parts.yaml uses all three.
 
-    python scripts/train.py experiment=own_parts
+    moesaic train experiment=own_parts
 
 A part is a torch.nn.Module. It is constructed with the sizes (dim, for a router also num_experts and top_k) and with
-whatever else its YAML entry says beside `type`. Run the script from a directory from which Python can import the part.
+whatever else its YAML entry says beside `type`. Your own modules are found in the working folder.
 """
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.layers import Routing, count_tokens
+
+__all__ = ["CosineRouter", "GatedAverage", "ReluSquared"]
 
 
 class GatedAverage(nn.Module):

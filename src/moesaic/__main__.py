@@ -1,0 +1,6 @@
+"""python -m moesaic is the same as the command moesaic."""
+
+from moesaic.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A command line before Hydra reads it: words become key=value, and an unknown key or option is answered by name."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from moesaic.checkout import CONFIG_DIR
+from moesaic.cli import COMMANDS
+from moesaic.cli.config_files import config_groups
+from moesaic.config import flatten
+from moesaic.errors import InputError
+
+__all__ = ["check_overrides", "complete", "compose_with", "quoted", "read_flags"]
+
+OVERRIDE = re.compile(r"(?:\+{0,2}|~)(?:[\w.$@:-]*|hydra/[\w/@]+)=|~[\w.]+$")
+"""An argument that is not a word: key=value, also of hydra/launcher, or ~key. Other paths with = in them are words."""
+
+TEXT = {"a", "b", "prompt"}
+"""Keys whose value is text to the end, whatever signs are in it; so are the keys that words fill."""
+
+SIGNS = re.compile(r"""[][(){}'",]""")
+"""What makes a value more than text to Hydra."""
+
+
+def quoted(text: str) -> str:
+    """`text` as Hydra's grammar and OmegaConf's interpolation read it back unchanged."""
+    literal = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
+    return QuotedString(literal, Quote.single).with_quotes()
+
+
+def complete(name: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command with its leading words as key=value, and with quotes where a text needs them.
+
+    Raises:
+        InputError: more words than the command takes.
+    """
+    keys, rest = list(COMMANDS[name].words), list(arguments)
+    given = []
+    while rest and rest[0] and rest[0][0] != "-" and not OVERRIDE.match(rest[0]):
+        if not keys:
+            raise InputError(_no_place_for(name, rest[0]))
+        if keys[0].endswith("..."):
+            words = [rest.pop(0) for _ in range(_number_of_words(rest))]
+            given.append(f"{keys.pop(0)[:-3]}=[{','.join(map(quoted, words))}]")
+        else:
+            given.append(f"{keys.pop(0)}={quoted(rest.pop(0))}")
+    texts = TEXT | {key.removesuffix("...") for key in COMMANDS[name].words}
+    return [*given, *(_readable(argument, texts) for argument in rest)]
+
+
+def _number_of_words(arguments: Sequence[str]) -> int:
+    stops = [i for i, word in enumerate(arguments) if word[:1] == "-" or OVERRIDE.match(word)]
+    return stops[0] if stops else len(arguments)
+
+
+def _no_place_for(name: str, word: str) -> str:
+    options = [f"{group}={word}" for group, names in config_groups(CONFIG_DIR).items() if word in names]
+    hint = f" (did you mean {options[0]}?)" if options else ""
+    usage = " ".join(["moesaic", name, *filter(None, [COMMANDS[name].usage]), "[key=value ...]"])
+    return f"{word}: no place for this word{hint}; must be {usage}"
+
+
+def _readable(argument: str, texts: set[str]) -> str:
+    """The argument, with its value in quotes if Hydra cannot read it and it is meant as text."""
+    key, equals, value = argument.partition("=")
+    if not equals or not OVERRIDE.match(argument) or not (key in texts or not SIGNS.search(value)):
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return f"{key}={quoted(value)}"
+    return argument
+
+
+def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """A command line as Hydra takes it apart: `overrides`, `config_dir` and its other flags."""
+    return get_args_parser().parse_args(list(arguments))
+
+
+def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str | None = None) -> None:
+    """Refuse an override that names no key or no option, and say what it may have meant.
+
+    Args:
+        config_dir: the user's own config files.
+
+    Raises:
+        InputError: for the first such override.
+    """
+    overrides = [_parse(argument) for argument in arguments]
+    folders = [CONFIG_DIR, *([Path(config_dir)] if config_dir else [])]
+    if not folders[-1].is_dir():
+        raise InputError(f"--config-dir {config_dir}: no such directory")
+    groups = config_groups(*folders)
+    if config_dir and not Path(config_dir).samefile(CONFIG_DIR):
+        _refuse_double_names(Path(config_dir))
+    for override in overrides:
+        if override.key_or_group in groups and not override.is_delete():
+            _check_options(override, groups[override.key_or_group])
+    chosen = [str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]
+    try:  # an experiment may give keys to a section that is null by default
+        config = compose_with(config_dir, config_name, chosen)
+    except HydraException:  # Hydra itself says well what is wrong
+        config = compose_with(config_dir, config_name, [])
+    for override in overrides:
+        _check_key(override, config, groups)
+
+
+def _refuse_double_names(folder: Path) -> None:
+    ours, theirs = config_groups(CONFIG_DIR), config_groups(folder)
+    for group, options in theirs.items():
+        for option in options:
+            if option in ours[group]:
+                file = folder / group / f"{option}.yaml"
+                raise InputError(f"{file}: Moesaic has {group}={option} already; must have another name")
+
+
+def _parse(argument: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise InputError(f"{argument}: must be key=value; words stand before the first key=value") from error
+        raise InputError(
+            f"{argument}: cannot be read ({str(error).splitlines()[0]}); "
+            f"a text with special signs must be in quotes inside quotes: {_for_shell(f'{key}={quoted(value)}')}"
+        ) from error
+
+
+def _for_shell(argument: str) -> str:
+    return '"' + re.sub(r'(["\\$`])', r"\\\1", argument) + '"'
+
+
+def _check_options(override: Override, options: Sequence[str]) -> None:
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        value = value.list
+    elif override.is_sweep_override():
+        return  # a pattern
+    for option in value if isinstance(value, list) else [value]:
+        name = option.text if isinstance(option, QuotedString) else option
+        if str(name) in options:
+            continue
+        hint = _did_you_mean(difflib.get_close_matches(str(name), options, n=1))
+        raise InputError(f"{override.input_line}: no such option{hint}; must be one of {', '.join(options)}")
+
+
+def compose_with(folder: str | Path | None, config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes, with the user's own config files in `folder`."""
+    more = [f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]"] if folder else []
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(config_name, [*more, *overrides])
+
+
+def _check_key(override: Override, config: DictConfig, groups: dict[str, list[str]]) -> None:
+    key = override.key_or_group
+    root = re.split(r"[./]", key)[0]
+    if root == "hydra" or key in groups or override.package is not None:
+        return
+    at_top = [str(name) for name in config if str(name) != "hydra"]
+    if override.is_delete():
+        if key in at_top:
+            raise InputError(f"~{key}: this key cannot be taken away; give it another value")
+        return
+    leaves = list(flatten(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
+    known = leaves if "." in key else [*groups, *at_top, *leaves]
+    if root not in at_top:
+        raise InputError(
+            f"{key}: unknown key{_did_you_mean(_close(key, known, at_top))}; must be one of {', '.join(at_top)}"
+        )
+    if override.is_add() or override.is_force_add():
+        return
+    section, path, name = config, "", key
+    while "." in name and isinstance(section, DictConfig) and name.split(".")[0] in section:
+        first, _, name = name.partition(".")
+        section, path = section[first], f"{path}{first}."
+    if not isinstance(section, DictConfig) or not section:
+        return  # below a value that is null by default: the config's own types know better
+    siblings = [path + str(other) for other in section]
+    if key not in siblings:
+        raise InputError(
+            f"{key}: unknown key{_did_you_mean(_close(key, known, siblings))}; must be one of {', '.join(siblings)}"
+        )
+    value = override.value()
+    if isinstance(section[name], DictConfig) and section[name] and isinstance(value, (str, int, float, QuotedString)):
+        keys = [f"{key}.{other}" for other in section[name]]
+        hint = f" (did you mean {key}.name={value}?)" if f"{key}.name" in keys else ""
+        raise InputError(f"{override.input_line}: {key} is a section{hint}; give one of its keys: {', '.join(keys)}")
+
+
+def _close(key: str, known: Sequence[str], siblings: Sequence[str]) -> list[str]:
+    """The likeliest key: one of nearly the same path, a sibling of nearly the same name, or this name elsewhere."""
+    last = key.rpartition(".")[2]
+    by_name = {name.rpartition(".")[2]: name for name in known}
+    beside = {name.rpartition(".")[2]: name for name in siblings}
+    by_path = {name: name for name in known}
+    for names, wanted, cutoff in ((by_path, key, 0.85), (beside, last, 0.7), (by_name, last, 0.8)):
+        if found := difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff):
+            return [names[found[0]]]
+    return []
+
+
+def _did_you_mean(found: Sequence[str]) -> str:
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -1,0 +1,1 @@
+"""Examples that ship with the package: custom modules that an experiment names by dotted path."""

@@ -1,0 +1,162 @@
+"""The command moesaic: its commands, their help, words and text on the command line, the user's own config files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moesaic import __version__
+from moesaic.checkout import CONFIG_DIR
+from moesaic.cli import COMMANDS, main
+from moesaic.cli.arguments import check_overrides, complete
+from moesaic.cli.bench import NAMES, flags_of
+from moesaic.cli.common import composed
+from moesaic.cli.config_files import config_groups, default_options, help_text
+from moesaic.config import flatten
+from moesaic.errors import InputError
+
+QUICK = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "hydra", "lightning", "omegaconf"]))  # an import of these fails
+from moesaic.cli import main
+main(sys.argv[1:])
+"""
+
+
+def exit_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_without_a_command_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown and command.summary in shown for name, command in COMMANDS.items())
+    main(["--version"])
+    assert capsys.readouterr().out == f"moesaic {__version__}\n"
+
+
+def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = exit_of(["trian"], capsys)
+    assert code == 2
+    assert error.startswith("error: trian: unknown command (did you mean moesaic train?); must be one of train, ")
+    assert "did you mean moesaic cache-targets?" in exit_of(["cache_targets"], capsys)[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_key_and_every_choice(name: str) -> None:
+    config_name = name.replace("-", "_")
+    shown = help_text(name)
+    config = composed(config_name, [])
+    keys = {key for path in flatten(config) for key in path.split(".")}
+    assert [key for key in sorted(keys) if f"{key}:" not in shown] == []
+    assert "hydra:" not in shown and "defaults:" not in shown
+    assert f"moesaic {name} " in shown.replace("\n", " "), "an example"
+    for group in default_options(config_name):
+        for option in config_groups(CONFIG_DIR)[group]:
+            assert option in shown
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_is_quick(argv: list[str]) -> None:
+    """Nothing heavy is imported, and it takes less than 3 seconds of CPU time."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", QUICK, *argv], capture_output=True, text=True, check=False)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+
+
+def test_a_missing_package_is_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, "generate", "x.ckpt"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: moesaic generate needs the package ")
+    assert done.stderr.endswith(": pip install 'moesaic[train]'\n") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("generate", ["a.ckpt", "def main("], {"checkpoint": "a.ckpt", "prompt": "def main("}),
+        ("generate", ["a.ckpt", "42", "seed=3"], {"prompt": "42", "seed": 3}),
+        ("generate", ["a b/größe=1,2/x.ckpt", "f(x=1, 'y', \"z\")"], {"prompt": "f(x=1, 'y', \"z\")"}),
+        ("generate", ["runs/lr=0.1/last.ckpt"], {"checkpoint": "runs/lr=0.1/last.ckpt"}),
+        ("generate", ["a.ckpt", "${HOME} \\${x} \\ 'q\\'"], {"prompt": "${HOME} \\${x} \\ 'q\\'"}),
+        (
+            "generate",
+            ["checkpoint=runs/é=1/a.ckpt", "prompt=x[y](z"],
+            {"checkpoint": "runs/é=1/a.ckpt", "prompt": "x[y](z"},
+        ),
+        ("evaluate", ["a.ckpt", "data.path=my texts/é=1"], {"checkpoint": "a.ckpt"}),
+        ("conformance", ["moesaic", "mine.layers:make", "markdown=true"], {"layers": ["moesaic", "mine.layers:make"]}),
+        ("convert", ["a b", "c.ckpt"], {"source": "a b", "destination": "c.ckpt"}),
+        ("cache-targets", ["t.ckpt", "to"], {"teacher": "t.ckpt", "directory": "to"}),
+        ("compare", ["a=", "b=model.moe.top_k=2 model.dim=[1,2]"], {"a": "", "b": "model.moe.top_k=2 model.dim=[1,2]"}),
+        ("bench", ["experts", "smoke=true"], {"name": "experts", "smoke": True}),
+    ],
+)
+def test_words_and_text_arrive_unchanged(name: str, arguments: list[str], expected: dict[str, object]) -> None:
+    config = composed(name.replace("-", "_"), complete(name, arguments))
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_a_word_without_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "error: balancing: no place for this word (did you mean experiment=balancing?); must be moesaic train "
+    assert exit_of(["train", "balancing"], capsys)[1].startswith(message)
+
+
+def test_experiments_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my conf"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\ntraining: {steps: 7}\n")
+    with pytest.raises(InputError, match="no such option"):
+        check_overrides("train", ["experiment=mine"])
+    check_overrides("train", ["experiment=mine"], str(folder))
+    assert "study_irope, study_irope_no_conv" in help_text("train", ["--config-dir", str(folder)])
+    assert ", mine, " in help_text("train", ["--config-dir", str(folder)])
+    main(["train", "--config-dir", str(folder), "--cfg", "job", "experiment=mine"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["name"], shown["training"]["steps"]) == ("mine", 7)
+    main(["compare", "--config-dir", str(folder), "a=", "b=experiment=mine", "rounds=0", "model.vocab_size=300"])
+    assert "moesaic train model.vocab_size=300 experiment=mine" in capsys.readouterr().out
+    (folder / "experiment" / "recall.yaml").touch()
+    assert (
+        "recall.yaml: Moesaic has experiment=recall already"
+        in exit_of(["train", "--config-dir", str(folder)], capsys)[1]
+    )
+    assert "no such directory" in exit_of(["train", "--config-dir", str(tmp_path / "none")], capsys)[1]
+
+
+def test_hydras_own_flags_work(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--info", "defaults"])
+    assert "model/small" in capsys.readouterr().out
+    main(["generate", "--cfg", "job", "seed=5"])
+    assert "seed: 5" in capsys.readouterr().out
+
+
+def test_bench_hands_its_keys_to_the_benchmark() -> None:
+    defaults = composed("bench", [])
+    assert flags_of(defaults) == []
+    given = {**defaults, "name": "peers", "smoke": True, "layers": ["a:b", "c:d"], "memory_gb": 2}
+    assert flags_of(given) == ["--smoke", "--layer", "a:b", "--layer", "c:d", "--memory-gb", "2"]
+    with pytest.raises(
+        InputError, match=r"layers=\['a:b'\]: running all does not have it; must be one of smoke, direct"
+    ):
+        flags_of({**defaults, "layers": ["a:b"]})
+    with pytest.raises(InputError, match="name=expert: must be one of acceleration, "):
+        flags_of({**defaults, "name": "expert"})
+    modules = {path.stem for path in (CONFIG_DIR.parent / "benchmarks").glob("*.py")}
+    assert set(NAMES) == modules - {"__init__", "__main__", "harness", "limit"}
+
+
+def test_a_study_writes_where_you_stand(tmp_path: Path) -> None:
+    from moesaic.cli.study import default_results
+
+    assert default_results("mine", tmp_path) == Path("studies/mine")
+    assert default_results("mine", CONFIG_DIR.parent) == Path("docs/studies/mine")
