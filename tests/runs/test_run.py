@@ -227,7 +227,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_checkpoints_that_do_not_fit_are_refused(composed: Composed, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"another shape; model.dim: 16 in the checkpoint, 32 in the config"):
+    with pytest.raises(InputError, match=r"another shape: model.dim: 16 there, 32 now"):
         run(composed(*BPE, f"ckpt_path={trained}", "model.dim=32"))
     truncated = tmp_path / "truncated.ckpt"
     truncated.write_bytes(trained.read_bytes()[: trained.stat().st_size // 2])
@@ -235,7 +235,7 @@ def test_checkpoints_that_do_not_fit_are_refused(composed: Composed, trained: Pa
         run(composed(*BPE, f"ckpt_path={truncated}"))
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"weights": torch.zeros(3)}, foreign)
-    with pytest.raises(InputError, match=r"foreign.ckpt: not a checkpoint that moesaic train wrote"):
+    with pytest.raises(InputError, match=r"foreign.ckpt: not a checkpoint that moesaic wrote"):
         load_model(foreign)
 
 

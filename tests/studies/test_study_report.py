@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moesaic.studies.config import Job, StudyConfig
-from moesaic.studies.report import plot_by_position, plot_curves, plot_parameters, total_flops, write_study_report
-from moesaic.studies.statistics import summarise
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import Job
+from moesaic.studies.plots import plot_by_position, plot_curves, plot_parameters, total_flops
+from moesaic.studies.report import write_study_report
+from moesaic.studies.results import summarize_study
 
 StudyOf = Callable[..., StudyConfig]
 
@@ -34,7 +36,7 @@ def drawn_by_position(
     study: StudyConfig, rows: dict[str, Any]
 ) -> dict[str, tuple[list[float], list[float], tuple[float, float]]]:
     """Positions, means over the seeds, and the ends of the band of each arm as trained, at a length of 16 tokens."""
-    figure = plot_by_position(study, summarise(study, rows), 16)
+    figure = plot_by_position(study, summarize_study(study, rows), 16)
     assert figure is not None
     panel = figure.axes[0]
     curves = [line for line in panel.lines if line.get_marker() == "o"]
@@ -125,7 +127,7 @@ def test_axes_and_variants_are_drawn(
     assert "no correction for 6 comparisons" in printed, "two of them of hot to moe, its own arm"
     assert (tmp_path / "effect.png").stat().st_size > 5000
     assert (tmp_path / "parameters.png").stat().st_size > 5000
-    figure = plot_parameters(study, summarise(study, rows))
+    figure = plot_parameters(study, summarize_study(study, rows))
     assert figure is not None
     sizes = sorted(x for line in figure.axes[0].lines for x in line.get_xdata())
     assert sizes == [100, 100, 400], "dense, moe at 2 and at 8 experts; what was switched has no size"
@@ -171,7 +173,7 @@ def test_seconds_of_several_processors_are_not_compared(
         for row in rows.values():
             row["processor"] = other if row["arm"] == "moe" else "AVX2"
         printed = report(study, base, rows, tmp_path)
-        figure = plot_curves(study, summarise(study, rows))
+        figure = plot_curves(study, summarize_study(study, rows))
         assert figure is not None
         drawn = [panel.get_title() for panel in figure.axes]
         assert ("Seconds of arms cannot be compared: processors with AVX2 and with AVX512." in printed) == said
@@ -248,7 +250,7 @@ def test_the_teachers_flops_are_counted(
         row["metrics"] |= {**({} if row["arm"] == "few" else {"active_flops": 100.0}), **flops[row["arm"]]}
         if row["arm"] in ("frozen", "joint"):
             row["curve"]["teacher_flops"] = [1, 2]
-    arms = summarise(study, rows)
+    arms = summarize_study(study, rows)
     expected = {  # passes, and training, shared by ten
         **{"plain": (100, 100, 100), "frozen": (120, 1120, 100 + 20 + 100)},
         **{"joint": (160, 160, 100 + 6), "cached": (150, 1150, 100 + 5 + 100)},
@@ -265,7 +267,7 @@ def test_the_teachers_flops_are_counted(
     assert (tmp_path / "total_flops.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "summary.json").read_text())["prepared"] == {"teacher": 40.0, "few": 40.0}
     lacking = {key: row for key, row in rows.items() if row["arm"] != "teacher"}
-    assert math.isnan(total_flops(base, summarise(study, lacking)[1], lacking, training=True, students=1))
+    assert math.isnan(total_flops(base, summarize_study(study, lacking)[1], lacking, training=True, students=1))
 
 
 def test_without_teachers_there_is_no_plot_of_their_flops(

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
-from moesaic.evaluation.report import write_report
+from moesaic.studies.sweep import write_report
 
 __all__ = ["main"]
 
