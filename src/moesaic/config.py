@@ -26,7 +26,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     Args:
         cls: a dataclass; a class method `check_mapping(values)` may refuse what only a mapping can be wrong about by
             raising ValueError. Field types may be bool, int, float, str, None, Any, Literal, X | Y, tuple[X, ...],
-            dict[str, X] and other dataclasses.
+            dict[str, X] and other dataclasses. One field, a dict, may have metadata {"other_keys": function}: it takes
+            the keys that are no fields but among the names that the function returns.
         values: plain containers, as `OmegaConf.to_container(..., resolve=True)` gives them.
         where: dotted path of `values` in the whole config, for messages.
 
@@ -35,16 +36,20 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{where or cls.__name__}: found {_show(values)}; allowed: a mapping of {_names(cls)}")
+    others = _others(cls)
+    passed_on = () if others is None else others.metadata["other_keys"]()
     for key in values:
-        if key not in _names(cls):
-            close = difflib.get_close_matches(str(key), _names(cls), n=1)
+        if key not in _names(cls) and key not in passed_on:
+            close = difflib.get_close_matches(str(key), [*_names(cls), *passed_on], n=1)
             hint = f" (did you mean {_join(where, close[0])}?)" if close else ""
             raise InputError(f"{_join(where, str(key))}: unknown key{hint}; allowed: {', '.join(_names(cls))}")
     types_of = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         path = _join(where, field.name)
-        if field.name in values:
+        if field is others:
+            arguments[field.name] = {str(key): value for key, value in values.items() if key not in _names(cls)}
+        elif field.name in values:
             arguments[field.name] = _convert(types_of[field.name], values[field.name], path)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{path}: missing; it needs {_describe(types_of[field.name])}")
@@ -60,7 +65,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The plain mapping (dicts, lists, numbers, strings) from which `from_mapping` rebuilds `config`."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    others = _others(type(config))
+    own = {name: _plain(getattr(config, name)) for name in _names(type(config))}
+    return own if others is None else own | _plain(getattr(config, others.name))
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -145,7 +152,12 @@ def _describe(expected: Any) -> str:
 
 
 def _names(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
+    return [field.name for field in dataclasses.fields(cls) if "other_keys" not in field.metadata]
+
+
+def _others(cls: type) -> dataclasses.Field[Any] | None:
+    """The field of `other_keys`, if the dataclass has one."""
+    return next((field for field in dataclasses.fields(cls) if "other_keys" in field.metadata), None)
 
 
 def _join(where: str, name: str) -> str:

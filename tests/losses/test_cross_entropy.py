@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from reference.comparing import OutputSizes, assert_close
 from torch import Tensor
 
-from moesaic.losses import linear_cross_entropy
+from moesaic.losses import linear_cross_entropy, token_cross_entropy
 
 TOKENS, DIM, VOCAB = 23, 6, 11
 
@@ -140,3 +140,13 @@ def test_no_tensor_larger_than_a_chunk_or_the_head_is_made(dtype: torch.dtype) -
     with OutputSizes() as sizes:
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=64).backward()
     assert sizes.largest == 64 * vocabulary
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("chunk_tokens", [1, 7, None])
+def test_the_losses_of_single_tokens(chunk_tokens: int | None, labels: str) -> None:
+    hidden, weight = inputs(torch.float32)
+    found = token_cross_entropy(hidden, weight, LABELS[labels], chunk_tokens=chunk_tokens)
+    expected = F.cross_entropy(hidden @ weight.T, LABELS[labels], reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert not found.requires_grad

@@ -11,7 +11,7 @@ moesaic evaluate CHECKPOINT task=loss_by_position|needle variants=[as_trained,no
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from moesaic.checkpoints import TrainedModel, load_model
 from moesaic.cli.common import launch, plain
 from moesaic.config import flatten, from_mapping
-from moesaic.data import DataConfig, EvaluationLoader, Task, TaskEvaluationLoader, load_data, token_strings
+from moesaic.data import AnyEvaluationLoader, DataConfig, Task, load_data, token_strings
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError
 from moesaic.evaluation.checkpoint_evaluations import (
@@ -37,7 +37,7 @@ from moesaic.evaluation.checkpoint_evaluations import (
     summarize_needle_variants,
 )
 from moesaic.evaluation.drift import Drift
-from moesaic.evaluation.language_modelling import evaluate_language_model
+from moesaic.evaluation.language_modelling import evaluate_split
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
 from moesaic.evaluation.needle import NeedleConfig
@@ -46,7 +46,8 @@ from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.specialisation import Specialisation, file_kinds, plot_specialisation
 from moesaic.files import write_json
-from moesaic.models import Decoder, DecoderOutput
+from moesaic.layers import Routing
+from moesaic.models import Decoder
 
 __all__ = ["main"]
 
@@ -96,12 +97,6 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
             f"seq_len={seq_len}: longer than the data, the {config['split']} split has {len(split.tokens)} tokens; "
             "allowed are numbers below"
         )
-    batches: dict[str, Any] = {"batch_size": config["batch_size"], "max_batches": config["max_batches"]}
-    loader = (
-        EvaluationLoader(split.tokens, seq_len=seq_len, **batches)
-        if data.task is None
-        else TaskEvaluationLoader(data.task, seq_len=seq_len, **batches)
-    )
     decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
     specialisation = Specialisation(
         model.config.vocab_size, token_strings(model.tokenizer), file_kinds(split, data.tokenizer)
@@ -110,22 +105,31 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if config["other_checkpoint"] is not None:
         watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.embedding.weight.device)))
 
-    def watch(output: DecoderOutput, batch: dict[str, Tensor]) -> None:
+    def watch(routing: Mapping[str, Routing], batch: dict[str, Tensor]) -> None:
         for watcher in watchers:
-            watcher.update(output, batch)
+            watcher.update(routing, batch)
+
+    def show(loader: AnyEvaluationLoader) -> Iterable[dict[str, Tensor]]:
+        return track(loader, "evaluating", total=len(loader), console=Console(stderr=True))
 
     if config["output"]:
         try:
             Path(config["output"]).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output={config['output']!r}: cannot be written ({error.strerror})") from error
-    score = evaluate_language_model(
-        decoder, track(loader, "evaluating", total=len(loader), console=Console(stderr=True)), model.token_bytes, watch
+    score = evaluate_split(
+        decoder,
+        data,
+        seq_len=seq_len,
+        batch_size=config["batch_size"],
+        split=config["split"],
+        max_batches=config["max_batches"],
+        token_bytes=model.token_bytes,
+        watch=watch,
+        show=show,
     )
     if specialised and not score.tokens_per_expert:
         raise InputError(f"task=specialisation: {config['checkpoint']} has no MoE layers")
-    if config["max_batches"] is None:  # of a memory map without tokeniser the bytes are known for the whole split only
-        score.num_bytes = score.num_bytes or split.num_bytes or 0
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)

@@ -2,6 +2,7 @@
 
 from moesaic.data.corpora import Corpus, Document
 from moesaic.data.loaders import EvaluationLoader, TrainingLoader
+from moesaic.data.splits import AnyEvaluationLoader, AnyTrainingLoader, evaluation_loader, training_loader
 from moesaic.data.streams import Data, DataConfig, TokenStream, load_data
 from moesaic.data.tasks import Task, TaskEvaluationLoader, TaskTrainingLoader
 from moesaic.data.tokenizers import (
@@ -14,6 +15,8 @@ from moesaic.data.tokenizers import (
 )
 
 __all__ = [
+    "AnyEvaluationLoader",
+    "AnyTrainingLoader",
     "BPETokenizer",
     "ByteTokenizer",
     "Corpus",
@@ -27,8 +30,10 @@ __all__ = [
     "TokenStream",
     "Tokenizer",
     "TrainingLoader",
+    "evaluation_loader",
     "load_data",
     "token_bytes",
     "token_strings",
     "tokenizer_from_dict",
+    "training_loader",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.errors import InputError
 from moesaic.layers import Routing
-from moesaic.models import Decoder, DecoderOutput
+from moesaic.models import Decoder
 
 __all__ = ["Drift", "RunningDrift", "changed_choices"]
 
@@ -35,20 +35,20 @@ class Drift:
         self._choices: dict[str, int] = {}
 
     @torch.no_grad()
-    def update(self, output: DecoderOutput, batch: Mapping[str, Tensor]) -> None:
+    def update(self, routing: Mapping[str, Routing], batch: Mapping[str, Tensor]) -> None:
         """Route the batch's "tokens" (B, L) with the other decoder, and compare.
 
         Raises:
             InputError: the other decoder has other MoE layers.
         """
         _, theirs = self.other.hidden_states(batch["tokens"])
-        if _shapes(theirs) != _shapes(output.routing):
+        if _shapes(theirs) != _shapes(routing):
             raise InputError(
                 f"other_checkpoint: its MoE layers (experts, top_k) are {_shapes(theirs)}; allowed are those of "
-                f"checkpoint: {_shapes(output.routing)}"
+                f"checkpoint: {_shapes(routing)}"
             )
-        for name, routing in output.routing.items():
-            changed = changed_choices(theirs[name].expert_ids, routing.expert_ids)
+        for name, decided in routing.items():
+            changed = changed_choices(theirs[name].expert_ids, decided.expert_ids)
             if "valid" in batch:
                 changed = changed[batch["valid"].flatten()]
             self._changed[name] = self._changed.get(name, 0) + int(changed.sum())
@@ -75,17 +75,17 @@ class RunningDrift:
         self._before: dict[str, Any] = {}
 
     @torch.no_grad()
-    def update(self, output: DecoderOutput, batch: Mapping[str, Tensor]) -> None:
+    def update(self, routing: Mapping[str, Routing], batch: Mapping[str, Tensor]) -> None:
         """Add the routing of a batch of "tokens" and (optionally) "valid", each (B, L)."""
         left = self.max_tokens - sum(tokens.numel() for tokens in self._tokens)
-        if left <= 0 or not output.routing:
+        if left <= 0 or not routing:
             return
         tokens = batch["tokens"].flatten()
         watched = torch.arange(tokens.numel(), device=tokens.device)
         watched = (watched[batch["valid"].flatten()] if "valid" in batch else watched)[:left]
         self._tokens.append(tokens[watched].cpu())
-        for name, routing in output.routing.items():
-            ids = routing.expert_ids[watched].to("cpu", _id_dtype(routing.logits.size(1)))
+        for name, decided in routing.items():
+            ids = decided.expert_ids[watched].to("cpu", _id_dtype(decided.logits.size(1)))
             self._choices.setdefault(name, []).append(ids)
 
     def finish(self) -> dict[str, float]:

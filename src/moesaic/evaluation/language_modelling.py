@@ -2,17 +2,25 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.layers import count_tokens
+from moesaic.data import AnyEvaluationLoader, Data, evaluation_loader
+from moesaic.layers import Routing, count_tokens
+from moesaic.losses import token_cross_entropy
 from moesaic.losses.cross_entropy import IGNORE_INDEX
-from moesaic.models import Decoder, DecoderOutput
+from moesaic.models import Decoder
 
-__all__ = ["LanguageModelScore", "evaluate_language_model"]
+__all__ = ["LanguageModelScore", "evaluate_language_model", "evaluate_split"]
+
+Batch = dict[str, Tensor]
+
+Watch = Callable[[Mapping[str, Routing], Batch], None]
+"""Sees what each MoE layer decided, by name, and the batch."""
 
 
 @dataclasses.dataclass
@@ -30,22 +38,38 @@ class LanguageModelScore:
     tokens_per_expert: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @torch.no_grad()
-    def update(self, output: DecoderOutput, labels: Tensor, valid: Tensor | None = None) -> None:
-        """Add logits (B, L, V) against labels (B, L); -100 is ignored."""
+    def score_batch(self, decoder: Decoder, batch: Mapping[str, Tensor]) -> dict[str, Routing]:
+        """Run `decoder` on a batch of tokens, labels and (optionally) valid, each (B, L), and add what it scores.
+
+        The (B, L, V) logits are never built.
+
+        Returns:
+            what each MoE layer decided, by name.
+        """
+        hidden, routing = decoder.hidden_states(batch["tokens"])
+        labels = batch["labels"]
+        nats = token_cross_entropy(hidden.flatten(0, 1), decoder.head.weight, labels.flatten())
+        self.update(nats.view_as(labels), labels, routing, batch.get("valid"))
+        return routing
+
+    @torch.no_grad()
+    def update(
+        self, nats: Tensor, labels: Tensor, routing: Mapping[str, Routing] | None = None, valid: Tensor | None = None
+    ) -> None:
+        """Add nats (B, L) of labels (B, L); they must be 0 where the label is -100, which is ignored."""
         keep = labels != IGNORE_INDEX
-        nats = F.cross_entropy(output.logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         length = labels.size(1)
         if self.nats_by_position.numel() < length:
             grow = length - self.nats_by_position.numel()
             self.nats_by_position = F.pad(self.nats_by_position, (0, grow))
             self.tokens_by_position = F.pad(self.tokens_by_position, (0, grow))
-        self.nats_by_position[:length] += nats.view_as(labels).cpu().double().sum(dim=0)
+        self.nats_by_position[:length] += nats.cpu().double().sum(dim=0)
         self.tokens_by_position[:length] += keep.sum(dim=0).cpu()
         if self.token_bytes is not None:
             self.num_bytes += int(self.token_bytes.to(labels.device)[labels[keep]].sum())
-        for name, routing in output.routing.items():
+        for name, decided in (routing or {}).items():
             mask = None if valid is None else valid.flatten()
-            counts = count_tokens(routing.expert_ids, routing.logits.size(1), mask).cpu()
+            counts = count_tokens(decided.expert_ids, decided.logits.size(1), mask).cpu()
             self.tokens_per_expert[name] = counts + self.tokens_per_expert.get(name, 0)
 
     @property
@@ -72,14 +96,11 @@ class LanguageModelScore:
 
 @torch.inference_mode()
 def evaluate_language_model(
-    decoder: Decoder,
-    batches: Iterable[dict[str, Tensor]],
-    token_bytes: Tensor | None = None,
-    watch: Callable[[DecoderOutput, dict[str, Tensor]], None] | None = None,
+    decoder: Decoder, batches: Iterable[Batch], token_bytes: Tensor | None = None, watch: Watch | None = None
 ) -> LanguageModelScore:
     """Score `decoder` in evaluation mode on batches of tokens, labels and (optionally) valid, each (B, L).
 
-    `watch` sees each batch and what the decoder said to it, so that one pass serves other measures as well.
+    `watch` sees each batch and how it was routed, so that one pass serves other measures as well.
     """
     was_training = decoder.training
     device = decoder.embedding.weight.device
@@ -88,10 +109,38 @@ def evaluate_language_model(
     try:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items()}
-            output = decoder(batch["tokens"])
-            score.update(output, batch["labels"], batch.get("valid"))
+            routing = score.score_batch(decoder, batch)
             if watch is not None:
-                watch(output, batch)
+                watch(routing, batch)
     finally:
         decoder.train(was_training)
+    return score
+
+
+def evaluate_split(
+    decoder: Decoder,
+    data: Data,
+    *,
+    seq_len: int,
+    batch_size: int,
+    split: Literal["train", "validation"] = "validation",
+    max_batches: int | None = None,
+    token_bytes: Tensor | None = None,
+    watch: Watch | None = None,
+    show: Callable[[AnyEvaluationLoader], Iterable[Batch]] = iter,
+) -> LanguageModelScore:
+    """Score `decoder` on a split, in windows of seq_len tokens that do not overlap.
+
+    Args:
+        max_batches: that many batches spread over the split; None takes all of it.
+        token_bytes: (V,) bytes of each token. Where nobody knows them, a whole split of text may still know its size.
+        show: wraps the loader, for a progress bar.
+
+    Raises:
+        InputError: see `evaluation_loader`.
+    """
+    loader = evaluation_loader(data, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, split=split)
+    score = evaluate_language_model(decoder, show(loader), token_bytes, watch)
+    if max_batches is None:  # the size of a memory map without a tokeniser is known for the whole split only
+        score.num_bytes = score.num_bytes or (data.train if split == "train" else data.validation).num_bytes or 0
     return score

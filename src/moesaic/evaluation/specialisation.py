@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesaic.data import Tokenizer, TokenStream
 from moesaic.evaluation.plotting import Floats, label_axes, new_figure, save_figure
-from moesaic.models import DecoderOutput
+from moesaic.layers import Routing
 
 __all__ = [
     "BYTE_CLASSES",
@@ -142,7 +142,7 @@ class Specialisation:
     layers: dict[str, LayerCounts] = dataclasses.field(default_factory=dict)
 
     @torch.no_grad()
-    def update(self, output: DecoderOutput, batch: Mapping[str, Tensor]) -> None:
+    def update(self, routing: Mapping[str, Routing], batch: Mapping[str, Tensor]) -> None:
         """Add the routing of a batch of "tokens" and (optionally) "valid", each (B, L).
 
         With file_kinds, "starts" (B,) has to say where in the stream each window begins.
@@ -151,8 +151,8 @@ class Specialisation:
         valid = batch["valid"].flatten().cpu() if "valid" in batch else torch.ones(tokens.numel(), dtype=torch.bool)
         positions = torch.arange(tokens.size(1)).expand_as(tokens).flatten()[valid]
         ids = tokens.flatten()[valid]
-        chosen = {name: routing.expert_ids.cpu()[valid] for name, routing in output.routing.items()}
-        sizes = {name: routing.logits.size(1) for name, routing in output.routing.items()}
+        chosen = {name: decided.expert_ids.cpu()[valid] for name, decided in routing.items()}
+        sizes = {name: decided.logits.size(1) for name, decided in routing.items()}
         kinds = None
         if self.file_kinds is not None:
             kinds = self.file_kinds.at((batch["starts"].cpu()[:, None] + torch.arange(tokens.size(1))).flatten()[valid])

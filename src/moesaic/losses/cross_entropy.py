@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "token_cross_entropy"]
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 23_000_000
@@ -38,6 +39,31 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     if chunk_tokens is None:
         chunk_tokens = rows_per_chunk(weight.size(0))
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """Cross-entropy of every token, chunk by chunk as in `linear_cross_entropy`, without gradients.
+
+    Equal to cross_entropy over all logits at once, which are never built: at most (chunk_tokens, V) exist at a time.
+
+    Args:
+        hidden: (T, D).
+        weight: (V, D), the head.
+        labels: (T,) int64; -100 is ignored.
+        chunk_tokens: rows per chunk; None takes 64 to 256, so that a chunk's logits stay near 90 MB.
+
+    Returns:
+        (T,) fp32 nats; 0 where the label is ignored.
+    """
+    chunk = max(1, min(chunk_tokens or rows_per_chunk(weight.size(0)), hidden.size(0)))
+    head = ChunkedHead(hidden, weight, (False, False), torch.float32, chunk)
+    nats = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.size(0), chunk):
+            rows = slice(start, start + chunk)
+            nats[rows] = F.cross_entropy(head.logits(rows), labels[rows], reduction="none")
+    return nats
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

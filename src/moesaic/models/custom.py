@@ -1,7 +1,6 @@
 """Custom modules: parts of a user's own, named in a config by their dotted path."""
 
 import hashlib
-import importlib
 import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from moesaic.errors import InputError
+from moesaic.imports import resolve
 from moesaic.models.config import CustomModule, DecoderConfig
 
 __all__ = ["Source", "build_custom", "construct", "custom_modules", "sources"]
@@ -33,7 +33,8 @@ def construct(custom: CustomModule, where: str, **known: Any) -> Any:
     Raises:
         InputError: it cannot be imported, or does not accept its arguments.
     """
-    path, cls = custom["type"], _find(custom["type"], where)
+    path = custom["type"]
+    cls = resolve(path, f"{where}: type")
     arguments = {key: value for key, value in custom.items() if key != "type"}
     try:
         asked = inspect.signature(cls).parameters
@@ -82,20 +83,9 @@ def sources(config: DecoderConfig) -> dict[str, Source]:
     found = {}
     for where, custom in custom_modules(config).items():
         try:
-            file = inspect.getsourcefile(_find(custom["type"], where))
+            file = inspect.getsourcefile(resolve(custom["type"], f"{where}: type"))
         except TypeError:  # a builtin, or an instance
             file = None
         if file is not None and Path(file).is_file():
             found[custom["type"]] = Source(Path(file), hashlib.sha256(Path(file).read_bytes()).hexdigest())
     return found
-
-
-def _find(path: str, where: str) -> Any:
-    module_name, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{where}: type={path!r} cannot be imported ({error}); it must be the dotted path of a class that Python "
-            "can import from here"
-        ) from error

@@ -21,11 +21,11 @@ from rich.console import Console
 
 from moesaic.checkpoints import load_model, save_model
 from moesaic.config import from_mapping
-from moesaic.data import DataConfig, EvaluationLoader, TaskEvaluationLoader, load_data
+from moesaic.data import DataConfig, load_data
 from moesaic.distillation import TargetFormat
 from moesaic.distillation.fill import fill_cache
 from moesaic.errors import InputError
-from moesaic.evaluation.language_modelling import evaluate_language_model
+from moesaic.evaluation.language_modelling import evaluate_split
 from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.recall import recall_numbers, score_recall
 from moesaic.files import write_atomically, write_json
@@ -154,13 +154,7 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
     data = load_data(from_mapping(DataConfig, config["data"], "data"))
     seq_len = training["validation_seq_len"] or training["seq_len"]
     batch_size = max(1, training["batch_size"] * training["seq_len"] // seq_len)
-    loader = (
-        EvaluationLoader(data.validation.tokens, seq_len=seq_len, batch_size=batch_size)
-        if data.task is None
-        else TaskEvaluationLoader(data.task, seq_len=seq_len, batch_size=batch_size)
-    )
-    score = evaluate_language_model(decoder, loader, trained.token_bytes)
-    score.num_bytes = score.num_bytes or data.validation.num_bytes or 0
+    score = evaluate_split(decoder, data, seq_len=seq_len, batch_size=batch_size, token_bytes=trained.token_bytes)
     numbers = {"validation/loss": score.loss, "validation/seq_len": seq_len}
     if score.bits_per_byte is not None:
         numbers["validation/bits_per_byte"] = score.bits_per_byte

@@ -6,14 +6,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moesaic.evaluation.routing import expert_load, load_health
 from moesaic.training.module import LanguageModel
 from moesaic.training.records import CsvTable
 
-__all__ = ["LastCheckpoint", "PlainProgress", "ProgressBar", "RunMonitor"]
+__all__ = ["LastCheckpoint", "PlainProgress", "ProgressBar", "RunMonitor", "TimeLimit"]
 
 
 class RunMonitor(pl.Callback):
@@ -81,7 +81,7 @@ class RunMonitor(pl.Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the newest state in `path`, as of every `every`-th step; where that step is validated, after it.
+    """Keeps the newest state in `path`, as of every `every`-th step and of the last; where it is validated, after that.
 
     Lightning's own `every_n_train_steps` saves before, and a run that goes on from there never validates that step: its
     row would be missing, and the state that validation leaves (best loss, choices of experts) older than it.
@@ -100,7 +100,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        if trainer.global_step % self.validate_every:
+        if trainer.global_step % self.validate_every or trainer.should_stop:
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -109,9 +109,41 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         """Once per step: the micro-batches that follow it have the same number until the next one."""
         step = trainer.global_step
-        if step % self.every == 0 and step != self._saved:
+        if trainer.should_stop or (step % self.every == 0 and step != self._saved):
             trainer.save_checkpoint(self.path)
             self._saved = step
+
+
+class TimeLimit(Timer):
+    """Stops a run after so much training in this process, at the end of an optimiser step.
+
+    Lightning's own timer counts on in a resumed run, which would stop at once, and may stop within a step, whose
+    gradients would be lost.
+
+    Args:
+        duration: DD:HH:MM:SS.
+    """
+
+    def __init__(self, duration: str) -> None:
+        super().__init__(duration, verbose=False)
+        self.expired = False
+
+    def on_fit_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """The clock has not started yet."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        if (batch_index + 1) % trainer.accumulate_grad_batches:
+            return
+        super().on_train_batch_end(trainer)
+        self.expired = (self.time_remaining() or 0.0) <= 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A resumed run has the whole time again."""
 
 
 class ProgressBar(RichProgressBar):

@@ -1,6 +1,7 @@
 """The configuration of a whole run: what conf/train.yaml composes, as strict frozen dataclasses."""
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 from moesaic.config import require, to_mapping
@@ -9,6 +10,7 @@ from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.sampling import SampleConfig
 from moesaic.models.presets import small
+from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, option_names
 
 __all__ = [
     "BalanceConfig",
@@ -99,7 +101,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
-    """Where and in what precision."""
+    """Where and in what precision; what else Lightning's Trainer takes is passed on as it is."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "cpu"
     precision: Precision = "auto"  # auto: what is faster here
@@ -107,14 +109,30 @@ class TrainerConfig:
     checkpoint_activations: bool = False
     threads: int | None = None  # CPU threads; null: torch's choice
     keep_freed_memory: bool = True  # glibc on a CPU: do not return memory to the system, which is slow to get again
+    devices: int | str | tuple[int, ...] = 1  # of each node: a number, auto, or a list of indices
+    num_nodes: int = 1
+    strategy: str = "auto"
+    max_time: str | None = None  # DD:HH:MM:SS of training per process; resume=true continues
+    lightning: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"other_keys": option_names})
 
     def __post_init__(self) -> None:
+        for name, ours in DOUBLES.items():
+            if name in self.lightning:
+                raise ValueError(f"{name}={self.lightning[name]!r}: it must be set as {ours}")
+        require(
+            self,
+            "max_time",
+            self.max_time is None or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time) is not None,
+            "DD:HH:MM:SS, or null",
+        )
         require(self, "threads", self.threads is None or self.threads >= 1, "numbers >= 1, or null")
 
 
 def default_model() -> dict[str, Any]:
     """The keys of conf/model/small.yaml, with the vocabulary left to the data."""
-    return {**to_mapping(small(vocab_size=1)), "vocab_size": None}
+    model = {**to_mapping(small(vocab_size=1)), "vocab_size": None}
+    del model["format"]  # as in the file: only stored configs say it
+    return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +155,8 @@ class RunConfig:
     resume: bool = False  # continue run_dir, or the newest unfinished run of this name
     ckpt_path: str | None = None  # continue from this checkpoint, in a new run directory
     extend_context: LossByPositionConfig | None = None  # start from ckpt_path's weights alone, at a longer length
+    callbacks: dict[str, Any] = dataclasses.field(default_factory=dict)  # {name: {_target_: class, argument: value}}
+    logger: dict[str, Any] = dataclasses.field(default_factory=lambda: {"tensorboard": {**TENSORBOARD}})
 
     def __post_init__(self) -> None:
         require(self, "name", bool(self.name) and "/" not in self.name, "a directory name")

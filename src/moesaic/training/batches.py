@@ -1,0 +1,58 @@
+"""The loaders of a run, made where the process knows its rank."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from moesaic.data import AnyEvaluationLoader, AnyTrainingLoader, Data, evaluation_loader, training_loader
+from moesaic.training.config import RunConfig, TrainingConfig
+
+__all__ = ["RunBatches", "evaluation_sizes"]
+
+
+def evaluation_sizes(training: TrainingConfig) -> dict[str, int]:
+    """seq_len and batch_size of validation: about as many tokens per batch as in training."""
+    seq_len = training.validation_seq_len or training.seq_len
+    return {"seq_len": seq_len, "batch_size": max(1, training.batch_size * training.seq_len // seq_len)}
+
+
+class RunBatches(pl.LightningDataModule):
+    """Training batches, shared among the ranks, and those of the checks during the run."""
+
+    def __init__(self, config: RunConfig, data: Data) -> None:
+        super().__init__()
+        self.config = config
+        self.data = data
+
+    def training(self, rank: int = 0, world_size: int = 1) -> AnyTrainingLoader:
+        """The loader of one rank.
+
+        Raises:
+            InputError: the data do not fill a window.
+        """
+        config, training = self.config, self.config.training
+        cached = config.distillation is not None and config.distillation.source == "cached"
+        return training_loader(
+            self.data,
+            seq_len=training.seq_len,
+            batch_size=training.batch_size,
+            num_batches=training.steps * training.accumulate,
+            seed=config.seed,
+            fixed_windows=training.fixed_windows or cached,  # as targets are kept for
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        assert trainer is not None
+        loader = self.training(trainer.global_rank, trainer.world_size)
+        if share := trainer.overfit_batches:  # our loaders go on in every epoch; these are the same batches in each
+            count = share if isinstance(share, int) else max(1, int(share * len(loader)))
+            return [loader.batch(i) for i in range(count)]
+        return loader
+
+    def val_dataloader(self) -> AnyEvaluationLoader:
+        """Raises InputError if the split is too short."""
+        training = self.config.training
+        return evaluation_loader(self.data, **evaluation_sizes(training), max_batches=training.validation_batches)

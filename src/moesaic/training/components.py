@@ -1,0 +1,89 @@
+"""Callbacks and loggers of a config: mappings with a `_target_`, as users of Hydra know them, made without Hydra."""
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from moesaic.errors import InputError
+from moesaic.imports import resolve
+
+__all__ = ["make_callbacks", "make_loggers", "require_loggers"]
+
+T = TypeVar("T")
+
+PACKAGES = {
+    "TensorBoardLogger": "tensorboard",
+    "WandbLogger": "wandb",
+    "TrackioLogger": "trackio",
+    "MLFlowLogger": "mlflow",
+    "CometLogger": "comet_ml",
+    "NeptuneLogger": "neptune",
+}
+"""What the loggers need that have a package of their own."""
+
+
+def make_callbacks(config: Mapping[str, Any]) -> list[Callback]:
+    """Make the callbacks of `callbacks`, a mapping of {name: {_target_: dotted path, argument: value}}.
+
+    Raises:
+        InputError: no such class, not a Callback, an unknown argument, or one that the class refuses.
+    """
+    return [_make(each, f"callbacks.{name}", Callback) for name, each in config.items()]
+
+
+def require_loggers(config: Mapping[str, Any]) -> None:
+    """Raise InputError for what `make_loggers` could not make, without making it: a logger may write at once."""
+    for name, each in config.items():
+        _class_of(each, f"logger.{name}", Logger)
+
+
+def make_loggers(config: Mapping[str, Any], run_dir: Path) -> list[Logger]:
+    """Make the loggers of `logger`, as `make_callbacks` does; `save_dir` is the run directory unless it is given.
+
+    Raises:
+        InputError: as `make_callbacks`, or its package is missing.
+    """
+    return [_make(each, f"logger.{name}", Logger, save_dir=str(run_dir)) for name, each in config.items()]
+
+
+def _class_of(config: Any, where: str, base: type[T]) -> type[T]:
+    """The class that a component's mapping names, checked with its arguments but not called."""
+    if not isinstance(config, Mapping) or "_target_" not in config:
+        raise InputError(f"{where}={config!r}: must be a mapping with _target_, the dotted path of a {base.__name__}")
+    path = config["_target_"]
+    if package := PACKAGES.get(str(path).rpartition(".")[2]):
+        _require_package(package, where)
+    cls = resolve(path, f"{where}._target_")
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise InputError(f"{where}._target_={path!r}: must be the dotted path of a {base.__name__}")
+    parameters = inspect.signature(cls).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in config:
+            if name != "_target_" and name not in parameters:
+                close = difflib.get_close_matches(str(name), list(parameters), n=1)
+                hint = f" (did you mean {where}.{close[0]}?)" if close else ""
+                raise InputError(f"{where}.{name}: unknown key{hint}; it must be one of {', '.join(parameters)}")
+    return cls
+
+
+def _require_package(package: str, where: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{where}: it needs the package {package}: pip install {package}")
+
+
+def _make(config: Any, where: str, base: type[T], **defaults: Any) -> T:
+    cls = _class_of(config, where, base)
+    known = inspect.signature(cls).parameters
+    arguments = {name: value for name, value in defaults.items() if name in known}
+    arguments |= {name: value for name, value in config.items() if name != "_target_"}
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError, MisconfigurationException, ModuleNotFoundError) as error:
+        raise InputError(f"{where}: {config['_target_']} refuses its arguments: {error}") from error

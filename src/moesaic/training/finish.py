@@ -1,0 +1,223 @@
+"""What follows training: a list of finishers, each of which adds numbers to metrics.json and may draw or print."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.image import imread
+from rich.console import Console
+from torch import Tensor
+
+from moesaic.checkpoints import save_model
+from moesaic.config import flatten, to_mapping
+from moesaic.data import token_bytes, token_strings
+from moesaic.evaluation.extension import compare_with_start, extension_numbers, extension_table, start_of
+from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_split
+from moesaic.evaluation.long_context_plots import plot_variants_by_position
+from moesaic.evaluation.plots import (
+    plot_distillation,
+    plot_drift,
+    plot_expert_load,
+    plot_loss,
+    plot_loss_by_position,
+)
+from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
+from moesaic.evaluation.routing import load_health
+from moesaic.evaluation.sampling import sample_text
+from moesaic.evaluation.specialisation import Specialisation, file_kinds, plot_specialisation
+from moesaic.files import write_atomically
+from moesaic.training.batches import evaluation_sizes
+from moesaic.training.fit import Fitted
+
+__all__ = ["FINISHERS", "Finished", "Finisher", "score_run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that ended well, with the score of its student on the whole validation split."""
+
+    fitted: Fitted
+    score: LanguageModelScore
+    specialisation: Specialisation
+    console: Console
+
+    @property
+    def plots(self) -> Path:
+        return self.fitted.prepared.run_dir / "plots"
+
+    @property
+    def metrics_csv(self) -> Path:
+        return self.fitted.prepared.run_dir / "metrics.csv"
+
+    @property
+    def token_bytes(self) -> Tensor | None:
+        """(V,) bytes of each token, if they are known."""
+        return _token_bytes(self.fitted)
+
+
+Finisher = Callable[[Finished], dict[str, float]]
+
+
+def score_run(fitted: Fitted, console: Console) -> Finished:
+    """Score the student on the whole validation split, and count in the same pass what each expert takes."""
+    prepared = fitted.prepared
+    data = prepared.data
+    specialisation = Specialisation(
+        prepared.model.vocab_size, token_strings(data.tokenizer), file_kinds(data.validation, data.tokenizer)
+    )
+    score = evaluate_split(
+        fitted.module.decoder,
+        data,
+        **evaluation_sizes(prepared.config.training),
+        token_bytes=_token_bytes(fitted),
+        watch=specialisation.update,
+    )
+    return Finished(fitted, score, specialisation, console)
+
+
+def _token_bytes(fitted: Fitted) -> Tensor | None:
+    tokenizer = fitted.prepared.data.tokenizer
+    return None if tokenizer is None else torch.tensor(token_bytes(tokenizer))
+
+
+def loss_and_load(run: Finished) -> dict[str, float]:
+    """Loss, bits per byte, and how evenly the experts of each layer are used."""
+    score, data = run.score, run.fitted.prepared.data
+    numbers = {"validation/loss": score.loss}
+    if score.bits_per_byte is not None:
+        numbers["validation/bits_per_byte"] = score.bits_per_byte
+    for name, counts in score.tokens_per_expert.items():
+        max_violation, dead_share = load_health(counts)
+        numbers[f"router/{name}/max_violation"] = max_violation
+        numbers[f"router/{name}/dead_share"] = dead_share
+    seq_len = evaluation_sizes(run.fitted.prepared.config.training)["seq_len"]
+    if data.task is None:
+        seq_len = min(seq_len, len(data.validation.tokens) - 1)
+    return {**numbers, **run.specialisation.numbers(), "validation/seq_len": seq_len}
+
+
+def teacher_score(run: Finished) -> dict[str, float]:
+    """Loss of the teacher, where there is one at hand, on the same split."""
+    prepared, targets = run.fitted.prepared, run.fitted.prepared.targets
+    teacher = run.fitted.module.teacher or (None if targets is None else targets.decoder)
+    if teacher is None:
+        return {}
+    sizes = evaluation_sizes(prepared.config.training)
+    theirs = evaluate_split(teacher, prepared.data, **sizes, token_bytes=run.token_bytes)
+    numbers = {"validation/teacher_loss": theirs.loss}
+    if theirs.bits_per_byte is not None:
+        numbers["validation/teacher_bits_per_byte"] = theirs.bits_per_byte
+    return numbers
+
+
+def keep_teacher(run: Finished) -> dict[str, float]:
+    """Write a teacher that trained along as a checkpoint of its own: last.ckpt is the student to whoever loads it."""
+    prepared, teacher = run.fitted.prepared, run.fitted.module.teacher
+    if teacher is not None:
+        alone = prepared.run_dir / "checkpoints" / "teacher.ckpt"
+        alone.unlink(missing_ok=True)
+        save_model(alone, teacher, prepared.data.tokenizer, prepared.config.training.seq_len)
+    return {}
+
+
+def baselines(run: Finished) -> dict[str, float]:
+    """Bits per byte of simple compressors on the same text."""
+    return {f"baselines/{name}": value for name, value in run.fitted.prepared.data.facts.get("baselines", {}).items()}
+
+
+def curves(run: Finished) -> dict[str, float]:
+    """Pictures of loss, expert load, soft targets, and loss by position."""
+    prepared, plots = run.fitted.prepared, run.plots
+    config = prepared.config
+    if run.metrics_csv.exists():
+        plot_loss(
+            run.metrics_csv, plots / "loss.png", prepared.data.facts.get("baselines", {}), run.score.bits_per_byte
+        )
+    if (prepared.run_dir / "routing.csv").exists():
+        plot_expert_load(prepared.run_dir / "routing.csv", plots / "expert_load.png")
+    if config.distillation is not None and run.metrics_csv.exists():
+        plot_distillation(run.metrics_csv, plots / "distillation.png")
+    if prepared.data.task is None:  # most positions of a recall task's sequences have no loss
+        chunk = prepared.model.attention.attention_chunk_size
+        by_position = run.score.loss_by_position
+        plot_loss_by_position(by_position, plots / "loss_by_position.png", config.training.seq_len, chunk)
+    return {}
+
+
+def context_extension(run: Finished) -> dict[str, float]:
+    """Loss by position before and after training at a longer context."""
+    prepared = run.fitted.prepared
+    stretches, extends = prepared.stretches, prepared.config.extend_context
+    if stretches is None or extends is None:
+        return {}
+    start = start_of(prepared.run_dir)
+    found = compare_with_start(start, run.fitted.module.decoder, stretches, extends, run.token_bytes)
+    plot_variants_by_position(found, run.plots / "extend_context.png", prepared.config.training.seq_len)
+    run.console.print(extension_table(found, stretches))
+    return extension_numbers(found, stretches)
+
+
+def expert_pictures(run: Finished) -> dict[str, float]:
+    """Pictures of what each expert takes and of how that changed; TensorBoard shows them too."""
+    drawn = {"specialisation": plot_specialisation(run.specialisation, run.plots / "specialisation.png")}
+    if run.metrics_csv.exists():
+        drawn["drift"] = plot_drift(run.metrics_csv, run.plots / "drift.png")
+    for logger in _tensorboards(run):
+        for picture in [name for name, is_there in drawn.items() if is_there]:
+            image = imread(run.plots / f"{picture}.png")
+            logger.experiment.add_image(picture, image, run.fitted.trainer.global_step, dataformats="HWC")
+    return {}
+
+
+def recall(run: Finished) -> dict[str, float]:
+    """Accuracy on the test sets of a recall task at all lengths, plotted and shown."""
+    prepared = run.fitted.prepared
+    task, training = prepared.data.task, prepared.config.training
+    if task is None:
+        return {}
+    scores = score_recall(run.fitted.module.decoder, task, training.seq_len, training.batch_size)
+    plot_recall(scores, run.plots / "recall.png", training.seq_len, task.chance)
+    shown = ", ".join(f"{score.accuracy:.1%} at {multiple}x" for multiple, score in sorted(scores.items()))
+    run.console.print(
+        f"[bold]recall[/]  accuracy {shown} the training length; chance {task.chance:.1%}", highlight=False
+    )
+    return {**recall_numbers(scores), "recall/chance": task.chance}
+
+
+def sample(run: Finished) -> dict[str, float]:
+    """Text that the model writes, in sample.txt."""
+    prepared = run.fitted.prepared
+    if (tokenizer := prepared.data.tokenizer) is not None:
+        text = sample_text(run.fitted.module.decoder, tokenizer, prepared.config.sample, prepared.config.seed)
+        write_atomically(prepared.run_dir / "sample.txt", text)
+    return {}
+
+
+def hyper_parameters(run: Finished) -> dict[str, float]:
+    """The config beside the final loss, for TensorBoard's table of runs."""
+    config = {key: str(value) for key, value in flatten(to_mapping(run.fitted.prepared.config)).items()}
+    for logger in _tensorboards(run):
+        logger.log_hyperparams(config, {"validation/loss": run.score.loss})
+        logger.finalize("success")
+    return {}
+
+
+def _tensorboards(run: Finished) -> list[TensorBoardLogger]:
+    return [logger for logger in run.fitted.trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+FINISHERS: tuple[Finisher, ...] = (
+    loss_and_load,
+    teacher_score,
+    keep_teacher,
+    baselines,
+    curves,
+    context_extension,
+    expert_pictures,
+    recall,
+    sample,
+    hyper_parameters,
+)
+"""In this order."""

@@ -1,0 +1,176 @@
+"""Training itself: module and Trainer of a prepared run, and how it ended."""
+
+import dataclasses
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from rich.console import Console
+
+from moesaic.checkpoints import decoder_weights
+from moesaic.config import to_mapping
+from moesaic.data import token_bytes
+from moesaic.evaluation.extension import keep_start
+from moesaic.files import require_disk_space, write_json
+from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
+from moesaic.training.components import make_loggers
+from moesaic.training.module import Diverged, LanguageModel
+from moesaic.training.prepare import Prepared, trainer_options
+from moesaic.training.rate_finder import LearningRateFinder
+from moesaic.training.records import RunLogger
+
+__all__ = ["Fitted", "build", "fit"]
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A run whose training is over."""
+
+    prepared: Prepared
+    module: LanguageModel
+    trainer: pl.Trainer
+    warnings: list[str]
+    status: dict[str, Any]
+    """{"status": "finished" | "stopped" | "diverged"}, and why: "error", or "stopped_by" before training.steps.
+
+    Only a stopped run, which ran out of time, can be resumed.
+    """
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether the weights are worth an evaluation: not after divergence, nor after a range test."""
+        return self.status["status"] != "diverged" and self.finder is None
+
+    @property
+    def finder(self) -> LearningRateFinder | None:
+        """The range test that this run was, if it was one."""
+        return next((each for each in self.prepared.callbacks if isinstance(each, LearningRateFinder)), None)
+
+
+def build(prepared: Prepared) -> LanguageModel:
+    """Build the module of a run, with the weights it starts from unless Lightning restores them.
+
+    Raises:
+        InputError: the disk has no room for its checkpoints.
+    """
+    start, tokenizer, targets = prepared.start, prepared.data.tokenizer, prepared.targets
+    module = LanguageModel(
+        to_mapping(prepared.config),
+        to_mapping(prepared.model),
+        None if tokenizer is None else tokenizer.to_dict(),
+        None if tokenizer is None else token_bytes(tokenizer),
+        None if targets is None else targets.source,
+    )
+    weight_bytes = sum(p.numel() * p.itemsize for p in module.parameters())
+    require_disk_space(prepared.run_dir, 3 * 3 * weight_bytes + 20_000_000)  # last, best and one being written
+    if start.kind == "extended":
+        keep_start(prepared.run_dir, start.checkpoint)
+    if start.kind in ("weights", "extended"):
+        module.decoder.load_state_dict(decoder_weights(start.checkpoint))
+    return module
+
+
+def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
+    """Train. What ends a run otherwise than by its own will (Ctrl-C, a bug) is recorded and raised."""
+    run_dir, start = prepared.run_dir, prepared.start
+    own, monitor = RunLogger(run_dir), RunMonitor(run_dir)
+    if start.kind == "resumed":
+        for table in (own.table, monitor.table):
+            table.keep_until(start.checkpoint["global_step"])
+    trainer = _trainer(prepared, [own, *make_loggers(prepared.config.logger, run_dir)], monitor)
+    try:
+        with warnings.catch_warnings():
+            _ignore_lightning_advice()
+            trainer.fit(module, datamodule=prepared.batches, ckpt_path=start.fit_path, weights_only=True)
+        status = _ended(trainer, prepared)
+    except Diverged as error:
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        monitor.warnings.append(str(error))
+        status = {"status": "diverged", "error": str(error)}
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        _record_interruption(trainer, run_dir, console)
+        raise
+    except Exception as error:
+        write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
+    return Fitted(prepared, module, trainer, monitor.warnings, status)
+
+
+def _ended(trainer: pl.Trainer, prepared: Prepared) -> dict[str, Any]:
+    if trainer.global_step >= prepared.config.training.steps:
+        return {"status": "finished"}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TimeLimit) and callback.expired:
+            return {
+                "status": "stopped",
+                "stopped_by": f"time limit (trainer.max_time={prepared.config.trainer.max_time})",
+            }
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            return {"status": "finished", "stopped_by": f"early stopping: {callback.stopping_reason_message}"}
+        if isinstance(callback, LearningRateFinder):
+            return {"status": "finished", "stopped_by": "learning rate finder"}
+    return {"status": "finished", "stopped_by": "a callback, or an option of Lightning's Trainer"}
+
+
+def _record_interruption(trainer: pl.Trainer, run_dir: Path, console: Console) -> None:
+    write_json(run_dir / "metrics.json", {"status": "interrupted", "steps": trainer.global_step})
+    if (run_dir / "checkpoints" / "last.ckpt").exists():
+        console.print(f"interrupted at step {trainer.global_step}; to continue from the last checkpoint:")
+        console.print(f"  moesaic train resume=true run_dir={run_dir}", soft_wrap=True, highlight=False)
+    else:
+        console.print(f"interrupted at step {trainer.global_step}, before the first checkpoint")
+
+
+def _trainer(prepared: Prepared, loggers: list[Logger], monitor: RunMonitor) -> pl.Trainer:
+    training, trainer, run_dir = prepared.config.training, prepared.config.trainer, prepared.run_dir
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    options: dict[str, Any] = {
+        "accelerator": trainer.accelerator,
+        "precision": trainer.precision,  # "auto" has been resolved
+        "max_steps": training.steps,
+        "max_epochs": -1,
+        "accumulate_grad_batches": training.accumulate,
+        "val_check_interval": training.validate_every * training.accumulate,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,  # LanguageModel decides which steps are logged
+        "use_distributed_sampler": False,  # the loaders shard by themselves
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stdout.isatty(),
+        "default_root_dir": run_dir,
+        **trainer_options(prepared.config),
+    }
+    if isinstance(options.get("profiler"), str) and options["profiler"] in PROFILERS:
+        options["profiler"] = PROFILERS[options["profiler"]](dirpath=run_dir, filename="profile")
+    checkpoints = run_dir / "checkpoints"
+    callbacks: list[pl.Callback] = [
+        monitor,  # before the checkpoints, so that what they hold has been logged
+        ProgressBar() if options["enable_progress_bar"] else PlainProgress(),
+        *([] if trainer.max_time is None else [TimeLimit(trainer.max_time)]),
+        *prepared.callbacks,
+        ModelCheckpoint(checkpoints, "best", monitor="validation/loss", mode="min", enable_version_counter=False),
+        LastCheckpoint(checkpoints / "last.ckpt", training.checkpoint_every, training.validate_every),
+    ]
+    return pl.Trainer(**options, logger=loggers, callbacks=callbacks)
+
+
+def _ignore_lightning_advice() -> None:
+    """Warnings about what is done on purpose (no loader workers, continued runs), and Lightning's own debts."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*The dirpath has changed from.*",
+        ".*LeafSpec.* is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)

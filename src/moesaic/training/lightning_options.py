@@ -1,0 +1,60 @@
+"""What Lightning's Trainer takes beyond the keys of this project."""
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from moesaic.errors import InputError
+
+__all__ = ["DOUBLES", "TENSORBOARD", "option_names", "require_options"]
+
+DOUBLES = {
+    "max_steps": "training.steps",
+    "max_epochs": "training.steps",
+    "accumulate": "training.accumulate",
+    "accumulate_grad_batches": "training.accumulate",
+    "gradient_clip": "training.gradient_clip",
+    "gradient_clip_val": "training.gradient_clip",
+    "gradient_clip_algorithm": "training.gradient_clip, which is a norm",
+    "val_check_interval": "training.validate_every",
+    "check_val_every_n_epoch": "training.validate_every",
+    "log_every_n_steps": "training.log_every",
+    "enable_checkpointing": "training.checkpoint_every",
+    "default_root_dir": "output_dir, or run_dir",
+    "callbacks": "the group callbacks=NAME",
+    "logger": "the group logger=NAME",
+    "use_distributed_sampler": "nothing: the loaders share the batches among processes themselves",
+}
+"""Names of Lightning's Trainer, and names that people type for them, that double a key of ours."""
+
+TENSORBOARD = {
+    "_target_": "lightning.pytorch.loggers.TensorBoardLogger",
+    "name": "tensorboard",
+    "version": "",
+    "default_hp_metric": False,
+}
+"""The default logger, as conf/logger/tensorboard.yaml has it."""
+
+
+def option_names() -> Collection[str]:
+    """Names that `trainer.*` understands beside its own fields: those of Lightning's Trainer, refused doubles too."""
+    return [name for name in inspect.signature(pl.Trainer.__init__).parameters if name != "self"] + list(DOUBLES)
+
+
+def require_options(options: Mapping[str, Any]) -> None:
+    """Let Lightning check its own options, before a run writes anything.
+
+    Args:
+        options: keyword arguments of Lightning's Trainer.
+
+    Raises:
+        InputError: Lightning refuses them.
+    """
+    try:
+        pl.Trainer(**{"enable_progress_bar": False, "enable_model_summary": False, "logger": False, **options})
+    except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+        given = ", ".join(f"trainer.{name}={value}" for name, value in options.items())
+        raise InputError(f"{given}: Lightning refuses this: {error}") from error

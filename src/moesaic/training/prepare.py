@@ -1,0 +1,231 @@
+"""From a config to everything that a run needs: what can be refused is refused here, before anything is written."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from moesaic.allocator import keep_freed_memory
+from moesaic.checkpoints import load_checkpoint, require_same_model
+from moesaic.config import from_mapping, to_mapping
+from moesaic.data import Data, Tokenizer, load_data
+from moesaic.devices import require_accelerator
+from moesaic.distillation.config import teacher_mapping
+from moesaic.distillation.opened import (
+    OpenedTargets,
+    open_targets,
+    require_paths,
+    require_same_teacher,
+    students_tokenizer,
+)
+from moesaic.errors import InputError
+from moesaic.evaluation.extension import Stretches, checkpoint_tokenizer, open_stretches, require_extendable, start_of
+from moesaic.files import write_json, write_yaml
+from moesaic.formats import FORMAT
+from moesaic.models import DecoderConfig
+from moesaic.training.batches import RunBatches
+from moesaic.training.components import make_callbacks, require_loggers
+from moesaic.training.config import RunConfig
+from moesaic.training.continuing import require_same_distillation
+from moesaic.training.launched import rank_run_dir, tell_ranks
+from moesaic.training.lightning_options import require_options
+from moesaic.training.precision import choose_precision
+from moesaic.training.records import create_run_dir, environment
+from moesaic.training.starting import Start, read_start, resolve_resume
+
+__all__ = ["Prepared", "fit_vocabulary", "prepare", "trainer_options"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that nothing stands in the way of; its directory exists."""
+
+    config: RunConfig
+    model: DecoderConfig
+    start: Start
+    data: Data
+    batches: RunBatches
+    callbacks: list[Callback]
+    targets: OpenedTargets | None
+    """Of distillation.source frozen or cached."""
+    stretches: Stretches | None
+    """Text of the comparison that ends a run with extend_context."""
+    run_dir: Path
+    why_precision: str
+    """Reason for what precision=auto chose; empty where it was given."""
+
+
+def prepare(config: Mapping[str, Any], console: Console, at_the_end: contextlib.ExitStack) -> Prepared:
+    """Read, check and open what a run needs, then create its directory.
+
+    Args:
+        at_the_end: takes what has to be closed, also where the run fails.
+
+    Raises:
+        InputError: bad configuration, data or checkpoint.
+    """
+    resume_dir = None
+    if config.get("resume"):
+        config, resume_dir = resolve_resume(config)
+    run_config = from_mapping(RunConfig, config)
+    _require_sound(run_config)
+    if resume_dir is None and run_config.run_dir is not None:
+        _require_free(Path(run_config.run_dir))
+    callbacks = make_callbacks(run_config.callbacks)
+    start = read_start(run_config, resume_dir)
+    _settle(run_config)
+    data = _read_data(run_config, start, console)
+    model = fit_vocabulary(run_config, data)
+    stretches = _require_fitting(run_config, model, start, data)
+    batches = RunBatches(run_config, data)
+    batches.training(), batches.val_dataloader()  # they refuse data that are too short
+    run_config, why = _choose_precision(run_config, model)
+    targets = _open_targets(run_config, model, start, data)
+    if targets is not None:
+        at_the_end.callback(targets.close)  # also where the run fails: other runs may want to add to the cache
+    return Prepared(
+        run_config,
+        model,
+        start,
+        data,
+        batches,
+        callbacks,
+        targets,
+        stretches,
+        _begin_records(run_config, start, data, targets),
+        why,
+    )
+
+
+def trainer_options(config: RunConfig) -> dict[str, Any]:
+    """Keyword arguments of Lightning's Trainer that `trainer.*` gives as they are."""
+    trainer = config.trainer
+    devices = list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices
+    return {"devices": devices, "num_nodes": trainer.num_nodes, "strategy": trainer.strategy, **trainer.lightning}
+
+
+def fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
+    """The model of a run with the vocabulary of its data, where it says none.
+
+    Raises:
+        InputError: it says one that is too small for them.
+    """
+    wanted = config.model.get("vocab_size")
+    if wanted is None:
+        wanted = data.vocab_size
+    elif isinstance(wanted, int) and wanted < data.vocab_size:
+        raise InputError(
+            f"model.vocab_size={wanted}: the data have token ids up to {data.vocab_size - 1}; allowed are null or "
+            f"numbers >= {data.vocab_size}"
+        )
+    return from_mapping(DecoderConfig, {**config.model, "vocab_size": wanted}, "model")
+
+
+def _require_sound(config: RunConfig) -> None:
+    """Refuse what is wrong whatever the data are."""
+    model = {**config.model}
+    if model.get("vocab_size") is None:
+        model["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
+    from_mapping(DecoderConfig, model, "model")
+    if (distillation := config.distillation) is not None:
+        overridden = teacher_mapping(model, distillation.teacher_model)
+        from_mapping(DecoderConfig, overridden, "distillation.teacher_model")
+        require_paths(distillation)
+    require_accelerator("trainer.accelerator", config.trainer.accelerator)
+    require_loggers(config.logger)
+    options = trainer_options(config)
+    if options != {"devices": 1, "num_nodes": 1, "strategy": "auto"}:
+        require_options({**options, "accelerator": config.trainer.accelerator})
+
+
+def _settle(config: RunConfig) -> None:
+    """Set what holds for the whole process: memory, threads, random generators."""
+    if config.trainer.keep_freed_memory:
+        keep_freed_memory()
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    pl.seed_everything(config.seed, verbose=False)
+
+
+def _read_data(config: RunConfig, start: Start, console: Console) -> Data:
+    if config.data.make_task() is None:
+        console.print(
+            f"reading {config.data.source} data (the first time they are tokenised and cached)", highlight=False
+        )
+    tokenizer: Tokenizer | None = None
+    if start.kind != "fresh" and config.extend_context is not None:
+        tokenizer = checkpoint_tokenizer(str(start.path), start.checkpoint, config.data)
+    elif config.distillation is not None:
+        tokenizer = students_tokenizer(config.distillation, config.data)
+    return load_data(config.data, tokenizer)
+
+
+def _require_fitting(config: RunConfig, model: DecoderConfig, start: Start, data: Data) -> Stretches | None:
+    """Refuse a checkpoint of another model; of a run that extends the context, choose the text of the comparison."""
+    if start.kind == "fresh":
+        return None
+    path, checkpoint, extends = str(start.path), start.checkpoint, config.extend_context
+    if extends is None:
+        require_same_model(path, checkpoint, model)
+        require_same_distillation(path, checkpoint, config, model)
+        return None
+    require_extendable(path, checkpoint, model)
+    first = checkpoint if start.run_dir is None else load_checkpoint(start_of(start.run_dir))
+    before = first["hyper_parameters"]["config"]["training"]["seq_len"]
+    return open_stretches(extends, data.validation, data.tokenizer, (before, config.training.seq_len))
+
+
+def _choose_precision(config: RunConfig, model: DecoderConfig) -> tuple[RunConfig, str]:
+    if config.trainer.precision != "auto":
+        return config, ""
+    precision, why = choose_precision(model, config.training, config.trainer.accelerator)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision)), why
+
+
+def _open_targets(config: RunConfig, model: DecoderConfig, start: Start, data: Data) -> OpenedTargets | None:
+    if config.distillation is None or config.distillation.source == "joint":
+        return None
+    opened = open_targets(config.distillation, data, vocab_size=model.vocab_size, seq_len=config.training.seq_len)
+    if start.run_dir is not None:
+        require_same_teacher(opened, start.run_dir / "environment.json")
+    return opened
+
+
+def _begin_records(config: RunConfig, start: Start, data: Data, targets: OpenedTargets | None) -> Path:
+    """Create the run directory, unless it is there, and write what is known before training."""
+    run_dir = start.run_dir or rank_run_dir() or _new_run_dir(config)
+    if rank_zero_only.rank:
+        return run_dir
+    tell_ranks(run_dir)
+    if start.run_dir is None:
+        write_yaml(run_dir / "config.yaml", {"format": FORMAT, **to_mapping(config)})
+    name = "environment.json" if start.run_dir is None else "environment-resumed.json"
+    teacher = {} if targets is None else {"teacher": {"hash": targets.teacher_hash, "source": targets.description}}
+    write_json(run_dir / name, {**environment(), "data": data.facts, **teacher})
+    return run_dir
+
+
+def _new_run_dir(config: RunConfig) -> Path:
+    if config.run_dir is None:
+        return create_run_dir(Path(config.output_dir), config.name)
+    run_dir = Path(config.run_dir)
+    _require_free(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir={config.run_dir!r}: cannot be written ({error.strerror})") from error
+    return run_dir
+
+
+def _require_free(run_dir: Path) -> None:
+    if run_dir == rank_run_dir():
+        return
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise InputError(f"run_dir={str(run_dir)!r}: exists and is not empty; resume=true continues a run in it")

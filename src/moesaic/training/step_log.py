@@ -1,0 +1,68 @@
+"""What is measured between two logged steps, and how long training took."""
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.evaluation.routing import RoutingHealth
+
+__all__ = ["StepLog"]
+
+
+class StepLog:
+    """Sums of the micro-batches since the last logged step, and the clock of the run."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Seconds spent in training before this process, and up to the last logged step."""
+        self.tokens_per_second = 0.0
+        """Tokens per second of training since this process began."""
+        self.auxiliary: dict[str, Tensor] = {}
+        """Latest value of what is logged as it is: balance losses and gradient norms."""
+        self.health: dict[str, RoutingHealth] = {}
+        """Router health on the last micro-batch of a logged step."""
+        self.nats = torch.zeros(())
+        self.micro_batches = 0
+
+    def add(self, nats: Tensor) -> None:
+        """Add the mean nats per token of a micro-batch, a scalar."""
+        self.nats = self.nats.to(nats.device) + nats
+        self.micro_batches += 1
+
+    def start(self, tokens: int) -> None:
+        """Start the clock, with so many tokens trained already."""
+        self._started = time.perf_counter() - self.seconds
+        self._tokens_at_start, self._seconds_at_start = tokens, self.seconds
+
+    def row(self, tokens: int, learning_rate: float, distillation: dict[str, float]) -> dict[str, float]:
+        """Build the row of a logged step, and begin the next sums.
+
+        Args:
+            tokens: trained so far.
+            distillation: what to add about soft targets.
+        """
+        self.seconds = time.perf_counter() - self._started
+        trained, elapsed = tokens - self._tokens_at_start, self.seconds - self._seconds_at_start
+        self.tokens_per_second = trained / max(1e-9, elapsed)
+        row = {
+            "train/loss": (self.nats / self.micro_batches).item(),
+            "tokens_per_second": self.tokens_per_second,
+            "learning_rate": learning_rate,
+        }
+        row |= {name: value.item() for name, value in self.auxiliary.items()} | distillation
+        for name, health in self.health.items():
+            row |= {f"router/{name}/{measure}": value for measure, value in dataclasses.asdict(health).items()}
+        self.nats = torch.zeros_like(self.nats)
+        self.micro_batches = 0
+        return row
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Add to what a checkpoint keeps below "moesaic"."""
+        state |= {"seconds": self.seconds, "nats": self.nats, "micro_batches": self.micro_batches}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.seconds = state["seconds"]
+        self.nats, self.micro_batches = state["nats"], state["micro_batches"]
