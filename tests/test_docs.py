@@ -107,6 +107,17 @@ def test_every_page_of_the_site_is_in_its_navigation() -> None:
     assert found == pages
 
 
+def test_the_map_names_every_module() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = dict(re.findall(r"^ {6}(\w+)/ +(.*\n(?: {10,}.*\n)*)", text, re.MULTILINE))
+    package = ROOT / "src/moesaic"
+    assert {path.parent.name for path in package.glob("*/__init__.py")} <= set(rooms)
+    modules = {room: {path.stem for path in (package / room).glob("*.py")} for room in set(rooms) - {"cli"}}
+    for room, names in modules.items():
+        assert names - {"__init__", "__main__"} <= set(re.findall(r"\w+", rooms[room])), room
+    assert {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} <= set(re.findall(r"\w+", text))
+
+
 def test_there_is_one_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
