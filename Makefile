@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 
-.PHONY: install train test test-all bench lint clean
+.PHONY: install train test test-all bench docs lint clean
 
 install: .venv/installed
 
@@ -32,10 +32,17 @@ test-all: install
 bench: install
 	$(BIN)/moesaic bench $(ARGS)
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[docs]'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .cache build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache build site .mypy_cache .pytest_cache .ruff_cache .hypothesis

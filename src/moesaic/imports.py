@@ -22,5 +22,5 @@ def resolve(path: str, where: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{where}: {path!r} cannot be imported ({error}); it must be package.module.name, importable from here"
+            f"{where}={path!r} cannot be imported ({error}); it must be package.module.name, importable from here"
         ) from error

@@ -114,7 +114,7 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
             {"variants": {"hot": {"arm": "dense", "overrides": {"model.dim": -1}}}},
             "study.variants.hot: model.dim=-1: allowed are numbers > 0",
         ),
-        ({"evaluations": ["moesaic.nothing.here"]}, "study.evaluations: 'moesaic.nothing.here' cannot be imported"),
+        ({"evaluations": ["moesaic.nothing.here"]}, "study.evaluations='moesaic.nothing.here' cannot be imported"),
         ({"evaluations": ["moesaic.__doc__"]}, "study.evaluations: 'moesaic.__doc__' is not a function"),
         ({"tune": {"seed": 9, "keys": ["optimizer.rate"]}}, "study.tune.keys: 'optimizer.rate' is no number"),
         (
