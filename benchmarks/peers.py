@@ -25,9 +25,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from moesaic.layers.benchmark import benchmark_layer
 from torch import Tensor, nn
 
-from moesaic.layers.benchmark import benchmark_layer
 from moesaic.testing import MoEUnderTest
 from moesaic.testing.peers import PEERS as KNOWN
 from moesaic.testing.recognise import describe

@@ -13,9 +13,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
+from moesaic.layers.benchmark import benchmark_layer
 from torch import Tensor, nn
 
-from moesaic.layers.benchmark import benchmark_layer
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
 
 from .harness import Options, Progress, Row, finish, parse_options, print_table

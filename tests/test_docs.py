@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prose import paragraphs, sentences, words
 
 import moesaic
-from prose import paragraphs, sentences, words
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,7 +84,9 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_files_named_in_prose_exist(page: Path) -> None:
-    named = re.findall(r"`((?:src|tests|conf|benchmarks|examples|docs)/[\w./]+\.\w+)`", page.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`((?:src|tests|conf|benchmarks|examples|docs)/[\w./]+\.\w+)`", page.read_text(encoding="utf-8")
+    )
     readers_own = ("conf/experiment/mine.yaml", "conf/experiment/study_NAME.yaml", "conf/experiment/study_cosine.yaml")
     assert [name for name in named if not (ROOT / name).exists() and name not in readers_own] == []
 
