@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from moesaic.config import flatten, from_mapping, to_mapping
+from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.errors import InputError
+from moesaic.formats import FORMAT, translate_model, translate_run, version_of
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 
 __all__ = [
@@ -36,7 +37,7 @@ class TrainedModel:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The raw content of a checkpoint of ours, on the CPU.
+    """Read the content of a checkpoint of ours onto the CPU, its configs in the words of this version.
 
     Raises:
         InputError: no such file, a damaged file, or not a checkpoint of this project.
@@ -52,7 +53,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         # not torch's own words: they advise to load without weights_only
         raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
-        raise InputError(f"checkpoint {path}: not a checkpoint that scripts/train.py wrote")
+        raise InputError(f"checkpoint {path}: not a checkpoint that moesaic wrote")
+    version = version_of(checkpoint["moesaic"], f"checkpoint {path}")
+    stored = checkpoint["hyper_parameters"]
+    checkpoint["hyper_parameters"] = {
+        **stored,
+        "config": translate_run(stored["config"], version),
+        "model": translate_model(stored["model"], version),
+    }
+    checkpoint["moesaic"]["format"] = FORMAT
     return checkpoint
 
 
@@ -115,7 +124,7 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
             "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
             "token_bytes": None if tokenizer is None else token_bytes(tokenizer),
         },
-        "moesaic": {"foreign_files": decoder.foreign_files},
+        "moesaic": {"format": FORMAT, "foreign_files": decoder.foreign_files},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -132,11 +141,7 @@ def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConf
 
 
 def require_same_keys(key: str, path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    stored, wanted = flatten(stored), flatten(wanted)
-    differing = [
-        f"{key}.{name}: {stored.get(name)!r} in the checkpoint, {wanted.get(name)!r} in the config"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name) and name not in ("moe.backend", "init_std", "format")
-    ]
-    if differing:
-        raise InputError(f"checkpoint {path}: a model of another shape; " + "; ".join(differing))
+    """Raise InputError that names every key in which two models differ; one that `stored` lacks has its default."""
+    whole = to_mapping(from_mapping(DecoderConfig, stored, key))
+    ignored = (f"{key}.moe.backend", f"{key}.init_std")
+    require_same(f"checkpoint {path}: a model of another shape", {key: whole}, {key: wanted}, ignored)

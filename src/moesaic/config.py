@@ -7,14 +7,15 @@ put in front here.
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from moesaic.errors import InputError
 
-__all__ = ["flatten", "from_mapping", "require", "to_mapping"]
+__all__ = ["flatten", "from_mapping", "require", "require_same", "to_mapping"]
 
 T = TypeVar("T")
 
@@ -159,3 +160,23 @@ def require(config: Any, name: str, ok: bool, allowed: str) -> None:
     """Raise ValueError for the field `name` of a dataclass unless `ok`; `allowed` says what it must be."""
     if not ok:
         raise ValueError(f"{name}={getattr(config, name)!r}: allowed are {allowed}")
+
+
+def require_same(
+    where: object, found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str] = ()
+) -> None:
+    """Raise InputError that lists every key in which two mappings differ; keys of nested ones are dotted.
+
+    Args:
+        where: begins the message: whose `found` is, and what to do about it.
+        ignored: dotted keys that may differ.
+    """
+    found, wanted = flatten(found), flatten(wanted)
+    absent = "(absent)"
+    differing = [
+        f"{key}: {found.get(key, absent)!r} there, {wanted.get(key, absent)!r} now"
+        for key in sorted(found.keys() | wanted.keys())
+        if key not in ignored and json.dumps(found.get(key, absent)) != json.dumps(wanted.get(key, absent))
+    ]
+    if differing:
+        raise InputError(f"{where}: {'; '.join(differing)}")

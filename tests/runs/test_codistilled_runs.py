@@ -373,7 +373,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(composed: Composed, teac
     other = composed(
         "experiment=codistill_joint", *SMALL_TEACHER, "distillation.teacher_model.dim=32", f"ckpt_path={last}"
     )
-    refused(other, r"another shape; teacher_model.dim: 24 in the checkpoint, 32 in the config")
+    refused(other, r"another shape: teacher_model.dim: 24 there, 32 now")
     # weights alone start any run
     model = load_model(last)
     save_model(tmp_path / "weights.ckpt", model.decoder, model.tokenizer)

@@ -1,4 +1,4 @@
-"""The long-context tasks of scripts/evaluate.py and their probes, on a checkpoint of seconds."""
+"""The long-context tasks of scripts/evaluate.py and the evaluations of studies, on a checkpoint of seconds."""
 
 import json
 import math
@@ -18,7 +18,12 @@ from moesaic.cli import evaluate
 from moesaic.cli.common import plain
 from moesaic.data import BPETokenizer, DataConfig
 from moesaic.errors import InputError
-from moesaic.evaluation.checkpoint_evaluations import copying_probe, loss_by_position_probe, needle_probe, open_source
+from moesaic.evaluation.checkpoint_evaluations import (
+    copying_evaluation,
+    loss_by_position_evaluation,
+    needle_evaluation,
+    open_source,
+)
 from moesaic.models import build_decoder, llama4_toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,33 +238,33 @@ def test_examples_in_the_comments_are_variants(checkpoint: Path) -> None:
     assert len(variants) == 6
 
 
-def test_probes(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+def test_evaluations_of_studies(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     run_config = {"data": {"source": "files", "path": str(corpus), "cache_dir": str(tmp_path)}}
     options = {
         "loss_by_position": {"multiple": 4, "variants": ["as_trained", "window"], "buckets": True},
         "needle": {"multiples": [4, 6], "depths": [0.5], "samples": 2, "buckets": True},
-        "recall": {"of": "another probe"},
+        "recall": {"of": "another evaluation"},
     }
-    losses = loss_by_position_probe(checkpoint, run_config, options)
+    losses = loss_by_position_evaluation(checkpoint, run_config, options)
     assert all(isinstance(value, float) and math.isfinite(value) for value in losses.values())
     assert {"loss_by_position/window/beyond/difference", "loss_by_position/as_trained/loss/91-128"} <= losses.keys()
-    needles = needle_probe(checkpoint, run_config, options)
+    needles = needle_evaluation(checkpoint, run_config, options)
     assert all(isinstance(value, float) and math.isfinite(value) for value in needles.values())
     assert {"needle/as_trained/beyond/accuracy", "needle/as_trained/accuracy/192/0.5"} <= needles.keys()
-    assert losses == loss_by_position_probe(checkpoint, run_config, options)
+    assert losses == loss_by_position_evaluation(checkpoint, run_config, options)
     windowed = {key: {**options[key], "window": 32} for key in ("loss_by_position", "needle")}
-    found = loss_by_position_probe(checkpoint, run_config, windowed)
+    found = loss_by_position_evaluation(checkpoint, run_config, windowed)
     assert found["loss_by_position/as_trained/beyond/loss"] == losses["loss_by_position/window/beyond/loss"]
     assert found["loss_by_position/as_trained/within/loss"] == losses["loss_by_position/as_trained/within/loss"]
-    assert needle_probe(checkpoint, run_config, windowed) != needles
-    with pytest.raises(InputError, match=r"probe_options\.needle\.window=1: allowed are integers >= 2, or null"):
-        needle_probe(checkpoint, run_config, {"needle": {"window": 1}})
-    with pytest.raises(InputError, match=r"probe_options\.needle\.depth: unknown key \(did you mean"):
-        needle_probe(checkpoint, run_config, {"needle": {"depth": 1}})
-    with pytest.raises(InputError, match=r"probe_options\.needle\.batch_size=0: allowed are"):
-        needle_probe(checkpoint, run_config, {"needle": {"batch_size": 0}})
-    with pytest.raises(InputError, match=r"probe_options\.loss_by_position=5: allowed is a mapping"):
-        loss_by_position_probe(checkpoint, run_config, {"loss_by_position": 5})
+    assert needle_evaluation(checkpoint, run_config, windowed) != needles
+    with pytest.raises(InputError, match=r"evaluation_options\.needle\.window=1: allowed are integers >= 2, or null"):
+        needle_evaluation(checkpoint, run_config, {"needle": {"window": 1}})
+    with pytest.raises(InputError, match=r"evaluation_options\.needle\.depth: unknown key \(did you mean"):
+        needle_evaluation(checkpoint, run_config, {"needle": {"depth": 1}})
+    with pytest.raises(InputError, match=r"evaluation_options\.needle\.batch_size=0: allowed are"):
+        needle_evaluation(checkpoint, run_config, {"needle": {"batch_size": 0}})
+    with pytest.raises(InputError, match=r"evaluation_options\.loss_by_position=5: allowed is a mapping"):
+        loss_by_position_evaluation(checkpoint, run_config, {"loss_by_position": 5})
 
 
 def test_ids_outside_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
@@ -270,12 +275,12 @@ def test_ids_outside_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
         open_source(checkpoint, DataConfig(source="memmap", path=str(tmp_path)), "train")
 
 
-def test_copying_is_a_probe_too(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+def test_copying_is_an_evaluation_too(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     run_config = {"data": {"source": "files", "path": str(corpus), "cache_dir": str(tmp_path)}}
-    found = copying_probe(checkpoint, run_config, {"copying": {"length": 9, "sequences": 5}})
+    found = copying_evaluation(checkpoint, run_config, {"copying": {"length": 9, "sequences": 5}})
     names = {
         f"copying/{kind}/{name}" for kind in ("text", "random") for name in ("first", "second", "gain", "accuracy")
     }
     assert set(found) == names and all(math.isfinite(value) for value in found.values())
-    with pytest.raises(InputError, match=r"probe_options.copying.length=1"):
-        copying_probe(checkpoint, run_config, {"copying": {"length": 1}})
+    with pytest.raises(InputError, match=r"evaluation_options.copying.length=1"):
+        copying_evaluation(checkpoint, run_config, {"copying": {"length": 1}})

@@ -139,10 +139,10 @@ def test_what_needs_other_weights_or_says_nothing_is_refused(
     for overrides, message in (
         (
             ["model.hidden_dim=48"],
-            r"model of another shape; model.hidden_dim: 384 in the checkpoint, 48 in the config$",
+            r"model of another shape: model.hidden_dim: 384 there, 48 now$",
         ),
-        (["model.attention.conv_width=0"], r"model.attention.conv_width: 3 in the checkpoint, 0 in the config$"),
-        (["model.nope_layer_interval=0"], r"model.nope_layer_interval: 2 in the checkpoint, 0 in the config$"),
+        (["model.attention.conv_width=0"], r"model.attention.conv_width: 3 there, 0 now$"),
+        (["model.nope_layer_interval=0"], r"model.nope_layer_interval: 2 there, 0 now$"),
         (["training.seq_len=16"], r"training.seq_len=16: the checkpoint was trained at 16; allowed are longer ones"),
         (["extend_context.multiple=0.5"], r"extend_context.multiple=0.5: allowed are numbers >= 1"),
         (["extend_context.multiple=1000"], r"a context of 32000 tokens: longer than the data"),
@@ -155,5 +155,5 @@ def test_what_needs_other_weights_or_says_nothing_is_refused(
         with pytest.raises(InputError, match=message):
             run(config)
         assert not (Path(config["output_dir"]) / "extend").exists()
-    with pytest.raises(InputError, match=r"rope_theta: 10000.0 in the checkpoint, 500.0 in the config"):
+    with pytest.raises(InputError, match=r"rope_theta: 10000.0 there, 500.0 now"):
         run(composed(*SHORT, *BPE, "name=extend", f"ckpt_path={start}", "model.attention.rope_theta=500"))

@@ -23,7 +23,8 @@ from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.files import write_json
 from moesaic.studies import runner
-from moesaic.studies.config import Cell, StudyConfig, job_of, run_config_of, validate
+from moesaic.studies.config import Cell, StudyConfig
+from moesaic.studies.jobs import job_of, run_config_of, validate
 from moesaic.studies.worker import work
 from moesaic.training.run import run
 
@@ -36,11 +37,11 @@ TINY = [
     *("schedule.warmup_steps=1", "sample.max_new_tokens=2"),
 ]
 
-PROBES = """
+EVALUATIONS = """
 def count(checkpoint, config, options):
     from moesaic.checkpoints import load_model
     model = load_model(checkpoint)
-    return {"probe/eps": model.config.norm_eps, "probe/seed": config["seed"], "probe/option": options["number"]}
+    return {"count/eps": model.config.norm_eps, "count/seed": config["seed"], "count/option": options["number"]}
 """
 
 
@@ -101,14 +102,14 @@ def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
 def test_from_nothing_to_a_verdict_and_again(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "study_probe_samples.py").write_text(PROBES)
+    (tmp_path / "study_evaluation_samples.py").write_text(EVALUATIONS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     tiny["study"] |= {
         "seeds": [3],
         "variants": {"moe, other eps": {"arm": "moe", "overrides": {"model.norm_eps": 0.5}}},
-        "probes": ["study_probe_samples.count"],
-        "probe_options": {"number": 7},
+        "evaluations": ["study_evaluation_samples.count"],
+        "evaluation_options": {"number": 7},
     }
     status, printed = call(tiny)
     assert status == 0, printed
@@ -118,9 +119,9 @@ def test_from_nothing_to_a_verdict_and_again(
     [checkpoint] = Path(tiny["output_dir"], "study_tiny").glob("moe_measure*/run/checkpoints/last.ckpt")
     moe, variant = found["moe"], found["moe, other eps"]
     assert moe["metrics"]["tokens"] == 4 * 2 * 32
-    assert moe["metrics"]["probe/option"] == 7
-    assert moe["metrics"]["probe/seed"] == 3
-    assert (moe["metrics"]["probe/eps"], variant["metrics"]["probe/eps"]) == (1e-5, 0.5)
+    assert moe["metrics"]["count/option"] == 7
+    assert moe["metrics"]["count/seed"] == 3
+    assert (moe["metrics"]["count/eps"], variant["metrics"]["count/eps"]) == (1e-5, 0.5)
     assert moe["metrics"]["validation/loss"] != variant["metrics"]["validation/loss"]
     assert moe["curve"]["tokens"] == [128, 256]
     assert moe["cpu_seconds"] > 0
@@ -153,8 +154,8 @@ def test_from_nothing_to_a_verdict_and_again(
     changed = {**tiny, "data": {**tiny["data"], "path": str(other)}, "study": {**tiny["study"], "seeds": [3, 4]}}
     with pytest.raises(InputError, match=r"rows.jsonl: .*content hash of the data: '[0-9a-f]{64}' there"):
         call(changed)
-    changed = {**tiny, "study": {**tiny["study"], "probe_options": {"number": 8}}}
-    with pytest.raises(InputError, match=r"config.yaml: .*study.probe_options.number: 7 there, 8 now"):
+    changed = {**tiny, "study": {**tiny["study"], "evaluation_options": {"number": 8}}}
+    with pytest.raises(InputError, match=r"config.yaml: .*study.evaluation_options.number: 7 there, 8 now"):
         call(changed)
     changed = {**tiny, "study": {**tiny["study"], "metric": "validation/accuracy"}}
     with pytest.raises(InputError, match=r"rows.jsonl:1: study.metric='validation/accuracy': .* has none; found: "):
@@ -374,10 +375,10 @@ def test_every_study_that_ships_is_valid(composed: Callable[..., dict[str, Any]]
 
 IROPE = [
     *("data=files", "data.tokenizer=bpe", "data.vocab_size=300", "training.seq_len=128"),
-    *("study.probe_options.loss_by_position.stretches=1", "study.probe_options.needle.samples=1"),
-    *("++study.probe_options.loss_by_position.split=train", "++study.probe_options.needle.split=train"),
-    *("study.probe_options.needle.multiples=[1,4]", "study.probe_options.needle.depths=[0.5]"),
-    "study.probe_options.loss_by_position.multiple=8",
+    *("study.evaluation_options.loss_by_position.stretches=1", "study.evaluation_options.needle.samples=1"),
+    *("++study.evaluation_options.loss_by_position.split=train", "++study.evaluation_options.needle.split=train"),
+    *("study.evaluation_options.needle.multiples=[1,4]", "study.evaluation_options.needle.depths=[0.5]"),
+    "study.evaluation_options.loss_by_position.multiple=8",
 ]
 
 
@@ -386,7 +387,7 @@ IROPE = [
 def test_arms_and_variants_of_the_long_context_studies_run(
     composed: Callable[..., dict[str, Any]], corpus: Path, tmp_path: Path, name: str
 ) -> None:
-    """Two steps of every arm as the worker does them, here in this process: metrics, probes and variants are there."""
+    """Two steps of every arm as the worker does them: metrics, evaluations and variants are there."""
     recalls = name.endswith("recall")
     source = ["data.task.test_sequences=2"] if recalls else [*IROPE, f"data.path={corpus}"]
     steps = ["training.steps=2", "training.batch_size=2", "training.validate_every=1", "training.validation_batches=1"]
@@ -404,7 +405,11 @@ def test_arms_and_variants_of_the_long_context_studies_run(
         variants = {key: variant.overrides for key, variant in shipped.variants.items() if variant.arm == arm}
         description = {
             **{"row": dataclasses.asdict(job), "config": run_config_of(shipped, config, job), "metric": shipped.metric},
-            **{"probes": shipped.probes, "probe_options": shipped.probe_options, "variants": variants},
+            **{
+                "evaluations": shipped.evaluations,
+                "evaluation_options": shipped.evaluation_options,
+                "variants": variants,
+            },
         }
         (folder / "job.json").write_text(json.dumps(description))
         first, *others = work(folder)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from moesaic.config import from_mapping
-from moesaic.studies.config import Job, Row, StudyConfig, plan
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import Job, Row
+from moesaic.studies.plan import plan
 
 BASE: dict[str, Any] = {
     "name": "made_up",

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moesaic.studies.config import Job, StudyConfig
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import Job
 from moesaic.studies.statistics import Interval, interval, paired_difference, summarise, verdict
 
 

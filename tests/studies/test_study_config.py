@@ -8,24 +8,21 @@ from typing import Any
 import pytest
 
 from moesaic.errors import InputError
-from moesaic.studies.config import (
-    Cell,
+from moesaic.overrides import apply_overrides
+from moesaic.studies.config import Cell, StudyConfig
+from moesaic.studies.jobs import (
     Job,
-    StudyConfig,
-    apply_overrides,
     canonical,
     config_hash,
     fingerprint,
     job_hash,
     job_of,
-    plan,
     prepare_job,
     prepared_names,
     resolve,
-    score,
-    tuning,
     validate,
 )
+from moesaic.studies.plan import plan, score, tuning
 
 StudyOf = Callable[..., StudyConfig]
 
@@ -110,15 +107,15 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
             "study.arms.dense at experts=0: model.moe.num_experts=0",
         ),
         (
-            {"variants": {"hot": {"arm": "dense", "overrides": {"probe_options.needle.window": 8}}}},
-            "study.variants.hot.overrides.probe_options.needle.window: the study has no such key",
+            {"variants": {"hot": {"arm": "dense", "overrides": {"evaluation_options.needle.window": 8}}}},
+            "study.variants.hot.overrides.evaluation_options.needle.window: the study has no such key",
         ),
         (
             {"variants": {"hot": {"arm": "dense", "overrides": {"model.dim": -1}}}},
             "study.variants.hot: model.dim=-1: allowed are numbers > 0",
         ),
-        ({"probes": ["moesaic.nothing.here"]}, "study.probes: 'moesaic.nothing.here' cannot be imported"),
-        ({"probes": ["moesaic.__doc__"]}, "study.probes: 'moesaic.__doc__' is not a function"),
+        ({"evaluations": ["moesaic.nothing.here"]}, "study.evaluations: 'moesaic.nothing.here' cannot be imported"),
+        ({"evaluations": ["moesaic.__doc__"]}, "study.evaluations: 'moesaic.__doc__' is not a function"),
         ({"tune": {"seed": 9, "keys": ["optimizer.rate"]}}, "study.tune.keys: 'optimizer.rate' is no number"),
         (
             {"prepare": {"a": {"train": {"model.depth": 1}}}},
@@ -148,7 +145,7 @@ def test_what_a_run_would_refuse_is_refused_first_and_by_name(
 
 
 def test_a_good_study_is_not_refused(study_of: StudyOf, base: dict[str, Any]) -> None:
-    validate(study_of(probes=["moesaic.config.flatten"]), base)
+    validate(study_of(evaluations=["moesaic.config.flatten"]), base)
 
 
 def test_overrides_leave_the_original_alone(base: dict[str, Any]) -> None:

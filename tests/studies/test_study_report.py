@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moesaic.studies.config import Job, StudyConfig
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import Job
 from moesaic.studies.report import _over_position, _sizes, total_flops, write_study_report
 from moesaic.studies.statistics import summarise
 

@@ -1,4 +1,4 @@
-"""Long-context evaluations of a checkpoint: what scripts/evaluate.py runs, and probes for studies."""
+"""Long-context evaluations of a checkpoint: what scripts/evaluate.py runs, and evaluations for studies."""
 
 import dataclasses
 import hashlib
@@ -33,9 +33,9 @@ from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, scor
 __all__ = [
     "LongContextSource",
     "checkpoint_digest",
-    "copying_probe",
-    "loss_by_position_probe",
-    "needle_probe",
+    "copying_evaluation",
+    "loss_by_position_evaluation",
+    "needle_evaluation",
     "open_source",
     "require_tokenizer",
     "run_loss_by_position",
@@ -257,7 +257,9 @@ def summarise_needle_variants(
     return summary
 
 
-def loss_by_position_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+def loss_by_position_evaluation(
+    checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]
+) -> dict[str, float]:
     """Loss by position on the data of a run, as "loss_by_position/<variant>/beyond/loss" and the like.
 
     Args:
@@ -265,13 +267,13 @@ def loss_by_position_probe(checkpoint: Path, run_config: dict[str, Any], options
         options: under "loss_by_position" the fields of `LossByPositionConfig`, and `variants` (default: as_trained),
             `split` (default: validation), `batch_size` (default: 8), `buckets` (default: false; true adds
             "loss_by_position/<variant>/loss/<start>-<end>" of every bucket), `window` (default: null; the context of
-            every variant that has no window of its own is cut to so many tokens). Other sections are other probes'.
+            every variant that has no window of its own is cut to so many tokens). Other sections are of others.
 
     Raises:
         InputError: see `run_loss_by_position`.
     """
     config, common = _options(LossByPositionConfig, options, "loss_by_position")
-    source = _probe_source(checkpoint, run_config, common)
+    source = _source(checkpoint, run_config, common)
     found = run_loss_by_position(source, config, common.variants, batch_size=common.batch_size, window=common.window)
     numbers = _flat("loss_by_position", summarise_loss_by_position(found, source.train_length))
     if common.buckets:
@@ -281,18 +283,18 @@ def loss_by_position_probe(checkpoint: Path, run_config: dict[str, Any], options
     return numbers
 
 
-def needle_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+def needle_evaluation(checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
     """Needle scores on the data of a run, as "needle/<variant>/beyond/accuracy" and the like.
 
     Args:
         options: under "needle" the fields of `NeedleConfig`, and `variants`, `split`, `batch_size`, `buckets` and
-            `window` as in `loss_by_position_probe`; `buckets` adds "needle/<variant>/accuracy/<length>/<depth>".
+            `window` as in `loss_by_position_evaluation`; `buckets` adds "needle/<variant>/accuracy/<length>/<depth>".
 
     Raises:
         InputError: see `run_needles`.
     """
     config, common = _options(NeedleConfig, options, "needle")
-    source = _probe_source(checkpoint, run_config, common)
+    source = _source(checkpoint, run_config, common)
     found = run_needles(source, config, common.variants, batch_size=common.batch_size, window=common.window)
     numbers = _flat("needle", summarise_needle_variants(found, config.distractors, source.train_length))
     if common.buckets:
@@ -303,14 +305,14 @@ def needle_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[str
     return numbers
 
 
-def copying_probe(checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+def copying_evaluation(checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
     """In-context copying, as "copying/text/second" and the like: see `copying_score`, on real and on random passages.
 
     Args:
         options: under "copying" the fields of `CopyingConfig`. Real passages are of the validation split.
     """
-    config = from_mapping(CopyingConfig, options.get("copying") or {}, "probe_options.copying")
-    source = _probe_source(checkpoint, run_config, _ProbeOptions())
+    config = from_mapping(CopyingConfig, options.get("copying") or {}, "evaluation_options.copying")
+    source = _source(checkpoint, run_config, _CommonOptions())
     vocab_size = source.model.config.vocab_size
     numbers: dict[str, float] = {}
     for kind, tokens in (("text", source.tokens), ("random", None)):
@@ -324,7 +326,7 @@ def _under_window(variants: Sequence[Variant], window: int | None) -> list[Varia
 
 
 @dataclasses.dataclass(frozen=True)
-class _ProbeOptions:
+class _CommonOptions:
     variants: tuple[str, ...] = ("as_trained",)
     split: str = "validation"
     batch_size: int = 8
@@ -338,17 +340,17 @@ class _ProbeOptions:
             raise ValueError(f"window={self.window}: allowed are integers >= 2, or null")
 
 
-def _options(cls: type[T], options: dict[str, Any], section: str) -> tuple[T, _ProbeOptions]:
+def _options(cls: type[T], options: dict[str, Any], section: str) -> tuple[T, _CommonOptions]:
     mine = options.get(section) or {}
     if not isinstance(mine, dict):
-        raise InputError(f"probe_options.{section}={mine!r}: allowed is a mapping")
-    common = {field.name for field in dataclasses.fields(_ProbeOptions)} & mine.keys()
-    where = f"probe_options.{section}"
+        raise InputError(f"evaluation_options.{section}={mine!r}: allowed is a mapping")
+    common = {field.name for field in dataclasses.fields(_CommonOptions)} & mine.keys()
+    where = f"evaluation_options.{section}"
     config = from_mapping(cls, {key: value for key, value in mine.items() if key not in common}, where)
-    return config, from_mapping(_ProbeOptions, {key: mine[key] for key in common}, where)
+    return config, from_mapping(_CommonOptions, {key: mine[key] for key in common}, where)
 
 
-def _probe_source(checkpoint: Path, run_config: dict[str, Any], common: _ProbeOptions) -> LongContextSource:
+def _source(checkpoint: Path, run_config: dict[str, Any], common: _CommonOptions) -> LongContextSource:
     data = from_mapping(DataConfig, run_config["data"], "data")
     return open_source(checkpoint, data, common.split)
 

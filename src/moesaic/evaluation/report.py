@@ -15,6 +15,7 @@ import yaml
 from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import plot_curves, read_columns
+from moesaic.formats import translate_run, version_of
 
 __all__ = ["DEFAULT_METRICS", "Row", "Run", "collect_runs", "summarise", "to_csv", "to_markdown", "write_report"]
 
@@ -194,6 +195,10 @@ def _read(directory: Path) -> Run:
             return Run(directory, {}, "damaged", {"error": "config.yaml does not hold a mapping"})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return Run(directory, {}, "damaged", {"error": f"config.yaml: {str(error).splitlines()[0]}"})
+    try:
+        config = translate_run(config, version_of(config, "config.yaml"))
+    except InputError as error:
+        return Run(directory, {}, "damaged", {"error": str(error)})
     path = directory / "metrics.json"
     if not path.exists():
         return Run(directory, config, "unfinished", {})

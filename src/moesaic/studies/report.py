@@ -18,7 +18,9 @@ from rich.table import Table
 from moesaic.config import flatten
 from moesaic.evaluation.plotting import COLORS, GREY, Floats, label_axes, new_figure, save_figure
 from moesaic.files import write_atomically, write_json
-from moesaic.studies.config import Row, StudyConfig, apply_overrides, prepared_names, row_key
+from moesaic.overrides import apply_overrides
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import Row, prepared_names, row_key
 from moesaic.studies.statistics import ArmResult, Interval, summarise
 
 __all__ = [
@@ -347,7 +349,7 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
     """Loss over position: the arms, and for each what was switched at evaluation beside it.
 
     Mean over seeds, band from lowest to highest, from a quarter of the training length on: before it nothing differs.
-    None if no row has the buckets of `loss_by_position_probe`, or if there is an axis.
+    None if no row has the buckets of `loss_by_position_evaluation`, or if there is an axis.
     """
     found = {arm.arm: curve for arm in arms if (curve := _over_position(arm, seq_len // 4)) is not None}
     if not found or study.axes:

@@ -20,37 +20,40 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moesaic.config import flatten, from_mapping
+from moesaic.config import from_mapping, require_same
 from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
 from moesaic.files import write_atomically, write_json, write_yaml
-from moesaic.studies.config import (
+from moesaic.formats import FORMAT, translate_overrides, translate_run, translate_study, version_of
+from moesaic.overrides import apply_overrides
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import (
     Job,
-    Plan,
     Row,
-    StudyConfig,
-    apply_overrides,
     canonical,
     fingerprint,
     job_hash,
     job_of,
-    plan,
     prepare_job,
     resolve,
     row_key,
     run_config_of,
     validate,
 )
+from moesaic.studies.plan import Plan, plan
 
 __all__ = ["read_rows", "run_study"]
 
 
 def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
-    """The rows of a results directory by key; none if there is no such directory.
+    """Read the rows of a results directory by key, in the words of this version; none if there is no such directory.
+
+    Rows are valid as long as they are of the same overrides on the same config. Keys that have been added since count
+    as their defaults; renamed ones are translated.
 
     Raises:
-        InputError: damaged, or of another configuration, probes or data, or without the study's metric; it names the
-            file and what differs.
+        InputError: damaged, or of another configuration, evaluations or data, or without the study's metric; it names
+            the file and what differs.
     """
     path, config_path = results / "rows.jsonl", results / "config.yaml"
     rows: dict[str, Row] = {}
@@ -62,10 +65,11 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         stored = dict(yaml.safe_load(config_path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"{config_path}: damaged; put it back, or choose another results_dir") from error
-    probed = stored.pop("study", None)
-    if probed is not None:  # older ones do not say
-        _require_equal(config_path, flatten({"study": probed}), flatten({"study": _probes(study)}))
-    _require_equal(config_path, canonical({**stored, "seed": 0}), canonical({**base, "seed": 0}))
+    version, evaluated = version_of(stored, str(config_path)), stored.pop("study", None)
+    if evaluated is not None:  # older ones do not say
+        _require_equal(config_path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
+    now = translate_run(stored, version)
+    _require_equal(config_path, canonical({**now, "seed": 0}), canonical({**base, "seed": 0}))
     cells = {(cell.arm, cell.axis): cell for cell in study.cells}
     data_hashes: dict[str, str | None] = {}
     try:
@@ -76,15 +80,18 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-            key, overrides, data_hash = row_key(row), row["overrides"], row["data_hash"]
+            key, data_hash = row_key(row), row["data_hash"]
+            overrides = translate_overrides(row["overrides"], stored, version_of(row, where))
             variant = study.variants.get(row["arm"]) if row["purpose"] == "variant" else None
             cell = cells.get((row["arm"] if variant is None else variant.arm, row["axis"]))
             _require_whole(row)
+        except InputError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{where}: damaged ({error!r})") from error
         if key in rows:
             raise InputError(f"{where}: a second row for {key}")
-        rows[key] = row
+        rows[key] = {**row, "overrides": overrides}
         if row["purpose"] == "prepare":
             if row["arm"] not in study.prepare:
                 continue
@@ -105,6 +112,11 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
     return rows
 
 
+def _lines(path: Path) -> dict[str, str]:
+    """The rows of a file as they were written, by key: those that there are stay as they are."""
+    return {row_key(json.loads(line)): line for line in path.read_text(encoding="utf-8").splitlines()}
+
+
 def _require_whole(row: Row) -> None:
     """Raise an error that names what a report would stumble over."""
     numbers = {"cpu_seconds": row["cpu_seconds"], **row["metrics"]}
@@ -115,9 +127,9 @@ def _require_whole(row: Row) -> None:
             raise ValueError(f"{key} is {value!r}, no number")
 
 
-def _probes(study: StudyConfig) -> dict[str, Any]:
-    """What decides the numbers of probes, in every row of a results directory."""
-    return {"probes": list(study.probes), "probe_options": study.probe_options}
+def _evaluations(study: StudyConfig) -> dict[str, Any]:
+    """What decides the numbers of evaluations, in every row of a results directory."""
+    return {"evaluations": list(study.evaluations), "evaluation_options": study.evaluation_options}
 
 
 def run_study(
@@ -144,8 +156,9 @@ def run_study(
             if base["data"].get("path") is not None:  # named on the command line, which the report shows
                 _load(base, results / "rows.jsonl", data_hashes.get(_data_of({})))
             return {}
+        lines = _lines(results / "rows.jsonl") if rows else {}
         if not rows:  # there may be the config of a study that was stopped before its first row
-            write_yaml(results / "config.yaml", {**base, "study": _probes(study)})
+            write_yaml(results / "config.yaml", {"format": FORMAT, **base, "study": _evaluations(study)})
         loaded: dict[str, str | None] = {}
 
         def folder_of(job: Job) -> Path:
@@ -181,9 +194,10 @@ def run_study(
                         again = job.key in rows and _tell_again(progress.bar.console, rows[job.key], new[0])
                         # variants are compared with the very run whose checkpoint they evaluate
                         replaces = again and job.purpose == "measure"
-                        rows |= {row_key(row): row for row in new if replaces or row_key(row) not in rows}
-                        text = "".join(json.dumps(row) + "\n" for row in rows.values())
-                        write_atomically(results / "rows.jsonl", text)
+                        made = {row_key(row): row for row in new if replaces or row_key(row) not in rows}
+                        rows |= made
+                        lines |= {key: json.dumps(row) for key, row in made.items()}
+                        write_atomically(results / "rows.jsonl", "".join(f"{line}\n" for line in lines.values()))
                         todo = plan(study, base, rows, _at_hand(study, prepared))
                         progress.finished(rows[job.key], study.metric, todo)
                     else:
@@ -242,15 +256,16 @@ def _describe(
     config = run_config_of(study, base, job)
     paths = {name: _result(study, name, place).absolute() for name, place in prepared.items()}
     digest = job_hash(study, base, job)
-    row = {"study": config["name"], **dataclasses.asdict(job), "config_hash": digest, "data_hash": data_hash}
+    row = {"format": FORMAT, "study": config["name"], **dataclasses.asdict(job)}
+    row |= {"config_hash": digest, "data_hash": data_hash}
     threads = {"trainer.threads": 1}
     variants = {n: v.overrides for n, v in study.variants.items() if v.arm == job.arm and job.purpose == "measure"}
     description = {
         "row": row,
         "config": resolve(apply_overrides(config, threads, "trainer"), paths),
         "metric": study.metric,
-        "probes": study.probes,
-        "probe_options": study.probe_options,
+        "evaluations": study.evaluations,
+        "evaluation_options": study.evaluation_options,
         "variants": variants,
         "cache": {
             key.removeprefix("cache."): resolve(value, paths)
@@ -343,17 +358,8 @@ class _Progress:
 
 
 def _require_equal(path: Path | str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    missing = "(absent)"
-    differing = [
-        f"{key}: {found.get(key, missing)!r} there, {wanted.get(key, missing)!r} now"
-        for key in sorted(found.keys() | wanted.keys())
-        if json.dumps(found.get(key, missing)) != json.dumps(wanted.get(key, missing))
-    ]
-    if differing:
-        raise InputError(
-            f"{path}: results of another configuration, nothing was changed; choose another results_dir, or put the "
-            "config back: " + "; ".join(differing)
-        )
+    advice = "nothing was changed; choose another results_dir, or put the config back"
+    require_same(f"{path}: results of another configuration, {advice}", found, wanted)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from moesaic.evaluation.report import STUDENT_T
-from moesaic.studies.config import Row, StudyConfig, Tuning, row_key, tuning
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import Row, row_key
+from moesaic.studies.plan import Tuning, tuning
 
 __all__ = ["ArmResult", "Interval", "interval", "paired_difference", "summarise", "verdict"]
 

@@ -30,7 +30,9 @@ from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.recall import recall_numbers, score_recall
 from moesaic.files import write_atomically, write_json
 from moesaic.models import DecoderConfig, account, build_decoder
-from moesaic.studies.config import Row, VariantConfig, apply_overrides, import_probe, variant_options
+from moesaic.overrides import apply_overrides
+from moesaic.studies.config import VariantConfig
+from moesaic.studies.jobs import Row, import_evaluation, variant_options
 from moesaic.training.records import environment
 from moesaic.training.run import run
 
@@ -53,7 +55,7 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
     if cache := job.get("cache"):
         result, here = _fill_cache(cache, config, folder / "targets"), environment()
     else:
-        result = _train(config, run_dir, needs_checkpoint=prepares or bool(job["variants"] or job["probes"]))
+        result = _train(config, run_dir, needs_checkpoint=prepares or bool(job["variants"] or job["evaluations"]))
         here = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
     changes = [line for line in here["git_uncommitted_changes"] or () if line[3:].startswith(("src/", "conf/"))]
     row: Row = {
@@ -74,10 +76,10 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
         return [{**row, "curve": {}, "cpu_seconds": clock.read()}]
     row["metrics"] |= _distillation(run_dir / "metrics.csv")
     finished = result["status"] == "finished"
-    # probes are for measured runs, unless one of them is what is tuned for
-    probed = finished and (row["purpose"] == "measure" or job["metric"] not in row["metrics"])
-    if probed:
-        row["metrics"] |= _probe(job, checkpoint, config)
+    # evaluations are for measured runs, unless one of them is what is tuned for
+    evaluated = finished and (row["purpose"] == "measure" or job["metric"] not in row["metrics"])
+    if evaluated:
+        row["metrics"] |= _evaluate(job, checkpoint, config)
     if finished and job["metric"] not in row["metrics"]:
         found = ", ".join(sorted(row["metrics"]))
         raise InputError(f"study.metric={job['metric']!r}: the run has none; found: {found}")
@@ -91,10 +93,10 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
         began = clock.read()
         where, variant = f"study.variants.{name}.overrides", VariantConfig(job["row"]["arm"], overrides)
         changed = apply_overrides(config, variant.model, where)
-        options = variant_options(job["probe_options"], variant, where)
+        options = variant_options(job["evaluation_options"], variant, where)
         place = folder / f"{name}.ckpt"
         metrics = evaluate_variant(checkpoint, changed, place)
-        metrics |= _probe({**job, "probe_options": options}, place, changed)
+        metrics |= _evaluate({**job, "evaluation_options": options}, place, changed)
         place.unlink()
         line = {**row, "arm": name, "purpose": "variant", "overrides": {**row["overrides"], **overrides}}
         rows.append({**line, "metrics": metrics, "curve": {}, "cpu_seconds": clock.read() - began})
@@ -184,10 +186,10 @@ def _train(config: Mapping[str, Any], run_dir: Path, needs_checkpoint: bool) -> 
     return run({**config, "run_dir": str(run_dir)})
 
 
-def _probe(job: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any]) -> dict[str, float]:
+def _evaluate(job: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any]) -> dict[str, float]:
     numbers: dict[str, float] = {}
-    for path in job["probes"]:
-        numbers |= import_probe(path)(checkpoint, config, job["probe_options"])
+    for path in job["evaluations"]:
+        numbers |= import_evaluation(path)(checkpoint, config, job["evaluation_options"])
     return numbers
 
 

@@ -1,0 +1,97 @@
+"""What is stored by any version (checkpoints, configs and rows of runs), in the words of this version.
+
+A stored thing without a format is of version 1. Keys that were added since need no entry here: where a stored config
+lacks a key, its dataclass fills in the default.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from moesaic.errors import InputError
+from moesaic.models.config import Mixer
+from moesaic.overrides import merge
+
+__all__ = ["FORMAT", "translate_model", "translate_overrides", "translate_run", "translate_study", "version_of"]
+
+MIXERS = {"full_rope": "rope", "rope": "chunked_rope"}
+"""Names of version 1 and of version 2. A `rope` of version 1 without a chunk size was full attention: `rope` still."""
+
+FORMAT = 2 if "chunked_rope" in get_args(Mixer) else 1
+"""The version that is written now."""
+
+STUDY_KEYS = {"probes": "evaluations", "probe_options": "evaluation_options"}
+
+EVALUATIONS = {
+    f"moesaic.training.probes.{name}_probe": f"moesaic.evaluation.checkpoint_evaluations.{name}_evaluation"
+    for name in ("loss_by_position", "needle", "copying")
+}
+
+
+def version_of(stored: Mapping[str, Any], where: str) -> int:
+    """Return the format of a stored mapping.
+
+    Raises:
+        InputError: a later version wrote it, or what stands there is no version.
+    """
+    version = stored.get("format", 1)
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise InputError(f"{where}: format={version!r}: must be 1 to {FORMAT}; a later version of moesaic reads others")
+    return version
+
+
+def translate_model(model: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return the mapping of a `DecoderConfig` that was stored in this version."""
+    translated = dict(model)
+    pattern = model.get("pattern")
+    if version == 1 < FORMAT and pattern:
+        is_chunked = (model.get("attention") or {}).get("attention_chunk_size") is not None
+        names = MIXERS if is_chunked else {**MIXERS, "rope": "rope"}
+        translated["pattern"] = [{**layer, "mixer": _renamed(layer["mixer"], names)} for layer in pattern]
+    return translated
+
+
+def translate_run(config: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return the config of a run, without its `format`; what it lacks is left out."""
+    translated = {key: value for key, value in config.items() if key != "format"}
+    if isinstance(model := config.get("model"), Mapping):
+        translated["model"] = translate_model(model, version)
+        distillation = config.get("distillation") or {}
+        if (distillation.get("teacher_model") or {}).get("pattern"):  # the teacher's other keys are the student's
+            teacher = translate_model(merge(model, distillation["teacher_model"]), version)
+            changed = {**distillation["teacher_model"], "pattern": teacher["pattern"]}
+            translated["distillation"] = {**distillation, "teacher_model": changed}
+    return translated
+
+
+def translate_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return overrides by dotted key, of the run config `config` as it was stored, or of a study's options."""
+    changed = dict(config)
+    for key, value in overrides.items():
+        changed = _with(changed, key.split("."), value)
+    changed = translate_run(changed, version)
+    translated = {}
+    for key in overrides:
+        section, dot, rest = key.partition(".")
+        translated[f"{STUDY_KEYS.get(section, section)}{dot}{rest}"] = _at(changed, key.split("."))
+    return translated
+
+
+def translate_study(study: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a `study` block that is stored with its rows; its old keys mean nothing else today."""
+    translated = {STUDY_KEYS.get(key, key): value for key, value in study.items()}
+    if "evaluations" in translated:
+        translated["evaluations"] = [_renamed(path, EVALUATIONS) for path in translated["evaluations"]]
+    return translated
+
+
+def _renamed(name: Any, names: Mapping[str, str]) -> Any:
+    return names.get(name, name) if isinstance(name, str) else name
+
+
+def _with(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    below = value if len(path) == 1 else _with(config.get(path[0]) or {}, path[1:], value)
+    return {**config, path[0]: below}
+
+
+def _at(config: Any, path: Sequence[str]) -> Any:
+    return _at(config[path[0]], path[1:]) if path else config

@@ -1,0 +1,246 @@
+"""The runs of a study: what each computes, what it needs prepared, and what is refused before the first one."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from moesaic import imports
+from moesaic.config import flatten, from_mapping, to_mapping
+from moesaic.distillation.config import teacher_mapping
+from moesaic.errors import InputError
+from moesaic.models import DecoderConfig
+from moesaic.overrides import apply_overrides
+from moesaic.studies.config import PREPARED, Cell, Overrides, StudyConfig, VariantConfig
+from moesaic.training.config import RunConfig
+
+__all__ = [
+    "Evaluation",
+    "Job",
+    "Row",
+    "canonical",
+    "config_hash",
+    "fingerprint",
+    "import_evaluation",
+    "job_hash",
+    "job_of",
+    "needs",
+    "prepare_job",
+    "prepared_names",
+    "resolve",
+    "row_key",
+    "run_config_of",
+    "validate",
+    "variant_options",
+]
+
+
+Row = dict[str, Any]
+"""One line of rows.jsonl: a finished or diverged run, see `moesaic.studies.worker`."""
+
+Evaluation = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str, float]]
+"""(checkpoint, run config, study.evaluation_options) -> numbers that join the metrics of the row."""
+
+NOT_COMPARED = frozenset(
+    {"name", "output_dir", "run_dir", "resume", "trainer.threads", "trainer.keep_freed_memory"}
+    | {"data.cache_dir", "data.path"}
+)
+"""Keys that say where a run happens, not what it computes (data are compared by their content hash)."""
+
+SECTIONS_NOT_COMPARED = ("sample", "logger")
+"""Sections that decide what is shown of a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run, or a cache."""
+
+    arm: str  # or name of what is prepared
+    axis: str | None
+    purpose: Literal["prepare", "tune", "measure"]
+    seed: int
+    factor: float
+    overrides: Overrides  # on the study's base config, seed and learning rates included; of a cache its settings
+
+    @property
+    def key(self) -> str:
+        return row_key(dataclasses.asdict(self))
+
+
+def row_key(row: Mapping[str, Any]) -> str:
+    """What a run is called and found by; no two rows of a study share it."""
+    place = f"{row['arm']}, {row['axis']}" if row["axis"] else str(row["arm"])
+    return f"{place}, {row['purpose']}, seed {row['seed']}, learning rate x{row['factor']:g}"
+
+
+def job_of(
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    cell: Cell,
+    purpose: Literal["tune", "measure"],
+    seed: int,
+    factor: float,
+) -> Job:
+    """The run of a cell with this seed and this factor on its learning rates."""
+    config = apply_overrides(base, cell.overrides, f"study.arms.{cell.arm}")
+    flat = flatten(config)
+    rates: Overrides = {}
+    for key in study.tune.keys if study.tune is not None else ():
+        if not isinstance(flat.get(key), (int, float)):
+            raise InputError(f"study.tune.keys: {key!r} is no number of the run config")
+        rates[key] = flat[key] * factor
+    return Job(cell.arm, cell.axis, purpose, seed, factor, {**cell.overrides, **rates, "seed": seed})
+
+
+def prepare_job(study: StudyConfig, base: Mapping[str, Any], name: str) -> Job:
+    """What prepares `name`: on the seed of tuning, which no measured run has."""
+    step, seed = study.prepare[name], base.get("seed", 0) if study.tune is None else study.tune.seed
+    overrides = {**step.train, "seed": seed} if step.train is not None else {}
+    if step.cache is not None:
+        overrides = {f"cache.{key}": value for key, value in step.cache.settings().items()}
+        overrides["cache.teacher"] = f"{PREPARED}{step.cache.teacher}"
+    return Job(name, None, "prepare", seed, 1.0, overrides)
+
+
+def run_config_of(study: StudyConfig, base: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """The config of a run with prepared:NAME in it; of a cache the base config, which has its data and windows."""
+    if job.purpose != "prepare":
+        return apply_overrides(base, job.overrides, f"study.arms.{job.arm}")
+    is_run = study.prepare[job.arm].train is not None
+    return apply_overrides(base, job.overrides if is_run else {}, f"study.prepare.{job.arm}.train")
+
+
+def variant_options(options: Mapping[str, Any], variant: VariantConfig, where: str) -> dict[str, Any]:
+    """`study.evaluation_options` as a variant has them.
+
+    Raises:
+        InputError: an override of an option that the study does not give; it names `where`.
+    """
+    whole = apply_overrides({"evaluation_options": dict(options)}, variant.options, where, "the study")
+    changed: dict[str, Any] = whole["evaluation_options"]
+    return changed
+
+
+def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides what a run computes, by dotted key, with today's defaults filled in.
+
+    Raises:
+        InputError: the config is not one of a run.
+    """
+    run_config = from_mapping(RunConfig, config)
+    model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}  # 1: as the data say
+    whole = {**to_mapping(run_config), "model": to_mapping(from_mapping(DecoderConfig, model, "model"))}
+    return {
+        key: value
+        for key, value in flatten(whole).items()
+        if key not in NOT_COMPARED and key.split(".")[0] not in SECTIONS_NOT_COMPARED
+    }
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    return _hash(canonical(config))
+
+
+def _hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def job_hash(study: StudyConfig, base: Mapping[str, Any], job: Job) -> str:
+    """`config_hash`, and that of a cache."""
+    config = run_config_of(study, base, job)
+    settings = {key: value for key, value in job.overrides.items() if key.startswith("cache.")}
+    return _hash({**canonical(config), **settings}) if settings else config_hash(config)
+
+
+def fingerprint(study: StudyConfig, base: Mapping[str, Any], job: Job) -> str:
+    """What decides what a job computes, data aside: `job_hash`, and those of all that it needs prepared."""
+    below = [fingerprint(study, base, prepare_job(study, base, name)) for name in needs(study, base, job)]
+    digest = job_hash(study, base, job)
+    return " ".join([digest, *below])
+
+
+def prepared_names(config: Any) -> list[str]:
+    """The names that stand as prepared:NAME among the values of a config, in order."""
+    if isinstance(config, str):
+        return [config.removeprefix(PREPARED)] if config.startswith(PREPARED) else []
+    values = config.values() if isinstance(config, Mapping) else config if isinstance(config, (list, tuple)) else ()
+    return list(dict.fromkeys(name for value in values for name in prepared_names(value)))
+
+
+def resolve(config: Any, paths: Mapping[str, Path]) -> Any:
+    """A copy of a config with the path of what was prepared for every prepared:NAME."""
+    if isinstance(config, str):
+        return str(paths[config.removeprefix(PREPARED)]) if config.startswith(PREPARED) else config
+    if isinstance(config, Mapping):
+        return {key: resolve(value, paths) for key, value in config.items()}
+    return [resolve(value, paths) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def needs(study: StudyConfig, base: Mapping[str, Any], job: Job) -> list[str]:
+    """Names of what has to be prepared before a job starts."""
+    return prepared_names([run_config_of(study, base, job), job.overrides])
+
+
+def import_evaluation(path: str) -> Evaluation:
+    """Import the function at a dotted path.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = imports.resolve(path, "study.evaluations")
+    if not callable(found):
+        raise InputError(f"study.evaluations: {path!r} is not a function")
+    return cast(Evaluation, found)
+
+
+def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
+    """Refuse before the first run what would fail in any of them.
+
+    Raises:
+        InputError: an override, a resulting config or an evaluation is bad; the arm or variant is named.
+    """
+    for path in study.evaluations:
+        import_evaluation(path)
+    for step in study.prepare:
+        job = prepare_job(study, base, step)
+        at = f"study.prepare.{step}"
+        config = run_config_of(study, base, job)
+        _require_prepared(study, at, config, list(study.prepare)[: list(study.prepare).index(step)])
+        _named(at, config)
+    for name, variant in study.variants.items():
+        variant_options(study.evaluation_options, variant, f"study.variants.{name}.overrides")
+    for name, axis in study.axes.items():
+        for value, overrides in axis.values.items():
+            apply_overrides(base, overrides, f"study.axes.{name}.values.{value}")
+    for cell in study.cells:
+        apply_overrides(base, study.arms[cell.arm], f"study.arms.{cell.arm}")
+        at = f"study.arms.{cell.arm}" + (f" at {cell.axis}" if cell.axis else "")
+        config = apply_overrides(base, job_of(study, base, cell, "measure", 0, 1.0).overrides, at)
+        _require_prepared(study, at, config, list(study.prepare))
+        _named(at, config)
+        for name, variant in study.variants.items():
+            if variant.arm == cell.arm:
+                where = f"study.variants.{name}"
+                _named(where, apply_overrides(config, variant.model, f"{where}.overrides"))
+
+
+def _require_prepared(study: StudyConfig, where: str, config: Mapping[str, Any], known: Collection[str]) -> None:
+    for key, value in flatten(config).items():
+        for name in prepared_names(value):
+            caches = key == "distillation.cache"
+            fitting = [other for other in known if (study.prepare[other].cache is not None) == caches]
+            if name not in fitting:
+                allowed = ", ".join(f"{PREPARED}{other}" for other in fitting) or "nothing is prepared for it"
+                raise InputError(f"{where}: {key}={PREPARED + name!r}: allowed here: {allowed}")
+
+
+def _named(where: str, config: Mapping[str, Any]) -> None:
+    try:
+        canonical(config)
+        if overrides := (config.get("distillation") or {}).get("teacher_model"):
+            teacher = teacher_mapping({**config["model"], "vocab_size": 1}, overrides)
+            from_mapping(DecoderConfig, teacher, "distillation.teacher_model")
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
