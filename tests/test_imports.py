@@ -20,6 +20,7 @@ TIERS = {
     "errors": 0,
     "config": 0,
     "imports": 0,
+    "statistics": 0,
     "allocator": 0,
     "devices": 1,
     "files": 1,

@@ -1,7 +1,6 @@
 """Reading checkpoints back: for resuming, evaluating and sampling."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.errors import InputError
+from moesaic.files import atomic
 from moesaic.formats import FORMAT, translate_model, translate_run, version_of
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 
@@ -127,12 +127,8 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
         "moesaic": {"format": FORMAT, "foreign_files": decoder.foreign_files},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic(path) as partial:
         torch.save(checkpoint, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:

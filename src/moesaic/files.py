@@ -1,17 +1,17 @@
 """Files that appear whole or not at all, and room for them."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesaic.errors import InputError
 
-__all__ = ["disk_full", "require_disk_space", "write_atomically", "write_json", "write_yaml"]
+__all__ = ["atomic", "disk_full", "require_disk_space", "sync", "write_atomically", "write_json", "write_yaml"]
 
 
 def require_disk_space(path: Path, needed: int) -> None:
@@ -24,13 +24,36 @@ def require_disk_space(path: Path, needed: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; what is there at the end takes the name `path`, whole and on the disk.
+
+    After an error `path` is as it was. A kill leaves the partial file, under one name beside `path`, and the next call
+    writes over it. One process at a time may write a file.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)  # the name as well
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or the names of the folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,6 +61,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_yaml(path: Path, value: Any) -> None:
+    import yaml  # an optional package
+
     write_atomically(path, yaml.safe_dump(value, sort_keys=False))
 
 

@@ -462,7 +462,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_writer(decoder: Decod
     of = identity(decoder)
     filled(tmp_path, decoder, of)
     before = contents(tmp_path)
-    for name in ("shard-00003.safetensors", "shard-00004.safetensors.partial"):
+    for name in ("shard-00003.safetensors", ".shard-00004.safetensors.partial"):
         (tmp_path / name).write_bytes(b"half")
     TargetCache.open(tmp_path)
     assert len(contents(tmp_path)) == len(before) + 2, "a reader changes nothing"

@@ -25,13 +25,13 @@ from moesaic.evaluation.long_context import (
     choose_stretches,
     log_buckets,
     loss_by_position,
-    mean_and_error,
     stream_nats,
     with_overrides,
 )
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.layers import AttentionTemperature, Llama3RopeScaling
 from moesaic.models import Block, Decoder, build_decoder, llama4_toy
+from moesaic.statistics import mean_and_error
 
 VOCAB = 40
 

@@ -14,7 +14,7 @@ from moesaic.data import BPETokenizer, ByteTokenizer, Tokenizer
 from moesaic.errors import InputError
 from moesaic.evaluation.long_context import ResultFile, Variant
 from moesaic.evaluation.long_context_plots import plot_needles
-from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarise_needles
+from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarize_needles
 from moesaic.models import Decoder, build_decoder, llama4_toy
 
 CODE = b"".join(b"def f%d(x):\n    return x + %d\n\n\n" % (i, 7 * i) for i in range(400))
@@ -88,7 +88,7 @@ def test_a_model_that_knows_scores_one(tokenizer: Tokenizer, cached: bool) -> No
     assert [(cell.length, cell.depth) for cell in cells] == task.cells
     for cell in cells:
         assert cell.accuracy == cell.exact_match == cell.rank == [1.0] * 3
-    summary = summarise_needles(cells, 15)
+    summary = summarize_needles(cells, 15)
     assert summary["accuracy"] == summary["rank_score"] == summary["exact_match"] == 1
     assert summary["accuracy_standard_error"] == 0
 
@@ -99,15 +99,15 @@ def test_a_uniform_model_is_at_chance_exactly(tokenizer: Tokenizer) -> None:
         assert cell.accuracy == [1 / 16] * 3
         assert cell.rank == [1 + 15 / 2] * 3
         assert cell.exact_match == [0.0] * 3
-    assert summarise_needles(cells, 15)["rank_score"] == 0.5
+    assert summarize_needles(cells, 15)["rank_score"] == 0.5
 
 
 def test_an_untrained_model_is_near_chance() -> None:
     config = NeedleConfig(multiples=(1.0,), depths=(0.5,), samples=64, distractors=3, planted=1)
     task = task_of(ByteTokenizer(), config, 120)
     cells = score_needles([Variant("it", build_decoder(llama4_toy(257)).eval())], task, batch_size=16)["it"]
-    assert abs(summarise_needles(cells, 3)["accuracy"] - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 64)
-    assert abs(summarise_needles(cells, 3)["rank_score"] - 0.5) < 4 * 0.37 / 8
+    assert abs(summarize_needles(cells, 3)["accuracy"] - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 64)
+    assert abs(summarize_needles(cells, 3)["rank_score"] - 0.5) < 4 * 0.37 / 8
 
 
 def test_a_model_that_avoids_the_true_value_is_last() -> None:
@@ -206,12 +206,12 @@ def test_a_stopped_grid_goes_on(tmp_path: Path) -> None:
 
 def test_summary_of_long_contexts_only() -> None:
     cells = [NeedleCell(8, 0.0, [1.0, 0.0], [1.0, 3.0], [0.0, 0.0]), NeedleCell(16, 0.0, [1.0], [1.0], [1.0])]
-    assert summarise_needles(cells, 4, start=8) == {"accuracy": 1.0, "rank_score": 1.0, "exact_match": 1.0}
-    everything = summarise_needles(cells, 4)
+    assert summarize_needles(cells, 4, start=8) == {"accuracy": 1.0, "rank_score": 1.0, "exact_match": 1.0}
+    everything = summarize_needles(cells, 4)
     assert everything["accuracy"] == pytest.approx(2 / 3)
     assert everything["rank_score"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert everything["accuracy_standard_error"] == pytest.approx(1 / 3)
-    assert summarise_needles(cells, 4, start=16) == {}
+    assert summarize_needles(cells, 4, start=16) == {}
 
 
 @pytest.mark.parametrize(

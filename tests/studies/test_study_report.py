@@ -12,8 +12,9 @@ from rich.console import Console
 
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Job
-from moesaic.studies.report import _over_position, _sizes, total_flops, write_study_report
-from moesaic.studies.statistics import summarise
+from moesaic.studies.plots import _over_position, _sizes, total_flops
+from moesaic.studies.report import write_study_report
+from moesaic.studies.results import summarize_study
 
 StudyOf = Callable[..., StudyConfig]
 
@@ -105,7 +106,7 @@ def test_axes_and_variants_are_drawn(
     assert "no correction for 6 comparisons" in printed, "two of them of hot to moe, its own arm"
     assert (tmp_path / "effect.png").stat().st_size > 5000
     assert (tmp_path / "parameters.png").stat().st_size > 5000
-    sizes = {arm.name: size for arm, size in _sizes(study, summarise(study, rows), "experts")}
+    sizes = {arm.name: size for arm, size in _sizes(study, summarize_study(study, rows), "experts")}
     assert sizes == {"dense": 100, "moe (experts=2)": 100, "moe (experts=8)": 400}, "what was switched has no size"
     assert not (tmp_path / "by_position.png").exists()
 
@@ -155,7 +156,7 @@ def test_seconds_of_several_processors_are_not_compared(
         drawn.append(column)
         return [0.0]
 
-    monkeypatch.setattr("moesaic.studies.report._band", band)
+    monkeypatch.setattr("moesaic.studies.plots._band", band)
     for other, said in (("AVX2", False), ("AVX512", True)):
         for row in rows.values():
             row["processor"] = other if row["arm"] == "moe" else "AVX2"
@@ -202,13 +203,13 @@ def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     assert hot["to_its_own_arm"]["mean"] == pytest.approx(-0.51)
     assert "(by_position.png)" in table
     assert (tmp_path / "by_position.png").stat().st_size > 5000
-    centres, values = _over_position(summarise(study, rows)[2], 4)  # type: ignore[misc]
+    centres, values = _over_position(summarize_study(study, rows)[2], 4)  # type: ignore[misc]
     assert centres.tolist() == pytest.approx([32**0.5, 96**0.5])
     assert values.tolist() == [[1.0] * 2, [2.0] * 2, [3.0] * 2]
     for seed in (0, 1):  # a run that diverged has no buckets
         key = next(key for key, row in rows.items() if row["arm"] == "moe" and row["seed"] == seed)
         rows[key] |= {"status": "diverged", "metrics": {}}
-        _, values = _over_position(summarise(study, rows)[1], 4)  # type: ignore[misc]
+        _, values = _over_position(summarize_study(study, rows)[1], 4)  # type: ignore[misc]
         assert values.tolist() == [[s + 1.0] * 2 for s in range(seed + 1, 3)]
     assert "moe: 2 of 3 runs diverged" in report(study, base, rows, tmp_path)
 
@@ -234,7 +235,7 @@ def test_the_teachers_flops_are_counted(
         row["metrics"] |= {**({} if row["arm"] == "few" else {"active_flops": 100.0}), **flops[row["arm"]]}
         if row["arm"] in ("frozen", "joint"):
             row["curve"]["teacher_flops"] = [1, 2]
-    arms = summarise(study, rows)
+    arms = summarize_study(study, rows)
     expected = {  # passes, and training, shared by ten
         **{"plain": (100, 100, 100), "frozen": (120, 1120, 100 + 20 + 100)},
         **{"joint": (160, 160, 100 + 6), "cached": (150, 1150, 100 + 5 + 100)},
@@ -251,7 +252,7 @@ def test_the_teachers_flops_are_counted(
     assert (tmp_path / "total_flops.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "summary.json").read_text())["prepared"] == {"teacher": 40.0, "few": 40.0}
     lacking = {key: row for key, row in rows.items() if row["arm"] != "teacher"}
-    assert math.isnan(total_flops(base, summarise(study, lacking)[1], lacking, training=True, students=1))
+    assert math.isnan(total_flops(base, summarize_study(study, lacking)[1], lacking, training=True, students=1))
 
 
 def test_without_teachers_there_is_no_plot_of_their_flops(

@@ -34,9 +34,9 @@ from moesaic.config import from_mapping
 from moesaic.data import load_data
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, naming
-from moesaic.evaluation.report import write_report
 from moesaic.models import DecoderConfig, account
 from moesaic.models.comparison import Arm, count_costs, default_width, solve_width, time_steps, with_width
+from moesaic.studies.sweep import write_report
 from moesaic.training.config import RunConfig
 from moesaic.training.optimizers import build_optimizer
 from moesaic.training.records import create_run_dir

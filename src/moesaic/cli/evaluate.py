@@ -34,8 +34,8 @@ from moesaic.evaluation.checkpoint_evaluations import (
     require_tokenizer,
     run_loss_by_position,
     run_needles,
-    summarise_loss_by_position,
-    summarise_needle_variants,
+    summarize_loss_by_position,
+    summarize_needle_variants,
 )
 from moesaic.evaluation.drift import Drift
 from moesaic.evaluation.language_modelling import evaluate_language_model
@@ -258,13 +258,13 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
             )
             if output is not None:
                 plot_needles(needles, output / "needle.png", needle_config, source.train_length)
-            return summarise_needle_variants(needles, needle_config.distractors, source.train_length)
+            return summarize_needle_variants(needles, needle_config.distractors, source.train_length)
         losses = run_loss_by_position(
             source, loss_config, variants, batch_size=config["batch_size"], output=output, advance=advance
         )
     if output is not None:
         plot_variants_by_position(losses, output / "loss_by_position.png", source.train_length)
-    return summarise_loss_by_position(losses, source.train_length)
+    return summarize_loss_by_position(losses, source.train_length)
 
 
 def _require_paths(config: dict[str, Any]) -> None:

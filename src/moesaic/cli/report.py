@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moesaic.errors import InputError
-from moesaic.evaluation.report import write_report
+from moesaic.studies.sweep import write_report
 
 __all__ = ["main"]
 

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unknown_keys
 from moesaic.errors import InputError
-from moesaic.evaluation.report import write_report
 from moesaic.files import write_json, write_yaml
+from moesaic.studies.sweep import write_report
 from moesaic.training.run import resolve_resume, run
 
 __all__ = ["main", "train", "train_in_sweep"]

@@ -28,7 +28,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ from moesaic.config import from_mapping
 from moesaic.data.tokenizers import Ids
 from moesaic.distillation.sparsify import IGNORE_INDEX, StoredTargets, TargetFormat
 from moesaic.errors import InputError
+from moesaic.files import atomic, write_atomically
 from moesaic.losses.targets import DenseTargets, SampledTargets, TopKTargets
 
 __all__ = ["CacheIdentity", "Forecast", "TargetCache", "forecast", "stream_keys", "window_keys"]
@@ -287,7 +287,7 @@ class TargetCache:
         directory = Path(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            found = sorted(file.name for file in directory.iterdir() if file.name not in (LOCK, f"{MANIFEST}.partial"))
+            found = sorted(file.name for file in directory.iterdir() if file.name not in (LOCK, f".{MANIFEST}.partial"))
             if found and MANIFEST not in found:
                 raise InputError(
                     f"directory={str(directory)!r}: no cache, it holds {found[0]} and no {MANIFEST}; choose a new one"
@@ -416,7 +416,8 @@ class TargetCache:
         content = save(tensors)
         name = f"shard-{len(self._shards):05d}.safetensors"
         try:
-            _write(self.directory / name, content)
+            with atomic(self.directory / name) as partial:
+                partial.write_bytes(content)
             shard = {
                 "file": name,
                 "windows": len(keys),
@@ -572,7 +573,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 def _write_manifest(directory: Path, settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
     manifest = {"version": VERSION, "settings": settings, "dtypes": _dtypes(settings), "shards": shards}
-    _write(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _require(directory: Path, settings: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
@@ -588,22 +589,3 @@ def _require(directory: Path, settings: Mapping[str, Any], expect: Mapping[str, 
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """On disk under its name complete, or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name as well
-    finally:
-        os.close(folder)

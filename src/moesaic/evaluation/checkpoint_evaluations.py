@@ -26,9 +26,9 @@ from moesaic.evaluation.long_context import (
     digest,
     log_buckets,
     loss_by_position,
-    mean_and_error,
 )
-from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarise_needles
+from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarize_needles
+from moesaic.statistics import mean_and_error
 
 __all__ = [
     "LongContextSource",
@@ -40,8 +40,8 @@ __all__ = [
     "require_tokenizer",
     "run_loss_by_position",
     "run_needles",
-    "summarise_loss_by_position",
-    "summarise_needle_variants",
+    "summarize_loss_by_position",
+    "summarize_needle_variants",
 ]
 
 T = TypeVar("T")
@@ -197,7 +197,7 @@ def run_needles(
     found = score_needles(chosen, task, batch_size=batch_size, results=results, advance=advance)
     if results is not None:
         for name, cells in found.items():
-            rows = [summarise_needles([cell], config.distractors) for cell in cells]
+            rows = [summarize_needles([cell], config.distractors) for cell in cells]
             results.summary[name] = [
                 {"length": cell.length, "depth": cell.depth, **row} for cell, row in zip(cells, rows, strict=True)
             ]
@@ -205,7 +205,7 @@ def run_needles(
     return found
 
 
-def summarise_loss_by_position(found: dict[str, LossByPosition], train_length: int) -> dict[str, dict[str, float]]:
+def summarize_loss_by_position(found: dict[str, LossByPosition], train_length: int) -> dict[str, dict[str, float]]:
     """Per variant: loss within and beyond the training length, and paired differences to the first variant."""
     first = next(iter(found.values()))
     summary: dict[str, dict[str, float]] = {}
@@ -227,7 +227,7 @@ def summarise_loss_by_position(found: dict[str, LossByPosition], train_length: i
     return summary
 
 
-def summarise_needle_variants(
+def summarize_needle_variants(
     found: dict[str, list[NeedleCell]], distractors: int, train_length: int
 ) -> dict[str, dict[str, float]]:
     """Per variant: accuracy, rank score and exact match on contexts within and beyond the training length, and paired
@@ -235,8 +235,8 @@ def summarise_needle_variants(
     summary = {}
     first = next(iter(found.values()))
     for name, cells in found.items():
-        within = summarise_needles([cell for cell in cells if cell.length <= train_length], distractors)
-        beyond = summarise_needles(cells, distractors, start=train_length)
+        within = summarize_needles([cell for cell in cells if cell.length <= train_length], distractors)
+        beyond = summarize_needles(cells, distractors, start=train_length)
         summary[name] = {f"within/{key}": value for key, value in within.items()}
         summary[name] |= {f"beyond/{key}": value for key, value in beyond.items()}
         for place in ("within", "beyond"):
@@ -275,7 +275,7 @@ def loss_by_position_evaluation(
     config, common = _options(LossByPositionConfig, options, "loss_by_position")
     source = _source(checkpoint, run_config, common)
     found = run_loss_by_position(source, config, common.variants, batch_size=common.batch_size, window=common.window)
-    numbers = _flat("loss_by_position", summarise_loss_by_position(found, source.train_length))
+    numbers = _flat("loss_by_position", summarize_loss_by_position(found, source.train_length))
     if common.buckets:
         for name, result in found.items():
             for start, end in itertools.pairwise(result.edges):
@@ -296,12 +296,12 @@ def needle_evaluation(checkpoint: Path, run_config: dict[str, Any], options: dic
     config, common = _options(NeedleConfig, options, "needle")
     source = _source(checkpoint, run_config, common)
     found = run_needles(source, config, common.variants, batch_size=common.batch_size, window=common.window)
-    numbers = _flat("needle", summarise_needle_variants(found, config.distractors, source.train_length))
+    numbers = _flat("needle", summarize_needle_variants(found, config.distractors, source.train_length))
     if common.buckets:
         for name, cells in found.items():
             for cell in cells:
                 key = f"needle/{name}/accuracy/{cell.length}/{cell.depth:g}"
-                numbers[key] = summarise_needles([cell], config.distractors)["accuracy"]
+                numbers[key] = summarize_needles([cell], config.distractors)["accuracy"]
     return numbers
 
 

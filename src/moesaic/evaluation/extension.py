@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from moesaic.evaluation.long_context import (
     log_buckets,
     loss_by_position,
 )
+from moesaic.files import atomic
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 
 __all__ = [
@@ -148,11 +148,10 @@ def keep_start(run_dir: Path, checkpoint: Mapping[str, Any]) -> None:
     """
     path = start_of(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     kept = {key: checkpoint[key] for key in ("hyper_parameters", "moesaic")}
     weights = {f"decoder.{name}": value for name, value in decoder_weights(dict(checkpoint)).items()}
-    torch.save({"state_dict": weights, **kept}, partial)
-    partial.replace(path)
+    with atomic(path) as partial:
+        torch.save({"state_dict": weights, **kept}, partial)
 
 
 def _ranges(stretches: Stretches) -> dict[str, tuple[int, int]]:

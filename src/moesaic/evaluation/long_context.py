@@ -19,6 +19,7 @@ from torch import Tensor
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.models import Decoder, DecoderConfig, build_decoder
+from moesaic.statistics import mean_and_error
 
 __all__ = [
     "PRESETS",
@@ -32,7 +33,6 @@ __all__ = [
     "is_numbers",
     "log_buckets",
     "loss_by_position",
-    "mean_and_error",
     "stream_nats",
     "with_overrides",
 ]
@@ -525,12 +525,6 @@ def is_numbers(row: Any, count: int) -> bool:
     return (
         isinstance(row, list) and len(row) == count and all(type(x) in (int, float) and math.isfinite(x) for x in row)
     )
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of values (S,) and its standard error; nan for fewer than two."""
-    error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.double().mean().item(), error
 
 
 def digest(tokens: Ids) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from moesaic.evaluation.long_context import LossByPosition
-from moesaic.evaluation.needle import NeedleCell, NeedleConfig, summarise_needles
+from moesaic.evaluation.needle import NeedleCell, NeedleConfig, summarize_needles
 from moesaic.evaluation.plotting import COLORS, GREY, Floats, label_axes, new_figure, save_figure
 
 __all__ = ["plot_needles", "plot_variants_by_position"]
@@ -23,12 +23,12 @@ def plot_variants_by_position(found: Mapping[str, LossByPosition], out: Path, tr
     # the bucket of position 0 lies at 1 token of context
     middles = np.sqrt((edges[:-1] + 1) * edges[1:])
     pairs = list(zip(first.edges, first.edges[1:], strict=False))
-    for (name, result), colour in zip(found.items(), _colours(len(found)), strict=True):
-        _band(left, middles, [result.loss(*pair) for pair in pairs], colour, name)
+    for (name, result), color in zip(found.items(), _colors(len(found)), strict=True):
+        _band(left, middles, [result.loss(*pair) for pair in pairs], color, name)
         if len(found) == 1:
-            _band(right, edges[1:], [result.loss(0, end) for _, end in pairs], colour, name)
+            _band(right, edges[1:], [result.loss(0, end) for _, end in pairs], color, name)
         elif result is not first:
-            _band(right, middles, [result.difference(first, *pair) for pair in pairs], colour, name)
+            _band(right, middles, [result.difference(first, *pair) for pair in pairs], color, name)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -66,7 +66,7 @@ def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: N
         depths = sorted({cell.depth for cell in cells})
         table = np.full((len(depths), len(lengths)), np.nan)
         for cell in cells:
-            mean = summarise_needles([cell], config.distractors)["accuracy"]
+            mean = summarize_needles([cell], config.distractors)["accuracy"]
             table[depths.index(cell.depth), lengths.index(cell.length)] = mean
         image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         for y, x in np.ndindex(table.shape):
@@ -91,13 +91,13 @@ def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: N
     save_figure(figure, out)
 
 
-def _band(axis: Axes, x: Floats, points: Sequence[tuple[float, float]], colour: str, name: str) -> None:
+def _band(axis: Axes, x: Floats, points: Sequence[tuple[float, float]], color: str, name: str) -> None:
     mean = np.array([point[0] for point in points])
-    axis.plot(x, mean, color=colour, marker="o", markersize=3, label=name)
+    axis.plot(x, mean, color=color, marker="o", markersize=3, label=name)
     error = np.array([point[1] for point in points])
     if not any(math.isnan(value) for value in error):
-        axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
 
 
-def _colours(count: int) -> list[str]:
+def _colors(count: int) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(count)]

@@ -22,8 +22,9 @@ from torch import Tensor
 from moesaic.errors import InputError
 from moesaic.evaluation.long_context import ResultFile, Variant, is_numbers
 from moesaic.models import Decoder
+from moesaic.statistics import mean_and_error
 
-__all__ = ["NeedleCell", "NeedleConfig", "NeedleTask", "TextEncoder", "score_needles", "summarise_needles"]
+__all__ = ["NeedleCell", "NeedleConfig", "NeedleTask", "TextEncoder", "score_needles", "summarize_needles"]
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -268,7 +269,7 @@ def _value_logits(decoder: Decoder, contexts: Tensor, value: Tensor, cache: list
     return torch.as_tensor(decoder.head(hidden[:, -value.size(1) :]))
 
 
-def summarise_needles(cells: Sequence[NeedleCell], distractors: int, start: int = 0) -> dict[str, float]:
+def summarize_needles(cells: Sequence[NeedleCell], distractors: int, start: int = 0) -> dict[str, float]:
     """Means over the cells whose context is longer than `start`, with their standard error over samples.
 
     `rank_score` is 1 - (rank - 1) / distractors: 1 for a model that knows, 0.5 by chance. Chance of `accuracy` is
@@ -285,6 +286,5 @@ def summarise_needles(cells: Sequence[NeedleCell], distractors: int, start: int 
     summary = {name: sum(values) / len(values) for name, values in columns.items()}
     for name, values in columns.items():
         if len(values) > 1:
-            variance = sum((x - summary[name]) ** 2 for x in values) / (len(values) - 1)
-            summary[f"{name}_standard_error"] = math.sqrt(variance / len(values))
+            summary[f"{name}_standard_error"] = mean_and_error(torch.tensor(values, dtype=torch.float64))[1]
     return summary

@@ -78,10 +78,10 @@ def plot_distillation(metrics_csv: Path, out: Path) -> None:
     """Weight of the soft targets, running loss gap, and losses of student and teacher, over the student's tokens."""
     figure, (left, middle, right) = new_figure(1, 3, width=14, height=4)
 
-    def draw(axis: Axes, column: str, colour: str, label: str) -> None:
+    def draw(axis: Axes, column: str, color: str, label: str) -> None:
         tokens, values = read_columns(metrics_csv, "tokens", column)
         if len(tokens):
-            axis.plot(tokens, values, color=colour, linewidth=1.4, label=label)
+            axis.plot(tokens, values, color=color, linewidth=1.4, label=label)
 
     draw(left, "distillation/soft_weight", BLUE, "mean over tokens")
     draw(left, "distillation/agreement", GREY, "agreement on the most likely token")
@@ -183,7 +183,7 @@ def plot_loss_by_position(nats: Sequence[float], out: Path, train_length: int, c
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path, metric: str) -> None:
-    """A metric against steps, tokens, active FLOPs and seconds; one colour per label, one thin line per seed.
+    """A metric against steps, tokens, active FLOPs and seconds; one color per label, one thin line per seed.
 
     Args:
         curves: label -> seeds -> columns "step", "tokens", "active_flops", "seconds" and `metric`, equally long.
@@ -192,18 +192,18 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path,
     names = {"step": "optimiser steps", "tokens": "tokens", "active_flops": "active FLOPs", "seconds": "seconds"}
     for axis, (column, name) in zip(axes, names.items(), strict=True):
         for i, (label, seeds) in enumerate(curves.items()):
-            colour = COLORS[i % len(COLORS)]
+            color = COLORS[i % len(COLORS)]
             for seed in seeds:
                 alone = len(seeds) == 1
                 axis.plot(
-                    seed[column], seed[metric], color=colour, linewidth=1.8 if alone else 0.8,
+                    seed[column], seed[metric], color=color, linewidth=1.8 if alone else 0.8,
                     alpha=1 if alone else 0.4, label=label if alone else None,
                 )  # fmt: skip
             if len(seeds) > 1:
                 shared = min(len(seed[column]) for seed in seeds)
                 mean_x = np.mean([seed[column][:shared] for seed in seeds], axis=0)
                 mean_y = np.mean([seed[metric][:shared] for seed in seeds], axis=0)
-                axis.plot(mean_x, mean_y, color=colour, linewidth=1.8, label=f"{label} (mean of {len(seeds)})")
+                axis.plot(mean_x, mean_y, color=color, linewidth=1.8, label=f"{label} (mean of {len(seeds)})")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         label_axes(axis, f"over {name}", name, metric if column == "step" else "")
     handles, labels = axes[0].get_legend_handles_labels()

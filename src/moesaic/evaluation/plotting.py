@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from moesaic.files import atomic
+
 __all__ = ["BLUE", "COLORS", "GREY", "ORANGE", "Floats", "label_axes", "new_figure", "save_figure"]
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
@@ -34,6 +36,5 @@ def label_axes(axis: Axes, title: str, x: str, y: str) -> None:
 
 def save_figure(figure: Figure, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(out)
+    with atomic(out) as partial:
+        figure.savefig(partial, dpi=120, format="png")

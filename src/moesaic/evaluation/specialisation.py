@@ -239,7 +239,7 @@ class Specialisation:
 def plot_specialisation(found: Specialisation, out: Path) -> bool:
     """A row of heat maps per MoE layer: byte classes, tokens, files, positions, other experts, the next layer.
 
-    The panels of a column have the same colours. False (no file) without MoE layers.
+    The panels of a column have the same colors. False (no file) without MoE layers.
     """
     if not found.layers:
         return False

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moesaic.errors import InputError
+from moesaic.files import atomic
 from moesaic.interop.llama4_weights import from_hf, to_hf
 
 __all__ = ["compute_logits", "main"]
@@ -103,16 +104,15 @@ def _load(path: Path) -> Any:
 
 def _save(path: Path, logits: Tensor) -> None:
     logits = logits.contiguous()
-    partial = path.with_name(f".partial-{path.name}")
-    if path.suffix == ".safetensors":
-        save_file({"logits": logits}, partial)
-    elif path.suffix == ".npz":
-        np.savez(partial, logits=logits.numpy())
-    elif path.suffix == ".npy":
-        np.save(partial, logits.numpy())
-    else:
-        torch.save({"logits": logits}, partial)
-    partial.replace(path)
+    with atomic(path) as partial, partial.open("wb") as file:
+        if path.suffix == ".safetensors":
+            file.write(save({"logits": logits}))
+        elif path.suffix == ".npz":
+            np.savez(file, logits=logits.numpy())
+        elif path.suffix == ".npy":
+            np.save(file, logits.numpy())
+        else:
+            torch.save({"logits": logits}, file)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moesaic.errors import InputError
+from moesaic.files import sync, write_atomically, write_json
 from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 
@@ -216,14 +217,15 @@ def to_hf(
         if len(shards) > 1:
             total = sum(_bytes(p, dtype) for p in parameters.values())
             weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for file_name, content in decoder.foreign_files.items():
             if file_name != "config.json":
-                (staging / file_name).write_text(content, encoding="utf-8")
-        _write_json(staging / "config.json", config)
+                write_atomically(staging / file_name, content)
+        write_json(staging / "config.json", config)
         target.mkdir(exist_ok=True)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(target / file.name)
+        sync(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -423,7 +425,3 @@ def _write_safetensors(
             tell(name)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

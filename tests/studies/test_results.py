@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from moesaic.statistics import Interval, interval
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Job
-from moesaic.studies.statistics import Interval, interval, paired_difference, summarise, verdict
+from moesaic.studies.results import paired_difference, summarize_study, verdict
 
 
 def test_interval_of_three_values_by_hand() -> None:
@@ -74,7 +75,7 @@ def test_summary_of_a_study(
     study_of: Callable[..., StudyConfig], base: dict[str, Any], run_all: Callable[..., Any]
 ) -> None:
     study = study_of()
-    dense, moe = summarise(study, run_all(study, base, made_up))
+    dense, moe = summarize_study(study, run_all(study, base, made_up))
     assert (dense.arm, dense.difference, dense.verdict) == ("dense", None, "")
     assert dense.level.mean == pytest.approx(3.0)
     assert moe.difference is not None
@@ -96,7 +97,7 @@ def test_diverged_runs_count_in_no_mean_and_are_named(
     def loss(job: Job) -> float | None:
         return None if job.arm == "moe" and job.seed == 2 else made_up(job)
 
-    _, moe = summarise(study, run_all(study, base, loss))
+    _, moe = summarize_study(study, run_all(study, base, loss))
     assert moe.diverged == [2]
     assert moe.level.n == 2
     assert moe.difference is not None
@@ -111,11 +112,11 @@ def test_an_arm_that_the_axis_does_not_change_is_compared_at_each_value(
     study = study_of(axes={"experts": {"values": values, "fixed": ["dense"]}})
     rows = run_all(study, base, made_up)
     assert sum(row["arm"] == "dense" for row in rows.values()) == 3 + 3, "run once, not once per value"
-    found = summarise(study, rows)
+    found = summarize_study(study, rows)
     assert [arm.name for arm in found] == ["dense", "moe (experts=2)", "moe (experts=8)"]
     assert all(arm.difference is not None and arm.difference.n == 3 for arm in found[1:])
     free = study_of(axes={"experts": {"values": values}})
-    found = summarise(free, run_all(free, base, made_up))
+    found = summarize_study(free, run_all(free, base, made_up))
     assert [(arm.name, arm.baseline) for arm in found] == [
         ("dense (experts=2)", None),
         ("moe (experts=2)", "dense (experts=2)"),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moesaic.errors import InputError
-from moesaic.evaluation.report import collect_runs, summarise, to_csv, to_markdown, write_report
+from moesaic.studies.sweep import collect_runs, summarize_runs, to_csv, to_markdown, write_report
 
 LOSS = "validation/loss"
 
@@ -36,7 +36,7 @@ def make_run(
 def test_mean_and_interval_by_hand(tmp_path: Path) -> None:
     for seed, loss in enumerate([1.0, 2.0, 3.0]):
         make_run(tmp_path / f"deep/er/{seed}", seed=seed, loss=loss)
-    [row] = summarise(collect_runs(tmp_path), LOSS)
+    [row] = summarize_runs(collect_runs(tmp_path), LOSS)
     assert row.label == "(all equal)"
     assert row.mean(LOSS) == 2
     assert row.half_width(LOSS) == pytest.approx(4.303 * 1.0 / 3**0.5)  # t(2) * s / sqrt(n)
@@ -47,7 +47,7 @@ def test_rows_are_arms_labelled_by_what_differs_best_first(tmp_path: Path) -> No
     make_run(tmp_path / "a", loss=2.0, top_k=1, bias=True)
     make_run(tmp_path / "b", loss=1.0, top_k=2, bias=True)
     make_run(tmp_path / "c", top_k=3, bias=True)
-    rows = summarise(collect_runs(tmp_path), LOSS)
+    rows = summarize_runs(collect_runs(tmp_path), LOSS)
     assert [row.label for row in rows] == ["model.top_k=2", "model.top_k=1", "model.top_k=3"]
 
 
@@ -61,7 +61,7 @@ def test_failed_unfinished_damaged_and_missing_are_all_named(tmp_path: Path) -> 
     (damaged / "metrics.json").write_text("{")
     unreadable = make_run(tmp_path / "unreadable", seed=4, loss=1.0, top_k=2)
     (unreadable / "config.yaml").write_text("{")
-    rows = summarise(collect_runs(tmp_path), LOSS)
+    rows = summarize_runs(collect_runs(tmp_path), LOSS)
     text = to_markdown(rows, [LOSS])
     assert "| model.dim=8, model.top_k=2 | 1 of 4 | 3.0000 (n=1) |" in text
     assert f"**failed** {tmp_path / 'failed'} (model.dim=8, model.top_k=2, seed 1): ValueError: too bad" in text
@@ -74,7 +74,7 @@ def test_failed_unfinished_damaged_and_missing_are_all_named(tmp_path: Path) -> 
 def test_repeats_of_a_seed_count_once_the_newest(tmp_path: Path) -> None:
     make_run(tmp_path / "old", seed=0, loss=9.0, age=100)
     make_run(tmp_path / "new", seed=0, loss=1.0)
-    [row] = summarise(collect_runs(tmp_path), LOSS)
+    [row] = summarize_runs(collect_runs(tmp_path), LOSS)
     assert row.values(LOSS) == [1.0]
     assert "1 older run(s) of a seed set aside" in to_markdown([row], [LOSS])
 
@@ -82,7 +82,7 @@ def test_repeats_of_a_seed_count_once_the_newest(tmp_path: Path) -> None:
 def test_csv_has_raw_numbers(tmp_path: Path) -> None:
     make_run(tmp_path / "a", seed=0, loss=1.0)
     make_run(tmp_path / "b", seed=1, loss=2.0)
-    [row] = list(csv.DictReader(to_csv(summarise(collect_runs(tmp_path), LOSS), [LOSS]).splitlines()))
+    [row] = list(csv.DictReader(to_csv(summarize_runs(collect_runs(tmp_path), LOSS), [LOSS]).splitlines()))
     assert (row[f"{LOSS} mean"], row[f"{LOSS} n"]) == ("1.5", "2")
     assert float(row[f"{LOSS} half_width"]) == pytest.approx(12.706 * 0.5)
 

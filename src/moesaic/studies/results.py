@@ -4,24 +4,14 @@ import dataclasses
 import fnmatch
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from moesaic.evaluation.report import STUDENT_T
+from moesaic.statistics import Interval, interval
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, row_key
 from moesaic.studies.plan import Tuning, tuning
 
-__all__ = ["ArmResult", "Interval", "interval", "paired_difference", "summarise", "verdict"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean over n values and its 95% interval (Student t, two-sided); low and high are nan for n < 2."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
+__all__ = ["ArmResult", "paired_difference", "processors", "summarize_study", "verdict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +48,6 @@ class ArmResult:
         return statistics.fmean(found) if found else math.nan
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """mean ± t(0.975, n - 1) * s / sqrt(n), s the sample's standard deviation."""
-    n = len(values)
-    mean = statistics.fmean(values) if n else math.nan
-    if n < 2:
-        return Interval(mean, math.nan, math.nan, n)
-    quantile = STUDENT_T[n - 2] if n <= len(STUDENT_T) + 1 else 1.96
-    half = quantile * statistics.stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
-
-
 def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
     """Interval of arm - baseline over the seeds that both have: the same data order, so its noise cancels."""
     return interval([arm[seed] - baseline[seed] for seed in arm if seed in baseline])
@@ -89,7 +68,7 @@ def verdict(arm: str, baseline: str, difference: Interval, higher_is_better: boo
     return f"{arm} is {word} than {baseline} by {abs(difference.mean):.4f} [{low:.4f}, {high:.4f}] {pairs}"
 
 
-def summarise(study: StudyConfig, rows: Mapping[str, Row]) -> list[ArmResult]:
+def summarize_study(study: StudyConfig, rows: Mapping[str, Row]) -> list[ArmResult]:
     """Every arm and variant at every point, the baseline first; an arm that an axis does not change comes once."""
     others = [arm for arm in study.arms if arm != study.baseline]
     results: dict[tuple[str, str | None], ArmResult] = {}
@@ -164,3 +143,8 @@ def _result(
 
 def _diverged(row: Row) -> bool:
     return bool(row["status"] != "finished")
+
+
+def processors(rows: Iterable[Row]) -> list[str]:
+    """Return the kinds of processor, by instruction set, that rows were made on; old rows do not say."""
+    return sorted({row["processor"] for row in rows if row.get("processor") is not None})

@@ -16,8 +16,19 @@ from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import plot_curves, read_columns
 from moesaic.formats import translate_run, version_of
+from moesaic.statistics import half_width, interval
+from moesaic.studies.tables import markdown_table, number
 
-__all__ = ["DEFAULT_METRICS", "Row", "Run", "collect_runs", "summarise", "to_csv", "to_markdown", "write_report"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "Run",
+    "SweepArm",
+    "collect_runs",
+    "summarize_runs",
+    "to_csv",
+    "to_markdown",
+    "write_report",
+]
 
 DEFAULT_METRICS = ("validation/bits_per_byte", "validation/loss")
 
@@ -25,12 +36,6 @@ COSTS = ("seconds", "parameters/total", "parameters/active")
 
 NOT_AN_ARM = ("seed", "name", "run_dir", "output_dir", "resume", "ckpt_path")
 """Config keys that do not make a run another arm."""
-
-STUDENT_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5% quantiles for 1 to 30 degrees of freedom; beyond that the normal 1.96 is near enough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SweepArm:
     """One arm: all runs whose configs differ in nothing but the seed."""
 
     label: str
@@ -70,11 +75,7 @@ class Row:
 
     def half_width(self, metric: str) -> float:
         """Half of the 95% interval of the mean over seeds (Student t); nan for fewer than two."""
-        values = self.values(metric)
-        if len(values) < 2:
-            return math.nan
-        quantile = STUDENT_T[len(values) - 2] if len(values) <= len(STUDENT_T) + 1 else 1.96
-        return quantile * statistics.stdev(values) / math.sqrt(len(values))
+        return half_width(self.values(metric))
 
 
 def collect_runs(root: Path) -> list[Run]:
@@ -87,13 +88,11 @@ def collect_runs(root: Path) -> list[Run]:
         raise InputError(f"{root}: no such directory")
     runs = [_read(path.parent) for path in sorted(root.rglob("config.yaml"))]
     if not runs:
-        raise InputError(
-            f"{root}: no run in it; a run is a directory with a config.yaml, as scripts/train.py writes it"
-        )
+        raise InputError(f"{root}: no run in it; a run is a directory with a config.yaml, as moesaic train writes it")
     return runs
 
 
-def summarise(runs: Sequence[Run], metric: str) -> list[Row]:
+def summarize_runs(runs: Sequence[Run], metric: str) -> list[SweepArm]:
     """The arms, best mean of `metric` first (lower is better), those without any finished run last."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
@@ -112,7 +111,7 @@ def summarise(runs: Sequence[Run], metric: str) -> list[Row]:
         else:
             label = ", ".join(f"{name}={_plain(arm.get(name))}" for name in differing) or "(all equal)"
         rows.append(
-            Row(
+            SweepArm(
                 label=label,
                 runs=tuple(members),
                 finished=tuple(newest[seed] for seed in sorted(newest, key=str)),
@@ -123,15 +122,15 @@ def summarise(runs: Sequence[Run], metric: str) -> list[Row]:
     return sorted(rows, key=lambda row: (not row.values(metric), row.mean(metric)))
 
 
-def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+def to_markdown(rows: Sequence[SweepArm], metrics: Sequence[str]) -> str:
     header = ["arm", "seeds", *metrics, "seconds", "parameters", "active"]
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines = []
     for row in rows:
         cells = [row.label, f"{len(row.finished)} of {len({run.seed for run in row.runs} | set(row.missing_seeds))}"]
-        cells += [_interval(row, metric) for metric in metrics]
-        cells += [_number(row.mean("seconds"), ".0f")]
-        cells += [_number(row.mean(name), ",.0f") for name in ("parameters/total", "parameters/active")]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        cells += [str(interval(row.values(metric))) for metric in metrics]
+        cells += [number(row.mean("seconds"), ".0f")]
+        cells += [number(row.mean(name), ",.0f") for name in ("parameters/total", "parameters/active")]
+        lines.append(cells)
     notes = ["Mean ± half of the 95% interval over seeds (Student t); one seed has no interval."]
     for row in rows:
         for run in row.runs:
@@ -143,10 +142,10 @@ def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
             notes.append(f"**missing** {row.label}: no finished run with seed {seeds}")
         if row.set_aside:
             notes.append(f"**repeats** {row.label}: {row.set_aside} older run(s) of a seed set aside")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([markdown_table(header, lines), "", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def to_csv(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+def to_csv(rows: Sequence[SweepArm], metrics: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [(metric, part) for metric in metrics for part in ("mean", "half_width", "n")]
@@ -171,7 +170,7 @@ def write_report(root: Path, metrics: Sequence[str] = ()) -> str:
         if metric not in found:
             raise InputError(f"--metric {metric}: no run has it; found: {', '.join(sorted(found)) or 'none'}")
     chosen = list(metrics) or [name for name in DEFAULT_METRICS if name in found] or [DEFAULT_METRICS[-1]]
-    rows = summarise(runs, chosen[0])
+    rows = summarize_runs(runs, chosen[0])
     markdown = to_markdown(rows, chosen)
     (root / "report.md").write_text(markdown, encoding="utf-8")
     (root / "report.csv").write_text(to_csv(rows, chosen), encoding="utf-8")
@@ -211,17 +210,6 @@ def _read(directory: Path) -> Run:
 
 def _arm(run: Run) -> dict[str, Any]:
     return {key: value for key, value in flatten(run.config).items() if key not in NOT_AN_ARM}
-
-
-def _interval(row: Row, metric: str) -> str:
-    mean, half = row.mean(metric), row.half_width(metric)
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.4f} (n=1)" if math.isnan(half) else f"{mean:.4f} ± {half:.4f}"
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
 
 
 def _plain(value: Any) -> str:
