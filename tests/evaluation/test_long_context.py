@@ -93,6 +93,7 @@ def test_a_mixer_without_cache_streams_its_logits() -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole_nats(decoder, tokens))
 
 
+@pytest.mark.slow_but_for("2]")
 @pytest.mark.parametrize("window", [2, 7, 16])
 def test_a_window_cuts_the_context_to_between_half_and_all_of_it(window: int) -> None:
     decoder, tokens = toy(), text(1, 45)
@@ -105,6 +106,7 @@ def test_a_window_cuts_the_context_to_between_half_and_all_of_it(window: int) ->
         assert min(abs(found[0, p] - candidate) for candidate in candidates) < 1e-5, p
 
 
+@pytest.mark.slow_but_for("16")
 @pytest.mark.parametrize("window", [2, 7, 16])
 def test_a_window_goes_on_from_anywhere(window: int) -> None:
     decoder, tokens = toy(), text(2, 61)

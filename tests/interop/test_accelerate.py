@@ -565,6 +565,7 @@ def test_made_and_loaded(tmp_path):
 """
 
 
+@pytest.mark.slow
 def test_plugin_accelerates_what_a_test_makes(tmp_path: Path) -> None:
     (tmp_path / "test_theirs.py").write_text(THEIR_TEST, encoding="utf-8")
     done = subprocess.run(

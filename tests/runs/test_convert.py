@@ -60,6 +60,7 @@ def test_from_a_run_to_transformers_and_back(llama: Path, tmp_path: Path, compos
     assert run(config)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_only_weights_of_a_converted_model_are_trained_on(llama: Path, tmp_path: Path, composed: Composed) -> None:
     """Steps count from zero, and the first loss is that of the imported weights."""
     trained = llama
