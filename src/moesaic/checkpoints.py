@@ -1,6 +1,7 @@
 """Reading checkpoints back: for resuming, evaluating and sampling."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from moesaic.errors import InputError
 from moesaic.files import atomic
 from moesaic.formats import FORMAT, translate_model, translate_run, version_of
 from moesaic.models import Decoder, DecoderConfig, build_decoder
+from moesaic.models.custom import source_hashes
 
 __all__ = [
     "TrainedModel",
@@ -23,6 +25,8 @@ __all__ = [
     "require_same_model",
     "save_model",
 ]
+
+logger = logging.getLogger("moesaic.checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,8 @@ def load_model(path: str | Path) -> TrainedModel:
         decoder.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"checkpoint {path}: its weights do not fit its config: {error}") from error
+    for changed in _changed_sources(checkpoint, config):
+        logger.warning("checkpoint %s: the source file of %s has changed since it was written", path, changed)
     decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
     tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
     lengths = stored["token_bytes"]
@@ -124,7 +130,11 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
             "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
             "token_bytes": None if tokenizer is None else token_bytes(tokenizer),
         },
-        "moesaic": {"format": FORMAT, "foreign_files": decoder.foreign_files},
+        "moesaic": {
+            "format": FORMAT,
+            "foreign_files": decoder.foreign_files,
+            "sources": source_hashes(decoder.config),
+        },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as partial:
@@ -132,8 +142,22 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
 
 
 def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:
-    """Raise InputError that names every key in which a checkpoint's model differs from `model`."""
+    """Raise InputError that names every key in which a checkpoint's model differs from `model`.
+
+    Custom modules whose source file has changed are refused too: the same keys would mean another model.
+    """
     require_same_keys("model", path, checkpoint["hyper_parameters"]["model"], to_mapping(model))
+    if changed := _changed_sources(checkpoint, model):
+        raise InputError(
+            f"checkpoint {path}: the source file of {', '.join(changed)} has changed since; it must be as it was (the "
+            "run directory keeps a copy in sources/), or a new run must start from nothing"
+        )
+
+
+def _changed_sources(checkpoint: Mapping[str, Any], model: DecoderConfig) -> list[str]:
+    """The custom modules, by dotted path, whose file is not the one that a checkpoint was made with."""
+    stored, now = checkpoint["moesaic"].get("sources", {}), source_hashes(model)
+    return [path for path, digest in stored.items() if now.get(path, digest) != digest]
 
 
 def require_same_keys(key: str, path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

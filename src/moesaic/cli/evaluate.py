@@ -103,7 +103,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     )
     watchers: list[Specialisation | Drift] = [specialisation] if specialised else []
     if config["other_checkpoint"] is not None:
-        watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.embedding.weight.device)))
+        watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.device)))
 
     def watch(routing: Mapping[str, Routing], batch: dict[str, Tensor]) -> None:
         for watcher in watchers:

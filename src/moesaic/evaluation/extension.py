@@ -59,7 +59,7 @@ def require_extendable(path: str, checkpoint: Mapping[str, Any], model: DecoderC
     attention = to_mapping(model)["attention"]
     positions = {key: attention[key] for key in POSITIONS}
     mapped = {**stored, "attention": {**stored["attention"], **positions}}
-    require_same_model(path, {"hyper_parameters": {"model": mapped}}, model)
+    require_same_model(path, {**checkpoint, "hyper_parameters": {"model": mapped}}, model)
 
 
 def checkpoint_tokenizer(path: str, checkpoint: Mapping[str, Any], data: DataConfig) -> Tokenizer | None:
@@ -119,9 +119,9 @@ def compare_with_start(
     assert trained.config is not None  # built from a config by the module
     first = load_model(start).decoder
     with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
-        switched = build_decoder(trained.config, dtype=first.embedding.weight.dtype)
+        switched = build_decoder(trained.config, dtype=first.dtype)
     switched.load_state_dict(first.state_dict())
-    device = trained.embedding.weight.device
+    device = trained.device
     was_training = trained.training
     variants = {"before": first, "before, new settings": switched, "after": trained}
     try:

@@ -103,7 +103,7 @@ def evaluate_language_model(
     `watch` sees each batch and how it was routed, so that one pass serves other measures as well.
     """
     was_training = decoder.training
-    device = decoder.embedding.weight.device
+    device = decoder.device
     score = LanguageModelScore(token_bytes)
     decoder.eval()
     try:

@@ -297,12 +297,12 @@ def _build_variant(decoder: Decoder, config: DecoderConfig, name: str, train_len
     except InputError as error:
         raise InputError(f"variants: {name}: {error}") from error
     with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
-        varied = build_decoder(changed, dtype=decoder.embedding.weight.dtype)
+        varied = build_decoder(changed, dtype=decoder.dtype)
     try:
         varied.load_state_dict(decoder.state_dict(), assign=True)
     except RuntimeError as error:
         raise InputError(f"variants: {name}: it needs weights of another shape than the checkpoint's") from error
-    return Variant(name, varied.to(decoder.embedding.weight.device).eval(), window)
+    return Variant(name, varied.to(decoder.device).eval(), window)
 
 
 def _switches(name: str, train_length: int) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def stream_nats(
     Yields:
         (B, l) fp32, in order, L - start in total.
     """
-    tokens = tokens.to(decoder.embedding.weight.device)
+    tokens = tokens.to(decoder.device)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     length = inputs.size(1)
     if window is not None and window < length:
@@ -509,7 +509,7 @@ def _bucket_sums(
     at, sums = 0, torch.zeros(len(batch), int(bucket_of.max()) + 1, dtype=torch.float64)
     cache = [] if windowed else decoder.make_cache()  # a window is computed anew, from the tokens alone
     if results is not None and cache is not None:
-        at, sums = results.load_state(variant.name, place, cache, decoder.embedding.weight.device) or (at, sums)
+        at, sums = results.load_state(variant.name, place, cache, decoder.device) or (at, sums)
         advance(at * len(batch))
     for nats in stream_nats(decoder, batch, chunk_tokens=chunk_tokens, window=variant.window, cache=cache, start=at):
         sums.index_add_(1, bucket_of[at : at + nats.size(1)], nats.cpu().double())

@@ -233,7 +233,7 @@ def _score(variant: Variant, contexts: Tensor, values: Tensor, chunk_tokens: int
     decoder, size = variant.decoder, values.size(2)
     if variant.window is not None:
         contexts = contexts[:, -max(1, variant.window - size + 1) :]
-    device = decoder.embedding.weight.device
+    device = decoder.device
     contexts, values = contexts.to(device), values.to(device)
     cache = decoder.make_cache()
     if cache is not None:

@@ -60,7 +60,7 @@ class RecallScore:
 def evaluate_recall(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> RecallScore:
     """Score `decoder` in evaluation mode on batches of tokens, labels and slices, each (B, L)."""
     was_training = decoder.training
-    device = decoder.embedding.weight.device
+    device = decoder.device
     score = RecallScore()
     decoder.eval()
     try:

@@ -33,7 +33,7 @@ def sample_text(decoder: Decoder, tokenizer: Tokenizer, sampling: SampleConfig, 
     prompt = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(sampling.prompt.encode()).tolist()]])
     tokens = generate(
         decoder,
-        prompt.to(decoder.embedding.weight.device),
+        prompt.to(decoder.device),
         sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_k=sampling.top_k,

@@ -12,7 +12,7 @@ from moesaic.errors import InputError
 from moesaic.imports import resolve
 from moesaic.models.config import CustomModule, DecoderConfig
 
-__all__ = ["Source", "build_custom", "construct", "custom_modules", "sources"]
+__all__ = ["Source", "build_custom", "construct", "custom_modules", "source_hashes", "sources"]
 
 
 class Source(NamedTuple):
@@ -72,6 +72,11 @@ def custom_modules(config: DecoderConfig) -> dict[str, CustomModule]:
             if isinstance(part, dict):
                 found[f"moe.{name}"] = part
     return found
+
+
+def source_hashes(config: DecoderConfig | None) -> dict[str, str]:
+    """The SHA-256 of every file of `sources`, for comparisons; none for a decoder without a config."""
+    return {} if config is None else {path: source.sha256 for path, source in sources(config).items()}
 
 
 def sources(config: DecoderConfig) -> dict[str, Source]:

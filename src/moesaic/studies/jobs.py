@@ -12,6 +12,7 @@ from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.distillation.config import teacher_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
+from moesaic.models.custom import source_hashes
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import PREPARED, Cell, Overrides, StudyConfig, VariantConfig
 from moesaic.training.config import RunConfig
@@ -32,6 +33,7 @@ __all__ = [
     "resolve",
     "row_key",
     "run_config_of",
+    "sources_of",
     "validate",
     "variant_options",
 ]
@@ -132,11 +134,18 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     run_config = from_mapping(RunConfig, config)
     model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}  # 1: as the data say
     whole = {**to_mapping(run_config), "model": to_mapping(from_mapping(DecoderConfig, model, "model"))}
-    return {
+    compared = {
         key: value
         for key, value in flatten(whole).items()
         if key not in NOT_COMPARED and key.split(".")[0] not in SECTIONS_NOT_COMPARED
     }
+    return compared | {f"sources.{path}": digest for path, digest in sources_of(config).items()}
+
+
+def sources_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of the files that the custom modules of a run are written in, by dotted path."""
+    model = {**config["model"], "vocab_size": config["model"].get("vocab_size") or 1}
+    return source_hashes(from_mapping(DecoderConfig, model, "model"))
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ from moesaic.studies.jobs import (
     resolve,
     row_key,
     run_config_of,
+    sources_of,
     validate,
 )
 from moesaic.studies.plan import Plan, plan
@@ -104,12 +105,19 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         else:
             expected = job_of(study, base, cell, row["purpose"], row["seed"], row["factor"]).overrides
         _require_equal(where, overrides, expected | ({} if variant is None else variant.overrides))
+        if row["purpose"] != "prepare" and (written := row.get("sources")):  # changed code is another arm
+            now = sources_of(apply_overrides(base, expected, where))
+            _require_equal(where, _named_sources(written), _named_sources({path: now.get(path) for path in written}))
         first = data_hashes.setdefault(_data_of(overrides), data_hash)
         _require_equal(where, {"content hash of the data": data_hash}, {"content hash of the data": first})
         if row["purpose"] != "prepare" and row["status"] == "finished" and study.metric not in row["metrics"]:
             found = ", ".join(sorted(row["metrics"]))
             raise InputError(f"{where}: study.metric={study.metric!r}: {key} has none; found: {found}")
     return rows
+
+
+def _named_sources(hashes: Mapping[str, str | None]) -> dict[str, Any]:
+    return {f"source file of {path}": digest for path, digest in hashes.items()}
 
 
 def _lines(path: Path) -> dict[str, str]:
@@ -258,6 +266,8 @@ def _describe(
     digest = job_hash(study, base, job)
     row = {"format": FORMAT, "study": config["name"], **dataclasses.asdict(job)}
     row |= {"config_hash": digest, "data_hash": data_hash}
+    if written := sources_of(config):
+        row["sources"] = written
     threads = {"trainer.threads": 1}
     variants = {n: v.overrides for n, v in study.variants.items() if v.arm == job.arm and job.purpose == "measure"}
     description = {

@@ -15,7 +15,7 @@ from moesaic.evaluation.drift import RunningDrift
 from moesaic.evaluation.language_modelling import LanguageModelScore
 from moesaic.evaluation.routing import routing_health
 from moesaic.formats import FORMAT
-from moesaic.layers import Routing, TopKRouter, count_tokens
+from moesaic.layers import Routing, count_tokens
 from moesaic.losses import (
     SoftWeight,
     linear_cross_entropy,
@@ -24,6 +24,7 @@ from moesaic.losses import (
     update_expert_bias,
 )
 from moesaic.models import Account, Decoder, DecoderConfig, account, build_decoder
+from moesaic.models.custom import source_hashes
 from moesaic.training.codistillation import Codistillation
 from moesaic.training.config import RunConfig
 from moesaic.training.forensics import describe_break
@@ -158,9 +159,9 @@ class LanguageModel(pl.LightningModule):
     def _move_biases(self, decoder: Decoder, step_load: dict[str, Tensor]) -> None:
         if rate := self.config.balance.expert_bias_update_rate:
             for name, counts in step_load.items():
-                router = decoder.get_submodule(f"{name}.router")
-                if isinstance(router, TopKRouter) and router.expert_bias is not None:
-                    update_expert_bias(router.expert_bias, self._over_ranks(counts), rate)
+                expert_bias = getattr(getattr(decoder.get_submodule(name), "router", None), "expert_bias", None)
+                if isinstance(expert_bias, Tensor):
+                    update_expert_bias(expert_bias, self._over_ranks(counts), rate)
 
     def configure_gradient_clipping(
         self,
@@ -266,6 +267,7 @@ class LanguageModel(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: dict[str, Any] = {
             "format": FORMAT,
+            "sources": source_hashes(self.decoder.config),
             "logged_load": self.logged_load,
             "drift": self.drift.state_dict(),
             "torch_rng": torch.get_rng_state(),
@@ -323,5 +325,11 @@ def _compile_blocks(*decoders: Decoder | None) -> None:
 
 
 def _count(routing: dict[str, Routing], valid: Tensor | None) -> dict[str, Tensor]:
-    """Valid tokens per expert (E,) of each MoE layer."""
-    return {name: count_tokens(decided.expert_ids, decided.logits.size(1), valid) for name, decided in routing.items()}
+    """Valid tokens per expert (E,) of each MoE layer whose router chose them: a replayed choice balances nothing."""
+    return {
+        name: decided.tokens_per_expert
+        if valid is None
+        else count_tokens(decided.expert_ids, decided.logits.size(1), valid)
+        for name, decided in routing.items()
+        if not decided.replayed
+    }

@@ -1,6 +1,7 @@
 """Optimiser groups, Muon for matrices beside AdamW for the rest, and learning-rate schedules."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from moesaic.layers import ParameterKind, Parametrization, parameter_kinds
 from moesaic.training.config import OptimizerConfig, ScheduleConfig
 
-__all__ = ["MuonAdamW", "build_optimizer", "learning_rate_factor", "orthogonalizer", "parameter_groups"]
+__all__ = [
+    "MuonAdamW",
+    "build_optimizer",
+    "describe_groups",
+    "learning_rate_factor",
+    "orthogonalizer",
+    "parameter_groups",
+]
 
 Group = dict[str, Any]
 
@@ -54,6 +62,19 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
                 }
             )
     return groups
+
+
+def describe_groups(model: nn.Module, config: OptimizerConfig) -> str:
+    """One line per group: what steps its parameters, at what rate, and which modules they belong to."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    lines = []
+    for group in parameter_groups(model, config):
+        owners = [
+            re.sub(r"\.\d+(?=\.|$)", ".*", names[id(p)].rpartition(".")[0] or names[id(p)]) for p in group["params"]
+        ]
+        how = f"{'muon' if group['muon'] else 'adamw'} at {group['lr']:g}, decay {group['weight_decay']:g}"
+        lines.append(f"{group['name']}: {how}: {', '.join(dict.fromkeys(owners))}")
+    return "\n".join(lines)
 
 
 def build_optimizer(

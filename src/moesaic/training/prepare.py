@@ -27,9 +27,10 @@ from moesaic.distillation.opened import (
 )
 from moesaic.errors import InputError
 from moesaic.evaluation.extension import Stretches, checkpoint_tokenizer, open_stretches, require_extendable, start_of
-from moesaic.files import write_json, write_yaml
+from moesaic.files import write_atomically, write_json, write_yaml
 from moesaic.formats import FORMAT
 from moesaic.models import DecoderConfig
+from moesaic.models.custom import source_hashes, sources
 from moesaic.training.batches import RunBatches
 from moesaic.training.components import make_callbacks, require_loggers
 from moesaic.training.config import RunConfig
@@ -99,7 +100,7 @@ def prepare(config: Mapping[str, Any], console: Console, at_the_end: contextlib.
         callbacks,
         targets,
         stretches,
-        _begin_records(run_config, start, data, targets),
+        _begin_records(run_config, model, start, data, targets),
         why,
     )
 
@@ -198,7 +199,9 @@ def _open_targets(config: RunConfig, model: DecoderConfig, start: Start, data: D
     return opened
 
 
-def _begin_records(config: RunConfig, start: Start, data: Data, targets: OpenedTargets | None) -> Path:
+def _begin_records(
+    config: RunConfig, model: DecoderConfig, start: Start, data: Data, targets: OpenedTargets | None
+) -> Path:
     """Create the run directory, unless it is there, and write what is known before training."""
     run_dir = start.run_dir or rank_run_dir() or _new_run_dir(config)
     if rank_zero_only.rank:
@@ -208,7 +211,12 @@ def _begin_records(config: RunConfig, start: Start, data: Data, targets: OpenedT
         write_yaml(run_dir / "config.yaml", {"format": FORMAT, **to_mapping(config)})
     name = "environment.json" if start.run_dir is None else "environment-resumed.json"
     teacher = {} if targets is None else {"teacher": {"hash": targets.teacher_hash, "source": targets.description}}
-    write_json(run_dir / name, {**environment(), "data": data.facts, **teacher})
+    written = sources(model)
+    hashes = {"sources": source_hashes(model)} if written else {}
+    write_json(run_dir / name, {**environment(), "data": data.facts, **teacher, **hashes})
+    for path, source in written.items():
+        (run_dir / "sources").mkdir(exist_ok=True)
+        write_atomically(run_dir / "sources" / f"{path.rpartition('.')[0]}.py", source.file.read_text(encoding="utf-8"))
     return run_dir
 
 

@@ -19,6 +19,7 @@ from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
 from moesaic.training.fit import Fitted, build, fit
 from moesaic.training.module import LanguageModel
+from moesaic.training.optimizers import describe_groups
 from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
 from moesaic.training.starting import resolve_resume
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
@@ -84,6 +85,8 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
         prepared.run_dir,
         None if config.distillation is None else describe_teacher(prepared.targets, module.teacher_account),
     )
+    for line in describe_groups(module.decoder, config.optimizer).splitlines():
+        console.print(f"[bold]steps[/]   {line}", highlight=False, soft_wrap=True)
     if prepared.why_precision:
         console.print(f"[bold]trainer[/] {config.trainer.precision}: {prepared.why_precision}", highlight=False)
 

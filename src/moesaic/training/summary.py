@@ -22,7 +22,7 @@ def activation_bytes(decoder: Decoder, batch_size: int, seq_len: int) -> int:
 
     The logits are not among them: the training loss never builds them all.
     """
-    tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=decoder.embedding.weight.device)
+    tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=decoder.device)
     with LiveBytes([tokens, *decoder.parameters()]) as live:
         kept = decoder.hidden_states(tokens)[0]
         total = live.current
