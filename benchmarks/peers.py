@@ -5,7 +5,7 @@
 Our layer, transformers' Llama 4, Mixtral and Qwen3-MoE blocks with every experts implementation that the installed
 version offers, torchtitan's layer, st-moe-pytorch, mixture-of-experts and pytorch-mixtures; on a GPU scattermoe and
 sonic-moe as well; and yours, with --layer (may be repeated). A factory is called with d_model=, d_ff=, n_experts=,
-top_k=, shared= and dtype=, as `moesaic.layers.benchmark_layer` is, and returns an nn.Module that maps (B, L, d_model)
+top_k=, shared= and dtype=, as `benchmarks.layer.benchmark_layer` is, and returns an nn.Module that maps (B, L, d_model)
 to the same shape, or to a tuple that starts with it; it is moved to the device.
 
 All get the same tokens and (where the router is known) the same router weights, so that every expert has the same rows
@@ -25,7 +25,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from moesaic.layers.benchmark import benchmark_layer
 from torch import Tensor, nn
 
 from moesaic.testing import MoEUnderTest
@@ -33,6 +32,7 @@ from moesaic.testing.peers import PEERS as KNOWN
 from moesaic.testing.recognise import describe
 
 from .harness import Options, Progress, Row, finish, parse_options, print_table
+from .layer import benchmark_layer
 from .limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time, reason
 
 __all__ = ["OURS", "Case", "Peer", "main", "measure", "peers"]

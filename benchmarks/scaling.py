@@ -13,12 +13,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from moesaic.layers.benchmark import benchmark_layer
 from torch import Tensor, nn
 
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
 
 from .harness import Options, Progress, Row, finish, parse_options, print_table
+from .layer import benchmark_layer
 from .limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time
 
 __all__ = ["SWEEPS", "Point", "main", "measure"]
