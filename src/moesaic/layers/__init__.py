@@ -1,7 +1,7 @@
 """Layers for your own models; they need torch and einops only.
 
-Shapes use one legend in the whole package: B batch, L length, T = B*L tokens, D dim, N query heads, G key/value heads,
-H head_dim, F FFN width, E experts, K top_k, R = T*K routed rows, V vocabulary.
+Shapes use one legend in the whole package: B batch, L length, T = B * L tokens, D dim, N query heads, G key/value
+heads, H head_dim, F FFN width, E experts, K top_k, R = T * K routed rows, V vocabulary.
 """
 
 from moesaic.layers.attention import (
