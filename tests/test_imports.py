@@ -19,6 +19,7 @@ CLI = SOURCE / "cli"
 TIERS = {
     "errors": 0,
     "config": 0,
+    "imports": 0,
     "allocator": 0,
     "devices": 1,
     "files": 1,
@@ -35,7 +36,7 @@ TIERS = {
     "studies": 6,
     "cli": 7,
 }
-ALLOWED_WITHIN_TIER = {("config", "errors"), ("models", "losses")}
+ALLOWED_WITHIN_TIER = {("config", "errors"), ("imports", "errors"), ("models", "losses")}
 CORE = {"layers", "losses", "models"}
 
 MODULES = sorted(

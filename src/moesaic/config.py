@@ -7,7 +7,6 @@ put in front here.
 
 import dataclasses
 import difflib
-import importlib
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from moesaic.errors import InputError
 
-__all__ = ["flatten", "from_mapping", "import_path", "require", "to_mapping"]
+__all__ = ["flatten", "from_mapping", "require", "to_mapping"]
 
 T = TypeVar("T")
 
@@ -166,24 +165,6 @@ def _join(where: str, name: str) -> str:
 
 def _show(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
-
-
-def import_path(path: str, where: str) -> Any:
-    """Import what a dotted path names.
-
-    Args:
-        where: the key that holds the path, for messages.
-
-    Raises:
-        InputError: there is nothing at this path.
-    """
-    module, _, name = str(path).rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{where}={path!r}: cannot be imported ({error}); it must be a dotted path that Python can import from here"
-        ) from error
 
 
 def require(config: Any, name: str, ok: bool, allowed: str) -> None:

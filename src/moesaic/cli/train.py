@@ -15,6 +15,7 @@ from moesaic.cli.common import CONFIG_PATH, exit_on_bad_input, plain, refuse_unk
 from moesaic.errors import InputError
 from moesaic.evaluation.report import write_report
 from moesaic.files import write_json, write_yaml
+from moesaic.training.lightning_options import as_additions
 from moesaic.training.run import resolve_resume, run
 
 __all__ = ["main", "train", "train_in_sweep"]
@@ -33,7 +34,7 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
     if config.get("resume"):
         stored, _ = resolve_resume(config)
         for override in overrides:
-            key, _, value = override.partition("=")
+            key, _, value = override.lstrip("+").partition("=")
             if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug"):
                 continue
             found = OmegaConf.select(OmegaConf.create(stored), key)
@@ -49,7 +50,7 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
     sweeps.setdefault(run_dir.parent, 0)
     try:
         metrics = train({**config, "run_dir": str(run_dir)})
-        failed = metrics["status"] != "finished"
+        failed = metrics["status"] not in ("finished", "stopped")
     except Exception as error:
         if not isinstance(error, InputError):
             traceback.print_exc()
@@ -71,6 +72,7 @@ def _main(config: DictConfig) -> None:
 
 
 def main() -> None:
+    sys.argv[1:] = as_additions(sys.argv[1:])
     exit_on_bad_input(lambda: refuse_unknown_keys("train", sys.argv[1:]))
     _main()
     for directory, failures in sweeps.items():
