@@ -14,6 +14,7 @@ from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.files import write_json, write_yaml
 from moesaic.studies.sweep import write_report
+from moesaic.training.lightning_options import as_additions
 from moesaic.training.run import resolve_resume, run
 
 __all__ = ["main", "train", "train_in_sweep"]
@@ -32,7 +33,7 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
     if config.get("resume"):
         stored, _ = resolve_resume(config)
         for override in overrides:
-            key, _, value = override.partition("=")
+            key, _, value = override.lstrip("+").partition("=")
             if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug"):
                 continue
             found = OmegaConf.select(OmegaConf.create(stored), key)
@@ -48,7 +49,7 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
     sweeps.setdefault(run_dir.parent, 0)
     try:
         metrics = train({**config, "run_dir": str(run_dir)})
-        failed = metrics["status"] != "finished"
+        failed = metrics["status"] not in ("finished", "stopped")
     except Exception as error:
         if not isinstance(error, InputError):
             traceback.print_exc()
@@ -69,7 +70,7 @@ def _task(config: DictConfig) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    launch("train", arguments, _task)
+    launch("train", as_additions(arguments), _task)
     for directory, failures in sweeps.items():
         print(write_report(directory))
         print(f"written: {directory}/report.md, report.csv, report.png")

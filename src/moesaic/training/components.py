@@ -60,7 +60,7 @@ def _class_of(config: Any, where: str, base: type[T]) -> type[T]:
     path = config["_target_"]
     if package := PACKAGES.get(str(path).rpartition(".")[2]):
         _require_package(package, where)
-    cls = resolve(path, f"{where}._target_")
+    cls = resolve(str(path), f"{where}._target_")
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise InputError(f"{where}._target_={path!r}: must be the dotted path of a {base.__name__}")
     parameters = inspect.signature(cls).parameters

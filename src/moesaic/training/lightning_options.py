@@ -1,7 +1,7 @@
 """What Lightning's Trainer takes beyond the keys of this project."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moesaic.errors import InputError
 
-__all__ = ["DOUBLES", "TENSORBOARD", "option_names", "require_options"]
+__all__ = ["DOUBLES", "TENSORBOARD", "as_additions", "option_names", "require_options"]
 
 DOUBLES = {
     "max_steps": "training.steps",
@@ -42,6 +42,15 @@ TENSORBOARD = {
 def option_names() -> Collection[str]:
     """Names that `trainer.*` understands beside its own fields: those of Lightning's Trainer, refused doubles too."""
     return [name for name in inspect.signature(pl.Trainer.__init__).parameters if name != "self"] + list(DOUBLES)
+
+
+def as_additions(arguments: Sequence[str]) -> list[str]:
+    """Overrides for Hydra in which trainer.NAME=VALUE is ++trainer.NAME=VALUE for every option of Lightning's.
+
+    Hydra would refuse those that conf/trainer does not list.
+    """
+    names = {f"trainer.{name}" for name in option_names()}
+    return [f"++{each}" if each.partition("=")[0] in names else each for each in arguments]
 
 
 def require_options(options: Mapping[str, Any]) -> None:
