@@ -11,7 +11,7 @@ from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.files import atomic
-from moesaic.formats import FORMAT, translate_model, translate_run, version_of
+from moesaic.formats import translate_model, translate_run
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 
 __all__ = [
@@ -54,14 +54,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
         raise InputError(f"checkpoint {path}: not a checkpoint that moesaic wrote")
-    version = version_of(checkpoint["moesaic"], f"checkpoint {path}")
     stored = checkpoint["hyper_parameters"]
-    checkpoint["hyper_parameters"] = {
-        **stored,
-        "config": translate_run(stored["config"], version),
-        "model": translate_model(stored["model"], version),
-    }
-    checkpoint["moesaic"]["format"] = FORMAT
+    model, config = translate_model(stored["model"]), translate_run(stored["config"])
+    checkpoint["hyper_parameters"] = {**stored, "config": config, "model": model}
     return checkpoint
 
 
@@ -124,7 +119,7 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
             "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
             "token_bytes": None if tokenizer is None else token_bytes(tokenizer),
         },
-        "moesaic": {"format": FORMAT, "foreign_files": decoder.foreign_files},
+        "moesaic": {"foreign_files": decoder.foreign_files},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as partial:

@@ -16,7 +16,6 @@ from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
 from moesaic.evaluation.language_modelling import LanguageModelScore
 from moesaic.evaluation.routing import RoutingHealth, routing_health
-from moesaic.formats import FORMAT
 from moesaic.layers import Routing, TopKRouter, count_tokens
 from moesaic.losses import (
     HeadTargets,
@@ -367,7 +366,6 @@ class LanguageModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["moesaic"] = {
-            "format": FORMAT,
             "seconds": self.seconds,
             "nats": self._nats,
             "micro_batches": self._micro_batches,

@@ -62,7 +62,7 @@ from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.sampling import sample_text
 from moesaic.evaluation.specialisation import Specialisation, file_kinds, plot_specialisation
 from moesaic.files import require_disk_space, write_atomically, write_json, write_yaml
-from moesaic.formats import FORMAT, translate_run, version_of
+from moesaic.formats import translate_run
 from moesaic.models import Decoder, DecoderConfig, account
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor
 from moesaic.training.config import RunConfig, TrainingConfig
@@ -152,7 +152,7 @@ def _run(config: Mapping[str, Any], console: Console, at_the_end: contextlib.Exi
             require_same_teacher(opened, resume_dir / "environment.json")
     if resume_dir is None:
         run_dir = _new_run_dir(run_config)
-        write_yaml(run_dir / "config.yaml", {"format": FORMAT, **to_mapping(run_config)})
+        write_yaml(run_dir / "config.yaml", to_mapping(run_config))
     else:
         run_dir = resume_dir
     name = "environment.json" if resume_dir is None else "environment-resumed.json"
@@ -327,8 +327,7 @@ def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(stored, dict):
         raise InputError(f"{run_dir / 'config.yaml'}: damaged, it does not hold a mapping")
-    stored = translate_run(stored, version_of(stored, str(run_dir / "config.yaml")))
-    return {**stored, "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
+    return {**translate_run(stored), "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
 
 
 def _status(run_dir: Path) -> str | None:
