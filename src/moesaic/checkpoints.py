@@ -22,6 +22,7 @@ __all__ = [
     "require_same_keys",
     "require_same_model",
     "save_model",
+    "with_config",
 ]
 
 
@@ -124,6 +125,21 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as partial:
         torch.save(checkpoint, partial)
+
+
+def with_config(decoder: Decoder, config: DecoderConfig) -> Decoder:
+    """Return a decoder of another config, in evaluation mode, that shares the weights of `decoder`.
+
+    Raises:
+        InputError: the config needs weights of other names or shapes.
+    """
+    with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+        changed = build_decoder(config, dtype=decoder.dtype)
+    try:
+        changed.load_state_dict(decoder.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise InputError(f"it needs weights of another shape than the checkpoint's: {error}") from error
+    return changed.to(decoder.device).eval()
 
 
 def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:
