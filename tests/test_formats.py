@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 
-from moesaic import formats
-from moesaic.config import flatten, from_mapping
+from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.formats import translate_model, translate_overrides, translate_run, translate_study, version_of
+from moesaic.formats import (
+    EVALUATIONS,
+    translate_model,
+    translate_overrides,
+    translate_run,
+    translate_study,
+    version_of,
+)
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import import_evaluation
-
-
-@pytest.fixture(autouse=True)
-def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the mixers had their new names already."""
-    monkeypatch.setattr(formats, "FORMAT", 2)
 
 
 def model(chunk: int | None, *mixers: Any) -> dict[str, Any]:
@@ -35,23 +35,23 @@ def model(chunk: int | None, *mixers: Any) -> dict[str, Any]:
 )
 def test_mixers(chunk: int | None, old: list[Any], new: list[Any]) -> None:
     stored = model(chunk, *old)
-    assert translate_model(stored, 1) == model(chunk, *new)
+    assert translate_model(stored) == {**model(chunk, *new), "format": 2}
     assert stored == model(chunk, *old), "what was given is left alone"
-    assert translate_model(stored, 2) == stored
+    assert translate_model({**stored, "format": 2}) == {**stored, "format": 2}
+    assert translate_model(translate_model(stored)) == translate_model(stored)
 
 
 def test_intervals_have_no_names() -> None:
-    assert translate_model({**model(32), "nope_layer_interval": 4}, 1) == {**model(32), "nope_layer_interval": 4}
+    stored = {**model(32), "nope_layer_interval": 4}
+    assert translate_model(stored) == {**stored, "format": 2}
 
 
 def test_the_teacher_that_trains_along_has_the_students_chunks_unless_it_says_otherwise() -> None:
     pattern = [{"mixer": "rope", "ffn": "dense"}]
     for attention, expected in (({}, "chunked_rope"), ({"attention_chunk_size": None}, "rope")):
         teacher = {"dim": 16, "attention": attention, "pattern": pattern}
-        config = {"format": 1, "model": model(32), "distillation": {"source": "joint", "teacher_model": teacher}}
-        new = translate_run(config, 1)
-        assert "format" not in new
-        found = new["distillation"]["teacher_model"]
+        config = {"model": model(32), "distillation": {"source": "joint", "teacher_model": teacher}}
+        found = translate_run(config)["distillation"]["teacher_model"]
         assert found == {**teacher, "pattern": [{"mixer": expected, "ffn": "dense"}]}
 
 
@@ -84,7 +84,7 @@ def test_probes_became_evaluations() -> None:
     assert translate_overrides({"probe_options.needle.window": 8}, {}, 1) == {"evaluation_options.needle.window": 8}
 
 
-@pytest.mark.parametrize("path", formats.EVALUATIONS.values())
+@pytest.mark.parametrize("path", EVALUATIONS.values())
 def test_renamed_functions_are_there(path: str) -> None:
     import_evaluation(path)
 
@@ -97,4 +97,4 @@ def test_an_unknown_version_is_refused(version: Any) -> None:
 
 def test_without_a_version_it_is_the_first() -> None:
     assert version_of({}, "there") == 1
-    assert flatten(translate_run({}, 1)) == {}
+    assert translate_run({}) == {}

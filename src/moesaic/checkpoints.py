@@ -12,7 +12,7 @@ from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.files import atomic
-from moesaic.formats import FORMAT, translate_model, translate_run, version_of
+from moesaic.formats import translate_model, translate_run
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.custom import source_hashes
 
@@ -24,6 +24,7 @@ __all__ = [
     "require_same_keys",
     "require_same_model",
     "save_model",
+    "with_config",
 ]
 
 logger = logging.getLogger("moesaic.checkpoints")
@@ -58,14 +59,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
         raise InputError(f"checkpoint {path}: not a checkpoint that moesaic wrote")
-    version = version_of(checkpoint["moesaic"], f"checkpoint {path}")
     stored = checkpoint["hyper_parameters"]
-    checkpoint["hyper_parameters"] = {
-        **stored,
-        "config": translate_run(stored["config"], version),
-        "model": translate_model(stored["model"], version),
-    }
-    checkpoint["moesaic"]["format"] = FORMAT
+    model, config = translate_model(stored["model"]), translate_run(stored["config"])
+    checkpoint["hyper_parameters"] = {**stored, "config": config, "model": model}
     return checkpoint
 
 
@@ -131,7 +127,6 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
             "token_bytes": None if tokenizer is None else token_bytes(tokenizer),
         },
         "moesaic": {
-            "format": FORMAT,
             "foreign_files": decoder.foreign_files,
             "sources": source_hashes(decoder.config),
         },
@@ -139,6 +134,21 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as partial:
         torch.save(checkpoint, partial)
+
+
+def with_config(decoder: Decoder, config: DecoderConfig) -> Decoder:
+    """Return a decoder of another config, in evaluation mode, that shares the weights of `decoder`.
+
+    Raises:
+        InputError: the config needs weights of other names or shapes.
+    """
+    with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+        changed = build_decoder(config, dtype=decoder.dtype)
+    try:
+        changed.load_state_dict(decoder.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise InputError(f"it needs weights of another shape than the checkpoint's: {error}") from error
+    return changed.to(decoder.device).eval()
 
 
 def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConfig) -> None:

@@ -1,7 +1,7 @@
 """What is stored by any version (checkpoints, configs and rows of runs), in the words of this version.
 
-A stored thing without a format is of version 1. Keys that were added since need no entry here: where a stored config
-lacks a key, its dataclass fills in the default.
+A stored model says its format; one without is of version 1. Keys that were added since need no entry here: where a
+stored config lacks a key, its dataclass fills in the default.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from moesaic.errors import InputError
 from moesaic.models.config import FORMAT
 from moesaic.overrides import merge
 
-__all__ = ["FORMAT", "translate_model", "translate_overrides", "translate_run", "translate_study", "version_of"]
+__all__ = ["translate_model", "translate_overrides", "translate_run", "translate_study", "version_of"]
 
 MIXERS = {"full_rope": "rope", "rope": "chunked_rope"}
 """Names of version 1 and of version 2. A `rope` of version 1 without a chunk size was full attention: `rope` still."""
@@ -36,37 +36,44 @@ def version_of(stored: Mapping[str, Any], where: str) -> int:
     return version
 
 
-def translate_model(model: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Return the mapping of a `DecoderConfig` that was stored in this version."""
-    translated = dict(model)
-    pattern = model.get("pattern")
-    if version == 1 and pattern:
-        is_chunked = (model.get("attention") or {}).get("attention_chunk_size") is not None
+def translate_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mapping of a `DecoderConfig` as it was stored; what is newer than this version is left to it."""
+    translated = {**model, "format": model.get("format", 1)}
+    if translated["format"] != 1:
+        return translated
+    attention, pattern = model.get("attention"), model.get("pattern")
+    if isinstance(pattern, list):  # what else may stand there is for `DecoderConfig` to refuse
+        is_chunked = isinstance(attention, Mapping) and attention.get("attention_chunk_size") is not None
         names = MIXERS if is_chunked else {**MIXERS, "rope": "rope"}
-        translated["pattern"] = [{**layer, "mixer": _renamed(layer["mixer"], names)} for layer in pattern]
-        translated["format"] = FORMAT
-    return translated
+        translated["pattern"] = [_rename_mixer(layer, names) for layer in pattern]
+    return {**translated, "format": FORMAT}
 
 
-def translate_run(config: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Return the config of a run, without its `format`; what it lacks is left out."""
-    translated = {key: value for key, value in config.items() if key != "format"}
+def translate_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a run as it was stored; what it lacks is left out."""
+    translated = dict(config)
     if isinstance(model := config.get("model"), Mapping):
-        translated["model"] = translate_model(model, version)
+        translated["model"] = translate_model(model)
         distillation = config.get("distillation") or {}
         if (distillation.get("teacher_model") or {}).get("pattern"):  # the teacher's other keys are the student's
-            teacher = translate_model(merge(model, distillation["teacher_model"]), version)
+            teacher = translate_model(merge(model, distillation["teacher_model"]))
             changed = {**distillation["teacher_model"], "pattern": teacher["pattern"]}
             translated["distillation"] = {**distillation, "teacher_model": changed}
     return translated
 
 
 def translate_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Return overrides by dotted key, of the run config `config` as it was stored, or of a study's options."""
+    """Return overrides by dotted key, of the run config `config` as it was stored, or of a study's options.
+
+    Args:
+        version: of the overrides, which may be younger than the config.
+    """
     changed = dict(config)
+    if version > 1 and isinstance(changed.get("model"), Mapping):
+        changed["model"] = {**changed["model"], "format": version}
     for key, value in overrides.items():
         changed = _with(changed, key.split("."), value)
-    changed = translate_run(changed, version)
+    changed = translate_run(changed)
     translated = {}
     for key in overrides:
         section, dot, rest = key.partition(".")
@@ -80,6 +87,11 @@ def translate_study(study: Mapping[str, Any]) -> dict[str, Any]:
     if "evaluations" in translated:
         translated["evaluations"] = [_renamed(path, EVALUATIONS) for path in translated["evaluations"]]
     return translated
+
+
+def _rename_mixer(layer: Any, names: Mapping[str, str]) -> Any:
+    is_named = isinstance(layer, Mapping) and "mixer" in layer
+    return {**layer, "mixer": _renamed(layer["mixer"], names)} if is_named else layer
 
 
 def _renamed(name: Any, names: Mapping[str, str]) -> Any:

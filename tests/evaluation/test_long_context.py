@@ -19,16 +19,14 @@ from moesaic.errors import InputError
 from moesaic.evaluation.long_context import (
     LossByPosition,
     LossByPositionConfig,
-    ResultFile,
-    Variant,
-    build_variants,
     choose_stretches,
     log_buckets,
     loss_by_position,
     stream_nats,
-    with_overrides,
 )
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
+from moesaic.evaluation.results import ResultFile
+from moesaic.evaluation.variants import Variant, build_variants, with_overrides
 from moesaic.layers import AttentionTemperature, Llama3RopeScaling
 from moesaic.models import Block, Decoder, build_decoder, llama4_toy
 from moesaic.statistics import mean_and_error
@@ -74,7 +72,8 @@ def test_logits_exist_for_one_chunk_only_and_local_layers_cache_one_chunk() -> N
     decoder.head.register_forward_hook(lambda module, arguments, output: seen.append(output.size(1)))
     cache = decoder.make_cache()
     assert cache is not None
-    for _ in stream_nats(decoder, tokens, chunk_tokens=7, cache=cache):
+    decoder.make_cache = lambda: cache  # type: ignore[method-assign]
+    for _ in stream_nats(decoder, tokens, chunk_tokens=7):
         assert all(layer.held < 8 for layer in cache[:3])
     assert max(seen) == 7
     assert cache[3].held == 61
@@ -93,7 +92,6 @@ def test_a_mixer_without_cache_streams_its_logits() -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole_nats(decoder, tokens))
 
 
-@pytest.mark.slow_but_for("2]")
 @pytest.mark.parametrize("window", [2, 7, 16])
 def test_a_window_cuts_the_context_to_between_half_and_all_of_it(window: int) -> None:
     decoder, tokens = toy(), text(1, 45)
@@ -104,16 +102,6 @@ def test_a_window_cuts_the_context_to_between_half_and_all_of_it(window: int) ->
         sizes = range(window - window // 2 + 1, window + 1)
         candidates = [whole_nats(decoder, tokens[:, p + 1 - size : p + 2])[0, -1] for size in sizes]
         assert min(abs(found[0, p] - candidate) for candidate in candidates) < 1e-5, p
-
-
-@pytest.mark.slow_but_for("16")
-@pytest.mark.parametrize("window", [2, 7, 16])
-def test_a_window_goes_on_from_anywhere(window: int) -> None:
-    decoder, tokens = toy(), text(2, 61)
-    whole = torch.cat(list(stream_nats(decoder, tokens, chunk_tokens=5, window=window)), dim=1)
-    for start in range(1, 60, 3):
-        rest = torch.cat(list(stream_nats(decoder, tokens, chunk_tokens=5, window=window, start=start)), dim=1)
-        torch.testing.assert_close(rest, whole[:, start:], rtol=0, atol=1e-5)
 
 
 def test_a_window_as_long_as_the_text_changes_nothing() -> None:
@@ -209,13 +197,13 @@ def test_overrides_by_dotted_key() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"attention.chunk": 4}, r"model\.attention\.chunk: unknown key"),
+        ({"attention.chunk": 4}, r"model\.attention\.chunk: the model has no such key"),
         (
             {"attention.temprature.attn_scale": 4},
-            r"model\.attention\.temprature: unknown key; allowed: num_heads, num_kv_heads",
+            r"model\.attention\.temprature\.attn_scale: .* no such key \(did you mean attention\.temperature\.attn",
         ),
-        ({"attention.temperature.scale": 4}, r"model\.attention\.temperature\.scale: unknown key"),
-        ({"dim.x": 4}, r"model\.dim: has no keys below it"),
+        ({"attention.temperature.scale": 4}, r"model\.attention\.temperature\.scale: the model has no such key"),
+        ({"dim.x": 4}, r"model\.dim\.x: the model has no such key"),
         ({"attention.attention_chunk_size": 0}, r"attention_chunk_size=0: allowed are numbers > 0"),
         ({"attention.temperature.attn_scale": "big"}, r"model\.attention\.temperature\.attn_scale: found 'big'"),
         ({"attention.rope_scaling.factor": 4}, r"model\.attention\.rope_scaling\.low_freq_factor: missing"),
@@ -264,20 +252,20 @@ def test_scalable_softmax_leaves_the_training_length_alone() -> None:
     [
         (
             ["as_trained", "colder"],
-            r"'colder': unknown variant colder; allowed are as_trained, temperature",
+            r"variants: colder: unknown variant colder; must be as_trained, temperature",
         ),
         (["window", "window"], r"one of them stands twice"),
         ([], r"variants: none given"),
-        (["  "], r"allowed are as_trained"),
-        (["window=1"], r"window=1: window=1: allowed are integers >= 2"),
-        (["window=many"], r"window='many': allowed are integers >= 2"),
+        (["  "], r"must be as_trained"),
+        (["window=1"], r"window=1: window=1: must be an integer >= 2"),
+        (["window=many"], r"window='many': must be an integer >= 2"),
         (["attention.conv_width=2"], r"attention.conv_width=2: it needs weights of another shape"),
-        (["attention.chunk=2"], r"attention.chunk=2: model\.attention\.chunk: unknown key"),
-        (["window=8 window=3"], r"'window=8 window=3': window stands twice"),
+        (["attention.chunk=2"], r"attention.chunk=2: model\.attention\.chunk: the model has no such key"),
+        (["window=8 window=3"], r"window=8 window=3: window stands twice"),
         (["temperature no_temperature"], r"attention\.temperature stands twice"),
-        (["attention.rope_theta=nan"], r"'attention.rope_theta=nan': nan: allowed are finite numbers"),
-        (["attention.rope_theta=1e400"], r"1e400: allowed are finite numbers"),
-        ([" "], r"variants: ' ': allowed are as_trained"),
+        (["attention.rope_theta=nan"], r"attention.rope_theta=nan: must be a finite number"),
+        (["attention.rope_theta=1e400"], r"1e400: must be a finite number"),
+        ([" "], r"variants:  : must be as_trained"),
     ],
 )
 def test_bad_variants(names: list[str], message: str) -> None:
@@ -296,8 +284,8 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("stop_after", [1, 9, 10, 11, 29, 35])
 @pytest.mark.parametrize("window", [None, 8, 25, 61])
-def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path: Path, stop_after: int, window: int | None) -> None:
-    """Nine chunks a stretch, two stretches a batch, two batches, two variants; the state is kept at every chunk."""
+def test_a_stopped_evaluation_goes_on_after_its_last_batch(tmp_path: Path, stop_after: int, window: int | None) -> None:
+    """Nine chunks a stretch, two stretches a batch, two batches, two variants."""
     decoder, tokens, edges = toy(), text(4, 61), (0, 16, 61)
     variants = [Variant("a", decoder, window), *build_variants(decoder, ["no_temperature"], 16)]
     expected = loss_by_position(variants, tokens, edges, chunk_tokens=7, batch_size=2)
@@ -306,53 +294,24 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path: Path, stop_after: i
     def count(module: nn.Module, arguments: Any, output: Tensor) -> None:
         nonlocal calls, scored
         calls += 1
-        scored += output.size(1)
+        scored += output.size(0) * output.size(1)
         if calls == stop_after:
             raise Stop
 
     hooks = [variant.decoder.head.register_forward_hook(count) for variant in variants]
     path = tmp_path / "out" / "it.json"
     with pytest.raises(Stop):
-        results = ResultFile(path, {"task": "it"}, seconds=0)
+        results = ResultFile(path, {"task": "it"})
         loss_by_position(variants, tokens, edges, chunk_tokens=7, batch_size=2, results=results)
     stop_after = 0
-    results = ResultFile(path, {"task": "it"}, seconds=0)
+    results = ResultFile(path, {"task": "it"})
     found = loss_by_position(variants, tokens, edges, chunk_tokens=7, batch_size=2, results=results)
     for hook in hooks:
         hook.remove()
     for name, result in expected.items():
         assert torch.equal(found[name].nats, result.nats)
-    assert 0 < scored - 2 * 2 * 61 <= 7, "nothing ran twice but the chunk in which it stopped"
+    assert 0 < scored - 2 * 4 * 61 <= 2 * 61, "nothing ran twice but the batch in which it stopped"
     assert [file.name for file in path.parent.iterdir()] == ["it.json"]
-
-
-def test_a_state_is_taken_up_by_the_same_stretches_of_the_same_evaluation_only(tmp_path: Path) -> None:
-    decoder, cpu = toy(), torch.device("cpu")
-    results = ResultFile(tmp_path / "it.json", {"checkpoint": "a"}, seconds=0)
-    cache = decoder.make_cache()
-    assert cache is not None
-    decoder.hidden_states(text(1, 9)[:, :10], cache)
-    results.save_state("it", [0, 1], 10, torch.ones(1, 2), cache)
-    fresh = decoder.make_cache()
-    assert fresh is not None
-    assert results.load_state("other", [0, 1], fresh, cpu) is None
-    assert results.load_state("it", [1, 1], fresh, cpu) is None
-    assert fresh[0].length == 0
-    results.save("other")  # another variant that is done leaves it alone
-    loaded = results.load_state("it", [0, 1], fresh, cpu)
-    assert loaded is not None and loaded[0] == 10 and fresh[0].length == 10
-    with pytest.raises(InputError, match="results of another evaluation"):  # also before the first stretch is done
-        ResultFile(tmp_path / "it.json", {"checkpoint": "b"})
-    (tmp_path / "it.json").rename(tmp_path / "elsewhere.json")
-    assert ResultFile(tmp_path / "it.json", {"checkpoint": "b"}).load_state("it", [0, 1], fresh, cpu) is None
-    [state] = tmp_path.glob("it.*.state.pt")
-    state.write_bytes(b"damaged")
-    assert results.load_state("it", [0, 1], fresh, cpu) is None
-    for other in ([1, 2], {"at": 1}, "text"):
-        torch.save(other, state)
-        assert results.load_state("it", [0, 1], fresh, cpu) is None
-    results.save("it")
-    assert not state.exists()
 
 
 def test_results_of_another_evaluation_are_refused_and_kept(tmp_path: Path) -> None:
@@ -362,7 +321,7 @@ def test_results_of_another_evaluation_are_refused_and_kept(tmp_path: Path) -> N
     results.save()
     before = path.read_bytes()
     assert ResultFile(path, {"checkpoint": "a", "edges": [0, 4]}).done == {"x": [[1.0]]}
-    with pytest.raises(InputError, match=r"results of another evaluation \(checkpoint: a there, b now\)"):
+    with pytest.raises(InputError, match=r"results of another evaluation, .*: checkpoint: 'a' there, 'b' now"):
         ResultFile(path, {"checkpoint": "b", "edges": [0, 4]})
     assert path.read_bytes() == before
     path.write_text(json.dumps([1]))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moesaic.data import BPETokenizer, ByteTokenizer, Tokenizer
 from moesaic.errors import InputError
-from moesaic.evaluation.long_context import ResultFile, Variant
 from moesaic.evaluation.long_context_plots import plot_needles
 from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarize_needles
+from moesaic.evaluation.results import ResultFile
+from moesaic.evaluation.variants import Variant
 from moesaic.models import Decoder, build_decoder, llama4_toy
 
 CODE = b"".join(b"def f%d(x):\n    return x + %d\n\n\n" % (i, 7 * i) for i in range(400))

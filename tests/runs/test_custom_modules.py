@@ -182,8 +182,9 @@ def test_a_run_keeps_the_source_and_refuses_another(
 def test_the_stored_config_says_its_format(trained: tuple[dict[str, Any], Path]) -> None:
     _, run_dir = trained
     stored = yaml.safe_load((run_dir / "config.yaml").read_text())
-    assert stored["format"] == 2
-    assert load_checkpoint(run_dir / "checkpoints" / "last.ckpt")["moesaic"]["format"] == 2
+    assert stored["model"]["format"] == 2
+    raw = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert raw["model"]["format"] == raw["config"]["model"]["format"] == 2
 
 
 class NeedsBias(torch.nn.Module):

@@ -235,7 +235,7 @@ def test_examples_in_the_comments_are_variants(checkpoint: Path) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = plain(compose("evaluate", ["variants=" + re.sub(r"\n#\s*", " ", shown[1])]))
     from moesaic.checkpoints import load_model
-    from moesaic.evaluation.long_context import build_variants
+    from moesaic.evaluation.variants import build_variants
 
     variants = build_variants(load_model(checkpoint).decoder, config["variants"], 32)
     assert len(variants) == 6

@@ -19,15 +19,13 @@ from moesaic.evaluation.copying import CopyingConfig, copying_score, passages
 from moesaic.evaluation.long_context import (
     LossByPosition,
     LossByPositionConfig,
-    ResultFile,
-    Variant,
-    build_variants,
     choose_stretches,
-    digest,
     log_buckets,
     loss_by_position,
 )
 from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarize_needles
+from moesaic.evaluation.results import ResultFile, digest
+from moesaic.evaluation.variants import Variant, build_variants
 from moesaic.statistics import mean_and_error
 
 __all__ = [

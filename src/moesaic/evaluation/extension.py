@@ -10,20 +10,20 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from moesaic.checkpoints import decoder_weights, load_model, require_same_model
+from moesaic.checkpoints import decoder_weights, load_model, require_same_model, with_config
 from moesaic.config import to_mapping
 from moesaic.data import DataConfig, Tokenizer, TokenStream, tokenizer_from_dict
 from moesaic.errors import InputError, naming
 from moesaic.evaluation.long_context import (
     LossByPosition,
     LossByPositionConfig,
-    Variant,
     choose_stretches,
     log_buckets,
     loss_by_position,
 )
+from moesaic.evaluation.variants import Variant
 from moesaic.files import atomic
-from moesaic.models import Decoder, DecoderConfig, build_decoder
+from moesaic.models import Decoder, DecoderConfig
 
 __all__ = [
     "Stretches",
@@ -118,9 +118,7 @@ def compare_with_start(
     """
     assert trained.config is not None  # built from a config by the module
     first = load_model(start).decoder
-    with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
-        switched = build_decoder(trained.config, dtype=first.dtype)
-    switched.load_state_dict(first.state_dict())
+    switched = with_config(first, trained.config)
     device = trained.device
     was_training = trained.training
     variants = {"before": first, "before, new settings": switched, "after": trained}

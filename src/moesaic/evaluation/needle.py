@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import InputError
-from moesaic.evaluation.long_context import ResultFile, Variant, is_numbers
+from moesaic.evaluation.results import ResultFile, is_numbers
+from moesaic.evaluation.variants import Variant
 from moesaic.models import Decoder
 from moesaic.statistics import mean_and_error
 

@@ -24,7 +24,8 @@ from moesaic.config import from_mapping, require_same
 from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
 from moesaic.files import write_atomically, write_json, write_yaml
-from moesaic.formats import FORMAT, translate_overrides, translate_run, translate_study, version_of
+from moesaic.formats import translate_overrides, translate_run, translate_study, version_of
+from moesaic.models.config import FORMAT
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import (
@@ -66,11 +67,10 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         stored = dict(yaml.safe_load(config_path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"{config_path}: damaged; put it back, or choose another results_dir") from error
-    version, evaluated = version_of(stored, str(config_path)), stored.pop("study", None)
+    evaluated = stored.pop("study", None)
     if evaluated is not None:  # older ones do not say
         _require_equal(config_path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
-    now = translate_run(stored, version)
-    _require_equal(config_path, canonical({**now, "seed": 0}), canonical({**base, "seed": 0}))
+    _require_equal(config_path, canonical({**translate_run(stored), "seed": 0}), canonical({**base, "seed": 0}))
     cells = {(cell.arm, cell.axis): cell for cell in study.cells}
     data_hashes: dict[str, str | None] = {}
     try:
@@ -166,7 +166,7 @@ def run_study(
             return {}
         lines = _lines(results / "rows.jsonl") if rows else {}
         if not rows:  # there may be the config of a study that was stopped before its first row
-            write_yaml(results / "config.yaml", {"format": FORMAT, **base, "study": _evaluations(study)})
+            write_yaml(results / "config.yaml", {**base, "study": _evaluations(study)})
         loaded: dict[str, str | None] = {}
 
         def folder_of(job: Job) -> Path:

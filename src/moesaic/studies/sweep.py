@@ -15,7 +15,7 @@ import yaml
 from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import plot_curves, read_columns
-from moesaic.formats import translate_run, version_of
+from moesaic.formats import translate_run
 from moesaic.statistics import half_width, interval
 from moesaic.studies.tables import markdown_table, number
 
@@ -194,10 +194,7 @@ def _read(directory: Path) -> Run:
             return Run(directory, {}, "damaged", {"error": "config.yaml does not hold a mapping"})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return Run(directory, {}, "damaged", {"error": f"config.yaml: {str(error).splitlines()[0]}"})
-    try:
-        config = translate_run(config, version_of(config, "config.yaml"))
-    except InputError as error:
-        return Run(directory, {}, "damaged", {"error": str(error)})
+    config = translate_run(config)
     path = directory / "metrics.json"
     if not path.exists():
         return Run(directory, config, "unfinished", {})

@@ -19,17 +19,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moesaic.checkpoints import load_model, save_model
+from moesaic.checkpoints import load_model, save_model, with_config
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.distillation import TargetFormat
 from moesaic.distillation.fill import fill_cache
-from moesaic.errors import InputError
-from moesaic.evaluation.language_modelling import evaluate_split
+from moesaic.errors import InputError, naming
 from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.recall import recall_numbers, score_recall
 from moesaic.files import write_atomically, write_json
-from moesaic.models import DecoderConfig, account, build_decoder
+from moesaic.models import DecoderConfig, account
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import VariantConfig
 from moesaic.studies.jobs import Row, import_evaluation, variant_options
@@ -142,12 +141,8 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
     """
     trained = load_model(checkpoint)
     model = from_mapping(DecoderConfig, {**config["model"], "vocab_size": trained.config.vocab_size}, "model")
-    weights = trained.decoder.state_dict()
-    decoder = build_decoder(model, dtype=weights["embedding.weight"].dtype)
-    try:
-        decoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{out.stem}: the weights of {checkpoint} do not fit this model: {error}") from error
+    with naming(f"{out.stem}: {checkpoint}"):
+        decoder = with_config(trained.decoder, model)
     training = config["training"]
     out.unlink(missing_ok=True)
     save_model(out, decoder, trained.tokenizer, training["seq_len"])

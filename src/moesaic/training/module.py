@@ -14,7 +14,6 @@ from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
 from moesaic.evaluation.language_modelling import LanguageModelScore
 from moesaic.evaluation.routing import routing_health
-from moesaic.formats import FORMAT
 from moesaic.layers import Routing, count_tokens
 from moesaic.losses import (
     SoftWeight,
@@ -266,7 +265,6 @@ class LanguageModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: dict[str, Any] = {
-            "format": FORMAT,
             "sources": source_hashes(self.decoder.config),
             "logged_load": self.logged_load,
             "drift": self.drift.state_dict(),

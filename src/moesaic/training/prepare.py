@@ -28,8 +28,8 @@ from moesaic.distillation.opened import (
 from moesaic.errors import InputError
 from moesaic.evaluation.extension import Stretches, checkpoint_tokenizer, open_stretches, require_extendable, start_of
 from moesaic.files import write_atomically, write_json, write_yaml
-from moesaic.formats import FORMAT
 from moesaic.models import DecoderConfig
+from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
 from moesaic.training.batches import RunBatches
 from moesaic.training.components import make_callbacks, require_loggers
@@ -77,6 +77,8 @@ def prepare(config: Mapping[str, Any], console: Console, at_the_end: contextlib.
         config, resume_dir = resolve_resume(config)
     run_config = from_mapping(RunConfig, config)
     _require_sound(run_config)
+    # what is stored of a run says which words it is written in
+    run_config = dataclasses.replace(run_config, model={**run_config.model, "format": FORMAT})
     if resume_dir is None and run_config.run_dir is not None:
         _require_free(Path(run_config.run_dir))
     callbacks = make_callbacks(run_config.callbacks)
@@ -208,7 +210,7 @@ def _begin_records(
         return run_dir
     tell_ranks(run_dir)
     if start.run_dir is None:
-        write_yaml(run_dir / "config.yaml", {"format": FORMAT, **to_mapping(config)})
+        write_yaml(run_dir / "config.yaml", to_mapping(config))
     name = "environment.json" if start.run_dir is None else "environment-resumed.json"
     teacher = {} if targets is None else {"teacher": {"hash": targets.teacher_hash, "source": targets.description}}
     written = sources(model)

@@ -9,7 +9,7 @@ import yaml
 
 from moesaic.checkpoints import load_checkpoint
 from moesaic.errors import InputError
-from moesaic.formats import translate_run, version_of
+from moesaic.formats import translate_run
 from moesaic.training.config import RunConfig
 
 __all__ = ["Start", "read_start", "resolve_resume"]
@@ -77,8 +77,7 @@ def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(stored, dict):
         raise InputError(f"{run_dir / 'config.yaml'}: damaged, it does not hold a mapping")
-    stored = translate_run(stored, version_of(stored, str(run_dir / "config.yaml")))
-    return {**stored, "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
+    return {**translate_run(stored), "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
 
 
 def _require_unfinished(run_dir: Path) -> None:
