@@ -11,9 +11,8 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = sorted(
-    path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("harness", "limit", "__init__", "__main__")
-)
+NO_BENCHMARKS = {"__init__", "__main__", "harness", "layer", "limit"}
+NAMES = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - NO_BENCHMARKS)
 
 
 @pytest.fixture(autouse=True)

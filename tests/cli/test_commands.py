@@ -61,6 +61,7 @@ def test_help_names_every_key_and_every_choice(name: str) -> None:
             assert option in shown
 
 
+@pytest.mark.slow_but_for("train --help")
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_is_quick(argv: list[str]) -> None:
     """Nothing heavy is imported, and it takes less than 3 seconds of CPU time."""
@@ -152,7 +153,7 @@ def test_bench_hands_its_keys_to_the_benchmark() -> None:
     with pytest.raises(InputError, match="name=expert: must be one of acceleration, "):
         flags_of({**defaults, "name": "expert"})
     modules = {path.stem for path in (CONFIG_DIR.parent / "benchmarks").glob("*.py")}
-    assert set(NAMES) == modules - {"__init__", "__main__", "harness", "limit"}
+    assert set(NAMES) == modules - {"__init__", "__main__", "harness", "layer", "limit"}
 
 
 def test_a_study_writes_where_you_stand(tmp_path: Path) -> None:

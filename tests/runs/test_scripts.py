@@ -339,6 +339,7 @@ def test_known_keys_groups_and_hydra_syntax_pass() -> None:
     assert read_flags(["-sc", "install=bash"]).shell_completion
 
 
+@pytest.mark.slow
 def test_unknown_key_on_the_command_line() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "optimizer.lr=1"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
