@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.layers import benchmark_layer
-
 from .harness import Options, Progress, Row, finish, parse_options, print_table, quantiles, time_in_turn
+from .layer import benchmark_layer
 from .limit import PASSES, DenseSwiGLU, Precision, precisions_to_time
 
 __all__ = ["main", "measure"]

@@ -180,10 +180,10 @@ def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: fl
     weight = next(router.parameters(), None)
     if weight is not None and weight.is_meta:
         return default
-    like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
+    noise = torch.empty(_SOME_TOKENS, dim) if weight is None else weight.new_empty(_SOME_TOKENS, dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        expert_ids = router(torch.randn(_SOME_TOKENS, dim, **like))[2]
+        expert_ids = router(noise.normal_())[2]
     return float((expert_ids < num_experts).sum()) / _SOME_TOKENS
 
 

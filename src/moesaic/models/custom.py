@@ -68,9 +68,9 @@ def custom_modules(config: DecoderConfig) -> dict[str, CustomModule]:
             if isinstance(part, dict):
                 found[f"layers.{i}.{name}"] = part
     if config.moe is not None:
-        for name, part in (("router", config.moe.router), ("dispatcher", config.moe.dispatcher)):
-            if isinstance(part, dict):
-                found[f"moe.{name}"] = part
+        for name, seam in (("router", config.moe.router), ("dispatcher", config.moe.dispatcher)):
+            if isinstance(seam, dict):
+                found[f"moe.{name}"] = seam
     return found
 
 

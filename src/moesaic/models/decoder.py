@@ -178,6 +178,7 @@ class Decoder(nn.Module):
 
     def _require_padding_support(self) -> None:
         for i, block in enumerate(self.layers):
+            assert isinstance(block, Block)
             if not _takes(block.mixer, 3):
                 raise InputError(
                     f"attention_mask: the mixer of layer {i}, {type(block.mixer).__name__}, has no support for "
