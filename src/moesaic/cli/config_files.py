@@ -32,12 +32,16 @@ def config_groups(*folders: Path) -> dict[str, list[str]]:
     }
 
 
-def default_options(config_name: str) -> dict[str, Any]:
-    """The groups that a command's config composes, and the option of each; None where there is none by default."""
-    found: dict[str, Any] = {}
+def default_options(config_name: str) -> dict[str, list[str]]:
+    """The groups that a command's config composes, and the options of each that are chosen by default."""
+    found: dict[str, list[str]] = {}
     for entry in _defaults(config_name):
         if isinstance(entry, dict):
-            found |= {group: option for group, option in entry.items() if not group.startswith("override ")}
+            options = {group: option for group, option in entry.items() if not group.startswith("override ")}
+            found |= {
+                group: option if isinstance(option, list) else [option] * (option is not None)
+                for group, option in options.items()
+            }
         elif entry != "_self_":
             found |= default_options(entry)
     return found
@@ -58,10 +62,10 @@ def help_text(name: str, arguments: Sequence[str] = ()) -> str:
     if defaults:
         lines += ["", "Groups (group=option, the default in brackets):"]
         for group, chosen in defaults.items():
-            names = ", ".join(f"[{option}]" if option == chosen else option for option in groups.get(group, []))
+            names = ", ".join(f"[{option}]" if option in chosen else option for option in groups.get(group, []))
             lines.append(f"  {group:<11} {names}")
-    for group, option in defaults.items():
-        if option is not None:
+    for group, chosen in defaults.items():
+        for option in chosen:
             lines += [
                 "",
                 f"Keys of {group}={option}, below {group}:",
