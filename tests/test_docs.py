@@ -1,5 +1,6 @@
 """What README and docs promise as texts: short, in order, in plain sentences, with links that lead somewhere."""
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_every_page_of_the_site_is_in_its_navigation() -> None:
     assert found == pages
 
 
+def test_the_reference_is_of_modules_that_exist() -> None:
+    pages = (ROOT / "docs/reference").glob("*.md")
+    named = [
+        name for page in pages for name in re.findall(r"^::: (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(named) > 20
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
+
+
 def test_the_map_names_every_module() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     rooms = dict(re.findall(r"^ {6}(\w+)/ +(.*\n(?: {10,}.*\n)*)", text, re.MULTILINE))
@@ -118,6 +128,12 @@ def test_the_map_names_every_module() -> None:
     for room, names in modules.items():
         assert names - {"__init__", "__main__"} <= set(re.findall(r"\w+", rooms[room])), room
     assert {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"} <= set(re.findall(r"\w+", text))
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    pattern = re.compile(r'"""(?:Of|Those|None too|In which|By which) ')
+    found = [path.name for path in (ROOT / "src").rglob("*.py") if pattern.search(path.read_text(encoding="utf-8"))]
+    assert not found
 
 
 def test_there_is_one_version() -> None:

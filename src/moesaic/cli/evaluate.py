@@ -209,7 +209,7 @@ def _meaning(task: Task) -> dict[str, int]:
 
 
 def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
-    """Of a checkpoint that reads the same tokens."""
+    """Decoder of a checkpoint that reads the same tokens."""
     other = load_model(checkpoint)
     if (other.tokenizer and other.tokenizer.to_dict()) != (model.tokenizer and model.tokenizer.to_dict()):
         raise InputError(f"other_checkpoint={checkpoint}: it has another tokeniser than checkpoint")

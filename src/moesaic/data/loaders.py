@@ -58,7 +58,7 @@ class ResumableLoader(ABC):
         """Batch i of this rank."""
 
     def numbers(self, i: int) -> range:
-        """Of the examples of this rank's batch i, counted over all ranks from the beginning of the run."""
+        """Numbers of the examples in this rank's batch i, counted over all ranks from the beginning of the run."""
         first = (i * self.world_size + self.rank) * self.batch_size
         return range(first, first + self.batch_size)
 

@@ -85,7 +85,7 @@ class CacheIdentity:
     vocab_size: int
     form: TargetFormat
     seed: int = 0
-    """Of the draws of sampled targets."""
+    """Seed of the draws of sampled targets."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "vocab_size"):
@@ -112,7 +112,7 @@ class CacheIdentity:
         return identity
 
     def generator(self, key: int) -> torch.Generator:
-        """Of the draws of the window with this key, whenever and in whatever data it comes up."""
+        """Generator of the draws for the window with this key, the same whenever and in whatever data it comes up."""
         digest = hashlib.sha256(f"{self.seed} {key}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -329,7 +329,7 @@ class TargetCache:
 
     @property
     def stored_bytes(self) -> int:
-        """Of all listed shards."""
+        """Bytes of all listed shards."""
         return sum(shard["bytes"] for shard in self._shards)
 
     def keys_of(self, tokens: Tensor, labels: Tensor) -> list[int]:

@@ -48,9 +48,9 @@ class Stretches:
     tokens: Tensor
     """(S, L + 1) int64."""
     edges: tuple[int, ...]
-    """Of the buckets of positions, both training lengths among them."""
+    """Edges of the buckets of positions in tokens, both training lengths among them."""
     lengths: tuple[int, int]
-    """Of the training that made the checkpoint, and of this one."""
+    """Lengths in tokens of the training that made the checkpoint, and of this one."""
 
 
 def require_extendable(path: str, checkpoint: Mapping[str, Any], model: DecoderConfig) -> None:

@@ -33,7 +33,7 @@ SUFFIXES = ("LIMIT", "SIZE", "TIMEOUT", "OFFSET", "MASK", "DEPTH", "PORT", "COUN
 
 
 class TextEncoder(Protocol):
-    """What is needed of a tokeniser."""
+    """The part of a tokenizer that needles need."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -88,7 +88,7 @@ def overlap(counts: Tensor) -> Tensor:
 
 
 class FileKinds:
-    """Of which kind of file, by suffix, each token of a stream is.
+    """The kind of file, by suffix, that each token of a stream comes from.
 
     Args:
         tokens: (n,), each document after an end-of-text id, which counts to it, and one more at the end.
@@ -112,7 +112,7 @@ class FileKinds:
 
 @dataclasses.dataclass
 class LayerCounts:
-    """Of one MoE layer."""
+    """Counts of the choices in one MoE layer."""
 
     by_token: Tensor
     """(V, E): choices of each expert by the token that it was chosen for; top_k choices per token."""
@@ -266,12 +266,12 @@ class _Panel:
     shares: Floats
     """(rows, E); nan stays blank."""
     labels: list[str] | None = None
-    """Of the rows; None if they are experts."""
+    """Labels of the rows; None if they are experts."""
     x: str = "expert"
 
 
 def _panels(found: Specialisation, name: str) -> dict[str, _Panel]:
-    """Of a layer, by title."""
+    """The panels of a layer, by title."""
     counts, panels = found.layers[name], {}
     if (by_class := found.by_class(name)) is not None:
         panels["by byte class (share of tokens)"] = _groups(dict(zip(BYTE_CLASSES, by_class, strict=True)))
@@ -381,7 +381,7 @@ def _entropy(probabilities: Tensor) -> float:
 
 
 def file_kinds(stream: TokenStream, tokenizer: Tokenizer | None) -> FileKinds | None:
-    """Of the tokens of a split; None where nobody knows the files, as in a memory map or a recall task."""
+    """Kinds of files of a split's tokens; None where the files are not known, as in a memory map or a recall task."""
     if stream.documents is None or tokenizer is None:
         return None
     return FileKinds(stream.tokens, tokenizer.end_of_text, stream.documents)

@@ -78,7 +78,7 @@ class CheckReport:
     config: DecoderConfig
     tensors: int
     bytes: int
-    """Of the text model's tensors, in the dtypes of the files; 0 if no shard was there."""
+    """Bytes of the text model's tensors, in the dtypes of the files; 0 if no shard was there."""
     skipped: int
     """Vision tensors, which have no place in a text model."""
     absent_shards: tuple[str, ...]

@@ -18,9 +18,9 @@ class TokenStatistics(NamedTuple):
     student_entropy: Tensor
     teacher_entropy: Tensor
     student_log_prob: Tensor
-    """Of the label."""
+    """Log-probability of the label, in nats."""
     teacher_log_prob: Tensor
-    """Of the label."""
+    """Log-probability of the label, in nats."""
     vocab_size: int
 
 

@@ -42,7 +42,7 @@ class MemoryEstimate:
 
     weights: int
     gradients: int
-    """Of all weights, as they stand after the backward."""
+    """Gradients of all weights, as they stand after the backward."""
     optimizer: int
     """The optimiser's state; 0 without one."""
     activations: int
@@ -87,7 +87,7 @@ class _Part:
     peak: int
     """Most that is alive in its backward: what it kept, temporaries, gradients; not the residual stream's gradient."""
     gradients: int = 0
-    """Of its weights."""
+    """Gradients of its weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,12 @@ class _Sizes:
 
     @property
     def bytes(self) -> int:
-        """Of one number in the dtype of the weights."""
+        """Bytes of one number in the dtype of the weights."""
         return self.dtype.itemsize
 
     @property
     def exact_bytes(self) -> int:
-        """Of one number where statistics, rotations and softmax are computed: at least fp32."""
+        """Bytes of one number where statistics, rotations and softmax are computed: at least fp32."""
         return max(self.dtype.itemsize, torch.float32.itemsize)
 
     @property
@@ -557,7 +557,7 @@ class _WatchedCache(AttentionCache):
 
 @torch.no_grad()
 def _cache_bytes(block: nn.Module, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:
-    """Of one layer, at the fullest it gets while seq_len tokens are decoded."""
+    """Bytes of one layer's cache, at the fullest it gets while seq_len tokens are decoded."""
     assert isinstance(block, Block)
     mixer = block.mixer
     if not isinstance(mixer, Attention):

@@ -24,7 +24,7 @@ MARKERS = {"-": "o", "--": "s", ":": "^", "-.": "D"}
 
 
 STUDENTS = 10
-"""Of one teacher, where its cost is shared."""
+"""Number of students that share the cost of one teacher in a plot."""
 
 
 BUCKET = re.compile(r"loss_by_position/as_trained/loss/(\d+)-(\d+)")
@@ -258,7 +258,7 @@ def plot_total_flops(
 
 
 def _log_scale(panel: Axes) -> None:
-    """Of x, with ticks like 200k."""
+    """Make the x axis logarithmic, with ticks like 200k."""
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))

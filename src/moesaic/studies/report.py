@@ -28,7 +28,7 @@ PICTURES = {
     "by_position.png": "loss over the position in the text, as trained and switched at evaluation",
     "total_flops.png": "the end of training over FLOPs, those of the teacher counted in",
 }
-"""Those that a study can have, in their order in table.md."""
+"""The pictures that a study can have, in their order in table.md."""
 
 
 EDGE = "†"

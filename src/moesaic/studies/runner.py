@@ -229,7 +229,7 @@ def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> str | Non
 
 
 def _folder(study: StudyConfig, base: Mapping[str, Any], job: Job, data_hash: str | None, runs: Path) -> Path:
-    """Of a run; another configuration, another teacher or other data have another folder."""
+    """Folder of a run. Another configuration, another teacher or other data have another folder."""
     place = re.sub(r"[^\w.=-]+", "_", f"{job.arm} {job.axis or ''} {job.purpose} seed{job.seed} x{job.factor:g}")
     digest = hashlib.sha256(f"{fingerprint(study, base, job)} {data_hash}".encode()).hexdigest()
     return runs / f"{place}-{digest[:8]}"

@@ -38,7 +38,7 @@ Factory = Callable[..., Any]
 """Makes the layer: an nn.Module or a `MoEUnderTest`. It may take `num_experts`."""
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
-"""Of the largest |difference| relative to the largest |expected| value."""
+"""Allowed |difference|, the largest one, relative to the largest |expected| value."""
 
 MARGIN = 0.1
 """Least distance between the logits of the last chosen and the first refused expert: rounding must not decide."""

@@ -55,7 +55,7 @@ class Prepared:
     batches: RunBatches
     callbacks: list[Callback]
     targets: OpenedTargets | None
-    """Of distillation.source frozen or cached."""
+    """Targets of distillation.source frozen or cached; None otherwise."""
     stretches: Stretches | None
     """Text of the comparison that ends a run with extend_context."""
     run_dir: Path

@@ -11,7 +11,7 @@ from moesaic.data.tasks.task import Split, Task
 __all__ = ["TEST_SEED", "TaskEvaluationLoader", "TaskTrainingLoader"]
 
 TEST_SEED = 0
-"""Of all test sets: runs of different seeds answer the same questions."""
+"""Seed of all test sets: runs of different seeds answer the same questions."""
 
 
 class TaskTrainingLoader(ResumableLoader):
