@@ -193,7 +193,7 @@ def report(rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     given = sys.argv[1:] if arguments is None else arguments
-    options, _ = parse_options(__doc__ or "", ["--keep-freed-memory", *given])  # as scripts/train.py does
+    options, _ = parse_options(__doc__ or "", ["--keep-freed-memory", *given])  # as moesaic train does
     rows = finish(measure(options), options)
     report(rows)
     return rows

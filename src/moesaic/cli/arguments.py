@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -157,8 +158,13 @@ def _check_options(override: Override, options: Sequence[str]) -> None:
 def compose_with(folder: str | Path | None, config_name: str, overrides: Sequence[str]) -> DictConfig:
     """What Hydra composes, with the user's own config files in `folder`."""
     more = [f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]"] if folder else []
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(config_name, [*more, *overrides])
+    outer = GlobalHydra.instance().hydra  # of the command that asks
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return compose(config_name, [*more, *overrides])
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _check_key(override: Override, config: DictConfig, groups: dict[str, list[str]]) -> None:

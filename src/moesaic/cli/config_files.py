@@ -33,15 +33,13 @@ def config_groups(*folders: Path) -> dict[str, list[str]]:
 
 
 def default_options(config_name: str) -> dict[str, list[str]]:
-    """The groups that a command's config composes, and the options of each that are chosen by default."""
+    """The groups that a command's config composes, and the options of each by default."""
     found: dict[str, list[str]] = {}
     for entry in _defaults(config_name):
         if isinstance(entry, dict):
-            options = {group: option for group, option in entry.items() if not group.startswith("override ")}
-            found |= {
-                group: option if isinstance(option, list) else [option] * (option is not None)
-                for group, option in options.items()
-            }
+            [(group, options)] = entry.items()
+            if not group.startswith("override "):
+                found[group] = options if isinstance(options, list) else [options] if options else []
         elif entry != "_self_":
             found |= default_options(entry)
     return found
@@ -62,16 +60,12 @@ def help_text(name: str, arguments: Sequence[str] = ()) -> str:
     if defaults:
         lines += ["", "Groups (group=option, the default in brackets):"]
         for group, chosen in defaults.items():
-            names = ", ".join(f"[{option}]" if option in chosen else option for option in groups.get(group, []))
+            names = ", ".join(f"[{name}]" if name in chosen else name for name in groups.get(group, []))
             lines.append(f"  {group:<11} {names}")
     for group, chosen in defaults.items():
         for option in chosen:
-            lines += [
-                "",
-                f"Keys of {group}={option}, below {group}:",
-                "",
-                _explained(CONFIG_DIR / group / f"{option}.yaml"),
-            ]
+            title = f"Keys of {group}={option}, below {group}:"
+            lines += ["", title, "", _explained(CONFIG_DIR / group / f"{option}.yaml")]
     return "\n".join([*lines, "", FLAGS])
 
 
