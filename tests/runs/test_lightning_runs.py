@@ -76,11 +76,12 @@ def test_an_average_of_the_weights_is_evaluated_kept_and_resumed(composed: Compo
     assert column(tmp_path / "whole", "train/loss") == column(tmp_path / "plain", "train/loss"), "training is the same"
     assert metrics["validation/loss"] != plain["validation/loss"]
     stopped = composed(*ema, "trainer.max_time=00:00:00:00", f"run_dir={tmp_path / 'stopped'}")
-    run(stopped)
+    resume = {**stopped, "resume": True, "run_dir": str(tmp_path / "stopped")}
+    run(stopped), run(resume)
     kept = load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.ckpt")
     assert any(not torch.equal(value, kept["current_model_state"][key]) for key, value in kept["state_dict"].items())
-    for _ in range(3):
-        resumed = run({**stopped, "resume": True, "run_dir": str(tmp_path / "stopped")})
+    run(resume)
+    resumed = run(resume)
     assert resumed["status"] == "finished"
     assert resumed["validation/loss"] == metrics["validation/loss"]
     first, second = (
