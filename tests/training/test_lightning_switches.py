@@ -68,7 +68,7 @@ def test_lightning_checks_its_own_options(options: dict[str, Any]) -> None:
 
 
 def test_options_that_hydra_does_not_know_are_added() -> None:
-    given = ["trainer.profiler=simple", "trainer.max_steps=3", "trainer.threads=1", "training.steps=2", "+a=1", "-m"]
+    given = ["trainer.profiler=simple", "trainer.max_steps=3", "trainer=gpu", "training.steps=2", "+trainer.a=1", "-m"]
     expected = ["++trainer.profiler=simple", "++trainer.max_steps=3", *given[2:]]
     assert as_additions(given) == expected
 

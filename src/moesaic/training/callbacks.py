@@ -175,7 +175,7 @@ class PlainProgress(pl.Callback):
     ) -> None:
         now, step, steps = time.monotonic(), trainer.global_step, int(trainer.max_steps)
         metrics = trainer.progress_bar_metrics
-        if "loss" not in metrics or (now - self._last < self.every_seconds and step < steps):
+        if not trainer.is_global_zero or "loss" not in metrics or (now - self._last < self.every_seconds and step < steps):
             return
         self._last = now
         started, first = self._begin
