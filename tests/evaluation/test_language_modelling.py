@@ -49,3 +49,26 @@ def test_batches_of_any_size_add_up_and_padding_is_invisible() -> None:
         assert score.num_tokens == scores[0].num_tokens
         for layer, counts in scores[0].tokens_per_expert.items():
             assert torch.equal(counts, score.tokens_per_expert[layer])
+
+
+def test_all_logits_at_once_are_never_built_and_the_loss_is_the_same_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = build_decoder(llama4_toy()).eval()
+    tokens = torch.randint(0, 512, (4, 301))
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].clone()}
+    batch["labels"][1, 7:90] = -100
+    with torch.no_grad():
+        logits = decoder(batch["tokens"]).logits
+    whole = LanguageModelScore()
+    whole.update(
+        F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none").view(4, 300), batch["labels"]
+    )
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the head ran over all tokens")
+
+    monkeypatch.setattr(decoder.head, "forward", refuse)
+    score = evaluate_language_model(decoder, [batch])
+    assert torch.equal(score.nats_by_position, whole.nats_by_position)
+    assert score.num_tokens == whole.num_tokens

@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import SMOKE
 
 from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.config import from_mapping
@@ -76,11 +80,12 @@ def test_an_average_of_the_weights_is_evaluated_kept_and_resumed(composed: Compo
     assert column(tmp_path / "whole", "train/loss") == column(tmp_path / "plain", "train/loss"), "training is the same"
     assert metrics["validation/loss"] != plain["validation/loss"]
     stopped = composed(*ema, "trainer.max_time=00:00:00:00", f"run_dir={tmp_path / 'stopped'}")
-    run(stopped)
+    resume = {**stopped, "resume": True, "run_dir": str(tmp_path / "stopped")}
+    run(stopped), run(resume)
     kept = load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.ckpt")
     assert any(not torch.equal(value, kept["current_model_state"][key]) for key, value in kept["state_dict"].items())
-    for _ in range(3):
-        resumed = run({**stopped, "resume": True, "run_dir": str(tmp_path / "stopped")})
+    run(resume)
+    resumed = run(resume)
     assert resumed["status"] == "finished"
     assert resumed["validation/loss"] == metrics["validation/loss"]
     first, second = (
@@ -141,3 +146,17 @@ def test_refusals_write_nothing(composed: Composed, override: str, message: str)
     with pytest.raises(InputError, match=message):
         run(config)
     assert not list(Path(config["output_dir"]).glob("*/*"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_run(corpus: Path, tmp_path: Path) -> None:
+    """Lightning repeats the command for the second; each step sees the windows of two batches."""
+    overrides = [*SMOKE, f"data.path={corpus}", "training.steps=4", "training.log_every=1", "sample.max_new_tokens=0"]
+    command = [sys.executable, "-m", "moesaic", "train", *overrides, "trainer.devices=2", f"run_dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["status"], metrics["steps"], metrics["tokens"]) == ("finished", 4, 2 * 4 * 2 * 64)
+    assert list(column(tmp_path / "run", "train/loss")) == ["1", "2", "3", "4"], "one of the two writes"
+    assert not (tmp_path / "outputs").exists()

@@ -1,6 +1,8 @@
 """What reaches Lightning's Trainer, what is refused with our own key, and callbacks and loggers made from a config."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def test_lightning_checks_its_own_options(options: dict[str, Any]) -> None:
 
 
 def test_options_that_hydra_does_not_know_are_added() -> None:
-    given = ["trainer.profiler=simple", "trainer.max_steps=3", "trainer.threads=1", "training.steps=2", "+a=1", "-m"]
+    given = ["trainer.profiler=simple", "trainer.max_steps=3", "trainer=gpu", "training.steps=2", "+trainer.a=1", "-m"]
     expected = ["++trainer.profiler=simple", "++trainer.max_steps=3", *given[2:]]
     assert as_additions(given) == expected
 
@@ -152,3 +154,28 @@ def test_nothing_of_the_above_touches_the_generators() -> None:
     state = torch.get_rng_state()
     require_options({"accelerator": "cpu", "devices": 1, "fast_dev_run": True})
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_rows_reach_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the three functions of its interface; the package itself is not needed to test this."""
+    (tmp_path / "trackio.py").write_text(
+        "calls = []\n"
+        "def init(**arguments): calls.append(('init', arguments)); return object()\n"
+        "def log(metrics, step): calls.append(('log', metrics, step))\n"
+        "def finish(): calls.append(('finish',))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    [logger] = make_loggers(
+        {"it": {"_target_": "moesaic.training.trackio.TrackioLogger", "space_id": "me/it"}}, tmp_path
+    )
+    logger.log_metrics({"train/loss": 2.0}, step=3)
+    logger.log_metrics({"train/loss": 1.0}, step=4)
+    logger.finalize("success")
+    calls = importlib.import_module("trackio").calls
+    assert calls == [
+        ("init", {"project": "moesaic", "name": None, "space_id": "me/it"}),
+        ("log", {"train/loss": 2.0}, 3),
+        ("log", {"train/loss": 1.0}, 4),
+        ("finish",),
+    ]
+    del sys.modules["trackio"]

@@ -37,6 +37,7 @@ def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], Non
 
     @functools.wraps(task)
     def guarded(config: DictConfig) -> None:
+        sys.argv = before  # Hydra has read the other; Lightning repeats this command in the processes it starts
         exit_on_bad_input(lambda: task(config))
 
     try:

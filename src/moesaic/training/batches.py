@@ -1,8 +1,10 @@
 """The loaders of a run, made where the process knows its rank."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from moesaic.data import AnyEvaluationLoader, AnyTrainingLoader, Data, evaluation_loader, training_loader
 from moesaic.training.config import RunConfig, TrainingConfig
@@ -14,6 +16,19 @@ def evaluation_sizes(training: TrainingConfig) -> dict[str, int]:
     """seq_len and batch_size of validation: about as many tokens per batch as in training."""
     seq_len = training.validation_seq_len or training.seq_len
     return {"seq_len": seq_len, "batch_size": max(1, training.batch_size * training.seq_len // seq_len)}
+
+
+class _Same:
+    """The same few batches in every epoch; not a list, which Lightning would take for several loaders."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 class RunBatches(pl.LightningDataModule):
@@ -49,7 +64,7 @@ class RunBatches(pl.LightningDataModule):
         loader = self.training(trainer.global_rank, trainer.world_size)
         if share := trainer.overfit_batches:  # our loaders go on in every epoch; these are the same batches in each
             count = share if isinstance(share, int) else max(1, int(share * len(loader)))
-            return [loader.batch(i) for i in range(count)]
+            return _Same([loader.batch(i) for i in range(count)])
         return loader
 
     def val_dataloader(self) -> AnyEvaluationLoader:

@@ -174,7 +174,7 @@ class PlainProgress(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         now, step, steps = time.monotonic(), trainer.global_step, int(trainer.max_steps)
-        metrics = trainer.progress_bar_metrics
+        metrics = trainer.progress_bar_metrics if trainer.is_global_zero else {}
         if "loss" not in metrics or (now - self._last < self.every_seconds and step < steps):
             return
         self._last = now

@@ -1,7 +1,6 @@
 """Training itself: module and Trainer of a prepared run, and how it ended."""
 
 import dataclasses
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from moesaic.evaluation.extension import keep_start
 from moesaic.files import require_disk_space, write_json
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
 from moesaic.training.components import make_loggers
+from moesaic.training.lightning_options import quiet_lightning
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
 from moesaic.training.rate_finder import LearningRateFinder
@@ -100,7 +100,8 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
         _record_interruption(trainer, run_dir, console)
         raise
     except Exception as error:
-        write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        if trainer.is_global_zero:
+            write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
         raise
     return Fitted(prepared, module, trainer, monitor.warnings, status)
 
@@ -122,6 +123,8 @@ def _ended(trainer: pl.Trainer, prepared: Prepared) -> dict[str, Any]:
 
 
 def _record_interruption(trainer: pl.Trainer, run_dir: Path, console: Console) -> None:
+    if not trainer.is_global_zero:
+        return
     write_json(run_dir / "metrics.json", {"status": "interrupted", "steps": trainer.global_step})
     if (run_dir / "checkpoints" / "last.ckpt").exists():
         console.print(f"interrupted at step {trainer.global_step}; to continue from the last checkpoint:")
@@ -132,8 +135,7 @@ def _record_interruption(trainer: pl.Trainer, run_dir: Path, console: Console) -
 
 def _trainer(prepared: Prepared, loggers: list[Logger], monitor: RunMonitor) -> pl.Trainer:
     training, trainer, run_dir = prepared.config.training, prepared.config.trainer, prepared.run_dir
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning()
     options: dict[str, Any] = {
         "accelerator": trainer.accelerator,
         "precision": trainer.precision,  # "auto" has been resolved

@@ -1,6 +1,7 @@
 """What Lightning's Trainer takes beyond the keys of this project."""
 
 import inspect
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moesaic.errors import InputError
 
-__all__ = ["DOUBLES", "TENSORBOARD", "as_additions", "option_names", "require_options"]
+__all__ = ["DOUBLES", "TENSORBOARD", "as_additions", "option_names", "quiet_lightning", "require_options"]
 
 DOUBLES = {
     "max_steps": "training.steps",
@@ -45,12 +46,18 @@ def option_names() -> Collection[str]:
 
 
 def as_additions(arguments: Sequence[str]) -> list[str]:
-    """Overrides for Hydra in which trainer.NAME=VALUE is ++trainer.NAME=VALUE for every option of Lightning's.
+    """Overrides for Hydra in which trainer.NAME=VALUE is ++trainer.NAME=VALUE.
 
-    Hydra would refuse those that conf/trainer does not list.
+    Hydra would refuse the options of Lightning that conf/trainer does not list; `TrainerConfig` knows them, and what is
+    close to a name that nobody knows.
     """
-    names = {f"trainer.{name}" for name in option_names()}
-    return [f"++{each}" if each.partition("=")[0] in names else each for each in arguments]
+    return [f"++{each}" if each.startswith("trainer.") and "=" in each else each for each in arguments]
+
+
+def quiet_lightning() -> None:
+    """Let Lightning say warnings only; the run's own summary names devices and what is trained."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def require_options(options: Mapping[str, Any]) -> None:
@@ -62,6 +69,7 @@ def require_options(options: Mapping[str, Any]) -> None:
     Raises:
         InputError: Lightning refuses them.
     """
+    quiet_lightning()
     try:
         pl.Trainer(**{"enable_progress_bar": False, "enable_model_summary": False, "logger": False, **options})
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
