@@ -103,5 +103,5 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run in it; a run is a directory with a config.yaml"):
         collect_runs(tmp_path)
     make_run(tmp_path / "run", loss=1.0)
-    with pytest.raises(InputError, match=r"--metric accuracy: no run has it; found: parameters/active"):
+    with pytest.raises(InputError, match=r"metrics: no run has accuracy; found: parameters/active"):
         write_report(tmp_path, ["accuracy"])

@@ -34,7 +34,7 @@ DEFAULT_METRICS = ("validation/bits_per_byte", "validation/loss")
 
 COSTS = ("seconds", "parameters/total", "parameters/active")
 
-NOT_AN_ARM = ("seed", "name", "run_dir", "output_dir", "resume", "ckpt_path")
+NOT_AN_ARM = ("seed", "name", "run_dir", "output_dir", "resume", "ckpt_path", "model.format")
 """Config keys that do not make a run another arm."""
 
 
