@@ -65,15 +65,16 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
 
 
 def describe_groups(model: nn.Module, config: OptimizerConfig) -> str:
-    """One line per group: what steps its parameters, at what rate, and which modules they belong to."""
+    """One line per group: what steps its parameters, at what rate, and which modules they belong to, if they are few."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     lines = []
     for group in parameter_groups(model, config):
-        owners = [
-            re.sub(r"\.\d+(?=\.|$)", ".*", names[id(p)].rpartition(".")[0] or names[id(p)]) for p in group["params"]
-        ]
+        owners = dict.fromkeys(
+            re.sub(r"\.\d+(?=\.|$)", ".*", names[id(parameter)].rpartition(".")[0]) for parameter in group["params"]
+        )
+        listed = ", ".join(owners) if len(owners) <= 6 else f"{len(group['params'])} tensors"
         how = f"{'muon' if group['muon'] else 'adamw'} at {group['lr']:g}, decay {group['weight_decay']:g}"
-        lines.append(f"{group['name']}: {how}: {', '.join(dict.fromkeys(owners))}")
+        lines.append(f"{group['name']}: {how}: {listed}")
     return "\n".join(lines)
 
 
