@@ -112,10 +112,10 @@ def test_a_custom_router_is_stepped_as_ours(parts: Path) -> None:
 def test_a_scans_filters_and_rates_are_no_matrices(parts: Path) -> None:
     said = describe_groups(build_decoder(model(ROUTER)), OptimizerConfig())
     matrices, outputs, vectors, _ = said.splitlines()
-    assert matrices.startswith("matrices: muon at 0.004, decay 0.1: layers.*.mixer.proj, layers.*.ffn.gate_proj")
+    assert matrices.startswith("matrices: muon at 0.004, decay 0.1: ") and matrices.endswith(" tensors")
     assert outputs == "outputs: adamw at 0.016, decay 0.1: layers.*.ffn.router, head"
     assert vectors.startswith("vectors: adamw at 0.016, decay 0: ")
-    assert "layers.*.mixer, " in vectors and "layers.*.mixer.conv1d" in vectors
+    assert "layers.*.mixer, layers.*.mixer.conv1d" in vectors
 
 
 def test_flops_of_custom_parts_count(parts: Path) -> None:

@@ -65,7 +65,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
 
 
 def describe_groups(model: nn.Module, config: OptimizerConfig) -> str:
-    """One line per group: what steps its parameters, at what rate, and which modules they belong to, if they are few."""
+    """One line per group: what steps its parameters, at what rate, and whose they are, if few modules have them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     lines = []
     for group in parameter_groups(model, config):
