@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-from moesaic.evaluation import specialisation
+from moesaic.evaluation import specialisation_plots
 from moesaic.evaluation.plotting import save_figure
 from moesaic.evaluation.specialisation import (
     BYTE_CLASSES,
@@ -18,8 +18,8 @@ from moesaic.evaluation.specialisation import (
     byte_class,
     explained_share,
     overlap,
-    plot_specialisation,
 )
+from moesaic.evaluation.specialisation_plots import plot_specialisation
 from moesaic.layers import Routing, count_tokens
 
 STRINGS = [b"a", b"7", b" ", b"(", b"\xc3\xa9", b""]
@@ -130,7 +130,7 @@ def test_coactivation_padding_and_batches_that_add_up() -> None:
 def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     monkeypatch.setattr(
-        specialisation, "save_figure", lambda figure, out: figures.append(figure) or save_figure(figure, out)
+        specialisation_plots, "save_figure", lambda figure, out: figures.append(figure) or save_figure(figure, out)
     )
     seen = Specialisation(6, strings)
     ids = torch.stack([torch.randperm(4)[:top_k] for _ in range(40)])
@@ -145,7 +145,7 @@ def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int, monkeypat
 
 def test_experts_are_numbered_by_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(specialisation, "save_figure", lambda figure, out: figures.append(figure))
+    monkeypatch.setattr(specialisation_plots, "save_figure", lambda figure, out: figures.append(figure))
     seen = Specialisation(6)
     ids = torch.arange(40).view(40, 1) % 4
     seen.update(rigged(4, first=ids, second=ids), {"tokens": torch.randint(6, (2, 20))})

@@ -54,7 +54,7 @@ def test_a_layer_of_ones_own(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody", "nobody: allowed are package.module:factory, moesaic, "),
+        ("nobody", "nobody: must be package.module:factory, or one of moesaic, "),
         ("no_such:thing", "No module named 'no_such'"),
     ],
 )

@@ -3,7 +3,6 @@
 Exits with 1 if a check failed, with 2 if a layer could not be made. Without names, the ones known here are listed.
 """
 
-import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from moesaic import imports
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.layers import MoE
@@ -61,13 +61,9 @@ def find(name: str) -> Callable[..., Any]:
     """A layer known here, or `package.module:factory` as seen from the working directory."""
     if name in LAYERS:
         return LAYERS[name]
-    module, separator, attribute = name.partition(":")
-    if not separator:
-        raise InputError(f"{name}: allowed are package.module:factory, {', '.join(LAYERS)}")
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{name}: {error}") from error
+    if ":" not in name:
+        raise InputError(f"{name}: must be package.module:factory, or one of {', '.join(LAYERS)}")
+    factory = imports.resolve(name, "layer")
     if not callable(factory):
         raise InputError(f"{name} is {type(factory).__name__}: allowed is a function that returns a layer")
     return factory

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moesaic.checkpoints import TrainedModel, load_model
 from moesaic.cli.common import launch, plain
-from moesaic.config import flatten, from_mapping
+from moesaic.config import flatten, from_mapping, require_same
 from moesaic.data import AnyEvaluationLoader, DataConfig, Task, load_data, token_strings
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError
@@ -44,7 +44,8 @@ from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.plots import plot_loss_by_position
 from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
-from moesaic.evaluation.specialisation import Specialisation, file_kinds, plot_specialisation
+from moesaic.evaluation.specialisation import Specialisation, file_kinds
+from moesaic.evaluation.specialisation_plots import plot_specialisation
 from moesaic.files import write_json
 from moesaic.layers import Routing
 from moesaic.models import Decoder
@@ -166,7 +167,7 @@ def _require_same_evaluation(config: dict[str, Any], digest: str | None) -> None
     path = Path(config["output"]) / "evaluation.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        stored = flatten({**record["config"], "checkpoint_digest": record["checkpoint_digest"]})
+        stored = _deciding(record["config"], record["checkpoint_digest"])
     except (FileNotFoundError, NotADirectoryError):
         if found := [name for name in PICTURES if path.with_name(name).exists()]:
             raise InputError(
@@ -176,14 +177,16 @@ def _require_same_evaluation(config: dict[str, Any], digest: str | None) -> None
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a result of moesaic evaluate; choose another output") from error
-    asked = flatten({**config, "checkpoint_digest": digest})
     where = ("checkpoint", "output", "batch_size", "accelerator", "data.cache_dir", "variants")
-    keys = [
-        key for key in sorted(stored.keys() | asked.keys()) if key.split(".")[0] not in ("loss_by_position", "needle")
-    ]
-    differing = [key for key in keys if key not in where and stored.get(key) != asked.get(key)]
-    if listed := "; ".join(f"{key}: {stored.get(key)} there, {asked.get(key)} now" for key in differing):
-        raise InputError(f"{path}: results of another evaluation ({listed}); choose another output")
+    choose = "results of another evaluation, choose another output"
+    require_same(f"{path}: {choose}", stored, _deciding(config, digest), where)
+
+
+def _deciding(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
+    """The keys that decide what an evaluation finds; a key that is null is as one that is not there."""
+    flat = flatten({**config, "checkpoint_digest": digest})
+    others = ("loss_by_position", "needle")  # of other tasks
+    return {key: value for key, value in flat.items() if value is not None and key.split(".")[0] not in others}
 
 
 def _require_readable(model: TrainedModel, data: DataConfig, checkpoint: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moesaic.config import require_same
 from moesaic.data import Data, DataConfig, Tokenizer
 from moesaic.distillation import (
     CachedTargets,
@@ -150,8 +151,5 @@ def require_same_teacher(opened: OpenedTargets, environment: Path) -> None:
         stored = json.loads(environment.read_text(encoding="utf-8"))["teacher"]["hash"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    if stored != opened.teacher_hash:
-        raise InputError(
-            f"distillation: the teacher's weights have changed since this run began ({stored[:12]} in {environment}, "
-            f"{opened.teacher_hash[:12]} now); a resumed run needs the same teacher"
-        )
+    changed = "the teacher's weights have changed since this run began; a resumed run needs the same teacher"
+    require_same(f"distillation: {changed} ({environment})", {"teacher": stored}, {"teacher": opened.teacher_hash})

@@ -26,7 +26,8 @@ from moesaic.evaluation.plots import (
 from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.sampling import sample_text
-from moesaic.evaluation.specialisation import Specialisation, file_kinds, plot_specialisation
+from moesaic.evaluation.specialisation import Specialisation, file_kinds
+from moesaic.evaluation.specialisation_plots import plot_specialisation
 from moesaic.files import write_atomically
 from moesaic.training.batches import evaluation_sizes
 from moesaic.training.fit import Fitted
