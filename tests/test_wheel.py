@@ -108,7 +108,7 @@ def test_from_an_empty_folder(command: Path, tmp_path: Path) -> None:
         lines = [f"def f{draw.randrange(9)}(x{j}):\n    return x{j} + {draw.randrange(99)}\n" for j in range(40)]
         (texts / f"file{i}.py").write_text("\n".join(lines))
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)  # somebody's repository, which is not ours
-    printed = run(command, "train", *SMALL, *TEXTS, "experiment=own_parts", folder=tmp_path)
+    printed = run(command, "train", *SMALL, *TEXTS, "experiment=custom_modules", folder=tmp_path)
     [run_dir] = (tmp_path / "outputs" / "smoke").iterdir()
     assert f"moesaic generate outputs/smoke/{run_dir.name}" in printed
     assert '"git_commit": null' in (run_dir / "environment.json").read_text()

@@ -39,9 +39,9 @@ def pattern(*layers: tuple[Any, Any]) -> dict[str, Any]:
     return {"pattern": entries, "interleave_moe_layer_step": None, "nope_layer_interval": None}
 
 
-OWN_MIXER = {"type": "own_part_samples.RunningMean"}
-OWN_FFN = {"type": "own_part_samples.TwoMatrices", "hidden_dim": 24}
-OWN_ROUTER = {"type": "own_part_samples.LinearRouter"}
+OWN_MIXER = {"type": "custom_samples.RunningMean"}
+OWN_FFN = {"type": "custom_samples.TwoMatrices", "hidden_dim": 24}
+OWN_ROUTER = {"type": "custom_samples.LinearRouter"}
 
 CONFIGS = {
     "alternating": toy(),
@@ -63,7 +63,7 @@ CONFIGS = {
     "every mixer": toy(
         **pattern(("chunked_rope", "dense"), ("rope", "moe"), ("nope", "dense_twin"), ("chunked_nope", "moe"))
     ),
-    "own parts": toy(moe={"router": OWN_ROUTER}, **pattern((OWN_MIXER, "moe"), ("chunked_rope", OWN_FFN))),
+    "custom modules": toy(moe={"router": OWN_ROUTER}, **pattern((OWN_MIXER, "moe"), ("chunked_rope", OWN_FFN))),
 }
 
 
@@ -200,9 +200,9 @@ def test_layers_are_described() -> None:
         ("RoPE, chunks of 8, QK norm", "dense 64"),
         ("NoPE, full, temperature 0.1 / 8", "MoE 4 x 32, top 2"),
     ]
-    assert [(x.mixer, x.ffn) for x in account(CONFIGS["own parts"], 16).layers][:2] == [
-        ("own_part_samples.RunningMean", "MoE 4 x 32, top 1 + shared 32, router own_part_samples.LinearRouter"),
-        ("RoPE, chunks of 8, QK norm", "own_part_samples.TwoMatrices"),
+    assert [(x.mixer, x.ffn) for x in account(CONFIGS["custom modules"], 16).layers][:2] == [
+        ("custom_samples.RunningMean", "MoE 4 x 32, top 1 + shared 32, router custom_samples.LinearRouter"),
+        ("RoPE, chunks of 8, QK norm", "custom_samples.TwoMatrices"),
     ]
 
 

@@ -9,7 +9,7 @@ from moesaic.errors import InputError
 from moesaic.models import AttentionConfig, DecoderConfig, account, llama4_toy
 from moesaic.models.comparison import (
     WIDTH_STEP,
-    Arm,
+    Candidate,
     count_costs,
     default_width,
     solve_width,
@@ -28,8 +28,8 @@ DENSE = DecoderConfig(
 )
 
 
-def arm(model: DecoderConfig, seq_len: int = 3) -> Arm:
-    return Arm(model, 2, seq_len, "adamw", lambda decoder: torch.optim.AdamW(decoder.parameters()))
+def arm(model: DecoderConfig, seq_len: int = 3) -> Candidate:
+    return Candidate(model, 2, seq_len, "adamw", lambda decoder: torch.optim.AdamW(decoder.parameters()))
 
 
 def test_costs_by_hand() -> None:
@@ -44,10 +44,10 @@ def test_costs_by_hand() -> None:
     assert costs.activation_bytes > 6 * 4 * 4
 
 
-def test_own_parts_are_counted_too() -> None:
+def test_custom_modules_are_counted_too() -> None:
     toy = llama4_toy(50)
     assert toy.moe is not None
-    own = {"type": "own_part_samples.LinearRouter"}
+    own = {"type": "custom_samples.LinearRouter"}
     owned = count_costs(arm(dataclasses.replace(toy, moe=dataclasses.replace(toy.moe, router=own)), 8))
     assert owned.weight_bytes == 4 * owned.parameters
 

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
+from custom_samples import BottomKRouter, LinearRouter, RunningMean, TwoMatrices
 from hypothesis import given
 from hypothesis import strategies as st
-from own_part_samples import BottomKRouter, LinearRouter, RunningMean, TwoMatrices
 from reference.comparing import OutputSizes, assert_close, assert_gradients, gradients, redraw
 from torch import Tensor
 
@@ -33,8 +33,8 @@ def config(attention: dict[str, Any] | None = None, moe: dict[str, Any] | None =
     )
 
 
-OWN_MIXER = {"type": "own_part_samples.RunningMean", "scale": 3.0}
-OWN_FFN = {"type": "own_part_samples.TwoMatrices", "hidden_dim": 10}
+OWN_MIXER = {"type": "custom_samples.RunningMean", "scale": 3.0}
+OWN_FFN = {"type": "custom_samples.TwoMatrices", "hidden_dim": 10}
 
 CONFIGS = {
     "llama 4": config(),
@@ -51,7 +51,7 @@ CONFIGS = {
         }
     ),
     "convolution and biases": config({"conv_width": 3, "bias": True}),
-    "own parts": config(**pattern((OWN_MIXER, "moe"), ("chunked_rope", OWN_FFN)), num_layers=2),
+    "custom modules": config(**pattern((OWN_MIXER, "moe"), ("chunked_rope", OWN_FFN)), num_layers=2),
 }
 
 
@@ -245,8 +245,8 @@ def test_options_of_the_moe_reach_it() -> None:
     assert uniform.get_submodule("layers.1.ffn.experts").backend == "padded"
 
 
-def test_own_parts_by_dotted_path() -> None:
-    decoder = build_decoder(CONFIGS["own parts"], dtype=torch.float64)
+def test_custom_modules_by_dotted_path() -> None:
+    decoder = build_decoder(CONFIGS["custom modules"], dtype=torch.float64)
     first, second = decoder.layers
     assert isinstance(first.mixer, RunningMean) and first.mixer.scale == 3.0
     assert isinstance(second.ffn, TwoMatrices) and second.ffn.up.out_features == 10
@@ -258,7 +258,7 @@ def test_own_parts_by_dotted_path() -> None:
 
 @pytest.mark.parametrize(("name", "router"), [("LinearRouter", LinearRouter), ("BottomKRouter", BottomKRouter)])
 def test_own_router_by_dotted_path(name: str, router: type) -> None:
-    decoder = build(config(moe={"router": {"type": f"own_part_samples.{name}"}, "top_k": 2}))
+    decoder = build(config(moe={"router": {"type": f"custom_samples.{name}"}, "top_k": 2}))
     moe = decoder.get_submodule("layers.1.ffn")
     assert type(moe.router) is router
     routing = decoder(text()).routing["layers.1.ffn"]
@@ -268,9 +268,9 @@ def test_own_router_by_dotted_path(name: str, router: type) -> None:
     assert (chosen == best).all() if router is LinearRouter else (chosen < best).all()
 
 
-def test_own_parts_keep_their_initialisation() -> None:
+def test_custom_modules_keep_their_initialisation() -> None:
     own = config(
-        moe={"router": {"type": "own_part_samples.LinearRouter"}},
+        moe={"router": {"type": "custom_samples.LinearRouter"}},
         num_layers=2,
         **pattern(("chunked_rope", "moe"), ("chunked_rope", OWN_FFN)),
     )
@@ -281,7 +281,7 @@ def test_own_parts_keep_their_initialisation() -> None:
 
 
 def test_an_own_subclass_of_our_router_keeps_its_initialisation() -> None:
-    decoder = build_decoder(config(moe={"router": {"type": "own_part_samples.BottomKRouter"}}))
+    decoder = build_decoder(config(moe={"router": {"type": "custom_samples.BottomKRouter"}}))
     assert (decoder.get_submodule("layers.1.ffn.router").weight == 0.25).all()
 
 
@@ -290,36 +290,36 @@ def test_an_own_subclass_of_our_router_keeps_its_initialisation() -> None:
     [
         ({"type": "no_such_package.Part"}, r"layer 0 mixer: type='no_such_package\.Part' cannot be imported"),
         (
-            {"type": "own_part_samples.Absent"},
-            r"layer 0 mixer: type='own_part_samples\.Absent' cannot be imported",
+            {"type": "custom_samples.Absent"},
+            r"layer 0 mixer: type='custom_samples\.Absent' cannot be imported",
         ),
         ({"type": "NoDots"}, r"layer 0 mixer: type='NoDots' cannot be imported"),
         (
-            {"type": "own_part_samples.RunningMean", "sclae": 2},
-            r"layer 0 mixer: own_part_samples\.RunningMean\(dim, sclae\) failed: .*sclae",
+            {"type": "custom_samples.RunningMean", "sclae": 2},
+            r"layer 0 mixer: custom_samples\.RunningMean\(dim, sclae\) failed: .*sclae",
         ),
         (
-            {"type": "own_part_samples.Refusing"},
-            r"layer 0 mixer: own_part_samples\.Refusing\(dim\) failed: dim=16",
+            {"type": "custom_samples.Refusing"},
+            r"layer 0 mixer: custom_samples\.Refusing\(dim\) failed: dim=16",
         ),
         (
-            {"type": "own_part_samples.not_a_module"},
-            r"layer 0 mixer: own_part_samples\.not_a_module made a list; it must be a torch\.nn\.Module",
+            {"type": "custom_samples.not_a_module"},
+            r"layer 0 mixer: custom_samples\.not_a_module made a list; it must be a torch\.nn\.Module",
         ),
     ],
 )
-def test_bad_own_parts(part: dict[str, Any], message: str) -> None:
+def test_bad_custom_modules(part: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_decoder(config(**pattern((part, "dense"))))
 
 
 def test_bad_own_ffn_and_router_say_where() -> None:
-    with pytest.raises(InputError, match=r"layer 1 ffn: own_part_samples\.TwoMatrices\(dim\) failed: .*hidden_dim"):
+    with pytest.raises(InputError, match=r"layer 1 ffn: custom_samples\.TwoMatrices\(dim\) failed: .*hidden_dim"):
         build_decoder(
-            config(**pattern(("chunked_rope", "dense"), ("chunked_rope", {"type": "own_part_samples.TwoMatrices"})))
+            config(**pattern(("chunked_rope", "dense"), ("chunked_rope", {"type": "custom_samples.TwoMatrices"})))
         )
-    with pytest.raises(InputError, match=r"layer 1 router: type='own_part_samples\.Absent' cannot be imported"):
-        build_decoder(config(moe={"router": {"type": "own_part_samples.Absent"}}))
+    with pytest.raises(InputError, match=r"layer 1 router: type='custom_samples\.Absent' cannot be imported"):
+        build_decoder(config(moe={"router": {"type": "custom_samples.Absent"}}))
 
 
 def test_hidden_states_build_no_logits() -> None:

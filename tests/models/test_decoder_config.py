@@ -108,7 +108,7 @@ def test_round_trip(config: DecoderConfig) -> None:
     assert from_mapping(DecoderConfig, to_mapping(config)) == config
 
 
-def test_round_trip_of_a_pattern_with_own_parts() -> None:
+def test_round_trip_of_a_pattern_with_custom_modules() -> None:
     own = {"type": "package.module.Class", "width": 3, "nested": {"a": [1, 2]}}
     config = llama4_toy(
         pattern=(LayerConfig(own, "moe"), LayerConfig("chunked_rope", own)),
@@ -305,6 +305,6 @@ def test_odd_head_dim_is_fine_without_positions() -> None:
     assert llama4_toy(attention=attention, nope_layer_interval=1).head_dim == 7
 
 
-def test_own_parts_do_not_need_moe() -> None:
+def test_custom_modules_do_not_need_moe() -> None:
     own = LayerConfig(mixer="chunked_rope", ffn={"type": "somewhere.Part"})
     assert llama4_toy(moe=None, pattern=(own,), **WITHOUT_INTERVALS).moe is None

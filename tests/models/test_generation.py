@@ -114,7 +114,7 @@ def test_mode_is_restored_and_no_graph_is_kept(training: bool) -> None:
 
 
 def test_a_mixer_without_cache_falls_back_to_the_whole_text() -> None:
-    own = LayerConfig({"type": "own_part_samples.RunningMean"}, "dense")
+    own = LayerConfig({"type": "custom_samples.RunningMean"}, "dense")
     decoder = toy(
         pattern=(LayerConfig("chunked_rope", "moe"), own), interleave_moe_layer_step=None, nope_layer_interval=None
     )

@@ -239,10 +239,10 @@ def test_a_model_that_fits_nowhere_is_traced() -> None:
         assert getattr(formula, field.name) == pytest.approx(getattr(traced[0], field.name), rel=0.01), field.name
 
 
-def test_own_parts_are_traced_and_have_no_formula() -> None:
+def test_custom_modules_are_traced_and_have_no_formula() -> None:
     entries = (
-        LayerConfig({"type": "own_part_samples.RunningMean"}, "moe"),
-        LayerConfig("chunked_rope", {"type": "own_part_samples.TwoMatrices", "hidden_dim": 300}),
+        LayerConfig({"type": "custom_samples.RunningMean"}, "moe"),
+        LayerConfig("chunked_rope", {"type": "custom_samples.TwoMatrices", "hidden_dim": 300}),
     )
     pattern = {"pattern": entries, "interleave_moe_layer_step": None, "nope_layer_interval": None}
     config = small(**pattern)

@@ -23,7 +23,7 @@ from moesaic.data import load_data
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, naming
 from moesaic.models import DecoderConfig, account
-from moesaic.models.comparison import Arm, count_costs, default_width, solve_width, time_steps, with_width
+from moesaic.models.comparison import Candidate, count_costs, default_width, solve_width, time_steps, with_width
 from moesaic.studies.sweep import write_report
 from moesaic.training.config import RunConfig
 from moesaic.training.optimizers import build_optimizer
@@ -79,7 +79,7 @@ def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def arm_of(config: dict[str, Any], needs_data: bool = False) -> Arm:
+def arm_of(config: dict[str, Any], needs_data: bool = False) -> Candidate:
     """What is compared; with `needs_data` a vocabulary that the data do not fit is refused."""
     run_config = from_mapping(RunConfig, config)
     given = run_config.model["vocab_size"]
@@ -87,7 +87,7 @@ def arm_of(config: dict[str, Any], needs_data: bool = False) -> Arm:
     model = from_mapping(DecoderConfig, {**run_config.model, "vocab_size": given or 1}, "model")
     if needs_data or not given:
         model = fit_vocabulary(run_config, load_data(run_config.data))
-    return Arm(
+    return Candidate(
         model=model,
         batch_size=run_config.training.batch_size,
         seq_len=run_config.training.seq_len,
@@ -149,20 +149,20 @@ def compare(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     return result
 
 
-def solve(a: Arm, b: Arm, quantity: str, key: str, time_arms: Any) -> tuple[int, Arm]:
+def solve(a: Candidate, b: Candidate, quantity: str, key: str, time_arms: Any) -> tuple[int, Candidate]:
     """The width of b at `key` that makes `quantity` equal to a's, and b at that width."""
     start = b.model.hidden_dim
     if key == "model.moe.hidden_dim" and b.model.moe is not None:
         start = b.model.moe.hidden_dim
 
-    def at(width: int) -> Arm:
+    def at(width: int) -> Candidate:
         return dataclasses.replace(b, model=with_width(b.model, key, width))
 
     def over_a(width: int) -> float:
         ours, theirs = time_arms([a, at(width)])
         return theirs / ours
 
-    def counted(arm: Arm) -> float:
+    def counted(arm: Candidate) -> float:
         return float(getattr(account(arm.model, arm.seq_len), QUANTITIES[quantity]))
 
     with naming(f"solve={quantity}" + (" (steps of a)" if quantity == "seconds" else "")):

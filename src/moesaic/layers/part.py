@@ -122,7 +122,7 @@ def initialize(part: nn.Module, parametrization: Parametrization) -> None:
 def flops_per_token(part: nn.Module, seq_len: int, *shape: int) -> Flops:
     """Forward FLOPs of one token of `part`: declared, or counted by torch while it runs, or assumed by dimension.
 
-    torch counts matrix products, convolutions and attention; elementwise work is left out, as in our own parts.
+    torch counts matrix products, convolutions and attention; elementwise work is left out, as it is in ours.
 
     Args:
         seq_len: tokens of a sequence.

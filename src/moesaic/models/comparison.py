@@ -11,10 +11,20 @@ from moesaic.errors import InputError
 from moesaic.losses.cross_entropy import linear_cross_entropy
 from moesaic.models.accounting import account
 from moesaic.models.config import DecoderConfig
+from moesaic.models.custom import custom_modules
 from moesaic.models.decoder import Decoder, build_decoder
 from moesaic.models.memory import estimate_memory, trace_memory
 
-__all__ = ["WIDTH_STEP", "Arm", "Costs", "count_costs", "default_width", "solve_width", "time_steps", "with_width"]
+__all__ = [
+    "WIDTH_STEP",
+    "Candidate",
+    "Costs",
+    "count_costs",
+    "default_width",
+    "solve_width",
+    "time_steps",
+    "with_width",
+]
 
 WIDTH_STEP = 8
 """Widths are multiples of it: kernels that group experts want rows of 16 bytes in bf16."""
@@ -23,7 +33,7 @@ WIDTHS = ("model.hidden_dim", "model.moe.hidden_dim")
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
+class Candidate:
     """A decoder and how it is trained."""
 
     model: DecoderConfig
@@ -48,10 +58,10 @@ class Costs:
     activation_bytes: int
 
 
-def count_costs(arm: Arm) -> Costs:
-    """By formula; the memory of own parts is counted on tensors without memory (seconds)."""
+def count_costs(arm: Candidate) -> Costs:
+    """By formula; the memory of custom modules is counted on tensors without memory (seconds)."""
     accounted = account(arm.model, arm.seq_len)
-    if _has_own_parts(arm.model):
+    if custom_modules(arm.model):
         memory = trace_memory(
             arm.model,
             batch_size=arm.batch_size,
@@ -78,7 +88,7 @@ def count_costs(arm: Arm) -> Costs:
     )
 
 
-def time_steps(arms: Sequence[Arm], *, rounds: int = 7, device: str = "cpu") -> list[float]:
+def time_steps(arms: Sequence[Candidate], *, rounds: int = 7, device: str = "cpu") -> list[float]:
     """Median seconds of a whole step in fp32: forward, cross-entropy, backward, optimiser. Balance losses are left out.
 
     One step of each arm in turn per round, beginning with another arm each time, after two rounds to warm up. All arms
@@ -96,7 +106,7 @@ def time_steps(arms: Sequence[Arm], *, rounds: int = 7, device: str = "cpu") -> 
     return [statistics.median(found) for found in samples]
 
 
-def _step_of(arm: Arm, device: str) -> Callable[[], None]:
+def _step_of(arm: Candidate, device: str) -> Callable[[], None]:
     decoder = build_decoder(arm.model, checkpoint_activations=arm.checkpoint_activations, device=device)
     optimizer = arm.make_optimizer(decoder)
     shape = (arm.batch_size, arm.seq_len + 1)
@@ -189,8 +199,3 @@ def solve_width(
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     best = min(found, key=lambda steps: (abs(found[steps] - target), steps))
     return best * WIDTH_STEP, found[best]
-
-
-def _has_own_parts(model: DecoderConfig) -> bool:
-    parts = [part for layer in model.layers for part in (layer.mixer, layer.ffn)]
-    return any(isinstance(part, dict) for part in (*parts, None if model.moe is None else model.moe.router))

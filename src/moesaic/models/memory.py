@@ -1,8 +1,8 @@
 """Bytes of a training step and of a KV cache: by formula, and counted on tensors without memory.
 
 `estimate_memory` is closed forms over the layers. `trace_memory` runs the real step on fake tensors (shapes, no memory)
-and counts the storages that are alive, so it knows own parts as well. Both describe one process on a CPU. The tests
-hold both against the peak that torch's profiler sees in a real step.
+and counts the storages that are alive, so it knows custom modules as well. Both describe one process on a CPU. The
+tests hold both against the peak that torch's profiler sees in a real step.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ def estimate_memory(
         checkpoint_activations: as `build_decoder` takes it.
 
     Raises:
-        InputError: impossible sizes, an unknown optimiser, or own parts, which only `trace_memory` can count.
+        InputError: impossible sizes, an unknown optimiser, or custom modules, which only `trace_memory` can count.
     """
     _check_sizes(batch_size, seq_len, dtype)
     if optimizer not in ("adamw", "muon", None):

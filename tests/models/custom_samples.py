@@ -1,4 +1,4 @@
-"""Parts of a user's own, which tests name by dotted path (`own_part_samples.RunningMean`)."""
+"""Parts of a user's own, which tests name by dotted path (`custom_samples.RunningMean`)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,15 +1,16 @@
-"""Parts of your own, entering through YAML by dotted path; conf/experiment/own_parts.yaml uses all three.
+"""Custom modules, which enter a model through YAML by dotted path; conf/experiment/custom_modules.yaml uses all three.
 
-    moesaic train experiment=own_parts
+    moesaic train experiment=custom_modules
 
-A part is a torch.nn.Module. It is constructed with the sizes (dim, for a router also num_experts and top_k) and with
-whatever else its YAML entry says beside `type`. Your own modules are found in the working folder.
+A custom module is a torch.nn.Module. Its constructor is given by name what it asks for (dim, layer_index, num_layers,
+norm_eps, num_experts, top_k, score_function, normalize_scores), and what its YAML entry says beside `type`. Your own
+modules are found in the working folder. What they may say of themselves is in `moesaic.layers.Part`.
 """
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers import Routing, count_tokens
+from moesaic.layers import Routing
 
 __all__ = ["CosineRouter", "GatedAverage", "ReluSquared"]
 
@@ -52,7 +53,7 @@ class CosineRouter(nn.Module):
         self.keys = nn.Parameter(torch.randn(num_experts, dim))
 
     def forward(self, x: Tensor) -> Routing:
-        """x (T, D) -> Routing."""
+        """x (T, D) -> logits (T, E), scores (T, K), expert_ids (T, K); `MoE` counts."""
         logits = self.scale * nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.keys, dim=-1).T
         chosen, expert_ids = logits.topk(self.top_k, dim=-1)
-        return Routing(logits, torch.sigmoid(chosen).to(x.dtype), expert_ids, count_tokens(expert_ids, logits.size(1)))
+        return Routing(logits, torch.sigmoid(chosen).to(x.dtype), expert_ids)
