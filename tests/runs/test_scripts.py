@@ -315,7 +315,7 @@ def test_report_on_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("experiment=recall,balanceing", r"no such option (did you mean balancing?)"),
         ("optimizer=adamw", r"optimizer is a section (did you mean optimizer.name=adamw?)"),
         ("model.pattern=[{mixer", r"""model.pattern=[{mixer: cannot be read (no viable alternative"""),
-        ("name='x", r"""must be in quotes inside quotes: "name='\\'x'\""""),
+        ("name='x", "must be in quotes inside quotes: \"name='\\\\'x'\""),
         ("small", r"small: must be key=value"),
     ],
 )

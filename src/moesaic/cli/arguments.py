@@ -87,7 +87,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     return get_args_parser().parse_args(list(arguments))
 
 
-def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str | None = None) -> None:
+def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str | Path | None = None) -> None:
     """Refuse an override that names no key or no option, and say what it may have meant.
 
     Args:

@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moesaic.checkout import CONFIG_DIR
 from moesaic.cli.arguments import check_overrides, complete, compose_with, read_flags
+from moesaic.cli.config_files import config_groups
 from moesaic.errors import InputError
 
-__all__ = ["composed", "exit_on_bad_input", "launch", "plain", "users_config_dir"]
+__all__ = ["composed", "exit_on_bad_input", "launch", "options_of", "plain", "users_config_dir"]
 
 OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
 
@@ -47,12 +49,17 @@ def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], Non
         HydraConfig.instance().cfg = None
 
 
-def users_config_dir() -> str | None:
+def users_config_dir() -> Path | None:
     """The folder that the running command was given as --config-dir."""
     if not HydraConfig.initialized():
         return None
     sources = HydraConfig.get().runtime.config_sources
-    return next((source.path for source in sources if source.provider == "command-line"), None)
+    return next((Path(source.path) for source in sources if source.provider == "command-line"), None)
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a config group, the user's own among them."""
+    return config_groups(*filter(None, [CONFIG_DIR, users_config_dir()]))[group]
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,9 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.checkout import CONFIG_DIR
-from moesaic.cli.common import composed, launch, plain, users_config_dir
-from moesaic.cli.config_files import config_groups
+from moesaic.cli.common import composed, launch, options_of, plain
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig, llama4_behemoth_guess, llama4_maverick, llama4_scout
@@ -44,7 +42,7 @@ def find_config(name: str) -> DecoderConfig:
     """
     if name in PRESETS:
         return PRESETS[name]()
-    files = config_groups(CONFIG_DIR, *filter(None, [users_config_dir()]))["model"]
+    files = options_of("model")
     if name not in files:
         raise InputError(f"name={name}: must be one of {', '.join([*PRESETS, *files])}")
     config = composed("train", [f"model={name}"])

@@ -13,9 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from moesaic.checkout import CONFIG_DIR, checkout
-from moesaic.cli.common import launch, plain, users_config_dir
-from moesaic.cli.config_files import config_groups
+from moesaic.checkout import checkout
+from moesaic.cli.common import launch, options_of, plain
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.studies.config import StudyConfig
@@ -35,8 +34,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     """
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     if config["study"]["arms"] is None:
-        folders = [CONFIG_DIR, *filter(None, [users_config_dir()])]
-        known = [name for name in config_groups(*map(Path, folders))["experiment"] if name.startswith("study_")]
+        known = [name for name in options_of("experiment") if name.startswith("study_")]
         raise InputError(f"experiment: give a study; allowed: {', '.join(known)}")
     study_config = from_mapping(StudyConfig, config.pop("study"), "study")
     workers, results_dir = config.pop("workers"), config.pop("results_dir")
