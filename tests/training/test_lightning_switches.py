@@ -101,7 +101,7 @@ def test_callbacks_and_loggers_are_made(tmp_path: Path) -> None:
     ("component", "message"),
     [
         (3, r"callbacks\.it=3: must be a mapping with _target_"),
-        ({"_target_": "nowhere.Callback"}, r"callbacks\.it\._target_: 'nowhere.Callback' cannot be imported"),
+        ({"_target_": "nowhere.Callback"}, r"callbacks\.it\._target_='nowhere.Callback' cannot be imported"),
         ({"_target_": "os.system"}, r"callbacks\.it\._target_='os.system': must be the dotted path of a Callback"),
         (
             {"_target_": f"{__name__}.Mine", "amont": 1},

@@ -47,7 +47,7 @@ def evaluation_loader(
     Raises:
         InputError: the split has fewer than two tokens, or sequences of the task do not fit seq_len.
     """
-    shared = {"seq_len": seq_len, "batch_size": batch_size, "max_batches": max_batches}
     if data.task is not None:
-        return TaskEvaluationLoader(data.task, **shared)
-    return EvaluationLoader((data.train if split == "train" else data.validation).tokens, **shared)
+        return TaskEvaluationLoader(data.task, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches)
+    tokens = (data.train if split == "train" else data.validation).tokens
+    return EvaluationLoader(tokens, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches)

@@ -1,7 +1,7 @@
 """The loaders of a run, made where the process knows its rank."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -9,10 +9,17 @@ from torch import Tensor
 from moesaic.data import AnyEvaluationLoader, AnyTrainingLoader, Data, evaluation_loader, training_loader
 from moesaic.training.config import RunConfig, TrainingConfig
 
-__all__ = ["RunBatches", "evaluation_sizes"]
+__all__ = ["RunBatches", "Sizes", "evaluation_sizes"]
 
 
-def evaluation_sizes(training: TrainingConfig) -> dict[str, int]:
+class Sizes(TypedDict):
+    """Tokens of a window, and windows of a batch."""
+
+    seq_len: int
+    batch_size: int
+
+
+def evaluation_sizes(training: TrainingConfig) -> Sizes:
     """seq_len and batch_size of validation: about as many tokens per batch as in training."""
     seq_len = training.validation_seq_len or training.seq_len
     return {"seq_len": seq_len, "batch_size": max(1, training.batch_size * training.seq_len // seq_len)}
@@ -62,7 +69,8 @@ class RunBatches(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         loader = self.training(trainer.global_rank, trainer.world_size)
-        if share := trainer.overfit_batches:  # our loaders go on in every epoch; these are the same batches in each
+        # our loaders go on in every epoch; these are the same batches in each
+        if share := trainer.overfit_batches:  # type: ignore[attr-defined]
             count = share if isinstance(share, int) else max(1, int(share * len(loader)))
             return _Same([loader.batch(i) for i in range(count)])
         return loader

@@ -5,18 +5,16 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moesaic.errors import InputError
 from moesaic.imports import resolve
 
 __all__ = ["make_callbacks", "make_loggers", "require_loggers"]
-
-T = TypeVar("T")
 
 PACKAGES = {
     "TensorBoardLogger": "tensorboard",
@@ -53,7 +51,7 @@ def make_loggers(config: Mapping[str, Any], run_dir: Path) -> list[Logger]:
     return [_make(each, f"logger.{name}", Logger, save_dir=str(run_dir)) for name, each in config.items()]
 
 
-def _class_of(config: Any, where: str, base: type[T]) -> type[T]:
+def _class_of(config: Any, where: str, base: Any) -> Any:
     """The class that a component's mapping names, checked with its arguments but not called."""
     if not isinstance(config, Mapping) or "_target_" not in config:
         raise InputError(f"{where}={config!r}: must be a mapping with _target_, the dotted path of a {base.__name__}")
@@ -78,7 +76,7 @@ def _require_package(package: str, where: str) -> None:
         raise InputError(f"{where}: it needs the package {package}: pip install {package}")
 
 
-def _make(config: Any, where: str, base: type[T], **defaults: Any) -> T:
+def _make(config: Any, where: str, base: Any, **defaults: Any) -> Any:
     cls = _class_of(config, where, base)
     known = inspect.signature(cls).parameters
     arguments = {name: value for name, value in defaults.items() if name in known}

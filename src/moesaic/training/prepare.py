@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from moesaic.allocator import keep_freed_memory
@@ -35,7 +34,7 @@ from moesaic.training.batches import RunBatches
 from moesaic.training.components import make_callbacks, require_loggers
 from moesaic.training.config import RunConfig
 from moesaic.training.continuing import require_same_distillation
-from moesaic.training.launched import rank_run_dir, tell_ranks
+from moesaic.training.launched import rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import create_run_dir, environment
@@ -206,7 +205,7 @@ def _begin_records(
 ) -> Path:
     """Create the run directory, unless it is there, and write what is known before training."""
     run_dir = start.run_dir or rank_run_dir() or _new_run_dir(config)
-    if rank_zero_only.rank:
+    if rank():
         return run_dir
     tell_ranks(run_dir)
     if start.run_dir is None:

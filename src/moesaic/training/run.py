@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from moesaic.data import Data
@@ -18,6 +17,7 @@ from moesaic.models import account
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
 from moesaic.training.fit import Fitted, build, fit
+from moesaic.training.launched import rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
 from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
@@ -36,7 +36,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     Raises:
         InputError: bad configuration, data or checkpoint.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 120, quiet=rank_zero_only.rank > 0)
+    console = console or Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
     with contextlib.ExitStack() as at_the_end:
         prepared = prepare(config, console, at_the_end)
         module = build(prepared)
