@@ -58,7 +58,7 @@ class _Panel:
 
 
 def _panels(found: Specialisation, name: str) -> dict[str, _Panel]:
-    """Of a layer, by title."""
+    """The panels of a layer, by title."""
     counts, panels = found.layers[name], {}
     if (by_class := found.by_class(name)) is not None:
         panels["by byte class (share of tokens)"] = _groups(dict(zip(BYTE_CLASSES, by_class, strict=True)))
