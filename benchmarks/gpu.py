@@ -102,11 +102,11 @@ def moe_layers(options: Options) -> Iterator[Row]:
                     flops=flops,
                     note=f"{flops / seconds[1] / 1e12:.1f} TFLOP/s active",
                 )
-        yield Row("gpu moe", "moe", shape, "bf16", "host synchronisation", note=host_synchronisation(moe, x, upstream))
+        yield Row("gpu moe", "moe", shape, "bf16", "host synchronisation", note=host_synchronization(moe, x, upstream))
         yield Row("gpu moe", "moe", shape, "bf16", "CUDA graph", note=graph_capture(moe, x, options.device))
 
 
-def host_synchronisation(layer: nn.Module, x: Tensor, upstream: Tensor) -> str:
+def host_synchronization(layer: nn.Module, x: Tensor, upstream: Tensor) -> str:
     """Whether forward and backward wait for the device, by torch's own check."""
     if not x.is_cuda:
         return "not run: needs CUDA"

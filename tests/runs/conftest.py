@@ -35,7 +35,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(ONE_PIXEL)
 
-    for module in ("long_context_plots", "plots", "recall", "specialisation_plots"):
+    for module in ("long_context_plots", "plots", "recall", "specialization_plots"):
         patch.setattr(f"moesaic.evaluation.{module}.save_figure", save)
 
 

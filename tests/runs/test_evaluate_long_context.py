@@ -134,11 +134,11 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=recall"], "task='recall': allowed are score, specialisation, loss_by_position, needle"),
-        (["task=needle", "other_checkpoint=x"], "other_checkpoint=x: only task=specialisation has it"),
+        (["task=recall"], "task='recall': allowed are score, specialization, loss_by_position, needle"),
+        (["task=needle", "other_checkpoint=x"], "other_checkpoint=x: only task=specialization has it"),
         (
             ["task=needle", "seq_len=5"],
-            "seq_len=5: only task=score and task=specialisation have it; see the section needle",
+            "seq_len=5: only task=score and task=specialization have it; see the section needle",
         ),
         (["task=needle", "batch_size=0"], "batch_size=0: allowed are integers >= 1"),
         (["task=needle", "split=test"], "split='test': allowed are validation, train"),

@@ -51,12 +51,12 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
         "plots/loss.png",
         "plots/expert_load.png",
         "plots/loss_by_position.png",
-        "plots/specialisation.png",
+        "plots/specialization.png",
         "plots/drift.png",
     ):
         assert (run_dir / name).stat().st_size > 0, name
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert events.Tags()["images"] == ["specialisation", "drift"]
+    assert events.Tags()["images"] == ["specialization", "drift"]
     drifts = [row["router/layers.1.ffn/drift"] for row in read_csv(run_dir / "metrics.csv") if row["validation/loss"]]
     assert [bool(drift) for drift in drifts] == [False, True], "checks at step 10, with none before it, and 20"
     assert 0 <= float(drifts[1]) <= 1
@@ -90,7 +90,7 @@ def test_dense_model_has_no_router_rows(composed: Composed) -> None:
     metrics = run(config)
     assert not any(key.startswith("router/") for key in metrics)
     assert not (only_run(config) / "plots" / "expert_load.png").exists()
-    assert not (only_run(config) / "plots" / "specialisation.png").exists()
+    assert not (only_run(config) / "plots" / "specialization.png").exists()
     assert not (only_run(config) / "plots" / "drift.png").exists()
 
 

@@ -171,14 +171,14 @@ def test_evaluate_agrees_with_the_end_of_training(trained: Path, composed: Compo
     assert evaluate.evaluate(config)["bits_per_byte"] > numbers["bits_per_byte"]
 
 
-def test_specialisation_and_drift(trained: Path, composed: Composed, tmp_path: Path) -> None:
+def test_specialization_and_drift(trained: Path, composed: Composed, tmp_path: Path) -> None:
     final = json.loads((trained.parents[1] / "metrics.json").read_text())
-    asked = ["data=files", f"checkpoint={trained}", "task=specialisation", f"output={tmp_path / 'seen'}"]
+    asked = ["data=files", f"checkpoint={trained}", "task=specialization", f"output={tmp_path / 'seen'}"]
     numbers = evaluate.evaluate(composed(*asked, f"other_checkpoint={trained}", config="evaluate"))
     assert numbers["router/layers.1.ffn/drift"] == numbers["router/layers.3.ffn/drift"] == 0
     assert json.loads((tmp_path / "seen" / "evaluation.json").read_text())["router/layers.1.ffn/drift"] == 0
-    assert (tmp_path / "seen" / "specialisation.png").stat().st_size > 0
-    counts = json.loads((tmp_path / "seen" / "specialisation.json").read_text())["layers.1.ffn"]
+    assert (tmp_path / "seen" / "specialization.png").stat().st_size > 0
+    counts = json.loads((tmp_path / "seen" / "specialization.json").read_text())["layers.1.ffn"]
     assert sum(map(sum, counts["by_token"])) == sum(map(sum, counts["by_position"])) == numbers["tokens"]
     assert [sum(column) for column in zip(*counts["by_token"], strict=True)] == [
         row[i] for i, row in enumerate(counts["together"])
@@ -191,20 +191,20 @@ def test_specialisation_and_drift(trained: Path, composed: Composed, tmp_path: P
     for layer in (1, 3):
         other.decoder.get_submodule(f"layers.{layer}.ffn.router").weight.data.neg_()
     save_model(tmp_path / "other.ckpt", other.decoder, other.tokenizer)
-    asked = ["data=files", f"checkpoint={trained}", "task=specialisation"]
+    asked = ["data=files", f"checkpoint={trained}", "task=specialization"]
     numbers = evaluate.evaluate(composed(*asked, f"other_checkpoint={tmp_path / 'other.ckpt'}", config="evaluate"))
     assert numbers["router/layers.1.ffn/drift"] > 0.9, "the least likely expert in place of the most likely one"
 
     save_model(tmp_path / "bare.ckpt", other.decoder)
     with pytest.raises(InputError, match=r"other_checkpoint=.*bare.ckpt: it has another tokeniser than checkpoint"):
         evaluate.evaluate(composed(*asked, f"other_checkpoint={tmp_path / 'bare.ckpt'}", config="evaluate"))
-    with pytest.raises(InputError, match=r"other_checkpoint=x: only task=specialisation has it"):
+    with pytest.raises(InputError, match=r"other_checkpoint=x: only task=specialization has it"):
         evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "other_checkpoint=x", config="evaluate"))
     twin = run(composed("model.dense_twin=true", "training.steps=1", f"run_dir={tmp_path / 'dense'}"))
     assert twin["status"] == "finished"
     dense = f"checkpoint={tmp_path / 'dense' / 'checkpoints' / 'last.ckpt'}"
-    with pytest.raises(InputError, match=r"task=specialisation: .*last.ckpt has no MoE layers"):
-        evaluate.evaluate(composed("data=files", dense, "task=specialisation", config="evaluate"))
+    with pytest.raises(InputError, match=r"task=specialization: .*last.ckpt has no MoE layers"):
+        evaluate.evaluate(composed("data=files", dense, "task=specialization", config="evaluate"))
 
 
 def test_evaluate_refuses_bad_input(trained: Path, composed: Composed) -> None:
@@ -224,8 +224,8 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
         InputError, match=r"evaluation.json: results of another evaluation, .*: seq_len: '\(absent\)' there, 16 now"
     ):
         evaluate.evaluate(composed(*asked, "seq_len=16", config="evaluate"))
-    with pytest.raises(InputError, match=r"results of another evaluation, .*task: 'score' there, 'specialisation' now"):
-        evaluate.evaluate(composed(*asked, "task=specialisation", config="evaluate"))
+    with pytest.raises(InputError, match=r"results of another evaluation, .*task: 'score' there, 'specialization' now"):
+        evaluate.evaluate(composed(*asked, "task=specialization", config="evaluate"))
     assert {path: path.read_bytes() for path in (tmp_path / "scored").iterdir()} == before
     again = evaluate.evaluate(composed(*asked, "batch_size=3", config="evaluate"))
     assert again["loss"] == pytest.approx(numbers["loss"], rel=1e-5)
@@ -241,7 +241,7 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
     with pytest.raises(InputError, match=r"scored/evaluation.png: would be overwritten"):
         evaluate.evaluate(composed(*asked, config="evaluate"))
     for key in ("checkpoint", "other_checkpoint", "output"):
-        config = composed("data=files", f"checkpoint={trained}", "task=specialisation", config="evaluate")
+        config = composed("data=files", f"checkpoint={trained}", "task=specialization", config="evaluate")
         with pytest.raises(InputError, match=f"{key}=2024: allowed is a path"):
             evaluate.evaluate({**config, key: 2024})
     (tmp_path / "file").touch()

@@ -3,7 +3,7 @@
 A recall checkpoint: data=associative_recall, with data.task as it was trained.
 
 What each expert takes, and what another checkpoint of the same run routes differently:
-moesaic evaluate CHECKPOINT task=specialisation output=DIRECTORY [other_checkpoint=PATH]
+moesaic evaluate CHECKPOINT task=specialization output=DIRECTORY [other_checkpoint=PATH]
 
 Long contexts, with switches of the model turned at inference only:
 moesaic evaluate CHECKPOINT task=loss_by_position|needle variants=[as_trained,no_temperature,window]
@@ -44,8 +44,8 @@ from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.plots import plot_loss_by_position
 from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
-from moesaic.evaluation.specialisation import Specialisation, file_kinds
-from moesaic.evaluation.specialisation_plots import plot_specialisation
+from moesaic.evaluation.specialization import Specialization, file_kinds
+from moesaic.evaluation.specialization_plots import plot_specialization
 from moesaic.files import write_json
 from moesaic.layers import Routing
 from moesaic.models import Decoder
@@ -56,12 +56,12 @@ __all__ = ["main"]
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     """Loss in nats per token, bits per byte and router load of a checkpoint, as a plain mapping.
 
-    With task=specialisation what explains the choice of expert as well, and drift to other_checkpoint.
+    With task=specialization what explains the choice of expert as well, and drift to other_checkpoint.
     """
     _require_paths(config)
-    specialised = config["task"] == "specialisation"
+    specialised = config["task"] == "specialization"
     if config["other_checkpoint"] is not None and not specialised:
-        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
+        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialization has it")
     if config["variants"] != ["as_trained"]:
         raise InputError(f"variants={config['variants']}: they need task=loss_by_position or task=needle")
     if config["split"] not in ("validation", "train"):
@@ -99,10 +99,10 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
             "allowed are numbers below"
         )
     decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
-    specialisation = Specialisation(
+    specialization = Specialization(
         model.config.vocab_size, token_strings(model.tokenizer), file_kinds(split, data.tokenizer)
     )
-    watchers: list[Specialisation | Drift] = [specialisation] if specialised else []
+    watchers: list[Specialization | Drift] = [specialization] if specialised else []
     if config["other_checkpoint"] is not None:
         watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.device)))
 
@@ -130,7 +130,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         show=show,
     )
     if specialised and not score.tokens_per_expert:
-        raise InputError(f"task=specialisation: {config['checkpoint']} has no MoE layers")
+        raise InputError(f"task=specialization: {config['checkpoint']} has no MoE layers")
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
@@ -143,8 +143,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if config["output"]:
         output = Path(config["output"])
         if specialised:
-            plot_specialisation(specialisation, output / "specialisation.png")
-            write_json(output / "specialisation.json", specialisation.counts())
+            plot_specialization(specialization, output / "specialization.png")
+            write_json(output / "specialization.json", specialization.counts())
         record = {"config": config, "checkpoint_digest": digest, **numbers}
         if data.task is not None:
             write_json(output / "evaluation.json", record)
@@ -157,7 +157,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-PICTURES = ("evaluation.png", "recall.png", "specialisation.png")
+PICTURES = ("evaluation.png", "recall.png", "specialization.png")
 
 
 def _require_same_evaluation(config: dict[str, Any], digest: str | None) -> None:
@@ -227,14 +227,14 @@ def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
 def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The tasks loss_by_position and needle: numbers per variant."""
     if config["task"] not in ("loss_by_position", "needle"):
-        raise InputError(f"task={config['task']!r}: allowed are score, specialisation, loss_by_position, needle")
+        raise InputError(f"task={config['task']!r}: allowed are score, specialization, loss_by_position, needle")
     _require_paths(config)
     if config["other_checkpoint"] is not None:
-        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialisation has it")
+        raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialization has it")
     for key in ("seq_len", "max_batches"):
         if config[key] is not None:
             raise InputError(
-                f"{key}={config[key]!r}: only task=score and task=specialisation have it; "
+                f"{key}={config[key]!r}: only task=score and task=specialization have it; "
                 f"see the section {config['task']}"
             )
     if type(config["batch_size"]) is not int or config["batch_size"] < 1:
@@ -310,7 +310,7 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
 
 def _task(config: DictConfig) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
-    if config.task not in ("score", "specialisation"):
+    if config.task not in ("score", "specialization"):
         summary = evaluate_long_context(plain(config))
         console.print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
         return

@@ -26,8 +26,8 @@ from moesaic.evaluation.plots import (
 from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.sampling import sample_text
-from moesaic.evaluation.specialisation import Specialisation, file_kinds
-from moesaic.evaluation.specialisation_plots import plot_specialisation
+from moesaic.evaluation.specialization import Specialization, file_kinds
+from moesaic.evaluation.specialization_plots import plot_specialization
 from moesaic.files import write_atomically
 from moesaic.training.batches import evaluation_sizes
 from moesaic.training.fit import Fitted
@@ -41,7 +41,7 @@ class Finished:
 
     fitted: Fitted
     score: LanguageModelScore
-    specialisation: Specialisation
+    specialization: Specialization
     console: Console
 
     @property
@@ -65,7 +65,7 @@ def score_run(fitted: Fitted, console: Console) -> Finished:
     """Score the student on the whole validation split, and count in the same pass what each expert takes."""
     prepared = fitted.prepared
     data = prepared.data
-    specialisation = Specialisation(
+    specialization = Specialization(
         prepared.model.vocab_size, token_strings(data.tokenizer), file_kinds(data.validation, data.tokenizer)
     )
     score = evaluate_split(
@@ -73,9 +73,9 @@ def score_run(fitted: Fitted, console: Console) -> Finished:
         data,
         **evaluation_sizes(prepared.config.training),
         token_bytes=_token_bytes(fitted),
-        watch=specialisation.update,
+        watch=specialization.update,
     )
-    return Finished(fitted, score, specialisation, console)
+    return Finished(fitted, score, specialization, console)
 
 
 def _token_bytes(fitted: Fitted) -> Tensor | None:
@@ -96,7 +96,7 @@ def loss_and_load(run: Finished) -> dict[str, float]:
     seq_len = evaluation_sizes(run.fitted.prepared.config.training)["seq_len"]
     if data.task is None:
         seq_len = min(seq_len, len(data.validation.tokens) - 1)
-    return {**numbers, **run.specialisation.numbers(), "validation/seq_len": seq_len}
+    return {**numbers, **run.specialization.numbers(), "validation/seq_len": seq_len}
 
 
 def teacher_score(run: Finished) -> dict[str, float]:
@@ -162,7 +162,7 @@ def context_extension(run: Finished) -> dict[str, float]:
 
 def expert_pictures(run: Finished) -> dict[str, float]:
     """Pictures of what each expert takes and of how that changed; TensorBoard shows them too."""
-    drawn = {"specialisation": plot_specialisation(run.specialisation, run.plots / "specialisation.png")}
+    drawn = {"specialization": plot_specialization(run.specialization, run.plots / "specialization.png")}
     if run.metrics_csv.exists():
         drawn["drift"] = plot_drift(run.metrics_csv, run.plots / "drift.png")
     for logger in _tensorboards(run):

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from moesaic.evaluation.plotting import Floats, label_axes, new_figure, save_figure
-from moesaic.evaluation.specialisation import BYTE_CLASSES, Specialisation, by_octave, no_formula, overlap, shorten
+from moesaic.evaluation.specialization import BYTE_CLASSES, Specialization, by_octave, no_formula, overlap, shorten
 
-__all__ = ["plot_specialisation"]
+__all__ = ["plot_specialization"]
 
 FREQUENT_TOKENS = 24
 """Rows of the plot by token."""
@@ -23,7 +23,7 @@ GROUPS = 12
 """Rows of the plots by byte class and by kind of file, at most."""
 
 
-def plot_specialisation(found: Specialisation, out: Path) -> bool:
+def plot_specialization(found: Specialization, out: Path) -> bool:
     """A row of heat maps per MoE layer: byte classes, tokens, files, positions, other experts, the next layer.
 
     The panels of a column have the same colors. False (no file) without MoE layers.
@@ -57,7 +57,7 @@ class _Panel:
     x: str = "expert"
 
 
-def _panels(found: Specialisation, name: str) -> dict[str, _Panel]:
+def _panels(found: Specialization, name: str) -> dict[str, _Panel]:
     """The panels of a layer, by title."""
     counts, panels = found.layers[name], {}
     if (by_class := found.by_class(name)) is not None:

@@ -9,17 +9,17 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-from moesaic.evaluation import specialisation_plots
+from moesaic.evaluation import specialization_plots
 from moesaic.evaluation.plotting import save_figure
-from moesaic.evaluation.specialisation import (
+from moesaic.evaluation.specialization import (
     BYTE_CLASSES,
     FileKinds,
-    Specialisation,
+    Specialization,
     byte_class,
     explained_share,
     overlap,
 )
-from moesaic.evaluation.specialisation_plots import plot_specialisation
+from moesaic.evaluation.specialization_plots import plot_specialization
 from moesaic.layers import Routing, count_tokens
 
 STRINGS = [b"a", b"7", b" ", b"(", b"\xc3\xa9", b""]
@@ -77,7 +77,7 @@ def test_overlap_by_hand() -> None:
 
 def test_routing_by_token_is_explained_by_the_token_alone() -> None:
     tokens = torch.randint(6, (8, 64))
-    seen = Specialisation(6, STRINGS)
+    seen = Specialization(6, STRINGS)
     output = rigged(3, first=tokens.flatten()[:, None] % 3, second=torch.randint(3, (512, 1)))
     seen.update(output, {"tokens": tokens})
     numbers = seen.numbers()
@@ -98,7 +98,7 @@ def test_routing_by_token_is_explained_by_the_token_alone() -> None:
 
 def test_routing_by_position_and_by_the_layer_before() -> None:
     ids = torch.tensor([0, 1, 1, 2, 2, 2, 2])[:, None].repeat(4, 1)  # octaves of the position
-    seen = Specialisation(5)
+    seen = Specialization(5)
     seen.update(rigged(3, first=ids, second=2 - ids), {"tokens": torch.randint(5, (4, 7))})
     numbers = seen.numbers()
     assert numbers["router/first/position_expert_nmi"] == pytest.approx(1)
@@ -112,7 +112,7 @@ def test_coactivation_padding_and_batches_that_add_up() -> None:
     ids = torch.tensor([[0, 1], [0, 1], [0, 2], [2, 0]])
     tokens = torch.tensor([[0, 1], [2, 3]])
     valid = torch.tensor([[True, True], [True, False]])
-    seen = Specialisation(5)
+    seen = Specialization(5)
     seen.update(rigged(3, it=ids), {"tokens": tokens, "valid": valid})
     counts = seen.layers["it"]
     assert counts.together.tolist() == [[3, 2, 1], [2, 2, 0], [1, 0, 1]]
@@ -130,26 +130,26 @@ def test_coactivation_padding_and_batches_that_add_up() -> None:
 def test_plot(tmp_path: Path, strings: list[bytes] | None, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     monkeypatch.setattr(
-        specialisation_plots, "save_figure", lambda figure, out: figures.append(figure) or save_figure(figure, out)
+        specialization_plots, "save_figure", lambda figure, out: figures.append(figure) or save_figure(figure, out)
     )
-    seen = Specialisation(6, strings)
+    seen = Specialization(6, strings)
     ids = torch.stack([torch.randperm(4)[:top_k] for _ in range(40)])
     seen.update(rigged(4, first=ids, second=ids), {"tokens": torch.randint(6, (2, 20))})
-    assert plot_specialisation(seen, tmp_path / "plots" / "it.png")
+    assert plot_specialization(seen, tmp_path / "plots" / "it.png")
     titles = [axis.get_title() for axis in figures[0].axes]
     assert titles.count("overlap of the experts' tokens") == 2
     assert titles.count("chosen too, of what an expert takes") == (2 if top_k > 1 else 0)
     assert (tmp_path / "plots" / "it.png").read_bytes().startswith(b"\x89PNG")
-    assert not plot_specialisation(Specialisation(6), tmp_path / "none.png")
+    assert not plot_specialization(Specialization(6), tmp_path / "none.png")
 
 
 def test_experts_are_numbered_by_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(specialisation_plots, "save_figure", lambda figure, out: figures.append(figure))
-    seen = Specialisation(6)
+    monkeypatch.setattr(specialization_plots, "save_figure", lambda figure, out: figures.append(figure))
+    seen = Specialization(6)
     ids = torch.arange(40).view(40, 1) % 4
     seen.update(rigged(4, first=ids, second=ids), {"tokens": torch.randint(6, (2, 20))})
-    plot_specialisation(seen, tmp_path / "it.png")
+    plot_specialization(seen, tmp_path / "it.png")
     [panel] = [axis for axis in figures[0].axes if axis.get_title() == "first choice in the next MoE layer"]
     assert list(panel.get_xticks()) == list(panel.get_yticks()) == [0, 1, 2, 3]
 
@@ -169,7 +169,7 @@ def test_kinds_of_files_by_hand() -> None:
 
 
 def test_routing_by_kind_of_file() -> None:
-    seen = Specialisation(8, file_kinds=FileKinds(FILES, 0, NAMES))
+    seen = Specialization(8, file_kinds=FileKinds(FILES, 0, NAMES))
     # windows of 4 at 0 and 4, the second one with a token of padding: expert 2 for Markdown, 0 or 1 for Python
     ids = torch.tensor([[2], [2], [2], [0], [1], [0], [1], [2]])
     batch = {
@@ -195,17 +195,17 @@ def test_routing_by_kind_of_file() -> None:
 def test_one_kind_of_file_has_nothing_to_tell(tmp_path: Path) -> None:
     tokens = torch.from_numpy(FILES[3:7].astype(np.int64))[None]
     ids = torch.tensor([[0], [1], [2], [0]])
-    unknown = Specialisation(8)
+    unknown = Specialization(8)
     unknown.update(rigged(3, it=ids), {"tokens": tokens})
-    alone = Specialisation(8, file_kinds=FileKinds(FILES, 0, NAMES))  # only files of one kind are seen
+    alone = Specialization(8, file_kinds=FileKinds(FILES, 0, NAMES))  # only files of one kind are seen
     alone.update(rigged(3, it=ids), {"tokens": tokens, "starts": torch.tensor([3])})
-    both = Specialisation(8, file_kinds=FileKinds(FILES, 0, NAMES))
+    both = Specialization(8, file_kinds=FileKinds(FILES, 0, NAMES))
     both.update(rigged(3, it=ids), {"tokens": tokens, "starts": torch.tensor([1])})
     widths = {}
     for name, seen in (("unknown", unknown), ("alone", alone), ("both", both)):
         assert (seen.by_file_kind("it") is None) == (name != "both")
         assert ("router/it/file_kind_expert_nmi" in seen.numbers()) == (name == "both")
-        assert plot_specialisation(seen, tmp_path / f"{name}.png")
+        assert plot_specialization(seen, tmp_path / f"{name}.png")
         widths[name] = imread(tmp_path / f"{name}.png").shape[1]
     assert widths["unknown"] == widths["alone"] < widths["both"], "a column more"
 
@@ -213,11 +213,11 @@ def test_one_kind_of_file_has_nothing_to_tell(tmp_path: Path) -> None:
 def test_plot_of_many_kinds_of_files(tmp_path: Path) -> None:
     tokens = np.zeros(41, dtype=np.uint16)
     tokens[1::2] = 1
-    seen = Specialisation(2, file_kinds=FileKinds(tokens, 0, [f"x.${i}$ {'long' * i}" for i in range(20)]))
+    seen = Specialization(2, file_kinds=FileKinds(tokens, 0, [f"x.${i}$ {'long' * i}" for i in range(20)]))
     ids = torch.randint(4, (40, 1))
     batch = {"tokens": torch.from_numpy(tokens[:40].astype(np.int64))[None], "starts": torch.tensor([0])}
     seen.update(rigged(4, first=ids, second=ids), batch)
     by_kind = seen.by_file_kind("first")
     assert by_kind is not None
     assert len(by_kind) == 20
-    assert plot_specialisation(seen, tmp_path / "it.png")
+    assert plot_specialization(seen, tmp_path / "it.png")

@@ -21,7 +21,7 @@ from moesaic.layers import Routing
 __all__ = [
     "BYTE_CLASSES",
     "FileKinds",
-    "Specialisation",
+    "Specialization",
     "by_octave",
     "byte_class",
     "explained_share",
@@ -120,7 +120,7 @@ class LayerCounts:
 
 
 @dataclasses.dataclass
-class Specialisation:
+class Specialization:
     """Running counts over batches; `update` adds one.
 
     Args:
