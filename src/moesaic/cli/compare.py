@@ -26,6 +26,7 @@ from moesaic.models import DecoderConfig, account
 from moesaic.models.comparison import Candidate, count_costs, default_width, solve_width, time_steps, with_width
 from moesaic.studies.sweep import write_report
 from moesaic.training.config import RunConfig
+from moesaic.training.lightning_options import as_additions
 from moesaic.training.optimizers import build_optimizer
 from moesaic.training.records import create_run_dir
 from moesaic.training.run import fit_vocabulary, run
@@ -72,6 +73,7 @@ def words(name: str, text: str) -> list[str]:
 
 def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
     """The config of a run under these overrides. Both sides must have one precision: auto is fp32."""
+    overrides = as_additions(overrides)
     check_overrides("train", overrides, users_config_dir())
     config = composed("train", overrides)
     if config["trainer"]["precision"] == "auto":

@@ -20,6 +20,7 @@ from moesaic.errors import InputError
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.report import PICTURES, write_study_report
 from moesaic.studies.runner import read_rows, run_study
+from moesaic.training.lightning_options import as_additions
 
 __all__ = ["main", "study"]
 
@@ -71,4 +72,4 @@ def _task(config: DictConfig) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    launch("study", arguments, _task)
+    launch("study", as_additions(arguments), _task)
