@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from moesaic.config import require
 from moesaic.losses import DIVERGENCES, SoftWeightConfig
+from moesaic.overrides import merge
 
 __all__ = ["DistillationConfig", "teacher_mapping"]
 
@@ -60,9 +61,4 @@ class DistillationConfig:
 
 def teacher_mapping(model: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The model of a teacher that trains along: the student's with `distillation.teacher_model` merged into it."""
-    merged = dict(model)
-    for key, value in overrides.items():
-        below = merged.get(key)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = teacher_mapping(below, value) if nested else value  # type: ignore[arg-type]
-    return merged
+    return merge(model, overrides)
