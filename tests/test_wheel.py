@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["debug=smoke", "trainer.precision=32-true", "training.steps=4", "model.dim=16", "model.attention.head_dim=4"]
 TEXTS = ["data=files", "data.path=texts", "data.tokenizer=bytes"]
@@ -120,7 +122,6 @@ def test_from_an_empty_folder(command: Path, tmp_path: Path) -> None:
     assert "1 of 1" in run(command, "report", "outputs", folder=tmp_path)
 
 
-@pytest.mark.slow
 def test_the_other_commands_from_an_empty_folder(command: Path, tmp_path: Path) -> None:
     assert "small: 1 x 64 tokens" in run(command, "memory", "small", "seq_len=64", folder=tmp_path)
     assert "pass" in run(command, "conformance", "moesaic", folder=tmp_path)
@@ -146,7 +147,6 @@ def test_the_other_commands_from_an_empty_folder(command: Path, tmp_path: Path) 
     assert (tmp_path / "studies" / "tiny" / "rows.jsonl").read_text().count("\n") == 2
 
 
-@pytest.mark.slow
 def test_everything_is_resolved_from_nothing(wheel: Path, tmp_path: Path) -> None:
     """pip install 'moesaic[train]' under constraints.txt in an environment that has nothing."""
     if shutil.disk_usage(tmp_path).free < 8e9:

@@ -134,6 +134,7 @@ def test_experiments_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no such directory" in exit_of(["train", "--config-dir", str(tmp_path / "none")], capsys)[1]
 
 
+@pytest.mark.slow
 def test_hydras_own_flags_work(capsys: pytest.CaptureFixture[str]) -> None:
     # in a process of its own: it leaves Hydra's logging at the level of debugging
     shown = subprocess.run(

@@ -43,6 +43,7 @@ def test_standard_library() -> None:
     assert load_stdlib(0.06).facts() == facts
 
 
+@pytest.mark.slow
 def test_installed_packages_hold_torch() -> None:
     corpus = load_packages(0.06)
     assert corpus.facts()["train_bytes"] > 2e7

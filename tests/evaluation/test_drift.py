@@ -85,7 +85,7 @@ def test_running_drift_watches_the_first_valid_tokens_of_several_batches() -> No
     assert drift.state_dict()["choices"]["it"].shape == (3, 1)
 
 
-@pytest.mark.parametrize(("num_experts", "dtype"), [(256, torch.uint8), (257, torch.int16), (40_000, torch.int32)])
+@pytest.mark.parametrize(("num_experts", "dtype"), [(255, torch.uint8), (256, torch.int16), (40_000, torch.int32)])
 def test_running_drift_continues_from_a_file(num_experts: int, dtype: torch.dtype) -> None:
     drift = RunningDrift()
     check(drift, [[num_experts - 1], [0]], [5, 6], num_experts)

@@ -86,6 +86,7 @@ def test_logits_in_float64(directory: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found.float(), expected(directory, None), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_roundtrip_as_a_command(directory: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moesaic.interop", "roundtrip", str(directory), str(tmp_path / "copy")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -37,6 +37,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
 
     for module in ("long_context_plots", "plots", "recall", "specialization_plots"):
         patch.setattr(f"moesaic.evaluation.{module}.save_figure", save)
+    patch.setattr("moesaic.studies.report.save_figure", save)
 
 
 @pytest.fixture(scope="session")

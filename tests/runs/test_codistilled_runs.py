@@ -169,6 +169,7 @@ def test_cached(
     assert_equal(states(tmp_path / "first"), states(tmp_path / "third"))
 
 
+@pytest.mark.slow
 def test_cache_through_pays_for_what_is_missing_once(composed: Composed, teacher: Path, tmp_path: Path) -> None:
     config = composed(
         "experiment=codistill_cached", f"distillation.cache={tmp_path / 'new'}", f"distillation.teacher={teacher}"

@@ -143,10 +143,10 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
         (["task=needle", "batch_size=0"], "batch_size=0: allowed are integers >= 1"),
         (["task=needle", "split=test"], "split='test': allowed are validation, train"),
         (["task=needle", "variants=window"], "variants='window': allowed is a list of names and key=value"),
-        (["task=needle", "variants=[colder]"], "'colder': unknown variant colder; allowed are as_trained"),
+        (["task=needle", "variants=[colder]"], "variants: colder: unknown variant colder; must be as_trained"),
         (
             ["task=loss_by_position", "variants=['attention.chunk=4']"],
-            "variants: attention.chunk=4: model.attention.chunk: unknown key",
+            "variants: attention.chunk=4: model.attention.chunk: the model has no such key",
         ),
         (
             ["task=loss_by_position", "loss_by_position.multiple=1000"],
@@ -158,7 +158,7 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
         (["task=needle", "needle.multiples=[1000]"], "a context of 32000 tokens: longer than the data"),
         (["task=needle", "needle.multiples=[0.5]"], "a context of 16 tokens: shorter than the needles"),
         (["task=needle", "checkpoint=/nowhere"], "no such file"),
-        (["task=needle", "checkpoint=null"], "checkpoint: missing; give checkpoint="),
+        (["task=needle", "checkpoint=null"], "checkpoint: missing; give moesaic evaluate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -73,6 +73,7 @@ def test_early_stopping_ends_with_a_verdict(composed: Composed, tmp_path: Path) 
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights_is_evaluated_kept_and_resumed(composed: Composed, tmp_path: Path) -> None:
     ema = ["callbacks=ema", "callbacks.ema.decay=0.5", "training.steps=4", "training.log_every=1"]
     metrics = run(composed(*ema, f"run_dir={tmp_path / 'whole'}"))

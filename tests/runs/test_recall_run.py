@@ -122,6 +122,7 @@ def test_a_crashed_run_goes_on_bit_equal(
         assert torch.equal(value, weights("crashed")[name]), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_scored_again_and_with_other_switches(
     recall: Callable[..., dict[str, Any]], composed: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

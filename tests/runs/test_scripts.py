@@ -79,11 +79,13 @@ def test_train_yaml_lists_every_key_that_can_be_set(composed: Composed) -> None:
     """So that any of them can be overridden on the command line without a plus sign."""
     config = composed()
     assert set(config) == {field.name for field in dataclasses.fields(RunConfig)}
-    assert set(config["model"]) == {field.name for field in dataclasses.fields(DecoderConfig)}
+    # a format is said by stored configs alone: composed ones may be from before a word was renamed
+    assert set(config["model"]) == {field.name for field in dataclasses.fields(DecoderConfig)} - {"format"}
     sections = [field for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type)]
     assert len(sections) >= 6
     for section in sections:
-        assert set(config[section.name]) == {field.name for field in dataclasses.fields(section.type)}, section.name
+        fields = [field for field in dataclasses.fields(section.type) if "other_keys" not in field.metadata]
+        assert set(config[section.name]) == {field.name for field in fields}, section.name
 
 
 @pytest.mark.parametrize("experiment", ["codistill_frozen", "codistill_joint", "codistill_cached"])

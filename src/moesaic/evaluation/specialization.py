@@ -152,15 +152,15 @@ class Specialization:
         names = list(chosen)
         for i, name in enumerate(names):
             experts = chosen[name]
-            mine = F.one_hot(experts, sizes[name]).sum(dim=1)
+            mine = _one_hot(experts, sizes[name]).sum(dim=1)
             counts = LayerCounts(
                 by_token=_sum_rows(mine, ids, self.vocab_size),
                 by_position=_sum_rows(mine, positions, tokens.size(1)),
                 together=mine.T @ mine,
             )
             if i + 1 < len(names):
-                following = F.one_hot(chosen[names[i + 1]][:, 0], sizes[names[i + 1]])
-                counts.then = _sum_rows(following, experts[:, 0], sizes[name])
+                following = _one_hot(chosen[names[i + 1]][:, 0], sizes[names[i + 1]])
+                counts.then = _sum_rows(following, experts[:, 0], sizes[name] + 1)[: sizes[name]]
             if self.file_kinds is not None and kinds is not None:
                 counts.by_file_kind = _sum_rows(mine, kinds, len(self.file_kinds.names))
             self.layers[name] = _add(self.layers[name], counts) if name in self.layers else counts
@@ -243,6 +243,11 @@ def by_octave(by_position: Tensor) -> Tensor:
     """(L, E) -> (octaves, E): position 0, 1 to 2, 3 to 6, and so on."""
     octave = torch.tensor([(position + 1).bit_length() - 1 for position in range(by_position.size(0))])
     return _sum_rows(by_position, octave, int(octave.max()) + 1)
+
+
+def _one_hot(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """(...) ids -> (..., E); zeros where there is no expert (an id of E)."""
+    return F.one_hot(expert_ids, num_experts + 1)[..., :num_experts]
 
 
 def _sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
