@@ -124,6 +124,7 @@ def test_coactivation_padding_and_batches_that_add_up() -> None:
     assert added.by_position.tolist() == [[3, 2, 1], [2, 2, 0], [1, 0, 1]]
 
 
+@pytest.mark.slow_but_for("strings")
 @pytest.mark.parametrize(
     ("strings", "top_k"), [(STRINGS, 1), ([b"$\\", *STRINGS[1:]], 2), (None, 1)], ids=["strings", "mathtext", "ids"]
 )

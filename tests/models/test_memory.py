@@ -121,11 +121,11 @@ def test_both_are_within_5_percent_of_a_real_step(name: str, dtype: torch.dtype,
     assert (formula.weights, formula.gradients) == (traced.weights, traced.gradients)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("alternating", torch.float32), ("recomputed", torch.bfloat16), ("MoE everywhere", torch.bfloat16)],
 )
+@pytest.mark.slow
 def test_a_lean_shared_expert_is_counted(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     before = estimates(CONFIGS[name], dtype)[0]
     monkeypatch.setattr("moesaic.layers.feed_forward.LEAN_ELEMENTS", 0)

@@ -23,14 +23,21 @@ def with_pictures() -> None:
     """For tests that look at pictures."""
 
 
+@pytest.fixture
+def with_plots() -> None:
+    """For tests that look for the pictures of a run: they are made up to the last step, which writes one pixel."""
+
+
 @pytest.fixture(autouse=True)
 def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To draw them takes longer than the steps of a run this small; the files are there."""
+    """To draw them takes longer than the steps of a run this small."""
     if "with_pictures" not in request.fixturenames:
-        draw_nothing(monkeypatch)
+        draw_nothing(monkeypatch, plots="with_plots" in request.fixturenames)
 
 
-def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+def draw_nothing(patch: pytest.MonkeyPatch, plots: bool = False) -> None:
+    """Leave out the pictures of a training run, and of all others the writing."""
+
     def save(figure: object, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(ONE_PIXEL)
@@ -38,6 +45,11 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     for module in ("long_context_plots", "plots", "recall", "specialization_plots"):
         patch.setattr(f"moesaic.evaluation.{module}.save_figure", save)
     patch.setattr("moesaic.studies.report.save_figure", save)
+    if not plots:
+        from moesaic.training import finish, run
+
+        drawing = (finish.curves, finish.expert_pictures)
+        patch.setattr(run, "FINISHERS", tuple(each for each in finish.FINISHERS if each not in drawing))
 
 
 @pytest.fixture(scope="session")

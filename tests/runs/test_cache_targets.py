@@ -129,6 +129,7 @@ def test_killed_and_resumed_equals_uninterrupted(given: Composed, tmp_path: Path
         assert after[shard["file"]] == before[shard["file"]]
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole, calls = CacheThrough.fill, itertools.count()
 

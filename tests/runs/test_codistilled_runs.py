@@ -80,7 +80,6 @@ def trained(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     metrics = run({**config, "run_dir": str(run_dir)})
     assert metrics["status"] == "finished"
     assert metrics == json.loads((run_dir / "metrics.json").read_text())
-    assert (run_dir / "plots" / "distillation.png").read_bytes().startswith(b"\x89PNG")
     logged = [row for row in rows(run_dir) if row["train/loss"]]
     for name in ("soft_weight", "loss_gap", "hard", "soft", "teacher_loss", "agreement"):
         assert all(row[f"distillation/{name}"] for row in logged), name
@@ -93,11 +92,13 @@ def trained(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 # ---- the three sources
 
 
+@pytest.mark.usefixtures("with_plots")
 def test_frozen(composed: Composed, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = composed(
         "experiment=codistill_frozen", f"distillation.teacher={teacher}", "distillation.soft_weight.gap=null"
     )
     metrics = trained(config, tmp_path / "it")
+    assert (tmp_path / "it" / "plots" / "distillation.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "frozen: " in shown
     assert "its teacher" in shown
@@ -392,7 +393,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(composed: Composed, teac
 # ---- resume
 
 
-@pytest.mark.slow_but_for("frozen")
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["frozen", "joint", "cached"])
 def test_crashed_and_resumed_equals_uninterrupted(
     composed: Composed, teacher: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "co
 
 
 @pytest.mark.parametrize("model", [*memory.PRESETS, *MODELS])
+@pytest.mark.slow
 def test_every_model_has_a_table(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     memory.main([model, "batch_size=2", "seq_len=128", "dtype=float32", "optimizer=null"])
     printed = capsys.readouterr().out

@@ -73,6 +73,7 @@ def with_action(action: Callable[[Any], None]) -> Callable[[Any], None]:
     return on_train_start
 
 
+@pytest.mark.slow
 def test_healthy_router_raises_none(composed: Composed) -> None:
     config = composed("training.log_every=1", "model.moe.router=uniform")
     assert run(config)["warnings"] == []

@@ -35,6 +35,7 @@ def only_run(config: dict[str, Any]) -> Path:
 
 
 @pytest.mark.usefixtures("with_pictures")
+@pytest.mark.usefixtures("with_plots")
 def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.CaptureFixture[str]) -> None:
     config = composed()
     metrics = run(config)
@@ -85,6 +86,7 @@ def test_it_learns(composed: Composed) -> None:
     assert float(rows[0]["train/loss"]) == pytest.approx(math.log(257), rel=0.05)
 
 
+@pytest.mark.usefixtures("with_plots")
 def test_dense_model_has_no_router_rows(composed: Composed) -> None:
     config = composed("model.dense_twin=true")
     metrics = run(config)

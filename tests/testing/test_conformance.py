@@ -70,6 +70,7 @@ def test_ours_compiles(name: str) -> None:
     assert row.status == "pass", row.detail
 
 
+@pytest.mark.slow_but_for("causality")
 @pytest.mark.parametrize("check", moe_checks(), ids=str)
 def test_the_documented_use_under_pytest(check: Any) -> None:
     check(lambda: MoE.build(DIM, HIDDEN, 4, **TOP_TWO, expert_bias=True))
