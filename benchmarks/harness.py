@@ -112,7 +112,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     clock: Clock = given.clock or ("cuda" if device.type == "cuda" else "cpu")
     if (clock == "cuda") != (device.type == "cuda"):
         parser.error(
-            f"--clock {clock} does not fit --device {device.type}; allowed are cuda on a GPU, cpu and wall elsewhere"
+            f"--clock {clock} does not fit --device {device.type}; must be cuda on a GPU, cpu and wall elsewhere"
         )
     threads = given.threads or (1 if clock == "cpu" else torch.get_num_threads())
     if clock == "cpu" and threads != 1:

@@ -311,9 +311,9 @@ def given_layer(name: str) -> tuple[str, Peer]:
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{name}: {error}; allowed is package.module:factory") from error
+        raise argparse.ArgumentTypeError(f"{name}: {error}; must be package.module:factory") from error
     if not callable(factory):
-        raise argparse.ArgumentTypeError(f"{name} is {type(factory).__name__}: allowed is a function")
+        raise argparse.ArgumentTypeError(f"{name} is {type(factory).__name__}: must be a function")
     return name, Peer(functools.partial(made_by, factory))
 
 

@@ -1,8 +1,7 @@
-"""python scripts/convert.py is the same as moesaic convert."""
+"""The same as moesaic convert."""
 
 import sys
 
 from moesaic.cli import main
 
-if __name__ == "__main__":
-    main(["convert", *sys.argv[1:]])
+main(["convert", *sys.argv[1:]])

@@ -1,8 +1,7 @@
-"""python scripts/evaluate.py is the same as moesaic evaluate."""
+"""The same as moesaic evaluate."""
 
 import sys
 
 from moesaic.cli import main
 
-if __name__ == "__main__":
-    main(["evaluate", *sys.argv[1:]])
+main(["evaluate", *sys.argv[1:]])

@@ -1,8 +1,7 @@
-"""python scripts/generate.py is the same as moesaic generate."""
+"""The same as moesaic generate."""
 
 import sys
 
 from moesaic.cli import main
 
-if __name__ == "__main__":
-    main(["generate", *sys.argv[1:]])
+main(["generate", *sys.argv[1:]])

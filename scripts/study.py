@@ -1,8 +1,7 @@
-"""python scripts/study.py is the same as moesaic study."""
+"""The same as moesaic study."""
 
 import sys
 
 from moesaic.cli import main
 
-if __name__ == "__main__":
-    main(["study", *sys.argv[1:]])
+main(["study", *sys.argv[1:]])

@@ -1,8 +1,7 @@
-"""python scripts/train.py is the same as moesaic train."""
+"""The same as moesaic train."""
 
 import sys
 
 from moesaic.cli import main
 
-if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+main(["train", *sys.argv[1:]])

@@ -18,7 +18,7 @@ class Inner:
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            raise ValueError(f"width={self.width}: allowed are numbers >= 1")
+            raise ValueError(f"width={self.width}: must be a number >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Outer:
 
     def __post_init__(self) -> None:
         if self.inner.width > 99:
-            raise ValueError(f"inner.width={self.inner.width}: allowed are numbers <= 99")
+            raise ValueError(f"inner.width={self.inner.width}: must be a number <= 99")
         if self.name == "taken":
             raise InputError("said in its own words")
 
@@ -89,60 +89,60 @@ def test_good_values(key: str, value: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nmae": 1}, r"run\.nmae: unknown key \(did you mean run\.name\?\); allowed: name, inner, rate"),
-        ({"zzzzzz": 1}, r"run\.zzzzzz: unknown key; allowed: name, inner, rate"),
+        ({"nmae": 1}, r"run\.nmae: unknown key \(did you mean run\.name\?\); must be one of name, inner, rate"),
+        ({"zzzzzz": 1}, r"run\.zzzzzz: unknown key; must be one of name, inner, rate"),
         (
             {"inner": {"widht": 1}},
-            r"run\.inner\.widht: unknown key \(did you mean run\.inner\.width\?\); allowed: width, mode",
+            r"run\.inner\.widht: unknown key \(did you mean run\.inner\.width\?\); must be one of width, mode",
         ),
         ({"inner": {}}, r"run\.inner\.width: missing; it needs an integer"),
-        ({"inner": 3}, r"run\.inner: found 3 \(int\); allowed: a mapping of \['width', 'mode'\]"),
+        ({"inner": 3}, r"run\.inner: found 3 \(int\); must be a mapping of \['width', 'mode'\]"),
         ({"inner": None}, r"run\.inner: found None \(NoneType\)"),
-        ({"inner": {"width": 0}}, r"run\.inner\.width=0: allowed are numbers >= 1"),
-        ({"inner": {"width": 100}}, r"run\.inner\.width=100: allowed are numbers <= 99"),
+        ({"inner": {"width": 0}}, r"run\.inner\.width=0: must be a number >= 1"),
+        ({"inner": {"width": 100}}, r"run\.inner\.width=100: must be a number <= 99"),
         (
             {"inner": {"width": 1, "mode": "quick"}},
-            r"run\.inner\.mode: found 'quick' \(str\); allowed: fast \| slow",
+            r"run\.inner\.mode: found 'quick' \(str\); must be fast \| slow",
         ),
-        ({"name": 3}, r"run\.name: found 3 \(int\); allowed: a string"),
+        ({"name": 3}, r"run\.name: found 3 \(int\); must be a string"),
         ({"name": "taken"}, r"^said in its own words$"),
-        ({"rate": "1e-3"}, r"run\.rate: found '1e-3' \(str\); allowed: a number"),
-        ({"rate": True}, r"run\.rate: found True \(bool\); allowed: a number"),
-        ({"rate": None}, r"run\.rate: found None \(NoneType\); allowed: a number"),
-        ({"steps": 1.5}, r"run\.steps: found 1\.5 \(float\); allowed: an integer"),
-        ({"steps": True}, r"run\.steps: found True \(bool\); allowed: an integer"),
-        ({"steps": float("inf")}, r"run\.steps: found inf \(float\); allowed: an integer"),
-        ({"steps": float("nan")}, r"run\.steps: found nan \(float\); allowed: an integer"),
-        ({"on": 1}, r"run\.on: found 1 \(int\); allowed: true or false"),
-        ({"on": "yes"}, r"run\.on: found 'yes' \(str\); allowed: true or false"),
-        ({"maybe": "3"}, r"run\.maybe: found '3' \(str\); allowed: an integer or null"),
-        ({"optional": 3}, r"run\.optional: found 3 \(int\); allowed: a mapping or null"),
-        ({"optional": {"width": "w"}}, r"run\.optional\.width: found 'w' \(str\); allowed: an integer"),
+        ({"rate": "1e-3"}, r"run\.rate: found '1e-3' \(str\); must be a number"),
+        ({"rate": True}, r"run\.rate: found True \(bool\); must be a number"),
+        ({"rate": None}, r"run\.rate: found None \(NoneType\); must be a number"),
+        ({"steps": 1.5}, r"run\.steps: found 1\.5 \(float\); must be an integer"),
+        ({"steps": True}, r"run\.steps: found True \(bool\); must be an integer"),
+        ({"steps": float("inf")}, r"run\.steps: found inf \(float\); must be an integer"),
+        ({"steps": float("nan")}, r"run\.steps: found nan \(float\); must be an integer"),
+        ({"on": 1}, r"run\.on: found 1 \(int\); must be true or false"),
+        ({"on": "yes"}, r"run\.on: found 'yes' \(str\); must be true or false"),
+        ({"maybe": "3"}, r"run\.maybe: found '3' \(str\); must be an integer or null"),
+        ({"optional": 3}, r"run\.optional: found 3 \(int\); must be a mapping or null"),
+        ({"optional": {"width": "w"}}, r"run\.optional\.width: found 'w' \(str\); must be an integer"),
         (
             {"optional": {"with": 1}},
             r"run\.optional\.with: unknown key \(did you mean run\.optional\.width\?\)",
         ),
-        ({"several": {"width": 1}}, r"run\.several: found .*; allowed: a list of a mapping"),
-        ({"several": "abc"}, r"run\.several: found 'abc' \(str\); allowed: a list of a mapping"),
+        ({"several": {"width": 1}}, r"run\.several: found .*; must be a list of a mapping"),
+        ({"several": "abc"}, r"run\.several: found 'abc' \(str\); must be a list of a mapping"),
         (
             {"several": [{"width": 1}, {"width": "w"}]},
-            r"run\.several\[1\]\.width: found 'w' \(str\); allowed: an integer",
+            r"run\.several\[1\]\.width: found 'w' \(str\); must be an integer",
         ),
-        ({"several": [{"width": 0}]}, r"run\.several\[0\]\.width=0: allowed are numbers >= 1"),
+        ({"several": [{"width": 0}]}, r"run\.several\[0\]\.width=0: must be a number >= 1"),
         (
             {"listed": [{"width": 1}, {"width": "w"}]},
-            r"run\.listed\[1\]\.width: found 'w' \(str\); allowed: an integer",
+            r"run\.listed\[1\]\.width: found 'w' \(str\); must be an integer",
         ),
-        ({"listed": 3}, r"run\.listed: found 3 \(int\); allowed: a list of a mapping or null"),
-        ({"betas": [0.9, "b"]}, r"run\.betas\[1\]: found 'b' \(str\); allowed: a number"),
-        ({"table": {"a": "b"}}, r"run\.table\.a: found 'b' \(str\); allowed: an integer"),
-        ({"table": [1]}, r"run\.table: found \[1\] \(list\); allowed: a mapping"),
-        ({"part": "c"}, r"run\.part: found 'c' \(str\); allowed: a \| b or a mapping"),
-        ({"size": 3}, r"run\.size: found 3 \(int\); allowed: 1 \| 2"),
-        ({"size": True}, r"run\.size: found True \(bool\); allowed: 1 \| 2"),  # True == 1
+        ({"listed": 3}, r"run\.listed: found 3 \(int\); must be a list of a mapping or null"),
+        ({"betas": [0.9, "b"]}, r"run\.betas\[1\]: found 'b' \(str\); must be a number"),
+        ({"table": {"a": "b"}}, r"run\.table\.a: found 'b' \(str\); must be an integer"),
+        ({"table": [1]}, r"run\.table: found \[1\] \(list\); must be a mapping"),
+        ({"part": "c"}, r"run\.part: found 'c' \(str\); must be a \| b or a mapping"),
+        ({"size": 3}, r"run\.size: found 3 \(int\); must be 1 \| 2"),
+        ({"size": True}, r"run\.size: found True \(bool\); must be 1 \| 2"),  # True == 1
         (
             {"number_or_text": 1.5},
-            r"run\.number_or_text: found 1\.5 \(float\); allowed: an integer or a string",
+            r"run\.number_or_text: found 1\.5 \(float\); must be an integer or a string",
         ),
     ],
 )
@@ -152,11 +152,11 @@ def test_bad_values(changes: dict[str, Any], message: str) -> None:
 
 
 def test_without_a_path_the_message_starts_with_the_key() -> None:
-    with pytest.raises(InputError, match=r"^inner\.width=0: allowed"):
+    with pytest.raises(InputError, match=r"^inner\.width=0: must be"):
         build(where="", inner={"width": 0})
     with pytest.raises(InputError, match=r"^name: missing; it needs a string$"):
         from_mapping(Outer, {"inner": {"width": 1}})
-    with pytest.raises(InputError, match=r"^Outer: found \[\] \(list\); allowed: a mapping"):
+    with pytest.raises(InputError, match=r"^Outer: found \[\] \(list\); must be a mapping"):
         from_mapping(Outer, [])  # type: ignore[arg-type]
 
 

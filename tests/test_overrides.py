@@ -56,7 +56,7 @@ def test_text_is_read_as_hydra_reads_it() -> None:
 def test_other_text_is_refused_and_named(word: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_overrides([word])
-    assert str(caught.value).startswith(f"{word}: must be ")
+    assert str(caught.value).startswith(f"{word}: must be")
 
 
 def test_a_key_stands_once() -> None:

@@ -35,14 +35,19 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         InputError: unknown or missing key, wrong type, or a value that `cls` refuses.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{where or cls.__name__}: found {_show(values)}; allowed: a mapping of {_names(cls)}")
+        raise InputError(f"{where or cls.__name__}: found {_show(values)}; must be a mapping of {_names(cls)}")
     others = _others(cls)
     passed_on = () if others is None else others.metadata["other_keys"]()
     for key in values:
         if key not in _names(cls) and key not in passed_on:
             close = difflib.get_close_matches(str(key), [*_names(cls), *passed_on], n=1)
             hint = f" (did you mean {_join(where, close[0])}?)" if close else ""
-            raise InputError(f"{_join(where, str(key))}: unknown key{hint}; allowed: {', '.join(_names(cls))}")
+            raise InputError(f"{_join(where, str(key))}: unknown key{hint}; must be one of {', '.join(_names(cls))}")
+    try:
+        if (check := getattr(cls, "check_mapping", None)) is not None:
+            check(values)
+    except ValueError as error:
+        raise InputError(f"{_join(where, '')}{error}") from error
     types_of = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -54,8 +59,6 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{path}: missing; it needs {_describe(types_of[field.name])}")
     try:
-        if (check := getattr(cls, "check_mapping", None)) is not None:
-            check(values)
         return cls(**arguments)
     except InputError:
         raise
@@ -119,7 +122,7 @@ def _convert(expected: Any, value: Any, path: str) -> Any:
             return int(value)  # YAML and the command line read 1e4 as a float
     elif expected is type(None) and value is None:
         return None
-    raise InputError(f"{path}: found {_show(value)}; allowed: {_describe(expected)}")
+    raise InputError(f"{path}: found {_show(value)}; must be {_describe(expected)}")
 
 
 def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: str) -> Any:
@@ -134,7 +137,7 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
             listed = get_origin(option) is tuple and isinstance(value, (list, tuple))
             if listed or (dataclasses.is_dataclass(option) and isinstance(value, Mapping)):
                 raise  # the value was meant for this option: its own message says more
-    raise InputError(f"{path}: found {_show(value)}; allowed: {_describe(expected)}") from errors[-1]
+    raise InputError(f"{path}: found {_show(value)}; must be {_describe(expected)}") from errors[-1]
 
 
 def _describe(expected: Any) -> str:
@@ -171,7 +174,7 @@ def _show(value: Any) -> str:
 def require(config: Any, name: str, ok: bool, allowed: str) -> None:
     """Raise ValueError for the field `name` of a dataclass unless `ok`; `allowed` says what it must be."""
     if not ok:
-        raise ValueError(f"{name}={getattr(config, name)!r}: allowed are {allowed}")
+        raise ValueError(f"{name}={getattr(config, name)!r}: must be {allowed}")
 
 
 def require_same(

@@ -103,7 +103,7 @@ def test_layers_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
         ("nowhere.at_all:layer", "No module named 'nowhere'"),
         ("moesaic.layers:no_such_thing", "no_such_thing"),
         ("moesaic.layers", "package.module:factory"),
-        ("moesaic.layers:BACKENDS", "is dict: allowed is a function"),
+        ("moesaic.layers:BACKENDS", "is dict: must be a function"),
     ],
 )
 def test_layers_that_do_not_exist_are_refused(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

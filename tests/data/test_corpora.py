@@ -107,7 +107,7 @@ def test_content_hash_follows_every_byte(tmp_path: Path) -> None:
         ({}, "missing", r"missing': no such file or folder"),
         ({}, "*.txt", r"\*.txt': no such file or folder"),
         ({"a.txt": b"", "b.txt": b""}, "", r"all 2 files are empty"),
-        ({"a.bin": b"\0\1\2", "b.bin": b"\xff\xfe"}, "", r"binary data \(.*a.bin\); allowed is UTF-8 text"),
+        ({"a.bin": b"\0\1\2", "b.bin": b"\xff\xfe"}, "", r"binary data \(.*a.bin\); must be UTF-8 text"),
         ({"a.bin": b"\0\1\2"}, "a.bin", r"binary data \(.*a.bin\)"),
         ({"a.txt": b"x"}, "a.txt", r"a.txt: 1 bytes are too few to cut a validation split from"),
     ],

@@ -171,7 +171,7 @@ def test_memmap_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
         load_data(memmap(tmp_path / "a", [1, 2, 100]))
     with pytest.raises(InputError, match=r"train.bin: 3 tokens, but the manifest says 5: truncated\?"):
         load_data(memmap(tmp_path / "b", [1, 2, 3], train={"tokens": 5}))
-    with pytest.raises(InputError, match=r"dtype='int8'; allowed are uint16, uint32"):
+    with pytest.raises(InputError, match=r"dtype='int8'; must be one of uint16, uint32"):
         load_data(memmap(tmp_path / "c", [1], dtype="int8"))
     odd = memmap(tmp_path / "d", [1, 2])
     (tmp_path / "d" / "train.bin").write_bytes(b"abc")
@@ -186,10 +186,10 @@ def test_memmap_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"vocab_size": 100}, r"data.vocab_size=100: a byte-level BPE needs at least 257 entries"),
-        ({"validation_fraction": 1.5}, r"data.validation_fraction=1.5: allowed are 0 < value < 1"),
+        ({"validation_fraction": 1.5}, r"data.validation_fraction=1.5: must be 0 < value < 1"),
         ({"source": "files"}, r"data.path=None: source=files needs one"),
         ({"source": "stdlib", "path": "x"}, r"data.path='x': source=stdlib takes none"),
-        ({"source": "web"}, r"data.source: found 'web' \(str\); allowed: stdlib \| packages"),
+        ({"source": "web"}, r"data.source: found 'web' \(str\); must be stdlib \| packages"),
     ],
 )
 def test_bad_config_names_its_key(values: dict[str, Any], message: str) -> None:

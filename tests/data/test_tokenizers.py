@@ -50,5 +50,5 @@ def test_bpe_compresses_and_is_deterministic() -> None:
 
 
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(InputError, match=r"tokeniser of kind 'words': allowed are bytes, bpe"):
+    with pytest.raises(InputError, match=r"tokeniser of kind 'words': must be one of bytes, bpe"):
         tokenizer_from_dict({"kind": "words"})

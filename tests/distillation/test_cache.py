@@ -323,7 +323,7 @@ def test_no_cache_and_damaged_manifests(decoder: Decoder, tmp_path: Path) -> Non
     for content, message in [
         (path.read_text()[:-20], r"manifest.json: damaged"),
         ("[]", r"manifest.json: not the manifest of a cache of targets"),
-        (json.dumps({**good, "version": 1}), r"manifest.json: version 1; allowed is 2, make the cache anew"),
+        (json.dumps({**good, "version": 1}), r"manifest.json: version 1; must be 2, make the cache anew"),
         (json.dumps({**good, "settings": {}}), r"manifest.json: damaged \(settings.teacher: missing"),
         (json.dumps({**good, "settings": []}), r"manifest.json: damaged"),
         (json.dumps({**good, "shards": None}), r"manifest.json: damaged"),
@@ -417,7 +417,7 @@ def test_every_window_and_seed_has_draws_of_its_own(decoder: Decoder) -> None:
 
 
 def test_impossible_identities_are_refused(decoder: Decoder) -> None:
-    with pytest.raises(InputError, match=r"seq_len=0: allowed are numbers >= 1"):
+    with pytest.raises(InputError, match=r"seq_len=0: must be a number >= 1"):
         identity(decoder, seq_len=0)
     with pytest.raises(InputError, match=r"k=41: the vocabulary has 40 entries"):
         identity(decoder, form=TargetFormat("top_k", k=41))

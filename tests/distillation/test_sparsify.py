@@ -134,7 +134,7 @@ def test_targets_in_chunks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["temperature", "k", "num_samples", "exponent"])
 def test_impossible_settings_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=rf"{name}=0(\.0)?: allowed are "):
+    with pytest.raises(InputError, match=rf"{name}=0(\.0)?: must be"):
         from_mapping(TargetFormat, {name: 0})
-    with pytest.raises(ValueError, match=rf"k=12: allowed are 1 to the vocabulary size, {V}"):
+    with pytest.raises(ValueError, match=rf"k=12: must be 1 to the vocabulary size, {V}"):
         top_k_targets(logits(), labels(), V + 1)

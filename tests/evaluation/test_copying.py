@@ -54,5 +54,5 @@ def test_passages_are_seeded_and_of_the_stream() -> None:
     assert not torch.equal(found, passages(CopyingConfig(length=5, sequences=8, seed=4), tokens, 100))
     with pytest.raises(InputError, match="the split has 100 tokens"):
         passages(CopyingConfig(length=101), tokens, 100)
-    with pytest.raises(ValueError, match="length=1: allowed are integers >= 2"):
+    with pytest.raises(ValueError, match="length=1: must be an integer >= 2"):
         CopyingConfig(length=1)

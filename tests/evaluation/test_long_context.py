@@ -204,7 +204,7 @@ def test_overrides_by_dotted_key() -> None:
         ),
         ({"attention.temperature.scale": 4}, r"model\.attention\.temperature\.scale: the model has no such key"),
         ({"dim.x": 4}, r"model\.dim\.x: the model has no such key"),
-        ({"attention.attention_chunk_size": 0}, r"attention_chunk_size=0: allowed are numbers > 0"),
+        ({"attention.attention_chunk_size": 0}, r"attention_chunk_size=0: must be a number > 0"),
         ({"attention.temperature.attn_scale": "big"}, r"model\.attention\.temperature\.attn_scale: found 'big'"),
         ({"attention.rope_scaling.factor": 4}, r"model\.attention\.rope_scaling\.low_freq_factor: missing"),
     ],
@@ -342,7 +342,7 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize("values", [{"multiple": 0.0}, {"stretches": 0}, {"chunk_tokens": -1}, {"multiple": math.inf}])
 def test_bad_config(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"allowed are numbers > 0"):
+    with pytest.raises(ValueError, match=r"must be a number > 0"):
         LossByPositionConfig(**values)
 
 

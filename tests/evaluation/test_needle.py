@@ -229,19 +229,19 @@ def test_impossible_grids_are_refused_before_any_work(config: NeedleConfig, mess
 
 
 def test_too_many_values_for_the_tokeniser() -> None:
-    with pytest.raises(InputError, match=r"needle\.distractors=8000: allowed are numbers below 8000"):
+    with pytest.raises(InputError, match=r"needle\.distractors=8000: must be a number below 8000"):
         task_of(ByteTokenizer(), NeedleConfig(distractors=8000))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"samples": 0}, "samples=0: allowed are integers >= 1"),
-        ({"planted": 16}, "planted=16: allowed are 0 to distractors=15"),
-        ({"multiples": ()}, r"multiples=\[\]: allowed are one or more numbers > 0"),
-        ({"multiples": (1.0, math.inf)}, r"multiples=\[1\.0, inf\]: allowed are one or more numbers > 0"),
-        ({"seed": -1}, "seed=-1: allowed are integers >= 0"),
-        ({"depths": (0.5, 1.5)}, r"depths=\[0\.5, 1\.5\]: allowed are one or more numbers from 0 to 1"),
+        ({"samples": 0}, "samples=0: must be an integer >= 1"),
+        ({"planted": 16}, "planted=16: must be 0 to distractors=15"),
+        ({"multiples": ()}, r"multiples=\[\]: must be one or more numbers > 0"),
+        ({"multiples": (1.0, math.inf)}, r"multiples=\[1\.0, inf\]: must be one or more numbers > 0"),
+        ({"seed": -1}, "seed=-1: must be an integer >= 0"),
+        ({"depths": (0.5, 1.5)}, r"depths=\[0\.5, 1\.5\]: must be one or more numbers from 0 to 1"),
     ],
 )
 def test_bad_config(values: dict[str, Any], message: str) -> None:

@@ -165,7 +165,7 @@ def test_kinds_of_files_by_hand() -> None:
     assert kinds.names == [".md", ".py"]
     assert kinds.at(torch.arange(9).view(3, 3)).tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 1]]
     assert FileKinds(FILES, 0, ["LICENSE", "x.tar.gz", "a/.b/c"]).names == [".gz", "no suffix"]
-    with pytest.raises(ValueError, match=r"2 documents, but 4 ends of text; allowed is one more"):
+    with pytest.raises(ValueError, match=r"4 ends of text must be one more than the 2 documents"):
         FileKinds(FILES, 0, NAMES[:2])
 
 

@@ -276,21 +276,21 @@ def test_layers_are_read_as_intervals_where_these_give_them() -> None:
 BAD_CONFIGS = [
     ({"sliding_window": 4096}, r"sliding_window=4096: not a field of Llama 4"),
     ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config=.*: not a field"),
-    ({"hidden_act": "xielu"}, r"hidden_act='xielu': allowed are silu"),
-    ({"attention_dropout": 0.1}, r"attention_dropout=0\.1: allowed is 0"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_scaling: found rope_type='yarn'; allowed are"),
+    ({"hidden_act": "xielu"}, r"hidden_act='xielu': must be one of silu"),
+    ({"attention_dropout": 0.1}, r"attention_dropout=0\.1: must be 0"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_scaling: found rope_type='yarn'; must be"),
     ({"rope_parameters": {**BAND, "beta": 1}}, r"rope_parameters\.beta: unknown key"),
     ({"rope_parameters": {**BAND, "factor": "x"}}, r"rope_parameters\.factor: found 'x' \(str\)"),
     ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, r"found \['factor'\] with rope_type default"),
-    ({"rope_parameters": {**BAND, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor; allowed is 1\.0"),
-    ({"num_hidden_layers": "four"}, r"config\.json\.num_hidden_layers: found 'four' \(str\); allowed: an integer"),
-    ({"num_experts_per_tok": 9}, r"top_k=9: allowed are 1 to num_experts=4"),
-    ({"moe_layers": [1, 9]}, r"moe_layers: found layer 9; allowed are 0 to 3"),
-    ({"no_rope_layers": [1, 0]}, r"no_rope_layers: found 2 entries; allowed are num_hidden_layers=4"),
-    ({"no_rope_layers": [1, 0, 2, 1]}, r"no_rope_layers: found 2; allowed are 1"),
+    ({"rope_parameters": {**BAND, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor; must be 1\.0"),
+    ({"num_hidden_layers": "four"}, r"config\.json\.num_hidden_layers: found 'four' \(str\); must be an integer"),
+    ({"num_experts_per_tok": 9}, r"top_k=9: must be 1 to num_experts=4"),
+    ({"moe_layers": [1, 9]}, r"moe_layers: found layer 9; must be 0 to 3"),
+    ({"no_rope_layers": [1, 0]}, r"no_rope_layers: found 2 entries; must be num_hidden_layers=4"),
+    ({"no_rope_layers": [1, 0, 2, 1]}, r"no_rope_layers: found 2; must be 1"),
     ({"layer_types": ["sliding_attention"] * 4}, r"layer_types\[0\]: found 'sliding_attention'"),
-    ({"no_rope_layer_interval": 0}, r"no_rope_layer_interval=0: allowed are numbers >= 1"),
-    ({"interleave_moe_layer_step": 0}, r"interleave_moe_layer_step=0: allowed are numbers >= 1"),
+    ({"no_rope_layer_interval": 0}, r"no_rope_layer_interval=0: must be a number >= 1"),
+    ({"interleave_moe_layer_step": 0}, r"interleave_moe_layer_step=0: must be a number >= 1"),
     ({"num_key_value_heads": 3}, r"num_heads=4: must be a multiple of num_kv_heads=3"),
     ({"head_dim": 7}, r"head_dim=7: RoPE rotates pairs"),
 ]
@@ -329,10 +329,10 @@ def test_models_that_are_no_llama4_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         to_hf(build_decoder(other), tmp_path / "out")
     for part in (
-        "attention.conv_width: found 3, allowed is 0",
-        "attention.temperature.scalable_softmax: found 0.5, allowed is null",
-        "moe.score_function: found 'softmax', allowed is sigmoid",
-        "moe.shared_hidden_dim: found 0, allowed is moe.hidden_dim=32",
+        "attention.conv_width: found 3, must be 0",
+        "attention.temperature.scalable_softmax: found 0.5, must be null",
+        "moe.score_function: found 'softmax', must be sigmoid",
+        "moe.shared_hidden_dim: found 0, must be moe.hidden_dim=32",
     ):
         assert part in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -410,13 +410,13 @@ DAMAGES = [
     (add_a_tensor, r"unexpected tensor model.layers.0.extra.weight"),
     (wrong_shape, r"model.norm.weight: found shape \[5\], config.json says \[24\]"),
     (scalar_shape, r"model.norm.weight: found shape \[\], config.json says \[24\]"),
-    (wrong_dtype, "model.norm.weight: found dtype I64; allowed are F64, F32, F16, BF16"),
+    (wrong_dtype, "model.norm.weight: found dtype I64; must be one of F64, F32, F16, BF16"),
     (truncate, "model.safetensors: truncated or not a safetensors file"),
     (garbage, "model.safetensors: truncated or not a safetensors file"),
-    (remove_weights, r"found \['pytorch_model.bin'\]; allowed are model.safetensors"),
+    (remove_weights, r"found \['pytorch_model.bin'\]; must be model.safetensors"),
     (remove_config, "no config.json in this directory"),
     (damage_config, "config.json: cannot be read as JSON"),
-    (list_as_config, "config.json: found a list; allowed is an object"),
+    (list_as_config, "config.json: found a list; must be an object"),
 ]
 
 

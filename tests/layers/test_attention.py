@@ -286,9 +286,9 @@ def test_bfloat16_autocast() -> None:
         ({"num_heads": 2, "rotary": RotaryEmbedding(6)}, "rotary.head_dim=6: must equal head_dim=4"),
         (
             {"num_heads": 2, "attention_chunk_size": 0},
-            "attention_chunk_size=0: allowed are numbers >= 1, or None",
+            "attention_chunk_size=0: must be a number >= 1, or None",
         ),
-        ({"num_heads": 2, "conv_width": -1}, "conv_width=-1: allowed are numbers >= 0"),
+        ({"num_heads": 2, "conv_width": -1}, "conv_width=-1: must be a number >= 0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -299,9 +299,9 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"floor_scale": 0}, "floor_scale=0: allowed are numbers >= 1"),
-        ({"attn_scale": -0.1}, "attn_scale=-0.1: allowed are numbers >= 0"),
-        ({"scalable_softmax": 0.0}, "scalable_softmax=0.0: allowed are numbers > 0, or null"),
+        ({"floor_scale": 0}, "floor_scale=0: must be a number >= 1"),
+        ({"attn_scale": -0.1}, "attn_scale=-0.1: must be a number >= 0"),
+        ({"scalable_softmax": 0.0}, "scalable_softmax=0.0: must be a number > 0, or null"),
     ],
 )
 def test_bad_temperature(arguments: dict[str, Any], message: str) -> None:
@@ -310,7 +310,7 @@ def test_bad_temperature(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_bad_convolution_width() -> None:
-    with pytest.raises(ValueError, match="width=0: allowed are numbers >= 1"):
+    with pytest.raises(ValueError, match="width=0: must be a number >= 1"):
         ShortConvolution(4, 0)
 
 

@@ -494,8 +494,8 @@ def test_one_expert_is_a_feed_forward_network() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"activation": "swish"}, r"activation='swish': allowed are silu, gelu, relu"),
-        ({"backend": "fast"}, r"backend='fast': allowed are auto, loop, padded, grouped, sliced, sliced_recompute"),
+        ({"activation": "swish"}, r"activation='swish': must be one of silu, gelu, relu"),
+        ({"backend": "fast"}, r"backend='fast': must be one of auto, loop, padded, grouped, sliced, sliced_recompute"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, str], message: str) -> None:

@@ -188,11 +188,11 @@ def test_dispatch_sorts_by_expert_and_combine_undoes_it(tokens: int, experts: in
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_experts": 0}, "num_experts=0: allowed are numbers >= 1"),
-        ({"top_k": 0}, "top_k=0: allowed are 1 to num_experts=4"),
-        ({"top_k": 5}, "top_k=5: allowed are 1 to num_experts=4"),
+        ({"num_experts": 0}, "num_experts=0: must be a number >= 1"),
+        ({"top_k": 0}, "top_k=0: must be 1 to num_experts=4"),
+        ({"top_k": 5}, "top_k=5: must be 1 to num_experts=4"),
         ({"normalize_scores": True}, "normalize_scores=True: with top_k=1 every score is 1"),
-        ({"score_function": "tanh"}, "score_function='tanh': allowed are sigmoid, softmax"),
+        ({"score_function": "tanh"}, "score_function='tanh': must be one of sigmoid, softmax"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:

@@ -742,7 +742,7 @@ def test_targets_of_other_tokens_are_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("match", "settings"),
     [
-        ("divergence='kl': allowed are forward_kl, ", {"divergence": "kl"}),
+        ("divergence='kl': must be one of forward_kl, ", {"divergence": "kl"}),
         (r"temperature=0\.0", {"temperature": 0.0}),
         ("temperature=nan", {"temperature": math.nan}),
         (r"soft_weight=1\.1", {"soft_weight": 1.1}),

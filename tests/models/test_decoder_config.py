@@ -122,18 +122,18 @@ def test_round_trip_of_a_pattern_with_custom_modules() -> None:
 WITHOUT_INTERVALS = {"interleave_moe_layer_step": None, "nope_layer_interval": None}
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"vocab_size": 0}, r"model\.vocab_size=0: allowed are numbers > 0"),
-    ({"dim": -3}, r"model\.dim=-3: allowed are numbers > 0"),
-    ({"dim": "wide"}, r"model\.dim: found 'wide' \(str\); allowed: an integer"),
-    ({"dim": 32.5}, r"model\.dim: found 32\.5 \(float\); allowed: an integer"),
-    ({"num_layers": 0}, r"model\.num_layers=0: allowed are numbers > 0"),
-    ({"hidden_dim": 0}, r"model\.hidden_dim=0: allowed are numbers > 0"),
-    ({"norm_eps": 0}, r"model\.norm_eps=0\.0: allowed are numbers > 0"),
-    ({"init_std": -1}, r"model\.init_std=-1\.0: allowed are numbers > 0"),
-    ({"activation": "swish"}, r"model\.activation='swish': allowed are silu, gelu, relu"),
-    ({"tie_embeddings": 1}, r"model\.tie_embeddings: found 1 \(int\); allowed: true or false"),
-    ({"interleave_moe_layer_step": -1}, r"model\.interleave_moe_layer_step=-1: allowed are numbers >= 0"),
-    ({"nope_layer_interval": -2}, r"model\.nope_layer_interval=-2: allowed are numbers >= 0"),
+    ({"vocab_size": 0}, r"model\.vocab_size=0: must be a number > 0"),
+    ({"dim": -3}, r"model\.dim=-3: must be a number > 0"),
+    ({"dim": "wide"}, r"model\.dim: found 'wide' \(str\); must be an integer"),
+    ({"dim": 32.5}, r"model\.dim: found 32\.5 \(float\); must be an integer"),
+    ({"num_layers": 0}, r"model\.num_layers=0: must be a number > 0"),
+    ({"hidden_dim": 0}, r"model\.hidden_dim=0: must be a number > 0"),
+    ({"norm_eps": 0}, r"model\.norm_eps=0\.0: must be a number > 0"),
+    ({"init_std": -1}, r"model\.init_std=-1\.0: must be a number > 0"),
+    ({"activation": "swish"}, r"model\.activation='swish': must be one of silu, gelu, relu"),
+    ({"tie_embeddings": 1}, r"model\.tie_embeddings: found 1 \(int\); must be true or false"),
+    ({"interleave_moe_layer_step": -1}, r"model\.interleave_moe_layer_step=-1: must be a number >= 0"),
+    ({"nope_layer_interval": -2}, r"model\.nope_layer_interval=-2: must be a number >= 0"),
     (
         {"nope_layer_interval": None},
         r"model\.nope_layer_interval=None: give either `pattern` or both intervals",
@@ -150,21 +150,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"model\.moe=None: the depth pattern has MoE layers",
     ),
     ({"dims": 8}, r"model\.dims: unknown key \(did you mean model\.dim\?\)"),
-    ({"attention.num_heads": 0}, r"model\.attention\.num_heads=0: allowed are numbers > 0"),
+    ({"attention.num_heads": 0}, r"model\.attention\.num_heads=0: must be a number > 0"),
     ({"attention.num_heads": 3}, r"model\.attention\.num_heads=3: must be a multiple of num_kv_heads=2"),
     (
         {"attention.num_heads": 6, "attention.head_dim": None},
         r"model\.attention\.num_heads=6: must divide dim=32 where attention\.head_dim is null",
     ),
-    ({"attention.num_kv_heads": 0}, r"model\.attention\.num_kv_heads=0: allowed are numbers > 0"),
+    ({"attention.num_kv_heads": 0}, r"model\.attention\.num_kv_heads=0: must be a number > 0"),
     ({"attention.head_dim": 7}, r"model\.attention\.head_dim=7: RoPE rotates pairs"),
-    ({"attention.head_dim": 0}, r"model\.attention\.head_dim=0: allowed are numbers > 0"),
-    ({"attention.rope_theta": 0}, r"model\.attention\.rope_theta=0\.0: allowed are numbers > 0"),
+    ({"attention.head_dim": 0}, r"model\.attention\.head_dim=0: must be a number > 0"),
+    ({"attention.rope_theta": 0}, r"model\.attention\.rope_theta=0\.0: must be a number > 0"),
     (
         {"attention.attention_chunk_size": 0},
-        r"model\.attention\.attention_chunk_size=0: allowed are numbers > 0",
+        r"model\.attention\.attention_chunk_size=0: must be a number > 0",
     ),
-    ({"attention.conv_width": -1}, r"model\.attention\.conv_width=-1: allowed are numbers >= 0"),
+    ({"attention.conv_width": -1}, r"model\.attention\.conv_width=-1: must be a number >= 0"),
     (
         {
             "attention.attention_chunk_size": None,
@@ -173,10 +173,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         },
         r"model\.attention\.attention_chunk_size=None: the depth pattern has chunked_nope layers",
     ),
-    ({"attention.temperature.floor_scale": 0}, r"model\.attention\.temperature\.floor_scale=0: allowed are"),
+    ({"attention.temperature.floor_scale": 0}, r"model\.attention\.temperature\.floor_scale=0: must be"),
     (
         {"attention.temperature.attn_scale": -1},
-        r"model\.attention\.temperature\.attn_scale=-1\.0: allowed are",
+        r"model\.attention\.temperature\.attn_scale=-1\.0: must be",
     ),
     (
         {"attention.rope_scaling": {"factor": 8.0}},
@@ -197,20 +197,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"attention.num_head": 4},
         r"model\.attention\.num_head: unknown key \(did you mean model\.attention\.num_heads\?\)",
     ),
-    ({"moe.num_experts": 0}, r"model\.moe\.num_experts=0: allowed are numbers > 0"),
-    ({"moe.hidden_dim": 0}, r"model\.moe\.hidden_dim=0: allowed are numbers > 0"),
-    ({"moe.top_k": 0}, r"model\.moe\.top_k=0: allowed are 1 to num_experts=4"),
-    ({"moe.top_k": 5}, r"model\.moe\.top_k=5: allowed are 1 to num_experts=4"),
+    ({"moe.num_experts": 0}, r"model\.moe\.num_experts=0: must be a number > 0"),
+    ({"moe.hidden_dim": 0}, r"model\.moe\.hidden_dim=0: must be a number > 0"),
+    ({"moe.top_k": 0}, r"model\.moe\.top_k=0: must be 1 to num_experts=4"),
+    ({"moe.top_k": 5}, r"model\.moe\.top_k=5: must be 1 to num_experts=4"),
     ({"moe.normalize_scores": True}, r"model\.moe\.normalize_scores=True: with top_k=1 every score is 1"),
-    ({"moe.shared_hidden_dim": -1}, r"model\.moe\.shared_hidden_dim=-1: allowed are numbers >= 0, or null"),
-    ({"moe.backend": "fast"}, r"model\.moe\.backend='fast': allowed are auto, loop, padded, grouped"),
+    ({"moe.shared_hidden_dim": -1}, r"model\.moe\.shared_hidden_dim=-1: must be a number >= 0, or null"),
+    ({"moe.backend": "fast"}, r"model\.moe\.backend='fast': must be one of auto, loop, padded, grouped"),
     (
         {"moe.score_function": "tanh"},
-        r"model\.moe\.score_function: found 'tanh' \(str\); allowed: sigmoid \| softmax",
+        r"model\.moe\.score_function: found 'tanh' \(str\); must be sigmoid \| softmax",
     ),
     (
         {"moe.router": "unform"},
-        r"model\.moe\.router: found 'unform' \(str\); allowed: top_k \| uniform or a mapping",
+        r"model\.moe\.router: found 'unform' \(str\); must be top_k \| uniform or a mapping",
     ),
     (
         {"moe.router": {"scale": 2}},
@@ -218,7 +218,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pattern": [{"mixer": "chunked_rope", "ffn": "moe"}, {"mixer": "ropee", "ffn": "moe"}], **WITHOUT_INTERVALS},
-        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\); allowed: rope \| chunked_rope \| nope \| chunked_nope",
+        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\); must be rope \| chunked_rope \| nope \| chunked_nope",
     ),
     ({"pattern": [{"mixer": "chunked_rope"}], **WITHOUT_INTERVALS}, r"model\.pattern\[0\]\.ffn: missing"),
     (
@@ -231,7 +231,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pattern": "rope", **WITHOUT_INTERVALS},
-        r"model\.pattern: found 'rope' \(str\); allowed: a list of a mapping or null",
+        r"model\.pattern: found 'rope' \(str\); must be a list of a mapping or null",
     ),
     (
         {"pattern": [{"mixer": "rope", "ffn": "moe"}], **WITHOUT_INTERVALS, "format": None},

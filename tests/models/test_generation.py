@@ -131,8 +131,8 @@ def test_a_mixer_without_cache_falls_back_to_the_whole_text() -> None:
     [
         ([[0, VOCAB]], f"token id {VOCAB}: the vocabulary has ids 0 to {VOCAB - 1}"),
         ([[-1, 3]], f"token id -1: the vocabulary has ids 0 to {VOCAB - 1}"),
-        ([1, 2, 3], r"tokens of shape \(3,\): allowed is \(B, L\) with at least one token"),
-        ([[]], r"tokens of shape \(1, 0\): allowed is \(B, L\) with at least one token"),
+        ([1, 2, 3], r"tokens of shape \(3,\): must be \(B, L\) with at least one token"),
+        ([[]], r"tokens of shape \(1, 0\): must be \(B, L\) with at least one token"),
     ],
 )
 def test_bad_prompts(tokens: list[Any], message: str) -> None:
@@ -143,10 +143,10 @@ def test_bad_prompts(tokens: list[Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -0.5}, "temperature=-0.5: allowed are numbers >= 0"),
-        ({"top_k": 0}, "top_k=0: allowed are numbers >= 1"),
-        ({"top_p": 0.0}, "top_p=0.0: allowed are 0 < top_p <= 1"),
-        ({"top_p": 1.1}, "top_p=1.1: allowed are 0 < top_p <= 1"),
+        ({"temperature": -0.5}, "temperature=-0.5: must be a number >= 0"),
+        ({"top_k": 0}, "top_k=0: must be a number >= 1"),
+        ({"top_p": 0.0}, "top_p=0.0: must be 0 < top_p <= 1"),
+        ({"top_p": 1.1}, "top_p=1.1: must be 0 < top_p <= 1"),
     ],
 )
 def test_bad_sampling_arguments(arguments: dict[str, Any], message: str) -> None:

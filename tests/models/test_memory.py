@@ -258,9 +258,9 @@ def test_custom_modules_are_traced_and_have_no_formula() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0: allowed are numbers >= 1"),
-        ({"seq_len": -1}, "seq_len=-1: allowed are numbers >= 1"),
-        ({"dtype": torch.int64}, "dtype=torch.int64: allowed are floating-point types"),
+        ({"batch_size": 0}, "batch_size=0: must be a number >= 1"),
+        ({"seq_len": -1}, "seq_len=-1: must be a number >= 1"),
+        ({"dtype": torch.int64}, "dtype=torch.int64: must be a floating-point type"),
     ],
 )
 def test_impossible_sizes(function: Any, changes: dict[str, Any], message: str) -> None:
@@ -269,7 +269,7 @@ def test_impossible_sizes(function: Any, changes: dict[str, Any], message: str) 
 
 
 def test_what_cannot_be_estimated_is_refused() -> None:
-    with pytest.raises(InputError, match="optimizer='sgd': allowed are adamw, muon, None"):
+    with pytest.raises(InputError, match="optimizer='sgd': must be one of adamw, muon, None"):
         estimate_memory(small(), batch_size=1, seq_len=8, optimizer="sgd")
     with pytest.raises(InputError, match=r"backend='grouped', dtype=torch\.float32: .* in bfloat16 only"):
         trace_memory(small({}, {"backend": "grouped"}), batch_size=1, seq_len=8)

@@ -72,11 +72,11 @@ def test_launch_trains_both_and_ends_in_a_table(common: list[str]) -> None:
     [
         (["a=model.dim=16"], r"b: missing; it needs a string"),
         (["a=", "b=model.dimm=3"], r"b: model.dimm: unknown key \(did you mean model.dim\?\)"),
-        (["a=", "b='name=x"], r"b=.*: No closing quotation; allowed are key=value, separated by spaces"),
-        (["a=", "b=", "solve=watts"], r"solve: found 'watts' \(str\); allowed: active_flops \| parameters \| seconds"),
+        (["a=", "b='name=x"], r"b=.*: No closing quotation; must be key=value, separated by spaces"),
+        (["a=", "b=", "solve=watts"], r"solve: found 'watts' \(str\); must be active_flops \| parameters \| seconds"),
         (["a=", "b=", "width=model.hidden_dim"], r"nothing to solve; give solve="),
         (["a=", "b=", "rounds=0", "solve=seconds"], r"rounds=0: solve=seconds needs measured steps"),
-        (["a=", "b=model.moe.top_k=9"], r"b: model.moe.top_k=9: allowed are 1 to num_experts=8"),
+        (["a=", "b=model.moe.top_k=9"], r"b: model.moe.top_k=9: must be 1 to num_experts=8"),
         (
             ["a=", "b=model.interleave_moe_layer_step=0", "solve=parameters", "width=model.moe.hidden_dim"],
             r"solve=parameters: width=model.moe.hidden_dim: nothing to solve",

@@ -134,15 +134,15 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=recall"], "task='recall': allowed are score, specialization, loss_by_position, needle"),
+        (["task=recall"], "task='recall': must be one of score, specialization, loss_by_position, needle"),
         (["task=needle", "other_checkpoint=x"], "other_checkpoint=x: only task=specialization has it"),
         (
             ["task=needle", "seq_len=5"],
             "seq_len=5: only task=score and task=specialization have it; see the section needle",
         ),
-        (["task=needle", "batch_size=0"], "batch_size=0: allowed are integers >= 1"),
-        (["task=needle", "split=test"], "split='test': allowed are validation, train"),
-        (["task=needle", "variants=window"], "variants='window': allowed is a list of names and key=value"),
+        (["task=needle", "batch_size=0"], "batch_size=0: must be an integer >= 1"),
+        (["task=needle", "split=test"], "split='test': must be one of validation, train"),
+        (["task=needle", "variants=window"], "variants='window': must be a list of names and key=value"),
         (["task=needle", "variants=[colder]"], "variants: colder: unknown variant colder; must be as_trained"),
         (
             ["task=loss_by_position", "variants=['attention.chunk=4']"],
@@ -154,7 +154,7 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
         ),
         (["task=loss_by_position", "loss_by_position.within=files"], "longer than the data, the longest file has"),
         (["task=loss_by_position", "loss_by_position.multiple=0.01"], "multiple=0.01: a context of 0 tokens"),
-        (["task=loss_by_position", "loss_by_position.stretches=0"], "loss_by_position.stretches=0: allowed are"),
+        (["task=loss_by_position", "loss_by_position.stretches=0"], "loss_by_position.stretches=0: must be"),
         (["task=needle", "needle.multiples=[1000]"], "a context of 32000 tokens: longer than the data"),
         (["task=needle", "needle.multiples=[0.5]"], "a context of 16 tokens: shorter than the needles"),
         (["task=needle", "checkpoint=/nowhere"], "no such file"),
@@ -260,13 +260,13 @@ def test_evaluations_of_studies(checkpoint: Path, corpus: Path, tmp_path: Path) 
     assert found["loss_by_position/as_trained/beyond/loss"] == losses["loss_by_position/window/beyond/loss"]
     assert found["loss_by_position/as_trained/within/loss"] == losses["loss_by_position/as_trained/within/loss"]
     assert needle_evaluation(checkpoint, run_config, windowed) != needles
-    with pytest.raises(InputError, match=r"evaluation_options\.needle\.window=1: allowed are integers >= 2, or null"):
+    with pytest.raises(InputError, match=r"evaluation_options\.needle\.window=1: must be an integer >= 2, or null"):
         needle_evaluation(checkpoint, run_config, {"needle": {"window": 1}})
     with pytest.raises(InputError, match=r"evaluation_options\.needle\.depth: unknown key \(did you mean"):
         needle_evaluation(checkpoint, run_config, {"needle": {"depth": 1}})
-    with pytest.raises(InputError, match=r"evaluation_options\.needle\.batch_size=0: allowed are"):
+    with pytest.raises(InputError, match=r"evaluation_options\.needle\.batch_size=0: must be"):
         needle_evaluation(checkpoint, run_config, {"needle": {"batch_size": 0}})
-    with pytest.raises(InputError, match=r"evaluation_options\.loss_by_position=5: allowed is a mapping"):
+    with pytest.raises(InputError, match=r"evaluation_options\.loss_by_position=5: must be a mapping"):
         loss_by_position_evaluation(checkpoint, run_config, {"loss_by_position": 5})
 
 

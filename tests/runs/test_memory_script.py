@@ -44,7 +44,7 @@ def test_units() -> None:
     ("arguments", "message"),
     [
         (["llama5"], "error: name=llama5: must be one of scout, maverick, behemoth_guess, "),
-        (["scout", "batch_size=0"], "error: batch_size=0: allowed are numbers >= 1"),
+        (["scout", "batch_size=0"], "error: batch_size=0: must be a number >= 1"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

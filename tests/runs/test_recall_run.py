@@ -144,7 +144,7 @@ def test_a_checkpoint_is_scored_again_and_with_other_switches(
     assert (tmp_path / "scored" / "recall.png").stat().st_size > 0
     assert not (tmp_path / "scored" / "evaluation.png").exists()
     anew = {**question, "output": None}
-    with pytest.raises(InputError, match=r"split='train': allowed is validation"):
+    with pytest.raises(InputError, match=r"split='train': must be validation"):
         evaluate.evaluate({**anew, "split": "train"})
     with pytest.raises(InputError, match=r"max_batches=1: of a recall task all test sequences are scored"):
         evaluate.evaluate({**anew, "max_batches": 1})

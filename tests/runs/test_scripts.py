@@ -152,7 +152,7 @@ def test_sweep_survives_a_failed_run_and_ends_in_a_table(corpus: Path, tmp_path:
     table = (sweep / "report.md").read_text()
     assert "| model.moe.top_k=1 | 2 of 2 |" in table
     assert "| model.moe.top_k=99 | 0 of 2 |" in table
-    assert "allowed are 1 to num_experts=8" in table
+    assert "must be 1 to num_experts=8" in table
     assert table in done.stdout
     assert (sweep / "report.png").stat().st_size > 0
     with (sweep / "report.csv").open() as file:
@@ -210,7 +210,7 @@ def test_specialization_and_drift(trained: Path, composed: Composed, tmp_path: P
 
 
 def test_evaluate_refuses_bad_input(trained: Path, composed: Composed) -> None:
-    with pytest.raises(InputError, match=r"split='test': allowed are validation, train"):
+    with pytest.raises(InputError, match=r"split='test': must be one of validation, train"):
         evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "split=test", config="evaluate"))
     with pytest.raises(InputError, match=r"no such file"):
         evaluate.evaluate(composed("data=files", "checkpoint=/nowhere", config="evaluate"))
@@ -244,7 +244,7 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
         evaluate.evaluate(composed(*asked, config="evaluate"))
     for key in ("checkpoint", "other_checkpoint", "output"):
         config = composed("data=files", f"checkpoint={trained}", "task=specialization", config="evaluate")
-        with pytest.raises(InputError, match=f"{key}=2024: allowed is a path"):
+        with pytest.raises(InputError, match=f"{key}=2024: must be a path"):
             evaluate.evaluate({**config, key: 2024})
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"output=.*file/x.*cannot be written"):
@@ -270,8 +270,8 @@ def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (["/nowhere.ckpt"], "error: checkpoint /nowhere.ckpt: no such file\n"),
-        (["TRAINED", "temperature=-1"], "error: temperature=-1.0: allowed are numbers >= 0 (0: greedy)\n"),
-        (["TRAINED", "top_p=2"], "error: top_p=2.0: allowed are 0 < top_p <= 1, or null\n"),
+        (["TRAINED", "temperature=-1"], "error: temperature=-1.0: must be a number >= 0 (0: greedy)\n"),
+        (["TRAINED", "top_p=2"], "error: top_p=2.0: must be 0 < top_p <= 1, or null\n"),
     ],
 )
 def test_generate_refuses_bad_input(

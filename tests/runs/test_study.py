@@ -358,13 +358,13 @@ def test_the_config_of_a_study_without_rows_is_not_kept(tiny: dict[str, Any], tm
 def test_bad_input_is_refused_before_anything_is_written(tiny: dict[str, Any], tmp_path: Path) -> None:
     for changes, message in (
         ({"arms": {"dense": {"model.depth": 3}}}, r"study.arms.dense.model.depth: the run config has no such key"),
-        ({"baseline": "sparse"}, r"study.baseline='sparse': unknown arm; allowed: dense, moe"),
-        ({"arms": None}, r"experiment: give a study; allowed: .*study_score_placement"),
+        ({"baseline": "sparse"}, r"study.baseline='sparse': unknown arm; must be one of dense, moe"),
+        ({"arms": None}, r"experiment: give a study; must be one of .*study_score_placement"),
     ):
         with pytest.raises(InputError, match=message):
             call({**tiny, "study": {**tiny["study"], **changes}})
     for workers in (0, True):
-        with pytest.raises(InputError, match=rf"workers={workers}: allowed are integers >= 1"):
+        with pytest.raises(InputError, match=rf"workers={workers}: must be an integer >= 1"):
             call({**tiny, "workers": workers})
     assert not (tmp_path / "results").exists()
     assert not (tmp_path / "outputs").exists()

@@ -56,32 +56,32 @@ PREPARED: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"baseline": "sparse"}, "study.baseline='sparse': unknown arm; allowed: dense, moe"),
-        ({"seeds": []}, "study.seeds=[]: allowed are one or more different integers"),
+        ({"baseline": "sparse"}, "study.baseline='sparse': unknown arm; must be one of dense, moe"),
+        ({"seeds": []}, "study.seeds=[]: must be one or more different integers"),
         ({"seeds": [1, 1]}, "study.seeds=[1, 1]: allowed"),
-        ({"seeds": [-1, 1]}, "study.seeds=[-1, 1]: allowed are one or more different integers >= 0"),
-        ({"tune": {"seed": -2}}, "study.tune.seed=-2: allowed are integers >= 0"),
+        ({"seeds": [-1, 1]}, "study.seeds=[-1, 1]: must be one or more different integers >= 0"),
+        ({"tune": {"seed": -2}}, "study.tune.seed=-2: must be an integer >= 0"),
         ({"seeds": [9]}, "study.tune.seed=9: it must not be one of seeds=[9]"),
-        ({"tune": {"seed": 9, "factors": [1.0]}}, "study.tune.factors=[1.0]: allowed are two or more"),
+        ({"tune": {"seed": 9, "factors": [1.0]}}, "study.tune.factors=[1.0]: must be two or more"),
         ({"variants": {"hot": {"arm": "x", "overrides": {}}}}, "study.variants.hot.arm='x': unknown arm"),
         ({"variants": {"moe": {"arm": "moe", "overrides": {}}}}, "study.variants.moe: an arm has this name"),
         (
             {"variants": {"hot": {"arm": "moe", "overrides": {"training.steps": 1}}}},
-            "study.variants.hot.overrides.training.steps: allowed are keys of the model",
+            "study.variants.hot.overrides.training.steps: must be keys of the model",
         ),
         ({"axes": {"experts": {"values": {}, "fixed": ["x"]}}}, "study.axes.experts.fixed: unknown arm 'x'"),
         ({"prepare": {"a": {}}}, "study.prepare.a.train, cache: give one of the two"),
         ({"prepare": {"a": {"train": {}, "cache": {"teacher": "a"}}}}, "study.prepare.a.train, cache: give one of"),
         (
             {"prepare": {"a": {"cache": {"teacher": "b"}}, "b": {"train": {}}}},
-            "study.prepare.a.cache.teacher='b': allowed are the prepared runs above it: none",
+            "study.prepare.a.cache.teacher='b': must be the prepared runs above it: none",
         ),
         (
             {"prepare": {"b": {"train": {}}, "a": {"cache": {"teacher": "b", "k": 0}}}},
-            "study.prepare.a.cache.k=0: allowed are numbers >= 1",
+            "study.prepare.a.cache.k=0: must be a number >= 1",
         ),
         ({"arm": {}}, "study.arm: unknown key (did you mean study.arms?)"),
-        ({"question": None}, "study.question: found None (NoneType); allowed: a string"),
+        ({"question": None}, "study.question: found None (NoneType); must be a string"),
     ],
 )
 def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], message: str) -> None:
@@ -96,7 +96,7 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
             {"arms": {"dense": {"model.dense_twn": True}, "moe": {}}},
             "study.arms.dense.model.dense_twn: the run config has no such key (did you mean model.dense_twin?)",
         ),
-        ({"arms": {"dense": {"model.moe.top_k": 5}}}, "study.arms.dense: model.moe.top_k=5: allowed are 1 to"),
+        ({"arms": {"dense": {"model.moe.top_k": 5}}}, "study.arms.dense: model.moe.top_k=5: must be 1 to"),
         ({"arms": {"dense": {"training.steps": "many"}}}, "study.arms.dense: training.steps: found 'many' (str)"),
         (
             {"axes": {"experts": {"values": {"2": {"model.experts": 2}}}}},
@@ -112,7 +112,7 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
         ),
         (
             {"variants": {"hot": {"arm": "dense", "overrides": {"model.dim": -1}}}},
-            "study.variants.hot: model.dim=-1: allowed are numbers > 0",
+            "study.variants.hot: model.dim=-1: must be a number > 0",
         ),
         ({"evaluations": ["moesaic.nothing.here"]}, "study.evaluations='moesaic.nothing.here' cannot be imported"),
         ({"evaluations": ["moesaic.__doc__"]}, "study.evaluations: 'moesaic.__doc__' is not a function"),
@@ -124,11 +124,11 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
         ({"prepare": {"a": {"train": {"model.dim": -1}}}}, "study.prepare.a: model.dim=-1: allowed"),
         (
             {"prepare": {"a": {"train": {}}}, "arms": {"dense": {"distillation": frozen("b")}}},
-            "study.arms.dense: distillation.teacher='prepared:b': allowed here: prepared:a",
+            "study.arms.dense: distillation.teacher='prepared:b': must here be one of prepared:a",
         ),
         (
             {"prepare": {"a": {"train": {}}}, "arms": {"dense": {"distillation": cached("a")}}},
-            "study.arms.dense: distillation.cache='prepared:a': allowed here: nothing is prepared for it",
+            "study.arms.dense: distillation.cache='prepared:a': must here be one of nothing is prepared for it",
         ),
         (
             {"arms": {"dense": {"distillation": {"source": "joint", "teacher_model": {"dim": 0}}}}},

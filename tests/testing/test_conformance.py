@@ -204,7 +204,7 @@ def test_a_layer_that_trains_with_noise_is_not_called_wrong_for_it() -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda: 3, r"the factory made int: allowed are nn\.Module and MoEUnderTest"),
+        (lambda: 3, r"the factory made int: must be an nn\.Module or a MoEUnderTest"),
         (lambda: None, r"the factory made NoneType"),
         (lambda: 1 / 0, r"the factory raised ZeroDivisionError: division by zero"),
         (lambda: nn.Linear(8, 9), r"Linear maps no \(2, 3, D\) to itself.*\(2, 3, 8\) gave \(2, 3, 9\)"),
@@ -214,7 +214,7 @@ def test_a_layer_that_trains_with_noise_is_not_called_wrong_for_it() -> None:
             lambda: MoEUnderTest(nn.Linear(8, 9), dim=8),
             r"output of shape \(2, 3, 9\) for an input of shape \(2, 3, 8\)",
         ),
-        (nn.Linear(8, 8), r"Linear is a layer: allowed is a function that returns one"),
+        (nn.Linear(8, 8), r"Linear is a layer: must be a function that returns one"),
         (lambda: MoEUnderTest(nn.Linear(8, 8), dim=8, forward=lambda module, x: module(x).sum()), r"shape \(\)"),
     ],
 )
@@ -232,7 +232,7 @@ def test_an_output_that_is_no_tensor_is_refused() -> None:
         def forward(self, x: Tensor) -> str:
             return "hello"
 
-    with pytest.raises(InputError, match="returned str: allowed are a tensor"):
+    with pytest.raises(InputError, match="returned str: must be a tensor"):
         check_moe(lambda: MoEUnderTest(Says(), dim=3))
 
 

@@ -48,7 +48,7 @@ def test_a_layer_of_ones_own(
     assert run(script, "own_layer:layer") == 1
     assert "marin-community/marin#8134" in capsys.readouterr().out.replace("\n", " ")
     assert run(script, "own_layer:number") == 2
-    assert "allowed is a function" in capsys.readouterr().err
+    assert "must be a function" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

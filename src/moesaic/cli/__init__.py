@@ -72,10 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "moesaic":
             raise
-        print(
-            f"error: moesaic {name} needs the package {error.name.split('.')[0]}: pip install 'moesaic[train]'",
-            file=sys.stderr,
-        )
+        package = error.name.split(".")[0]
+        extra = "hf" if package == "transformers" else "train"
+        print(f"error: moesaic {name} needs the package {package}: pip install 'moesaic[{extra}]'", file=sys.stderr)
         sys.exit(2)
     module.main(rest)
 

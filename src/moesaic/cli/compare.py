@@ -49,9 +49,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
-            raise ValueError(f"rounds={self.rounds}: allowed are numbers >= 0")
+            raise ValueError(f"rounds={self.rounds}: must be a number >= 0")
         if self.solve == "seconds" and self.rounds == 0:
-            raise ValueError("rounds=0: solve=seconds needs measured steps; allowed are numbers >= 1")
+            raise ValueError("rounds=0: solve=seconds needs measured steps; must be a number >= 1")
         if self.width is not None and self.solve is None:
             raise ValueError(f"width={self.width}: nothing to solve; give solve=active_flops, parameters or seconds")
 
@@ -68,7 +68,7 @@ def words(name: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise InputError(f"{name}={text!r}: {error}; allowed are key=value, separated by spaces") from error
+        raise InputError(f"{name}={text!r}: {error}; must be key=value, separated by spaces") from error
 
 
 def compose_run(overrides: Sequence[str]) -> dict[str, Any]:

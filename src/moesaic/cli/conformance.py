@@ -65,7 +65,7 @@ def find(name: str) -> Callable[..., Any]:
         raise InputError(f"{name}: must be package.module:factory, or one of {', '.join(LAYERS)}")
     factory = imports.resolve(name, "layer")
     if not callable(factory):
-        raise InputError(f"{name} is {type(factory).__name__}: allowed is a function that returns a layer")
+        raise InputError(f"{name} is {type(factory).__name__}: must be a function that returns a layer")
     return factory
 
 

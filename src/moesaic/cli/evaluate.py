@@ -65,10 +65,10 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if config["variants"] != ["as_trained"]:
         raise InputError(f"variants={config['variants']}: they need task=loss_by_position or task=needle")
     if config["split"] not in ("validation", "train"):
-        raise InputError(f"split={config['split']!r}: allowed are validation, train")
+        raise InputError(f"split={config['split']!r}: must be one of validation, train")
     for key in ("seq_len", "batch_size", "max_batches"):
         if config[key] is not None and (type(config[key]) is not int or config[key] < 1):
-            raise InputError(f"{key}={config[key]!r}: allowed are integers >= 1")
+            raise InputError(f"{key}={config[key]!r}: must be an integer >= 1")
     require_accelerator("accelerator", config["accelerator"])
     data_config = from_mapping(DataConfig, config["data"], "data")
     model = load_model(config["checkpoint"])
@@ -84,7 +84,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     trained_length = model.run_config["training"]["seq_len"]
     seq_len = config["seq_len"] or trained_length
     if data.task is not None and config["split"] != "validation":
-        raise InputError(f"split={config['split']!r}: allowed is validation, the test sequences of a recall task")
+        raise InputError(f"split={config['split']!r}: must be validation, the test sequences of a recall task")
     if data.task is not None and config["max_batches"] is not None:
         raise InputError(
             f"max_batches={config['max_batches']}: of a recall task all test sequences are scored; "
@@ -96,7 +96,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     elif config["seq_len"] is not None and seq_len >= len(split.tokens):
         raise InputError(
             f"seq_len={seq_len}: longer than the data, the {config['split']} split has {len(split.tokens)} tokens; "
-            "allowed are numbers below"
+            "it must be shorter"
         )
     decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
     specialization = Specialization(
@@ -227,7 +227,7 @@ def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
 def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The tasks loss_by_position and needle: numbers per variant."""
     if config["task"] not in ("loss_by_position", "needle"):
-        raise InputError(f"task={config['task']!r}: allowed are score, specialization, loss_by_position, needle")
+        raise InputError(f"task={config['task']!r}: must be one of score, specialization, loss_by_position, needle")
     _require_paths(config)
     if config["other_checkpoint"] is not None:
         raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialization has it")
@@ -238,10 +238,10 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
                 f"see the section {config['task']}"
             )
     if type(config["batch_size"]) is not int or config["batch_size"] < 1:
-        raise InputError(f"batch_size={config['batch_size']!r}: allowed are integers >= 1")
+        raise InputError(f"batch_size={config['batch_size']!r}: must be an integer >= 1")
     variants = config["variants"]
     if not isinstance(variants, list) or not all(isinstance(name, str) for name in variants):
-        raise InputError(f"variants={variants!r}: allowed is a list of names and key=value")
+        raise InputError(f"variants={variants!r}: must be a list of names and key=value")
     require_accelerator("accelerator", config["accelerator"])
     loss_config = from_mapping(LossByPositionConfig, config["loss_by_position"], "loss_by_position")
     needle_config = from_mapping(NeedleConfig, config["needle"], "needle")
@@ -278,9 +278,7 @@ def _require_paths(config: dict[str, Any]) -> None:
         raise InputError("checkpoint: missing; give moesaic evaluate RUN/checkpoints/last.ckpt")
     for key in ("checkpoint", "other_checkpoint", "output"):
         if config[key] is not None and not isinstance(config[key], str):
-            raise InputError(
-                f"{key}={config[key]!r}: allowed is a path; of a number or a word like true write ./ before"
-            )
+            raise InputError(f"{key}={config[key]!r}: must be a path; before a number or a word like true write ./")
 
 
 def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Table:

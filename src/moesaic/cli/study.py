@@ -36,11 +36,11 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     if config["study"]["arms"] is None:
         known = [name for name in options_of("experiment") if name.startswith("study_")]
-        raise InputError(f"experiment: give a study; allowed: {', '.join(known)}")
+        raise InputError(f"experiment: give a study; must be one of {', '.join(known)}")
     study_config = from_mapping(StudyConfig, config.pop("study"), "study")
     workers, results_dir = config.pop("workers"), config.pop("results_dir")
     if type(workers) is not int or workers < 1:
-        raise InputError(f"workers={workers!r}: allowed are integers >= 1")
+        raise InputError(f"workers={workers!r}: must be an integer >= 1")
     if config["trainer"]["precision"] == "auto":  # each machine would choose its own
         config["trainer"] = {**config["trainer"], "precision": "32-true"}
     results = Path(results_dir) if results_dir else default_results(config["name"], Path.cwd())

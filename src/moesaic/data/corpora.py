@@ -94,7 +94,7 @@ def load_files(path: str, validation_fraction: float) -> Corpus:
         elif text:
             documents.append(Document(_relative(file, root), text))
     if not documents and binary:
-        raise InputError(f"data.path={path!r}: binary data ({binary[0]}); allowed is UTF-8 text without NUL bytes")
+        raise InputError(f"data.path={path!r}: binary data ({binary[0]}); must be UTF-8 text without NUL bytes")
     if not documents:
         raise InputError(f"data.path={path!r}: all {len(paths)} files are empty")
     return _split(f"files: {path}", _without_duplicates(documents), validation_fraction)

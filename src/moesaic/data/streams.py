@@ -45,7 +45,7 @@ class DataConfig:
         if self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size}: a byte-level BPE needs at least 257 entries")
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction={self.validation_fraction}: allowed are 0 < value < 1")
+            raise ValueError(f"validation_fraction={self.validation_fraction}: must be 0 < value < 1")
         needs_path = self.source in ("files", "huggingface", "memmap")
         if needs_path and not self.path:
             raise ValueError(f"path={self.path}: source={self.source} needs one (data.path=...)")
@@ -244,7 +244,7 @@ def _open(folder: Path) -> Data:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{manifest_path}: damaged, or without `dtype` and `vocab_size` ({error})") from error
     if dtype not in ("uint16", "uint32"):
-        raise InputError(f"{manifest_path}: dtype={dtype!r}; allowed are uint16, uint32")
+        raise InputError(f"{manifest_path}: dtype={dtype!r}; must be one of uint16, uint32")
     streams = {name: _open_stream(folder, name, manifest, dtype, vocab_size) for name in ("train", "validation")}
     tokenizer = None
     if (folder / "tokenizer.json").exists():

@@ -125,7 +125,7 @@ def tokenizer_from_dict(stored: dict[str, Any]) -> Tokenizer:
         return ByteTokenizer()
     if stored.get("kind") == "bpe":
         return BPETokenizer(stored["json"])
-    raise InputError(f"tokeniser of kind {stored.get('kind')!r}: allowed are bytes, bpe")
+    raise InputError(f"tokeniser of kind {stored.get('kind')!r}: must be one of bytes, bpe")
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -90,7 +90,7 @@ class CacheIdentity:
     def __post_init__(self) -> None:
         for name in ("seq_len", "vocab_size"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: allowed are numbers >= 1")
+                raise InputError(f"{name}={getattr(self, name)}: must be a number >= 1")
         if self.form.kind == "top_k" and self.form.k > self.vocab_size:
             raise InputError(f"k={self.form.k}: the vocabulary has {self.vocab_size} entries")
 
@@ -283,7 +283,7 @@ class TargetCache:
                 written.
         """
         if windows_per_shard < 1:
-            raise InputError(f"windows_per_shard={windows_per_shard}: allowed are numbers >= 1")
+            raise InputError(f"windows_per_shard={windows_per_shard}: must be a number >= 1")
         directory = Path(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -561,7 +561,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not {"version", "settings", "shards"} <= manifest.keys():
         raise InputError(f"{path}: not the manifest of a cache of targets")
     if manifest["version"] != VERSION:
-        raise InputError(f"{path}: version {manifest['version']!r}; allowed is {VERSION}, make the cache anew")
+        raise InputError(f"{path}: version {manifest['version']!r}; must be {VERSION}, make the cache anew")
     try:
         for i, shard in enumerate(manifest["shards"]):
             from_mapping(_Shard, shard, f"shards[{i}]")

@@ -39,7 +39,7 @@ class DistillationConfig:
         takes = {"frozen": ("teacher",), "joint": (), "cached": ("teacher", "cache")}[self.source]
         for name in ("teacher", "cache"):
             if getattr(self, name) is not None and name not in takes:
-                raise ValueError(f"{name}={getattr(self, name)!r}: source={self.source} takes none; allowed is null")
+                raise ValueError(f"{name}={getattr(self, name)!r}: source={self.source} takes none; must be null")
         for name in ("teacher_model", "teacher_learning_rate", "teacher_muon_learning_rate"):
             if getattr(self, name) and self.source != "joint":
                 raise ValueError(
@@ -49,9 +49,9 @@ class DistillationConfig:
             raise ValueError("teacher_model.vocab_size: the teacher has the student's; leave it out")
         require(self, "divergence", self.divergence in DIVERGENCES, ", ".join(DIVERGENCES))
         require(self, "coefficient", 0 < self.coefficient < 1, "0 < value < 1")
-        require(self, "temperature", 0 < self.temperature < math.inf, "numbers > 0")
+        require(self, "temperature", 0 < self.temperature < math.inf, "a number > 0")
         for name in ("teacher_learning_rate", "teacher_muon_learning_rate"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "numbers > 0, or null")
+            require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "a number > 0, or null")
 
     @property
     def weight_policy(self) -> SoftWeightConfig:

@@ -41,13 +41,13 @@ def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:
             raise InputError(f"{key}={config[key]!r}: it is needed ({key}={example})")
     for key in ("seq_len", "batch_size", "windows_per_shard"):
         if type(config[key]) is not int or config[key] < 1:
-            raise InputError(f"{key}={config[key]!r}: allowed are integers >= 1")
+            raise InputError(f"{key}={config[key]!r}: must be an integer >= 1")
     if type(config["seed"]) is not int:
-        raise InputError(f"seed={config['seed']!r}: allowed are integers")
+        raise InputError(f"seed={config['seed']!r}: must be an integer")
     batch_size, windows_per_shard = config["batch_size"], config["windows_per_shard"]
     if windows_per_shard % batch_size:
         # else a resumed run would batch windows in another way, and differ in the last bit
-        raise InputError(f"windows_per_shard={windows_per_shard}: allowed are multiples of batch_size={batch_size}")
+        raise InputError(f"windows_per_shard={windows_per_shard}: must be a multiple of batch_size={batch_size}")
     form = from_mapping(TargetFormat, {key: config[key] for key in FORMAT_KEYS})
     require_accelerator("accelerator", config["accelerator"])
     require_teacher(config["teacher"])

@@ -86,10 +86,10 @@ def open_targets(config: DistillationConfig, data: Data, *, vocab_size: int, seq
     if vocab_size != data.vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size}: cached targets have the vocabulary of the data, {data.vocab_size}; "
-            "allowed is null"
+            "must be null"
         )
     if data.task is not None:
-        raise InputError("distillation.cache: a recall task never draws a sequence twice; allowed are frozen, joint")
+        raise InputError("distillation.cache: a recall task never draws a sequence twice; must be one of frozen, joint")
     with naming("distillation.cache"):
         return _open_cache(config, data, seq_len, decoder, teacher_hash)
 

@@ -48,7 +48,7 @@ class TargetFormat:
 
 def _check(name: str, value: float, ok: bool, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={value!r}: allowed are {allowed}")
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def top_k_targets(logits: Tensor, labels: Tensor, k: int, temperature: float = 1
         In fp32 (fp64 for fp64 logits).
     """
     if not 1 <= k <= logits.size(1):
-        raise ValueError(f"k={k}: allowed are 1 to the vocabulary size, {logits.size(1)}")
+        raise ValueError(f"k={k}: must be 1 to the vocabulary size, {logits.size(1)}")
     logits = _at_least_fp32(logits)
     log_probs, ids = (logits / temperature).log_softmax(dim=-1).topk(k, dim=-1)
     return TopKTargets(ids, log_probs, temperature, *_statistics(logits, labels))

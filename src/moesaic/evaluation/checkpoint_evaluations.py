@@ -66,7 +66,7 @@ def open_source(checkpoint: str | Path, data: DataConfig, split: str, device: st
             tokeniser; token ids outside the checkpoint's vocabulary.
     """
     if split not in ("validation", "train"):
-        raise InputError(f"split={split!r}: allowed are validation, train")
+        raise InputError(f"split={split!r}: must be one of validation, train")
     model = load_model(checkpoint)
     require_tokenizer(model, data, checkpoint)
     loaded = load_data(data, model.tokenizer)
@@ -94,7 +94,7 @@ def require_tokenizer(model: TrainedModel, data: DataConfig, checkpoint: str | P
     """
     if model.tokenizer is None and data.source != "memmap":
         raise InputError(
-            f"checkpoint {checkpoint}: it has no tokeniser, so it cannot read data.source={data.source!r}; allowed is "
+            f"checkpoint {checkpoint}: it has no tokeniser, so it cannot read data.source={data.source!r}; must be "
             "data.source=memmap, token ids"
         )
 
@@ -333,15 +333,15 @@ class _CommonOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: allowed are integers >= 1")
+            raise ValueError(f"batch_size={self.batch_size}: must be an integer >= 1")
         if self.window is not None and self.window < 2:
-            raise ValueError(f"window={self.window}: allowed are integers >= 2, or null")
+            raise ValueError(f"window={self.window}: must be an integer >= 2, or null")
 
 
 def _options(cls: type[T], options: dict[str, Any], section: str) -> tuple[T, _CommonOptions]:
     mine = options.get(section) or {}
     if not isinstance(mine, dict):
-        raise InputError(f"evaluation_options.{section}={mine!r}: allowed is a mapping")
+        raise InputError(f"evaluation_options.{section}={mine!r}: must be a mapping")
     common = {field.name for field in dataclasses.fields(_CommonOptions)} & mine.keys()
     where = f"evaluation_options.{section}"
     config = from_mapping(cls, {key: value for key, value in mine.items() if key not in common}, where)

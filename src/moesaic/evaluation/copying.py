@@ -23,9 +23,9 @@ class CopyingConfig:
 
     def __post_init__(self) -> None:
         if self.length < 2:
-            raise ValueError(f"length={self.length}: allowed are integers >= 2")
+            raise ValueError(f"length={self.length}: must be an integer >= 2")
         if self.sequences < 1:
-            raise ValueError(f"sequences={self.sequences}: allowed are integers >= 1")
+            raise ValueError(f"sequences={self.sequences}: must be an integer >= 1")
 
 
 def passages(config: CopyingConfig, tokens: npt.NDArray[Any] | None, vocab_size: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import InputError
@@ -44,7 +45,7 @@ class Drift:
         _, theirs = self.other.hidden_states(batch["tokens"])
         if _shapes(theirs) != _shapes(routing):
             raise InputError(
-                f"other_checkpoint: its MoE layers (experts, top_k) are {_shapes(theirs)}; allowed are those of "
+                f"other_checkpoint: its MoE layers (experts, top_k) are {_shapes(theirs)}; they must be those of "
                 f"checkpoint: {_shapes(routing)}"
             )
         for name, decided in routing.items():
@@ -73,6 +74,7 @@ class RunningDrift:
         self._tokens: list[Tensor] = []
         self._choices: dict[str, list[Tensor]] = {}
         self._before: dict[str, Any] = {}
+        self._experts: dict[str, int] = {}
 
     @torch.no_grad()
     def update(self, routing: Mapping[str, Routing], batch: Mapping[str, Tensor]) -> None:
@@ -87,21 +89,26 @@ class RunningDrift:
         for name, decided in routing.items():
             ids = decided.expert_ids[watched].to("cpu", _id_dtype(decided.logits.size(1)))
             self._choices.setdefault(name, []).append(ids)
+            self._experts[name] = decided.logits.size(1)
 
     def finish(self) -> dict[str, float]:
         """The shares; empty if no check was before, or one on other tokens (a run that goes on with other data)."""
         if not self._choices:
             return {}
         tokens = hashlib.sha256(torch.cat(self._tokens).numpy().tobytes()).hexdigest()
-        choices = {name: torch.cat(ids) for name, ids in self._choices.items()}
+        choices = {name: _stack(ids, self._experts[name]) for name, ids in self._choices.items()}
         before, self._before = self._before, {"tokens": tokens, "choices": choices}
         self._tokens, self._choices = [], {}
         if before.get("tokens") != tokens:
             return {}
         return {
-            f"router/{name}/drift": int(changed_choices(before["choices"][name], ids).sum()) / max(1, ids.numel())
-            for name, ids in choices.items()
+            f"router/{name}/drift": self._share(name, before["choices"][name], ids) for name, ids in choices.items()
         }
+
+    def _share(self, name: str, before: Tensor, now: Tensor) -> float:
+        """The share of the experts chosen now that were not chosen before; slots without an expert do not count."""
+        is_expert = now != self._experts[name]
+        return int((changed_choices(before, now) & is_expert).sum()) / max(1, int(is_expert.sum()))
 
     def state_dict(self) -> dict[str, Any]:
         """Choices of the last check, (T, K) by layer, and the hash of the tokens that they are for."""
@@ -109,6 +116,12 @@ class RunningDrift:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._before = state
+
+
+def _stack(ids: list[Tensor], num_experts: int) -> Tensor:
+    """Choices (T, K) of several batches as one, as wide as the widest; E ("no expert") fills up."""
+    width = max(each.size(1) for each in ids)
+    return torch.cat([F.pad(each, (0, width - each.size(1)), value=num_experts) for each in ids])
 
 
 def _id_dtype(num_experts: int) -> torch.dtype:

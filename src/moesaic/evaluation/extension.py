@@ -70,10 +70,10 @@ def checkpoint_tokenizer(path: str, checkpoint: Mapping[str, Any], data: DataCon
     """
     stored = checkpoint["hyper_parameters"]["tokenizer"]
     if data.make_task() is not None:
-        raise InputError(f"extend_context: data.source={data.source!r} has no loss by position; allowed is text")
+        raise InputError(f"extend_context: data.source={data.source!r} has no loss by position; must be text")
     if stored is None and data.source != "memmap":
         raise InputError(
-            f"checkpoint {path}: it has no tokeniser, so it cannot read data.source={data.source!r}; allowed is "
+            f"checkpoint {path}: it has no tokeniser, so it cannot read data.source={data.source!r}; must be "
             "data.source=memmap, token ids"
         )
     return None if stored is None else tokenizer_from_dict(stored)
@@ -89,10 +89,10 @@ def open_stretches(
     """
     before, after = lengths
     if after <= before:
-        raise InputError(f"training.seq_len={after}: the checkpoint was trained at {before}; allowed are longer ones")
+        raise InputError(f"training.seq_len={after}: the checkpoint was trained at {before}; it must be longer")
     length = round(config.multiple * after)
     if length < after:
-        raise InputError(f"extend_context.multiple={config.multiple}: allowed are numbers >= 1, times training.seq_len")
+        raise InputError(f"extend_context.multiple={config.multiple}: must be a number >= 1, times training.seq_len")
     with naming(f"extend_context.multiple={config.multiple}"):
         tokens = choose_stretches(
             validation.tokens,

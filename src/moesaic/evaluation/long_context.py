@@ -43,7 +43,7 @@ class LossByPositionConfig:
         for name in ("multiple", "stretches", "chunk_tokens", "buckets_per_octave"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value}: allowed are numbers > 0")
+                raise ValueError(f"{name}={value}: must be a number > 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def choose_stretches(
         found = f"the longest file has {longest} tokens"
     if not len(starts):
         raise InputError(
-            f"a context of {length} tokens: longer than the data, {found}; allowed are a smaller multiple, another "
+            f"a context of {length} tokens: longer than the data, {found}; it needs a smaller multiple, another "
             "split or more text"
         )
     if limit is not None and limit < len(starts):

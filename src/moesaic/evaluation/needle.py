@@ -58,15 +58,15 @@ class NeedleConfig:
     def __post_init__(self) -> None:
         for name in ("samples", "distractors", "chunk_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are integers >= 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be an integer >= 1")
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: allowed are integers >= 0")
+            raise ValueError(f"seed={self.seed}: must be an integer >= 0")
         if not 0 <= self.planted <= self.distractors:
-            raise ValueError(f"planted={self.planted}: allowed are 0 to distractors={self.distractors}")
+            raise ValueError(f"planted={self.planted}: must be 0 to distractors={self.distractors}")
         if not self.multiples or not all(0 < multiple < math.inf for multiple in self.multiples):
-            raise ValueError(f"multiples={list(self.multiples)}: allowed are one or more numbers > 0")
+            raise ValueError(f"multiples={list(self.multiples)}: must be one or more numbers > 0")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"depths={list(self.depths)}: allowed are one or more numbers from 0 to 1")
+            raise ValueError(f"depths={list(self.depths)}: must be one or more numbers from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class NeedleTask:
         if longest > len(tokens):
             raise InputError(
                 f"needle: a context of {longest} tokens: longer than the data, the text has {len(tokens)} tokens; "
-                "allowed are smaller multiples, another split or more text"
+                "it needs smaller multiples, another split or more text"
             )
         shortest = self.cells.index((min(self.lengths), config.depths[0]))
         for sample in range(config.samples):  # refuse before any work
@@ -139,7 +139,7 @@ class NeedleTask:
         if room < 1:
             raise InputError(
                 f"needle: a context of {length} tokens: shorter than the needles and the question, which take "
-                f"{length - room}; allowed are larger multiples or fewer planted values"
+                f"{length - room}; it needs larger multiples or fewer planted values"
             )
         start = int(draw.integers(len(self.tokens) - room + 1))
         hay = np.asarray(self.tokens[start : start + room]).astype(np.int64)
@@ -181,7 +181,7 @@ class NeedleTask:
         chosen: npt.NDArray[np.int64] = numbers[sizes == np.bincount(sizes).argmax()]
         if len(chosen) <= self.config.distractors:
             raise InputError(
-                f"needle.distractors={self.config.distractors}: allowed are numbers below {len(chosen)}, the values "
+                f"needle.distractors={self.config.distractors}: must be a number below {len(chosen)}, the values "
                 "that this tokeniser spells in equally many tokens"
             )
         return chosen

@@ -22,9 +22,9 @@ class SampleConfig:
     top_p: float | None = 0.95
 
     def __post_init__(self) -> None:
-        require(self, "max_new_tokens", self.max_new_tokens >= 0, "numbers >= 0")
-        require(self, "temperature", self.temperature >= 0, "numbers >= 0 (0: greedy)")
-        require(self, "top_k", self.top_k is None or self.top_k >= 1, "numbers >= 1, or null")
+        require(self, "max_new_tokens", self.max_new_tokens >= 0, "a number >= 0")
+        require(self, "temperature", self.temperature >= 0, "a number >= 0 (0: greedy)")
+        require(self, "top_k", self.top_k is None or self.top_k >= 1, "a number >= 1, or null")
         require(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "0 < top_p <= 1, or null")
 
 

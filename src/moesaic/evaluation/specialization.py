@@ -92,7 +92,7 @@ class FileKinds:
     def __init__(self, tokens: npt.NDArray[np.integer[Any]], end_of_text: int, documents: Sequence[str]) -> None:
         marks = np.flatnonzero(np.asarray(tokens) == end_of_text)
         if len(marks) != len(documents) + 1:
-            raise ValueError(f"{len(documents)} documents, but {len(marks)} ends of text; allowed is one more")
+            raise ValueError(f"{len(marks)} ends of text must be one more than the {len(documents)} documents")
         kinds = [PurePosixPath(name).suffix.lower() or "no suffix" for name in documents]
         self.names = sorted(set(kinds))
         self._starts = torch.from_numpy(marks)

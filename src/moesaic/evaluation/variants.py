@@ -40,7 +40,10 @@ def with_overrides(config: DecoderConfig, overrides: Mapping[str, Any]) -> Decod
     Raises:
         InputError: a key that does not exist or a value that is not allowed, named as model.<key>.
     """
-    return from_mapping(DecoderConfig, apply_overrides(to_mapping(config), overrides, "model", "the model"), "model")
+    mapping = apply_overrides(to_mapping(config), overrides, "model", "the model")
+    if "pattern" in overrides and "format" not in overrides:
+        del mapping["format"]  # a person typed the pattern, perhaps in the words of format 1
+    return from_mapping(DecoderConfig, mapping, "model")
 
 
 def build_variants(decoder: Decoder, names: Sequence[str], train_length: int) -> list[Variant]:
@@ -57,7 +60,7 @@ def build_variants(decoder: Decoder, names: Sequence[str], train_length: int) ->
     if decoder.config is None:
         raise InputError("variants: this decoder has no config: only decoders of build_decoder can be varied")
     if not names:
-        raise InputError(f"variants: none given; allowed are {', '.join(PRESETS)}, or key=value")
+        raise InputError(f"variants: none given; must be one of {', '.join(PRESETS)}, or key=value")
     if len(set(names)) < len(names):
         raise InputError(f"variants: {', '.join(names)}: one of them stands twice")
     return [_build_variant(decoder, decoder.config, name, train_length) for name in names]

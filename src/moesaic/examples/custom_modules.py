@@ -46,14 +46,17 @@ class ReluSquared(nn.Module):
 class CosineRouter(nn.Module):
     """A router: cosine similarity to one learned key per expert (Chi et al. 2022, arXiv 2204.09179)."""
 
+    may_skip = False  # every token has an expert: `MoE` need not look for slots without one
+
     def __init__(self, dim: int, num_experts: int, top_k: int, scale: float = 8.0) -> None:
         super().__init__()
         self.top_k = top_k
         self.scale = scale
         self.keys = nn.Parameter(torch.randn(num_experts, dim))
 
-    def forward(self, x: Tensor) -> Routing:
-        """x (T, D) -> logits (T, E), scores (T, K), expert_ids (T, K); `MoE` counts."""
+    def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
+        """x (T, D) -> logits (T, E), scores (T, K), expert_ids (T, K), those chosen or those given; `MoE` counts."""
         logits = self.scale * nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.keys, dim=-1).T
-        chosen, expert_ids = logits.topk(self.top_k, dim=-1)
-        return Routing(logits, torch.sigmoid(chosen).to(x.dtype), expert_ids)
+        if expert_ids is None:
+            expert_ids = logits.topk(self.top_k, dim=-1).indices
+        return Routing(logits, torch.sigmoid(logits.gather(1, expert_ids)).to(x.dtype), expert_ids)

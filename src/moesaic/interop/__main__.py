@@ -39,11 +39,11 @@ def compute_logits(
     """
     tokens, attention_mask = _read_inputs(Path(inputs))
     if prefill is not None and not 1 <= prefill <= tokens.size(1):
-        raise InputError(f"--prefill {prefill}: allowed are 1 to the number of tokens, {tokens.size(1)}")
+        raise InputError(f"--prefill {prefill}: must be 1 to the number of tokens, {tokens.size(1)}")
     decoder = from_hf(directory, dtype=dtype)
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:
         raise InputError(
-            f"{inputs}: found ids {int(tokens.min())} to {int(tokens.max())}; allowed are 0 to {decoder.vocab_size - 1}"
+            f"{inputs}: found ids {int(tokens.min())} to {int(tokens.max())}; must be 0 to {decoder.vocab_size - 1}"
         )
     if prefill is None:
         logits = decoder(tokens, attention_mask=attention_mask).logits
@@ -74,14 +74,14 @@ def _read_inputs(path: Path) -> tuple[Tensor, Tensor | None]:
         tensor = values.get(name)
         if tensor is not None and (tensor.dim() != 2 or not tensor.numel() or tensor.is_floating_point()):
             raise InputError(
-                f"{path}: {name} of shape {tuple(tensor.shape)}, {tensor.dtype}; allowed are integers (batch, length)"
+                f"{path}: {name} of shape {tuple(tensor.shape)}, {tensor.dtype}; must be integers (batch, length)"
             )
         tensors.append(tensor)
     tokens, attention_mask = tensors
     assert tokens is not None
     if attention_mask is not None and attention_mask.shape != tokens.shape:
         raise InputError(
-            f"{path}: attention_mask of shape {tuple(attention_mask.shape)}; allowed is that of input_ids, "
+            f"{path}: attention_mask of shape {tuple(attention_mask.shape)}; must be that of input_ids, "
             f"{tuple(tokens.shape)}"
         )
     return tokens.long(), attention_mask
@@ -99,7 +99,7 @@ def _load(path: Path) -> Any:
     if path.suffix in (".pt", ".pth"):
         loaded = torch.load(path, weights_only=True)
         return {"input_ids": loaded} if isinstance(loaded, Tensor) else loaded
-    raise InputError(f"{path}: allowed are .safetensors, .npz, .npy, .pt, .json")
+    raise InputError(f"{path}: must be one of .safetensors, .npz, .npy, .pt, .json")
 
 
 def _save(path: Path, logits: Tensor) -> None:
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             to_hf(from_hf(given.directory), given.output)
         else:
             if given.output.suffix not in (".safetensors", ".npz", ".npy", ".pt"):
-                raise InputError(f"{given.output}: allowed are .safetensors, .npz, .npy, .pt")
+                raise InputError(f"{given.output}: must be one of .safetensors, .npz, .npy, .pt")
             if not given.output.parent.is_dir():
                 raise InputError(f"{given.output}: no such directory as {given.output.parent}")
             dtype = None if given.dtype is None else getattr(torch, given.dtype)

@@ -202,7 +202,7 @@ def refuse_unless_it_can_run(name: str, experts: nn.Module) -> None:
             raise InputError(f"{key} is on the meta device: load the weights first (offloaded ones have to come back)")
         if weight.dtype not in DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise InputError(f"{key} is {weight.dtype}: allowed are {allowed}")
+            raise InputError(f"{key} is {weight.dtype}: must be {allowed}")
     if len({(weight.device, weight.dtype) for weight in weights.values()}) > 1:
         found = ", ".join(f"{key} {weight.dtype} on {weight.device}" for key, weight in weights.items())
         raise InputError(f"{found}: both must have one dtype and one device")

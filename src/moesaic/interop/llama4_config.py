@@ -93,28 +93,28 @@ class _TextFields:
 
     def __post_init__(self) -> None:
         if self.attention_dropout:
-            raise ValueError(f"attention_dropout={self.attention_dropout}: allowed is 0, there is no dropout here")
+            raise ValueError(f"attention_dropout={self.attention_dropout}: must be 0, there is no dropout here")
         if self.hidden_act not in ACTIVATION_OF:
-            raise ValueError(f"hidden_act={self.hidden_act!r}: allowed are {', '.join(ACTIVATION_OF)}")
+            raise ValueError(f"hidden_act={self.hidden_act!r}: must be one of {', '.join(ACTIVATION_OF)}")
         if self.no_rope_layer_interval < 1:
-            raise ValueError(f"no_rope_layer_interval={self.no_rope_layer_interval}: allowed are numbers >= 1")
+            raise ValueError(f"no_rope_layer_interval={self.no_rope_layer_interval}: must be a number >= 1")
         if self.moe_layers is None and self.interleave_moe_layer_step < 1:
             raise ValueError(
-                f"interleave_moe_layer_step={self.interleave_moe_layer_step}: allowed are numbers >= 1, or a list "
+                f"interleave_moe_layer_step={self.interleave_moe_layer_step}: must be a number >= 1, or a list "
                 "moe_layers"
             )
         for i in self.moe_layers or ():
             if not 0 <= i < self.num_hidden_layers:
-                raise ValueError(f"moe_layers: found layer {i}; allowed are 0 to {self.num_hidden_layers - 1}")
+                raise ValueError(f"moe_layers: found layer {i}; must be 0 to {self.num_hidden_layers - 1}")
         for name in ("no_rope_layers", "layer_types"):
             given = getattr(self, name)
             if given and len(given) != self.num_hidden_layers:
                 raise ValueError(
-                    f"{name}: found {len(given)} entries; allowed are num_hidden_layers={self.num_hidden_layers}"
+                    f"{name}: found {len(given)} entries; must be num_hidden_layers={self.num_hidden_layers}"
                 )
         for uses_rope in self.no_rope_layers or ():
             if uses_rope not in (0, 1):
-                raise ValueError(f"no_rope_layers: found {uses_rope}; allowed are 1 (uses RoPE) and 0 (does not)")
+                raise ValueError(f"no_rope_layers: found {uses_rope}; must be 1 (uses RoPE) and 0 (does not)")
 
 
 def text_fields(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -135,7 +135,7 @@ def text_fields(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     if named == TEXT_ONLY and model_type in ("llama4_text", None):
         return config, ""
     raise InputError(
-        f"config.json: architectures={architectures}, model_type={model_type!r}; allowed are {TEXT_ONLY} (llama4_text) "
+        f"config.json: architectures={architectures}, model_type={model_type!r}; must be {TEXT_ONLY} (llama4_text) "
         f"and {WITH_VISION} (llama4, with a text_config)"
     )
 
@@ -239,9 +239,9 @@ def _rope(fields: _TextFields, max_length: int) -> tuple[float, Llama3RopeScalin
     legacy = given.pop("type", None)
     kind = given.pop("rope_type", legacy) or "default"
     if kind not in ("default", "llama3"):
-        raise InputError(f"config.json.{name}: found rope_type={kind!r}; allowed are default, llama3")
+        raise InputError(f"config.json.{name}: found rope_type={kind!r}; must be one of default, llama3")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"config.json.{name}: found a partial_rotary_factor; allowed is 1.0 (all of head_dim)")
+        raise InputError(f"config.json.{name}: found a partial_rotary_factor; must be 1.0 (all of head_dim)")
     if kind == "default":
         original = {"original_max_position_embeddings"}  # written by some tools, without effect
         if given.keys() - original:
@@ -343,7 +343,7 @@ def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:
     if len({config.ffn_width(x.ffn) for x in config.layers if x.ffn in ("dense", "dense_twin")}) > 1:
         found["hidden_dim"] = (config.hidden_dim, "one width for all dense layers, the dense twins' included")
     if found:
-        listed = "; ".join(f"{key}: found {value!r}, allowed is {allowed}" for key, (value, allowed) in found.items())
+        listed = "; ".join(f"{key}: found {value!r}, must be {allowed}" for key, (value, allowed) in found.items())
         raise InputError(f"this model is not a Llama 4: {listed}")
 
 

@@ -190,7 +190,7 @@ def to_hf(
             raise InputError(f"{name}: on the meta device, it has no data to write")
         if (dtype or p.dtype) not in DTYPES.values():
             raise InputError(
-                f"{name}: found dtype {dtype or p.dtype}; allowed are {', '.join(map(str, DTYPES.values()))}"
+                f"{name}: found dtype {dtype or p.dtype}; must be one of {', '.join(map(str, DTYPES.values()))}"
             )
     if target.exists() and not target.is_dir():
         raise InputError(f"{target}: a file, not a directory")
@@ -252,7 +252,7 @@ def _match(decoder: Decoder, stored: Mapping[str, _Stored], prefix: str, where: 
         if tensor.shape != shapes[ours]:
             problems.append(f"{theirs}: found shape {list(tensor.shape)}, config.json says {list(shapes[ours])}")
         if tensor.dtype not in DTYPES.values():
-            problems.append(f"{theirs}: found dtype {tensor.dtype}; allowed are {', '.join(DTYPES)}")
+            problems.append(f"{theirs}: found dtype {tensor.dtype}; must be one of {', '.join(DTYPES)}")
     problems = [problem for problem in problems if problem]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
@@ -310,7 +310,7 @@ def _of_directory(directory: Path, absent_allowed: bool = False) -> dict[str, _S
     if not (directory / INDEX).is_file():
         if not (directory / SINGLE).is_file():
             others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-            raise InputError(f"{directory}: found {others or 'no weights'}; allowed are {SINGLE} or {INDEX}")
+            raise InputError(f"{directory}: found {others or 'no weights'}; must be {SINGLE} or {INDEX}")
         return _header(directory / SINGLE)
     weight_map = _read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -366,7 +366,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: found a {type(content).__name__}; allowed is an object")
+        raise InputError(f"{path}: found a {type(content).__name__}; must be an object")
     return content
 
 
@@ -380,7 +380,7 @@ def _bytes(parameter: Tensor, dtype: torch.dtype | None) -> int:
 def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> dict[str, list[str]]:
     """File name -> names of its tensors, in order."""
     if limit < 1:
-        raise InputError(f"max_shard_bytes={limit}: allowed are numbers >= 1")
+        raise InputError(f"max_shard_bytes={limit}: must be a number >= 1")
     groups: list[list[str]] = [[]]
     held = 0
     for name, parameter in parameters.items():

@@ -39,11 +39,11 @@ class AttentionTemperature:
 
     def __post_init__(self) -> None:
         if self.floor_scale < 1:
-            raise ValueError(f"floor_scale={self.floor_scale}: allowed are numbers >= 1")
+            raise ValueError(f"floor_scale={self.floor_scale}: must be a number >= 1")
         if self.attn_scale < 0:
-            raise ValueError(f"attn_scale={self.attn_scale}: allowed are numbers >= 0")
+            raise ValueError(f"attn_scale={self.attn_scale}: must be a number >= 0")
         if self.scalable_softmax is not None and self.scalable_softmax <= 0:
-            raise ValueError(f"scalable_softmax={self.scalable_softmax}: allowed are numbers > 0, or null")
+            raise ValueError(f"scalable_softmax={self.scalable_softmax}: must be a number > 0, or null")
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions (L,) -> factors (L,) in fp32."""
@@ -133,7 +133,7 @@ class ShortConvolution(nn.Module):
     ) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(f"width={width}: allowed are numbers >= 1")
+            raise ValueError(f"width={width}: must be a number >= 1")
         self.width = width
         self.weight = nn.Parameter(torch.zeros(width, channels, device=device, dtype=dtype))
 
@@ -308,9 +308,9 @@ class Attention(nn.Module):
         if rotary is not None and rotary.head_dim != head_dim:
             raise ValueError(f"rotary.head_dim={rotary.head_dim}: must equal head_dim={head_dim}")
         if attention_chunk_size is not None and attention_chunk_size < 1:
-            raise ValueError(f"attention_chunk_size={attention_chunk_size}: allowed are numbers >= 1, or None")
+            raise ValueError(f"attention_chunk_size={attention_chunk_size}: must be a number >= 1, or None")
         if conv_width < 0:
-            raise ValueError(f"conv_width={conv_width}: allowed are numbers >= 0")
+            raise ValueError(f"conv_width={conv_width}: must be a number >= 0")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -356,7 +356,7 @@ class Attention(nn.Module):
         start = 0 if cache is None else cache.length
         if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
             raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: allowed is (batch, tokens so far and new) = "
+                f"attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, tokens so far and new) = "
                 f"{(x.size(0), start + x.size(1))}"
             )
         if cache is not None:

@@ -37,9 +37,9 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
         if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: allowed are auto, {', '.join(BACKENDS)}")
+            raise ValueError(f"backend={backend!r}: must be one of auto, {', '.join(BACKENDS)}")
         self.num_experts = num_experts
         self.dim = dim
         self.hidden_dim = hidden_dim

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import FeedForward
-from moesaic.layers.part import ParameterKind, experts_per_token, flops_per_token, parameter_kinds
+from moesaic.layers.part import ParameterKind, declared_kinds, experts_per_token, flops_per_token, parameter_kinds
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
@@ -153,12 +153,16 @@ class MoE(nn.Module):
     def _route(self, tokens: Tensor, replay: Routing | None) -> tuple[Tensor, ...]:
         if replay is None:
             return tuple(self.router(tokens))
-        if "expert_ids" not in inspect.signature(self.router.forward).parameters:
-            raise ValueError(
-                f"routing: {type(self.router).__name__} cannot replay a choice; its forward must take expert_ids "
-                "(T, K) and score these experts"
-            )
-        return tuple(self.router(tokens, expert_ids=replay.expert_ids))
+        asked = inspect.signature(self.router.forward).parameters
+        takes_all = any(each.kind is each.VAR_KEYWORD for each in asked.values())
+        if "expert_ids" in asked or takes_all:
+            decided = tuple(self.router(tokens, expert_ids=replay.expert_ids))
+            if decided[2] is replay.expert_ids or torch.equal(decided[2], replay.expert_ids):
+                return decided
+        raise ValueError(
+            f"routing: {type(self.router).__name__} cannot replay a choice; its forward must take expert_ids (T, K), "
+            "score these experts and return them"
+        )
 
     def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
         """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""
@@ -171,18 +175,27 @@ class MoE(nn.Module):
                 f"expert_ids {tuple(expert_ids.shape)} for {num_tokens} tokens and {num_experts} experts; they must be "
                 "(tokens, experts), (tokens, K) and (tokens, K)"
             )
-        counts, num_rows = count_tokens(expert_ids, num_experts), None
+        expert_ids, num_rows = expert_ids.long(), None
         may_skip = (replayed or getattr(self.router, "may_skip", True)) and not self.assume_full
+        if may_skip and not torch.compiler.is_compiling() and expert_ids.numel():
+            lowest, highest = (int(each) for each in expert_ids.aminmax())
+            if lowest < 0 or highest > num_experts:
+                raise ValueError(
+                    f"{type(self.router).__name__} chose expert_ids from {lowest} to {highest}; they must be 0 to "
+                    f"{num_experts - 1}, or {num_experts} for no expert"
+                )
+        counts = count_tokens(expert_ids, num_experts)
         if may_skip and (found := int(counts.sum())) < expert_ids.numel():
             scores, num_rows = scores.masked_fill(expert_ids == num_experts, 0), found
         return Routing(logits, scores, expert_ids, counts, num_rows, replayed)
 
     def parameter_kinds(self) -> dict[str, ParameterKind]:
-        """The matrices of a router are output-like, whatever its class: its logits are not hidden features."""
-        if hasattr(self.router, "parameter_kinds"):
-            return {}
-        kinds = parameter_kinds(self.router)
-        return {f"router.{name}": "output" for name, kind in kinds.items() if kind == "matrix"}
+        """The matrices of a router are output-like, whatever its class, unless it says otherwise of one.
+
+        Its logits are not hidden features.
+        """
+        declared, kinds = declared_kinds(self.router), parameter_kinds(self.router)
+        return {f"router.{name}": "output" for name, kind in kinds.items() if kind == "matrix" and name not in declared}
 
     def flops_per_token(self, seq_len: int) -> float:
         """Router, shared expert, and as many experts as the router gives a token."""

@@ -19,6 +19,7 @@ __all__ = [
     "Part",
     "active_parameters",
     "cache_bytes",
+    "declared_kinds",
     "experts_per_token",
     "flops_per_token",
     "initialize",
@@ -80,36 +81,54 @@ class Flops(NamedTuple):
 
 
 def parameter_kinds(module: nn.Module) -> dict[str, ParameterKind]:
-    """The kind of every parameter by its dotted name, in the order of `named_parameters`.
+    """The kind of every parameter by its dotted name, names of tied parameters included.
 
     What an outer module says counts before what an inner one says. By default embeddings are "embedding"; parameters
     with fewer than two dimensions, filters of convolutions and parameters with a true `_no_weight_decay` attribute are
-    "vector"; all others are "matrix".
+    "vector"; all others are "matrix". Tied parameters have one kind, the one that is least like a matrix.
 
     Raises:
         ValueError: a part names a parameter or a kind that does not exist.
     """
-    kinds = {name: _default_kind(module, p) for name, p in module.named_parameters(recurse=False)}
+    declared = declared_kinds(module)
+    kinds: dict[str, ParameterKind] = {}
+    one_of: dict[int, ParameterKind] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            path = f"{prefix}.{name}" if prefix else name
+            kinds[path] = declared.get(path) or _default_kind(part, parameter)
+            known = one_of.get(id(parameter), kinds[path])
+            one_of[id(parameter)] = max(known, kinds[path], key=_LIKENESS.index)
+    return {name: one_of[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+
+def declared_kinds(module: nn.Module) -> dict[str, ParameterKind]:
+    """The part of `parameter_kinds` that a module or one below it states; the outer one counts."""
+    kinds: dict[str, ParameterKind] = {}
     for child_name, child in module.named_children():
-        kinds |= {f"{child_name}.{name}": kind for name, kind in parameter_kinds(child).items()}
-    declared: Mapping[str, ParameterKind] = getattr(module, "parameter_kinds", dict)()
-    for name, kind in declared.items():
-        if name not in kinds or kind not in ("matrix", "output", "vector", "embedding"):
+        kinds |= {f"{child_name}.{name}": kind for name, kind in declared_kinds(child).items()}
+    stated: Mapping[str, ParameterKind] = getattr(module, "parameter_kinds", dict)()
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, kind in stated.items():
+        if name not in names or kind not in _LIKENESS:
             raise ValueError(
                 f"{type(module).__name__}.parameter_kinds: {name!r}: {kind!r} must be one of its parameters "
-                f"({', '.join(kinds)}) and one of matrix, output, vector, embedding"
+                f"({', '.join(sorted(names))}) and one of {', '.join(_LIKENESS)}"
             )
-    return kinds | dict(declared)
+    return kinds | dict(stated)
+
+
+_LIKENESS: tuple[ParameterKind, ...] = ("matrix", "output", "vector", "embedding")
+"""Kinds from the one most like a matrix."""
 
 
 def initialize(part: nn.Module, parametrization: Parametrization) -> None:
     """Draw the weights of `part` and of what is below it. A custom part without `initialize` keeps its own."""
-    declared, is_ours = getattr(part, "initialize", None), _is_ours(type(part).__module__)
-    # a custom class may inherit ours and still have drawn in its constructor
-    if declared is not None and (is_ours or not _is_ours(declared.__module__)):
+    declared = _stated(part, "initialize")  # a custom class may inherit ours and still have drawn in its constructor
+    if declared is not None:
         declared(parametrization)
         return
-    if not is_ours:
+    if not _is_ours(type(part).__module__):
         return
     if isinstance(part, nn.Linear):
         nn.init.normal_(part.weight, std=parametrization.std("matrix", part.in_features))
@@ -128,7 +147,7 @@ def flops_per_token(part: nn.Module, seq_len: int, *shape: int) -> Flops:
         seq_len: tokens of a sequence.
         shape: what the part takes for these tokens, such as (1, seq_len, D).
     """
-    declared = getattr(part, "flops_per_token", None)
+    declared = _stated(part, "flops_per_token")
     if declared is not None:
         return Flops(float(declared(seq_len)), "declared")
     measured = _measure_flops(part, shape)
@@ -140,7 +159,7 @@ def flops_per_token(part: nn.Module, seq_len: int, *shape: int) -> Flops:
 
 def active_parameters(part: nn.Module, flops: Flops) -> int:
     """Parameters that one token meets in a channel mixer: declared, or as many as the measured `flops` account for."""
-    declared = getattr(part, "active_parameters", None)
+    declared = _stated(part, "active_parameters")
     if declared is not None:
         return int(declared())
     kinds, sizes = parameter_kinds(part), {name: p.numel() for name, p in part.named_parameters()}
@@ -154,17 +173,24 @@ def cache_bytes(part: nn.Module, length: int, dtype: torch.dtype, dim: int) -> i
 
     0 for a part without cache, or whose cache cannot be filled without running on real numbers.
     """
-    declared, make_cache = getattr(part, "cache_bytes", None), getattr(part, "make_cache", None)
+    declared = _stated(part, "cache_bytes")
     if declared is not None:
         return int(declared(length, dtype))
-    if make_cache is None:
+    if not hasattr(part, "make_cache"):
         return 0
     try:
-        with torch.device("meta"), torch.no_grad():
-            cache = make_cache()
-            copy.deepcopy(part).to("meta", dtype)(torch.empty(1, length, dim, dtype=dtype), cache)
+        with torch.no_grad():
+            moved: Any = copy.deepcopy(part).to("meta", dtype)
+            with torch.device("meta"):
+                cache = moved.make_cache()
+            moved(torch.empty(1, length, dim, dtype=dtype, device="meta"), cache)
     except Exception:  # what a foreign module raises on tensors without memory has no common base
-        return 0
+        if any(p.is_meta for p in part.parameters()) or _size(part) * length > _MOST_WORK:
+            return 0
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            moved = copy.deepcopy(part).to(dtype)
+            cache = moved.make_cache()
+            moved(torch.randn(1, length, dim, dtype=dtype), cache)
     return sum(tensor.nbytes for tensor in _tensors(cache))
 
 
@@ -193,7 +219,7 @@ _MOST_WORK = 10**9
 
 
 def _default_kind(module: nn.Module, parameter: nn.Parameter) -> ParameterKind:
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     is_filter = isinstance(module, nn.modules.conv._ConvNd)
     if parameter.dim() < 2 or is_filter or getattr(parameter, "_no_weight_decay", False):
@@ -206,7 +232,7 @@ def _measure_flops(part: nn.Module, shape: tuple[int, ...]) -> float | None:
     from torch.utils.flop_counter import FlopCounterMode  # here, because it loads a lot
 
     def count(module: nn.Module, x: Tensor) -> float:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, custom_mapping=_uncounted()) as counter, torch.no_grad():
             module(x)
         return float(counter.get_total_flops())
 
@@ -216,11 +242,40 @@ def _measure_flops(part: nn.Module, shape: tuple[int, ...]) -> float | None:
         return count(copy.deepcopy(part).to("meta"), torch.empty(shape, dtype=dtype, device="meta"))
     except Exception:  # what a foreign module raises on tensors without memory has no common base
         tokens = torch.Size(shape[:-1]).numel()
-        if any(p.is_meta for p in weights) or sum(p.numel() for p in weights) * tokens > _MOST_WORK:
+        if any(p.is_meta for p in weights) or _size(part) * tokens > _MOST_WORK:
             return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return count(part, torch.randn(shape, dtype=dtype))
+
+
+def _uncounted() -> dict[Any, Any]:
+    """Formulas for the operators that torch's counter does not know."""
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    def grouped(rows: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * torch.Size(out_shape).numel() * int(rows[-1])
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    aten = torch.ops.aten
+    return {aten._grouped_mm: grouped, aten._scaled_dot_product_flash_attention_for_cpu: attention}
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stated(part: nn.Module, name: str) -> Any:
+    """The method of a part by which it states something, None if it has none.
+
+    What a custom class inherits from ours does not count: it may do more than ours.
+    """
+    method = getattr(part, name, None)
+    if method is None or (_is_ours(method.__module__) and not _is_ours(type(part).__module__)):
+        return None
+    return method
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -24,13 +24,13 @@ class Llama3RopeScaling:
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise ValueError(f"factor={self.factor}: allowed are numbers >= 1")
+            raise ValueError(f"factor={self.factor}: must be a number >= 1")
         if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor={self.high_freq_factor}: must not be below low_freq_factor={self.low_freq_factor}"
             )
         if self.original_length < 1:
-            raise ValueError(f"original_length={self.original_length}: allowed are lengths >= 1")
+            raise ValueError(f"original_length={self.original_length}: must be a length >= 1")
 
     def apply(self, frequencies: Tensor) -> Tensor:
         turns = self.original_length * frequencies / (2 * math.pi)
@@ -55,7 +55,7 @@ class RotaryEmbedding(nn.Module):
         if head_dim % 2:
             raise ValueError(f"head_dim={head_dim}: rotary embedding needs an even head_dim")
         if theta <= 0:
-            raise ValueError(f"theta={theta}: allowed are positive numbers")
+            raise ValueError(f"theta={theta}: must be a positive number")
         self.head_dim = head_dim
         self.theta = theta
         self.scaling = scaling

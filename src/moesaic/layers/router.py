@@ -83,11 +83,11 @@ class TopKRouter(nn.Module):
     ) -> None:
         super().__init__()
         if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: allowed are numbers >= 1")
+            raise ValueError(f"num_experts={num_experts}: must be a number >= 1")
         if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k}: allowed are 1 to num_experts={num_experts}")
+            raise ValueError(f"top_k={top_k}: must be 1 to num_experts={num_experts}")
         if score_function not in ("sigmoid", "softmax"):
-            raise ValueError(f"score_function={score_function!r}: allowed are sigmoid, softmax")
+            raise ValueError(f"score_function={score_function!r}: must be one of sigmoid, softmax")
         if normalize_scores and top_k == 1:
             raise ValueError("normalize_scores=True: with top_k=1 every score is 1 and the router never learns")
         self.dim = dim
@@ -116,8 +116,9 @@ class TopKRouter(nn.Module):
         return 2 * self.weight.numel()
 
     @property
-    def experts_per_token(self) -> int:
-        return self.top_k
+    def experts_per_token(self) -> int | None:
+        """K, or None if only running it can tell."""
+        return None if self.may_skip else self.top_k
 
     @property
     def may_skip(self) -> bool:

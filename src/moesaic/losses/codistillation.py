@@ -124,7 +124,7 @@ def linear_codistillation_loss(
     terms = _Terms(soft_weight, divergence, coefficient, temperature, gate)
     _check_targets(targets, hidden.size(0), weight.size(0), terms)
     if train_teacher and not isinstance(targets, HeadTargets):
-        raise InputError(f"train_teacher=True: found {type(targets).__name__}; allowed are HeadTargets")
+        raise InputError(f"train_teacher=True: found {type(targets).__name__}; must be HeadTargets")
     if chunk_tokens is None:
         chunk_tokens = rows_per_chunk(weight.size(0))
     # the teacher's tensors are inputs of the graph only where it trains
@@ -149,16 +149,16 @@ class _Terms:
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
-            raise InputError(f"divergence={self.divergence!r}: allowed are {', '.join(DIVERGENCES)}")
+            raise InputError(f"divergence={self.divergence!r}: must be one of {', '.join(DIVERGENCES)}")
         if self.divergence in WITH_COEFFICIENT and not 0 < self.coefficient < 1:
             raise InputError(f"coefficient={self.coefficient!r}: {self.divergence} allows 0 < coefficient < 1")
         if not 0 < self.temperature < math.inf:
-            raise InputError(f"temperature={self.temperature!r}: allowed are numbers > 0")
+            raise InputError(f"temperature={self.temperature!r}: must be a number > 0")
         if isinstance(self.soft_weight, Tensor):
             if self.soft_weight.numel() != 1:
-                raise InputError(f"soft_weight: found shape {tuple(self.soft_weight.shape)}; allowed is a scalar")
+                raise InputError(f"soft_weight: found shape {tuple(self.soft_weight.shape)}; must be a scalar")
         elif not 0 <= self.soft_weight <= 1:
-            raise InputError(f"soft_weight={self.soft_weight!r}: allowed is 0 <= soft_weight <= 1")
+            raise InputError(f"soft_weight={self.soft_weight!r}: must be 0 <= soft_weight <= 1")
 
     def __call__(self, z: Tensor, target: Tensor, valid: Tensor, targets: _TokenTargets) -> list[Tensor]:
         """The terms (C,) in the order of `CodistillationOutput`, 0 where not valid; a graph from the first to z.
@@ -299,12 +299,12 @@ def _check_targets(targets: Targets, tokens: int, vocab: int, terms: _Terms) -> 
         if targets.temperature != terms.temperature:
             raise InputError(
                 f"temperature={terms.temperature}: {name} were made at temperature {targets.temperature}; "
-                "allowed is that one"
+                "the two must be equal"
             )
         if isinstance(targets, TopKTargets) and width > vocab:
-            raise InputError(f"{name}: {width} tokens of a vocabulary of {vocab}; allowed are at most so many")
+            raise InputError(f"{name}: {width} tokens; must be at most {vocab}, the vocabulary")
     if rows != tokens:
-        raise InputError(f"{name}: {rows} rows for {tokens} tokens; allowed is one row per token")
+        raise InputError(f"{name}: {rows} rows for {tokens} tokens; must be one row per token")
 
 
 class _Call(NamedTuple):

@@ -85,7 +85,7 @@ class SoftWeightConfig:
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {allowed}")
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
 
 
 class SoftWeight(nn.Module):
@@ -160,7 +160,7 @@ class SoftWeight(nn.Module):
 
 def _scheduled(config: SoftWeightConfig, progress: float) -> float:
     if not 0 <= progress <= 1:
-        raise ValueError(f"progress={progress!r}: allowed is 0 <= progress <= 1")
+        raise ValueError(f"progress={progress!r}: must be 0 <= progress <= 1")
     if config.schedule == "constant":
         return config.value
     if config.schedule == "linear":

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-from moesaic.layers.part import active_parameters, cache_bytes, flops_per_token, parameter_kinds
+from moesaic.layers.part import Flops, active_parameters, cache_bytes, flops_per_token, parameter_kinds
 from moesaic.models.config import FFN, DecoderConfig, Mixer
 from moesaic.models.custom import custom_modules
 from moesaic.models.decoder import Block, build_block
@@ -133,7 +133,10 @@ def _layer(config: DecoderConfig, i: int, seq_len: int) -> LayerAccount:
         mixer=layer.mixer["type"] if isinstance(layer.mixer, dict) else _describe_mixer(config, layer.mixer),
         ffn=layer.ffn["type"] if isinstance(layer.ffn, dict) else _describe_ffn(config, layer.ffn),
         parameters=parameters,
-        active_parameters=parameters - _size(block.ffn) + active_parameters(block.ffn, ffn),
+        active_parameters=parameters
+        - _size(block.ffn)
+        + active_parameters(block.ffn, ffn)
+        - (_size(block.mixer) - active_parameters(block.mixer, Flops(0, "declared"))),
         matmul_flops=in_mixer + round(ffn.per_token),
         attention_flops=mixer.per_token - in_mixer,
         assumed=tuple(part["type"] for part in assumed if isinstance(part, dict)),

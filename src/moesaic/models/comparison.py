@@ -138,7 +138,7 @@ def with_width(model: DecoderConfig, key: str, width: int) -> DecoderConfig:
         InputError: another key, or no layer that it is the width of.
     """
     if key not in WIDTHS:
-        raise InputError(f"width={key}: allowed are {', '.join(WIDTHS)}")
+        raise InputError(f"width={key}: must be one of {', '.join(WIDTHS)}")
     kinds = ("dense",) if key == "model.hidden_dim" else ("moe", "dense_twin")
     if not any(layer.ffn in kinds for layer in model.layers):
         raise InputError(f"width={key}: nothing to solve, no layer of b has this width ({' or '.join(kinds)})")

@@ -48,7 +48,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta")
         if self.conv_width < 0:
-            raise ValueError(f"conv_width={self.conv_width}: allowed are numbers >= 0")
+            raise ValueError(f"conv_width={self.conv_width}: must be a number >= 0")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}")
 
@@ -72,13 +72,13 @@ class MoEConfig:
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "hidden_dim")
         if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k={self.top_k}: allowed are 1 to num_experts={self.num_experts}")
+            raise ValueError(f"top_k={self.top_k}: must be 1 to num_experts={self.num_experts}")
         if self.normalize_scores and self.top_k == 1:
             raise ValueError("normalize_scores=True: with top_k=1 every score is 1 and the router never learns")
         if self.shared_hidden_dim is not None and self.shared_hidden_dim < 0:
-            raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: allowed are numbers >= 0, or null")
+            raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: must be a number >= 0, or null")
         if self.backend != "auto" and self.backend not in BACKENDS:
-            raise ValueError(f"backend={self.backend!r}: allowed are auto, {', '.join(BACKENDS)}")
+            raise ValueError(f"backend={self.backend!r}: must be one of auto, {', '.join(BACKENDS)}")
         _check_part("router", self.router)
         _check_part("dispatcher", self.dispatcher)
         if self.expert_bias and self.router == "uniform":
@@ -137,20 +137,21 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "dim", "num_layers", "hidden_dim", "norm_eps", "init_std")
         if self.padding_token is not None and not 0 <= self.padding_token < self.vocab_size:
-            raise ValueError(f"padding_token={self.padding_token}: allowed are token ids below {self.vocab_size}")
+            raise ValueError(f"padding_token={self.padding_token}: must be a token id below {self.vocab_size}")
         intervals = {"interleave_moe_layer_step": self.interleave_moe_layer_step}
         intervals["nope_layer_interval"] = self.nope_layer_interval
         for name, interval in intervals.items():
             if interval is not None and interval < 0:
-                raise ValueError(f"{name}={interval}: allowed are numbers >= 0 (0: never)")
+                raise ValueError(f"{name}={interval}: must be a number >= 0 (0: never)")
             if (interval is None) == (self.pattern is None):
                 raise ValueError(
-                    f"{name}={interval}: give either `pattern` or both intervals, not both and not neither"
+                    f"{name}={interval}: give either `pattern` or both intervals; beside a pattern both must be null "
+                    "(model.interleave_moe_layer_step=null model.nope_layer_interval=null)"
                 )
         if self.pattern is not None and not self.pattern:
             raise ValueError("pattern=[]: it needs at least one entry of {mixer, ffn}")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r}: allowed are {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation={self.activation!r}: must be one of {', '.join(ACTIVATIONS)}")
         if self.attention.head_dim is None and self.dim % self.attention.num_heads:
             raise ValueError(
                 f"attention.num_heads={self.attention.num_heads}: must divide dim={self.dim} where "
@@ -171,6 +172,9 @@ class DecoderConfig:
     def check_mapping(cls, values: Mapping[str, Any]) -> None:
         """Refuse `rope` beside chunks in a config that does not say its format: it may be from before the renaming."""
         attention, pattern = values.get("attention"), values.get("pattern")
+        for i, layer in enumerate(pattern if isinstance(pattern, (list, tuple)) else ()):
+            if isinstance(layer, Mapping) and layer.get("mixer") == "full_rope":
+                raise ValueError(f"pattern[{i}].mixer='full_rope': it is called rope now")
         if "format" in values or not isinstance(attention, Mapping) or not isinstance(pattern, (list, tuple)):
             return
         chunk = attention.get("attention_chunk_size")
@@ -227,7 +231,7 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise ValueError(f"{name}={value}: allowed are numbers > 0")
+            raise ValueError(f"{name}={value}: must be a number > 0")
 
 
 BUILT_IN = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ __all__ = ["Source", "build_custom", "construct", "custom_modules", "source_hash
 
 
 class Source(NamedTuple):
-    """The file that a custom module's class is written in, as it is now."""
+    """The files that a custom module's class and its base classes are written in, as they are now."""
 
-    file: Path
+    files: dict[str, Path]
+    """By module name. torch's, ours and those of the standard library are left out."""
     sha256: str
 
 
@@ -87,10 +89,28 @@ def sources(config: DecoderConfig) -> dict[str, Source]:
     """
     found = {}
     for where, custom in custom_modules(config).items():
-        try:
-            file = inspect.getsourcefile(resolve(custom["type"], f"{where}: type"))
-        except TypeError:  # a builtin, or an instance
-            file = None
-        if file is not None and Path(file).is_file():
-            found[custom["type"]] = Source(Path(file), hashlib.sha256(Path(file).read_bytes()).hexdigest())
+        files = _files(resolve(custom["type"], f"{where}: type"))
+        if files:
+            digest = hashlib.sha256(b"".join(file.read_bytes() for _, file in sorted(files.items())))
+            found[custom["type"]] = Source(files, digest.hexdigest())
     return found
+
+
+def _files(found: Any) -> dict[str, Path]:
+    """Source files by module name, of a class and its bases, of a function, or of what a partial or an object is of."""
+    found = getattr(found, "func", found)
+    if not inspect.isclass(found) and not inspect.isroutine(found):
+        found = type(found)
+    files = {}
+    for each in inspect.getmro(found) if inspect.isclass(found) else (found,):
+        module = str(each.__module__)
+        known = module.split(".")[0] in {"torch", "lightning", *sys.stdlib_module_names}
+        if known or (module.startswith("moesaic.") and not module.startswith("moesaic.examples")):
+            continue
+        try:
+            file = inspect.getsourcefile(each)
+        except TypeError:  # a builtin
+            continue
+        if file is not None and Path(file).is_file():
+            files[module] = Path(file)
+    return files

@@ -355,7 +355,9 @@ def _require_mixer(mixer: nn.Module, config: DecoderConfig, where: str) -> None:
     forward(x) alone is enough for a mixer without a cache, in a model without a padding token.
     """
     takes_padding = _takes(mixer, 3)
-    is_plain = _takes(mixer, 1) and not hasattr(mixer, "make_cache") and config.padding_token is None
+    is_plain = (
+        _takes(mixer, 1) and not _takes(mixer, 2) and not hasattr(mixer, "make_cache") and config.padding_token is None
+    )
     if not takes_padding and not is_plain:
         raise InputError(
             f"{where}: its forward{inspect.signature(mixer.forward)} has no support for padding; it must take (x, "

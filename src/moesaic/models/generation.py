@@ -25,11 +25,11 @@ def sample(
         top_p: keep the smallest set of most likely tokens that holds at least this probability (Holtzman et al. 2019).
     """
     if temperature < 0:
-        raise InputError(f"temperature={temperature}: allowed are numbers >= 0 (0: greedy)")
+        raise InputError(f"temperature={temperature}: must be a number >= 0 (0: greedy)")
     if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k}: allowed are numbers >= 1")
+        raise InputError(f"top_k={top_k}: must be a number >= 1")
     if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p}: allowed are 0 < top_p <= 1")
+        raise InputError(f"top_p={top_p}: must be 0 < top_p <= 1")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
@@ -65,7 +65,7 @@ def generate(
         InputError: an empty prompt or a token id outside the vocabulary.
     """
     if tokens.dim() != 2 or tokens.numel() == 0:
-        raise InputError(f"tokens of shape {tuple(tokens.shape)}: allowed is (B, L) with at least one token")
+        raise InputError(f"tokens of shape {tuple(tokens.shape)}: must be (B, L) with at least one token")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= decoder.vocab_size:
         wrong = low if low < 0 else high

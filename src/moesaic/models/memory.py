@@ -70,9 +70,9 @@ class MemoryEstimate:
 def _check_sizes(batch_size: int, seq_len: int, dtype: torch.dtype) -> None:
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
-            raise InputError(f"{name}={value}: allowed are numbers >= 1")
+            raise InputError(f"{name}={value}: must be a number >= 1")
     if not dtype.is_floating_point:
-        raise InputError(f"dtype={dtype}: allowed are floating-point types")
+        raise InputError(f"dtype={dtype}: must be a floating-point type")
 
 
 # ---- by formula
@@ -144,7 +144,7 @@ def estimate_memory(
     """
     _check_sizes(batch_size, seq_len, dtype)
     if optimizer not in ("adamw", "muon", None):
-        raise InputError(f"optimizer={optimizer!r}: allowed are adamw, muon, None")
+        raise InputError(f"optimizer={optimizer!r}: must be one of adamw, muon, None")
     decoder = build_decoder(config, device="meta", dtype=dtype)
     sizes = _Sizes(batch_size, seq_len, config.dim, dtype)
     gradients = _nbytes(decoder)

@@ -37,7 +37,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.factors)) < 2 or len(set(self.factors)) < len(self.factors) or min(self.factors) <= 0:
-            raise ValueError(f"factors={list(self.factors)}: allowed are two or more different numbers > 0")
+            raise ValueError(f"factors={list(self.factors)}: must be two or more different numbers > 0")
         if not self.keys:
             raise ValueError("keys=[]: name at least one learning rate")
 
@@ -115,26 +115,26 @@ class StudyConfig:
     def __post_init__(self) -> None:
         known = ", ".join(self.arms)
         if self.baseline not in self.arms:
-            raise ValueError(f"baseline={self.baseline!r}: unknown arm; allowed: {known}")
+            raise ValueError(f"baseline={self.baseline!r}: unknown arm; must be one of {known}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds={list(self.seeds)}: allowed are one or more different integers >= 0")
+            raise ValueError(f"seeds={list(self.seeds)}: must be one or more different integers >= 0")
         if self.tune is not None and self.tune.seed < 0:
-            raise ValueError(f"tune.seed={self.tune.seed}: allowed are integers >= 0")
+            raise ValueError(f"tune.seed={self.tune.seed}: must be an integer >= 0")
         if self.tune is not None and self.tune.seed in self.seeds:
             raise ValueError(f"tune.seed={self.tune.seed}: it must not be one of seeds={list(self.seeds)}")
         for name, axis in self.axes.items():
             for arm in axis.fixed:
                 if arm not in self.arms:
-                    raise ValueError(f"axes.{name}.fixed: unknown arm {arm!r}; allowed: {known}")
+                    raise ValueError(f"axes.{name}.fixed: unknown arm {arm!r}; must be one of {known}")
         for name, variant in self.variants.items():
             if variant.arm not in self.arms:
-                raise ValueError(f"variants.{name}.arm={variant.arm!r}: unknown arm; allowed: {known}")
+                raise ValueError(f"variants.{name}.arm={variant.arm!r}: unknown arm; must be one of {known}")
             if name in self.arms:
                 raise ValueError(f"variants.{name}: an arm has this name already")
             for key in variant.overrides:
                 if not key.startswith(("model.", EVALUATION_OPTIONS)):
                     raise ValueError(
-                        f"variants.{name}.overrides.{key}: allowed are keys of the model (model....) and of the "
+                        f"variants.{name}.overrides.{key}: must be keys of the model (model....) and of the "
                         "evaluations' options (evaluation_options....)"
                     )
 
@@ -144,7 +144,7 @@ class StudyConfig:
                 trained.append(name)
             elif step.cache.teacher not in trained:
                 raise ValueError(
-                    f"prepare.{name}.cache.teacher={step.cache.teacher!r}: allowed are the prepared runs above it: "
+                    f"prepare.{name}.cache.teacher={step.cache.teacher!r}: must be the prepared runs above it: "
                     + (", ".join(trained) or "none")
                 )
 

@@ -242,7 +242,7 @@ def _require_prepared(study: StudyConfig, where: str, config: Mapping[str, Any],
             fitting = [other for other in known if (study.prepare[other].cache is not None) == caches]
             if name not in fitting:
                 allowed = ", ".join(f"{PREPARED}{other}" for other in fitting) or "nothing is prepared for it"
-                raise InputError(f"{where}: {key}={PREPARED + name!r}: allowed here: {allowed}")
+                raise InputError(f"{where}: {key}={PREPARED + name!r}: must here be one of {allowed}")
 
 
 def _named(where: str, config: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ def first_output(module: nn.Module, x: Tensor) -> Tensor:
         y = y[0]
     if not isinstance(y, Tensor):
         raise InputError(
-            f"{type(module).__name__} returned {type(y).__name__}: allowed are a tensor or a tuple that starts with one"
+            f"{type(module).__name__} returned {type(y).__name__}: must be a tensor or a tuple that starts with one"
         )
     return y.view_as(x) if y.shape == x.flatten(0, -2).shape else y
 

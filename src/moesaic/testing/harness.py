@@ -68,7 +68,7 @@ class Layer:
         y = self.under_test.forward(self.module, x.contiguous())
         if y.shape != x.shape:
             raise InputError(
-                f"output of shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}: allowed is the same"
+                f"output of shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}: the two must be the same"
             )
         return y
 
@@ -87,7 +87,7 @@ class Layer:
         """(E, D), writable in place."""
         weight = self.need("router_weight")(self.module)
         if weight.dim() != 2 or weight.size(1) != self.dim:
-            raise InputError(f"router_weight of shape {tuple(weight.shape)}: allowed is (experts, {self.dim})")
+            raise InputError(f"router_weight of shape {tuple(weight.shape)}: must be (experts, {self.dim})")
         return weight
 
     def router_parameter(self) -> nn.Parameter:
@@ -130,7 +130,7 @@ class Subject:
 
     def __init__(self, factory: Factory) -> None:
         if isinstance(factory, (nn.Module, MoEUnderTest)):
-            raise InputError(f"{type(factory).__name__} is a layer: allowed is a function that returns one")
+            raise InputError(f"{type(factory).__name__} is a layer: must be a function that returns one")
         self.factory = factory
 
     def fresh(self) -> Layer:

@@ -23,9 +23,9 @@ def describe_routed(module: nn.Module) -> MoEUnderTest:
     layer: Any = module
     router = getattr(module, "router", None)
     known: dict[str, Any] = {"balance_loss": _balance_loss, "z_loss": _z_loss}
-    if isinstance(router, TopKRouter):
+    if isinstance(getattr(router, "weight", None), Tensor) and hasattr(router, "dim") and hasattr(router, "top_k"):
         known |= {"dim": router.dim, "top_k": router.top_k, "router_weight": lambda module: module.router.weight}
-        if router.expert_bias is not None:
+        if getattr(router, "expert_bias", None) is not None:
             known |= {"expert_bias": lambda module: module.router.expert_bias, "bias_step": _bias_step}
     # a subclass may compute something else, and then has no reference here
     plain_parts = type(router) is TopKRouter and type(getattr(module, "experts", None)) is Experts

@@ -338,7 +338,7 @@ def _described(module: nn.Module) -> MoEUnderTest:
     described = describe_transformers(module)
     if described is None:
         raise InputError(
-            f"{type(module).__name__} of this transformers is not known here: allowed is transformers>=5.2,<6"
+            f"{type(module).__name__} of this transformers is not known here: must be transformers>=5.2,<6"
         )
     return described
 

@@ -16,7 +16,7 @@ def describe(made: object) -> MoEUnderTest:
     if isinstance(made, MoEUnderTest):
         return made
     if not isinstance(made, nn.Module):
-        raise InputError(f"the factory made {type(made).__name__}: allowed are nn.Module and MoEUnderTest")
+        raise InputError(f"the factory made {type(made).__name__}: must be an nn.Module or a MoEUnderTest")
     if isinstance(made, RoutedLayer):
         return describe_routed(made)
     return describe_transformers(made) or MoEUnderTest(made)

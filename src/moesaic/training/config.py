@@ -40,8 +40,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_learning_rate", "eps"):
-            require(self, name, getattr(self, name) > 0, "numbers > 0")
-        require(self, "weight_decay", self.weight_decay >= 0, "numbers >= 0")
+            require(self, name, getattr(self, name) > 0, "a number > 0")
+        require(self, "weight_decay", self.weight_decay >= 0, "a number >= 0")
         for name in ("beta1", "beta2"):
             require(self, name, 0 <= getattr(self, name) < 1, "0 <= value < 1")
 
@@ -56,7 +56,7 @@ class ScheduleConfig:
     final_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self, "warmup_steps", self.warmup_steps >= 0, "numbers >= 0")
+        require(self, "warmup_steps", self.warmup_steps >= 0, "a number >= 0")
         require(self, "decay_fraction", 0 < self.decay_fraction <= 1, "0 < value <= 1")
         require(self, "final_factor", 0 <= self.final_factor <= 1, "0 <= value <= 1")
 
@@ -72,7 +72,7 @@ class BalanceConfig:
 
     def __post_init__(self) -> None:
         for name in ("load_balance_loss_weight", "router_z_loss_weight", "expert_bias_update_rate"):
-            require(self, name, getattr(self, name) >= 0, "numbers >= 0")
+            require(self, name, getattr(self, name) >= 0, "a number >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "validate_every", "log_every", "checkpoint_every"):
-            require(self, name, getattr(self, name) >= 1, "numbers >= 1")
+            require(self, name, getattr(self, name) >= 1, "a number >= 1")
         for name in ("validation_batches", "validation_seq_len"):
             require(self, name, (getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, "numbers >= 1, or null")
-        require(self, "gradient_clip", self.gradient_clip >= 0, "numbers >= 0 (0: off)")
+        require(self, "gradient_clip", self.gradient_clip >= 0, "a number >= 0 (0: off)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class TrainerConfig:
             self.max_time is None or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time) is not None,
             "DD:HH:MM:SS, or null",
         )
-        require(self, "threads", self.threads is None or self.threads >= 1, "numbers >= 1, or null")
+        require(self, "threads", self.threads is None or self.threads >= 1, "a number >= 1, or null")
 
 
 def default_model() -> dict[str, Any]:
@@ -160,7 +160,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
-        require(self, "seed", self.seed >= 0, "integers >= 0")
+        require(self, "seed", self.seed >= 0, "an integer >= 0")
         if self.resume and self.ckpt_path is not None:
             raise ValueError(
                 f"ckpt_path={self.ckpt_path!r}: resume=true already says which checkpoint; give one of them"

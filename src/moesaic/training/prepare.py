@@ -124,7 +124,7 @@ def fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
         wanted = data.vocab_size
     elif isinstance(wanted, int) and wanted < data.vocab_size:
         raise InputError(
-            f"model.vocab_size={wanted}: the data have token ids up to {data.vocab_size - 1}; allowed are null or "
+            f"model.vocab_size={wanted}: the data have token ids up to {data.vocab_size - 1}; must be null or "
             f"numbers >= {data.vocab_size}"
         )
     return from_mapping(DecoderConfig, {**config.model, "vocab_size": wanted}, "model")
@@ -215,9 +215,10 @@ def _begin_records(
     written = sources(model)
     hashes = {"sources": source_hashes(model)} if written else {}
     write_json(run_dir / name, {**environment(), "data": data.facts, **teacher, **hashes})
-    for path, source in written.items():
+    for source in written.values():
         (run_dir / "sources").mkdir(exist_ok=True)
-        write_atomically(run_dir / "sources" / f"{path.rpartition('.')[0]}.py", source.file.read_text(encoding="utf-8"))
+        for module, file in source.files.items():
+            write_atomically(run_dir / "sources" / f"{module}.py", file.read_text(encoding="utf-8"))
     return run_dir
 
 

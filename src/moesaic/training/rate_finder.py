@@ -18,7 +18,7 @@ class LearningRateFinder(pl.Callback):
 
     Args:
         lowest, highest: factors on the learning rates of the config.
-        steps: optimiser steps of the test.
+        steps: optimiser steps of the test; fewer in a run that has fewer.
         smoothing: share of the past in the running mean of the loss.
         explosion: the test ends when the smoothed loss is this multiple of its minimum.
     """
@@ -54,6 +54,7 @@ class LearningRateFinder(pl.Callback):
         scheduler = trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(scheduler, LambdaLR)
         first = scheduler.last_epoch  # more than 0 in a run that goes on from a checkpoint
+        self.steps = max(2, min(self.steps, int(trainer.max_steps) - first))  # a short run covers the range too
         scheduler.lr_lambdas = [lambda step: self.factor(step - first)] * len(scheduler.base_lrs)
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = rate * self.factor(0)

@@ -85,6 +85,10 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
         prepared.run_dir,
         None if config.distillation is None else describe_teacher(prepared.targets, module.teacher_account),
     )
+    assumed = [part for layer in account(prepared.model, training.seq_len).layers for part in layer.assumed]
+    if assumed:
+        said = f"FLOPs of {', '.join(dict.fromkeys(assumed))}: two per element of every matrix, as it could not be run"
+        console.print(f"[bold]assumed[/] {said}", highlight=False, soft_wrap=True)
     for line in describe_groups(module.decoder, config.optimizer).splitlines():
         console.print(f"[bold]steps[/]   {line}", highlight=False, soft_wrap=True)
     if prepared.why_precision:

@@ -134,6 +134,8 @@ def print_verdict(
             f"[bold]router[/]  {layer}: fullest expert {metrics[f'router/{layer}/max_violation'] + 1:.2f}x its ideal "
             f"load, {metrics[f'router/{layer}/dead_share']:.0%} of its experts dead"
         )
+    if "stopped_by" in metrics:
+        console.print(f"[bold]stopped[/] at step {metrics['steps']:,}: {metrics['stopped_by']}", highlight=False)
     for warning in metrics["warnings"]:
         console.print(f"[bold red]warning[/] {warning}", highlight=False)
     teacher = f" and {metrics['teacher_flops'] / 1e12:.2f} of the teacher" if "teacher_flops" in metrics else ""

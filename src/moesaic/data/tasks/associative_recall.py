@@ -35,7 +35,7 @@ class AssociativeRecall(Task):
         super().__post_init__()
         for name, least in (("keys", 1), ("values", 2), ("fillers", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed are numbers >= {least}")
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= {least}")
         check_sizes("pairs", self.pairs)
         if self.largest_size > self.keys:
             grown = " with grow_with_length" if self.grow_with_length else ""

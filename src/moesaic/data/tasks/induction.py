@@ -30,7 +30,7 @@ class Induction(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.values < 2:
-            raise ValueError(f"values={self.values}: allowed are numbers >= 2")
+            raise ValueError(f"values={self.values}: must be a number >= 2")
         check_sizes("triggers", self.triggers)
 
     @property

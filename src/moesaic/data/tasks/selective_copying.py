@@ -31,7 +31,7 @@ class SelectiveCopying(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.values < 2:
-            raise ValueError(f"values={self.values}: allowed are numbers >= 2")
+            raise ValueError(f"values={self.values}: must be a number >= 2")
         check_sizes("copies", self.copies)
 
     @property

@@ -57,7 +57,7 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         if self.test_sequences < 1:
-            raise ValueError(f"test_sequences={self.test_sequences}: allowed are numbers >= 1")
+            raise ValueError(f"test_sequences={self.test_sequences}: must be a number >= 1")
         check_sizes("test_multiples", self.test_multiples)
         if 1 not in self.test_multiples:
             raise ValueError(f"test_multiples={list(self.test_multiples)}: 1 has to be among them")
@@ -145,4 +145,4 @@ def at(seq_len: int, places: Ints, values: Ints | int) -> Ints:
 def check_sizes(name: str, sizes: tuple[int, ...]) -> None:
     """Raise ValueError naming `name` unless `sizes` are one or more distinct positive numbers."""
     if not sizes or len(set(sizes)) < len(sizes) or min(sizes) < 1:
-        raise ValueError(f"{name}={list(sizes)}: allowed are one or more different numbers >= 1")
+        raise ValueError(f"{name}={list(sizes)}: must be one or more different numbers >= 1")
