@@ -59,7 +59,13 @@ def check_run(config: dict[str, object]) -> None:
     from_mapping(DecoderConfig, {**run_config.model, "vocab_size": 257}, "model")
 
 
-@pytest.mark.parametrize("command", [*COMMAND_LINES, *(f"moesaic train {options}" for options in TABLE)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(line if line in README else pytest.param(line, marks=pytest.mark.slow) for line in COMMAND_LINES),
+        *(f"moesaic train {options}" for options in TABLE),
+    ],
+)
 def test_command_composes(command: str) -> None:
     if "COMMAND" in command or "--config-dir" in command:
         pytest.skip("stands for others, or needs files of the reader; see the tutorial's test")

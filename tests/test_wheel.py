@@ -17,6 +17,16 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["debug=smoke", "trainer.precision=32-true", "training.steps=4", "model.dim=16", "model.attention.head_dim=4"]
+STUDY = """# @package _global_
+name: tiny
+study:
+  question: Does a study run from the wheel?
+  equal: nothing
+  baseline: one
+  seeds: [0]
+  tune: null
+  arms: {one: {}, two: {model.moe.top_k: 2}}
+"""
 TEXTS = ["data=files", "data.path=texts", "data.tokenizer=bytes"]
 
 
@@ -141,9 +151,10 @@ def test_the_other_commands_from_an_empty_folder(command: Path, tmp_path: Path) 
     )
     sides = ["a=", "b=model.moe.top_k=2", "rounds=1", "model.vocab_size=300"]
     assert "moesaic train model.vocab_size=300" in run(command, "compare", *sides, folder=tmp_path)
-    study = ["study_shared_expert", *SMALL[:1], *SMALL[3:], *TEXTS, "training.steps=2", "study.seeds=[0]"]
-    arms = ["study.tune=null", "study.arms={one:{},two:{model.moe.top_k:2}}", "study.baseline=one", "study.also=[]"]
-    run(command, "study", f"experiment={study[0]}", *study[1:], *arms, "name=tiny", folder=tmp_path)
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "study_tiny.yaml").write_text(STUDY)
+    study = ["--config-dir", "conf", "experiment=study_tiny", *SMALL, *TEXTS, "training.steps=2", "workers=1"]
+    run(command, "study", *study, folder=tmp_path)
     assert (tmp_path / "studies" / "tiny" / "rows.jsonl").read_text().count("\n") == 2
 
 

@@ -100,6 +100,7 @@ def test_all_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow_but_for("epyc")
 @pytest.mark.parametrize("machine", ["xeon", "epyc"])
+@pytest.mark.slow
 def test_pictures_of_the_committed_rows(machine: str, tmp_path: Path) -> None:
     """The second CPU has no bf16."""
     from benchmarks.__main__ import PICTURES, plot

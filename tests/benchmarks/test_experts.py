@@ -56,6 +56,7 @@ def test_backends_share_their_weights_and_a_wrong_one_is_not_timed() -> None:
         experts.require_agreement(layers, x, precision)
 
 
+@pytest.mark.slow
 def test_every_backend_is_in_every_cell_and_uneven_loads_are_held_against_even_ones() -> None:
     rows = experts.main(["--smoke"])
     parts = {"experts": {"dense", *BACKENDS}, "layer": {"dense", "MoE"}}

@@ -38,6 +38,7 @@ def burn(seconds: float) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_cpu_time_is_of_this_process_only() -> None:
     options, _ = parse_options("", ["--rounds", "3"])
     samples = time_in_turn({"burns": lambda: burn(0.01), "sleeps": lambda: time.sleep(0.01)}, options, min_seconds=0.01)

@@ -93,6 +93,7 @@ def test_a_mixer_without_cache_streams_its_logits() -> None:
 
 
 @pytest.mark.parametrize("window", [2, 7, 16])
+@pytest.mark.slow
 def test_a_window_cuts_the_context_to_between_half_and_all_of_it(window: int) -> None:
     decoder, tokens = toy(), text(1, 45)
     found = torch.cat(list(stream_nats(decoder, tokens, chunk_tokens=5, window=window)), dim=1)

@@ -123,6 +123,7 @@ def test_a_window_sees_only_what_is_near() -> None:
     assert near.accuracy == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_caches_and_batches_do_not_change_scores() -> None:
     decoder = build_decoder(llama4_toy(257, init_std=None)).eval()
     task = task_of(ByteTokenizer(), NeedleConfig(multiples=(1.0,), depths=(0.0, 1.0), samples=5, chunk_tokens=17))

@@ -211,6 +211,7 @@ def test_one_kind_of_file_has_nothing_to_tell(tmp_path: Path) -> None:
     assert widths["unknown"] == widths["alone"] < widths["both"], "a column more"
 
 
+@pytest.mark.slow
 def test_plot_of_many_kinds_of_files(tmp_path: Path) -> None:
     tokens = np.zeros(41, dtype=np.uint16)
     tokens[1::2] = 1

@@ -101,7 +101,7 @@ def test_roundtrip_as_a_command(directory: Path, tmp_path: Path) -> None:
     [
         ({"ids": [[1]]}, "no input_ids in it"),
         ({"input_ids": [1, 2]}, "input_ids of shape (2,), torch.int64; must be integers (batch, length)"),
-        ({"input_ids": [[0.5]]}, "input_ids of shape (1, 1), torch.float32; must be an integer"),
+        ({"input_ids": [[0.5]]}, "input_ids of shape (1, 1), torch.float32; must be integers"),
         ({"input_ids": [[]]}, "input_ids of shape (1, 0)"),
         ({"input_ids": [[1, 99]]}, "found ids 1 to 99; must be 0 to 60"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask of shape (1, 1); must be that of"),

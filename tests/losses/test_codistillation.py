@@ -730,7 +730,7 @@ def test_another_vocabulary_is_refused() -> None:
     refuse("HeadTargets: a vocabulary of 10; the student's is 11", HeadTargets(t_hidden, t_weight[:-1]))
     refuse("DenseTargets: a vocabulary of 13; the student's is 11", DenseTargets(torch.randn(TOKENS, 13)))
     wide = top_k(torch.randn(TOKENS, 13), LABELS, 12)
-    refuse("TopKTargets: 12 tokens of a vocabulary of 11", wide)
+    refuse("TopKTargets: 12 tokens; must be at most 11, the vocabulary", wide)
 
 
 @kinds

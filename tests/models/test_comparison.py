@@ -67,7 +67,7 @@ def test_the_width_is_that_of_the_experts_where_there_are_any() -> None:
     assert with_width(toy, "model.hidden_dim", 72) == dataclasses.replace(toy, hidden_dim=72)
     with pytest.raises(InputError, match="nothing to solve, no layer of b has this width"):
         with_width(DENSE, "model.moe.hidden_dim", 8)
-    with pytest.raises(InputError, match=r"width=model.dim: must be model.hidden_dim, model.moe.hidden_dim"):
+    with pytest.raises(InputError, match=r"width=model.dim: must be one of model.hidden_dim, model.moe.hidden_dim"):
         with_width(DENSE, "model.dim", 8)
 
 

@@ -199,7 +199,7 @@ def read_all(config: dict[str, Any]) -> dict[int, list[Any]]:
     }
 
 
-@pytest.mark.slow_but_for("top_k")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
 def test_new_data_are_added_to_an_old_cache(given: Composed, corpus: Path, tmp_path: Path, kind: str) -> None:
     """One file that comes last leaves all windows before it alone, one in the middle moves those behind it."""

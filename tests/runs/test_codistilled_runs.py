@@ -117,6 +117,7 @@ def test_frozen(composed: Composed, teacher: Path, tmp_path: Path, capsys: pytes
     assert "distillation/hard" not in rows(tmp_path / "plain")[0]
 
 
+@pytest.mark.slow
 def test_joint_leaves_a_student_and_a_teacher_that_equals_a_run_of_its_own(composed: Composed, tmp_path: Path) -> None:
     bias = ["model.moe.expert_bias=true", "balance.expert_bias_update_rate=0.01", "training.accumulate=2"]
     config = composed("experiment=codistill_joint", *SMALL_TEACHER, *bias)
@@ -245,6 +246,7 @@ def test_a_run_that_starts_from_a_checkpoint_takes_what_the_cache_got_since(
     assert trained(composed(*settings, grown, start, "training.steps=30"), tmp_path / "on")["teacher_flops"] == 0
 
 
+@pytest.mark.slow
 def test_a_student_on_other_text_reads_it_with_the_teachers_tokeniser(
     composed: Composed, corpus: Path, tmp_path: Path
 ) -> None:

@@ -87,7 +87,7 @@ def test_launch_trains_both_and_ends_in_a_table(common: list[str]) -> None:
         (["a=", "b=trainer.accelerator=tpu"], r"b: trainer.accelerator"),
         (
             ["a=", "b=model.vocab_size=9", "launch=true"],
-            r"b: model.vocab_size=9: the data have token ids up to \d+; allowed",
+            r"b: model.vocab_size=9: the data have token ids up to \d+; must be",
         ),
     ],
 )

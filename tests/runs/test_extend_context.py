@@ -144,7 +144,7 @@ def test_what_needs_other_weights_or_says_nothing_is_refused(
         ),
         (["model.attention.conv_width=0"], r"model.attention.conv_width: 3 there, 0 now$"),
         (["model.nope_layer_interval=0"], r"model.nope_layer_interval: 2 there, 0 now$"),
-        (["training.seq_len=16"], r"training.seq_len=16: the checkpoint was trained at 16; must be longer ones"),
+        (["training.seq_len=16"], r"training.seq_len=16: the checkpoint was trained at 16; it must be longer"),
         (["extend_context.multiple=0.5"], r"extend_context.multiple=0.5: must be a number >= 1"),
         (["extend_context.multiple=1000"], r"a context of 32000 tokens: longer than the data"),
         (["extend_context.stretches=0"], r"extend_context.stretches=0: must be a number > 0"),

@@ -77,6 +77,7 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
         assert words in shown, words
 
 
+@pytest.mark.slow
 def test_it_learns(composed: Composed) -> None:
     config = composed("training.steps=80", "training.batch_size=8", "training.validate_every=80")
     metrics = run(config)

@@ -32,7 +32,7 @@ def group(name: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / name).glob("*.yaml"))
 
 
-@pytest.mark.slow_but_for("balancing", "codistill_joint", "custom_modules")
+@pytest.mark.slow_but_for("balancing", "custom_modules")
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 20 steps are no time to balance in
 @pytest.mark.parametrize("experiment", [name for name in group("experiment") if not name.startswith("study_")])
 def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Path) -> None:

@@ -343,6 +343,7 @@ def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path:
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.slow
 def test_the_config_of_a_study_without_rows_is_not_kept(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["study"]["seeds"] = [0]
     (tmp_path / "results").mkdir()

@@ -58,7 +58,7 @@ PREPARED: dict[str, Any] = {
     [
         ({"baseline": "sparse"}, "study.baseline='sparse': unknown arm; must be one of dense, moe"),
         ({"seeds": []}, "study.seeds=[]: must be one or more different integers"),
-        ({"seeds": [1, 1]}, "study.seeds=[1, 1]: allowed"),
+        ({"seeds": [1, 1]}, "study.seeds=[1, 1]: must be"),
         ({"seeds": [-1, 1]}, "study.seeds=[-1, 1]: must be one or more different integers >= 0"),
         ({"tune": {"seed": -2}}, "study.tune.seed=-2: must be an integer >= 0"),
         ({"seeds": [9]}, "study.tune.seed=9: it must not be one of seeds=[9]"),
@@ -121,7 +121,7 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
             {"prepare": {"a": {"train": {"model.depth": 1}}}},
             "study.prepare.a.train.model.depth: the run config has no such key",
         ),
-        ({"prepare": {"a": {"train": {"model.dim": -1}}}}, "study.prepare.a: model.dim=-1: allowed"),
+        ({"prepare": {"a": {"train": {"model.dim": -1}}}}, "study.prepare.a: model.dim=-1: must be"),
         (
             {"prepare": {"a": {"train": {}}}, "arms": {"dense": {"distillation": frozen("b")}}},
             "study.arms.dense: distillation.teacher='prepared:b': must here be one of prepared:a",
@@ -132,7 +132,7 @@ def test_a_bad_study_is_refused(study_of: StudyOf, changes: dict[str, Any], mess
         ),
         (
             {"arms": {"dense": {"distillation": {"source": "joint", "teacher_model": {"dim": 0}}}}},
-            "study.arms.dense: distillation.teacher_model.dim=0: allowed",
+            "study.arms.dense: distillation.teacher_model.dim=0: must be",
         ),
     ],
 )

@@ -22,6 +22,7 @@ def run(script: ModuleType, *arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_layer_known_by_name(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(script, "moesaic-bfloat16") == 0
     out = capsys.readouterr().out

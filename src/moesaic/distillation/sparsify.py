@@ -29,8 +29,8 @@ class TargetFormat:
     exponent: float = 1.0  # of sampled: ids are drawn from p^exponent, normalised
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature > 0, "numbers > 0")
-        _check("k", self.k, self.k >= 1, "numbers >= 1")
+        _check("temperature", self.temperature, self.temperature > 0, "a number > 0")
+        _check("k", self.k, self.k >= 1, "a number >= 1")
         # the number of distinct ids of a token is stored in one byte
         _check("num_samples", self.num_samples, 1 <= self.num_samples <= 255, "1 to 255")
         # beyond these, weights of vocabularies as large as Llama 4's leave the range of fp16

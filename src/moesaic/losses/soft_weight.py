@@ -71,15 +71,15 @@ class SoftWeightConfig:
         for name in ("value", "start", "end", "warmup_fraction", "decay_fraction", "minimum", "maximum"):
             self._check(name, 0 <= getattr(self, name) <= 1, "0 <= value <= 1")
         self._check("decay_fraction", self.warmup_fraction + self.decay_fraction <= 1, "1 - warmup_fraction or less")
-        self._check("maximum", self.minimum <= self.maximum, f"numbers >= minimum={self.minimum}")
+        self._check("maximum", self.minimum <= self.maximum, f"a number >= minimum={self.minimum}")
         pairs = all(len(point) == 2 and all(0 <= number <= 1 for number in point) for point in self.points)
         rising = pairs and all(a[0] < b[0] for a, b in itertools.pairwise(self.points))
         needed = self.schedule == "piecewise" and not self.points
         self._check("points", rising and not needed, "pairs (progress, weight) within 0 to 1, progress rising")
-        self._check("gap", self.gap is None or 0 < self.gap < math.inf, "numbers > 0, or null")
+        self._check("gap", self.gap is None or 0 < self.gap < math.inf, "a number > 0, or null")
         self._check("ema", 0 <= self.ema < 1, "0 <= value < 1")
-        self._check("gate_threshold", 0 <= self.gate_threshold < math.inf, "numbers >= 0")
-        self._check("gate_power", 0 < self.gate_power < math.inf, "numbers > 0")
+        self._check("gate_threshold", 0 <= self.gate_threshold < math.inf, "a number >= 0")
+        self._check("gate_power", 0 < self.gate_power < math.inf, "a number > 0")
         for name in ("gate_slope", "gate_offset"):
             self._check(name, math.isfinite(getattr(self, name)), "finite numbers")
 

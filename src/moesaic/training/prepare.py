@@ -125,7 +125,7 @@ def fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
     elif isinstance(wanted, int) and wanted < data.vocab_size:
         raise InputError(
             f"model.vocab_size={wanted}: the data have token ids up to {data.vocab_size - 1}; must be null or "
-            f"numbers >= {data.vocab_size}"
+            f"a number >= {data.vocab_size}"
         )
     return from_mapping(DecoderConfig, {**config.model, "vocab_size": wanted}, "model")
 
