@@ -25,7 +25,8 @@ SNIPPETS = [
 ]
 LINES = [line for page in PAGES for line in re.sub(r"\\\n +", " ", page.read_text()).splitlines()]
 COMMAND_LINES = sorted({line.strip() for line in LINES if line.startswith("    moesaic ")})
-TABLE = re.findall(r"\| `((?:-m )?[a-z_./]+=[^`]+)` \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+TABLE = re.findall(r"\| `((?:-m )?[a-z_./]+=[^`]+)` \|$", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)])

@@ -331,6 +331,7 @@ def test_a_missing_or_foreign_teacher_is_refused(composed: Composed, tmp_path: P
     refused(shape, r"distillation.teacher_model.attention.num_heads=3: must be a multiple")
 
 
+@pytest.mark.slow
 def test_a_cache_that_does_not_fit_is_refused(composed: Composed, teacher: Path, cache: Path, tmp_path: Path) -> None:
     def cached(*overrides: str) -> dict[str, Any]:
         return composed("experiment=codistill_cached", f"distillation.cache={cache}", *overrides)

@@ -127,6 +127,7 @@ def test_checkpoint_is_enough_to_evaluate(trained: Path) -> None:
     assert sum(p.numel() for p in model.decoder.parameters()) == metrics["parameters/total"]
 
 
+@pytest.mark.slow
 def test_ckpt_path_continues_bit_equal_in_a_new_directory(composed: Composed) -> None:
     bias = ["model.moe.expert_bias=true", "balance.expert_bias_update_rate=0.01", "training.accumulate=2"]
     whole = composed(*bias, "name=whole")
