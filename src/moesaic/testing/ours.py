@@ -21,7 +21,7 @@ UPDATE_RATE = 0.01
 def describe_routed(module: nn.Module) -> MoEUnderTest:
     """All there is to know of a `MoE` of this package's parts; losses only of another `RoutedLayer`."""
     layer: Any = module
-    router = getattr(module, "router", None)
+    router: Any = getattr(module, "router", None)
     known: dict[str, Any] = {"balance_loss": _balance_loss, "z_loss": _z_loss}
     if isinstance(getattr(router, "weight", None), Tensor) and hasattr(router, "dim") and hasattr(router, "top_k"):
         known |= {"dim": router.dim, "top_k": router.top_k, "router_weight": lambda module: module.router.weight}
