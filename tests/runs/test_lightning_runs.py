@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMOKE
+from small_runs import SMOKE
 
 from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.config import from_mapping
