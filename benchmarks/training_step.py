@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.layers import AttentionTemperature
 from moesaic.losses import linear_cross_entropy, load_balance_loss
-from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
+from moesaic.models import Decoder, DecoderConfig, account, build_decoder
+from moesaic.models.presets import small
 
 from .harness import (
     Options,
@@ -42,24 +42,7 @@ from .harness import (
 
 __all__ = ["DEFAULT", "main", "measure"]
 
-DEFAULT = DecoderConfig(
-    vocab_size=2048,
-    dim=96,
-    num_layers=4,
-    attention=AttentionConfig(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=24,
-        rope_theta=10000.0,
-        attention_chunk_size=128,
-        temperature=AttentionTemperature(attn_scale=0.4, floor_scale=256),
-        conv_width=3,
-    ),
-    hidden_dim=384,
-    moe=MoEConfig(num_experts=8, hidden_dim=192),
-    interleave_moe_layer_step=2,
-    nope_layer_interval=4,
-)
+DEFAULT = small(vocab_size=2048)
 """conf/model/small.yaml at the default vocabulary (a test holds it)."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]

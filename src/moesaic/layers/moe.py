@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import FeedForward
-from moesaic.layers.part import ParameterKind, declared_kinds, experts_per_token, flops_per_token, parameter_kinds
+from moesaic.layers.part import (
+    ParameterKind,
+    declared_kinds,
+    experts_per_token,
+    flops_per_token,
+    num_parameters,
+    parameter_kinds,
+)
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
@@ -212,7 +219,7 @@ class MoE(nn.Module):
         """All but those of the experts that a token does not meet."""
         dim, num_experts, top_k = self._sizes()
         idle = 1 - experts_per_token(self.router, num_experts, dim, top_k) / num_experts
-        return _size(self) - round(idle * _size(self.experts))
+        return num_parameters(self) - round(idle * num_parameters(self.experts))
 
     def _sizes(self) -> tuple[int, int, float]:
         """D, E, and the K to assume of a router that cannot be asked."""
@@ -221,7 +228,3 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"score_before_experts={self.score_before_experts}"
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -23,6 +23,7 @@ __all__ = [
     "experts_per_token",
     "flops_per_token",
     "initialize",
+    "num_parameters",
     "parameter_kinds",
 ]
 
@@ -185,13 +186,17 @@ def cache_bytes(part: nn.Module, length: int, dtype: torch.dtype, dim: int) -> i
                 cache = moved.make_cache()
             moved(torch.empty(1, length, dim, dtype=dtype, device="meta"), cache)
     except Exception:  # what a foreign module raises on tensors without memory has no common base
-        if any(p.is_meta for p in part.parameters()) or _size(part) * length > _MOST_WORK:
+        if any(p.is_meta for p in part.parameters()) or num_parameters(part) * length > _MOST_WORK:
             return 0
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             moved = copy.deepcopy(part).to(dtype)
             cache = moved.make_cache()
             moved(torch.randn(1, length, dim, dtype=dtype), cache)
     return sum(tensor.nbytes for tensor in _tensors(cache))
+
+
+def num_parameters(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())
 
 
 def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: float) -> float:
@@ -242,7 +247,7 @@ def _measure_flops(part: nn.Module, shape: tuple[int, ...]) -> float | None:
         return count(copy.deepcopy(part).to("meta"), torch.empty(shape, dtype=dtype, device="meta"))
     except Exception:  # what a foreign module raises on tensors without memory has no common base
         tokens = torch.Size(shape[:-1]).numel()
-        if any(p.is_meta for p in weights) or _size(part) * tokens > _MOST_WORK:
+        if any(p.is_meta for p in weights) or num_parameters(part) * tokens > _MOST_WORK:
             return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -261,10 +266,6 @@ def _uncounted() -> dict[Any, Any]:
 
     aten = torch.ops.aten
     return {aten._grouped_mm: grouped, aten._scaled_dot_product_flash_attention_for_cpu: attention}
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _stated(part: nn.Module, name: str) -> Any:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-from moesaic.layers.part import Flops, active_parameters, cache_bytes, flops_per_token, parameter_kinds
+from moesaic.layers.part import Flops, active_parameters, cache_bytes, flops_per_token, num_parameters, parameter_kinds
 from moesaic.models.config import FFN, DecoderConfig, Mixer
 from moesaic.models.custom import custom_modules
 from moesaic.models.decoder import Block, build_block
@@ -115,7 +115,7 @@ def _kinds_of_layers(config: DecoderConfig) -> list[int]:
 def _build(config: DecoderConfig, i: int) -> Block:
     with torch.device("meta"):
         block = build_block(config, i)
-    if custom_modules(config) and _size(block) <= MOST_REAL_PARAMETERS:
+    if custom_modules(config) and num_parameters(block) <= MOST_REAL_PARAMETERS:
         with torch.random.fork_rng(devices=[]):
             return build_block(config, i)
     return block
@@ -128,15 +128,15 @@ def _layer(config: DecoderConfig, i: int, seq_len: int) -> LayerAccount:
     matrices = 2 * sum(p.numel() for kind, p in _with_kinds(block.mixer) if kind != "vector")
     in_mixer = min(matrices, round(mixer.per_token))
     assumed = [part for part, flops in ((layer.mixer, mixer), (layer.ffn, ffn)) if flops.source == "assumed"]
-    parameters = _size(block)
+    parameters = num_parameters(block)
     return LayerAccount(
         mixer=layer.mixer["type"] if isinstance(layer.mixer, dict) else _describe_mixer(config, layer.mixer),
         ffn=layer.ffn["type"] if isinstance(layer.ffn, dict) else _describe_ffn(config, layer.ffn),
         parameters=parameters,
         active_parameters=parameters
-        - _size(block.ffn)
+        - num_parameters(block.ffn)
         + active_parameters(block.ffn, ffn)
-        - (_size(block.mixer) - active_parameters(block.mixer, Flops(0, "declared"))),
+        - (num_parameters(block.mixer) - active_parameters(block.mixer, Flops(0, "declared"))),
         matmul_flops=in_mixer + round(ffn.per_token),
         attention_flops=mixer.per_token - in_mixer,
         assumed=tuple(part["type"] for part in assumed if isinstance(part, dict)),
@@ -146,10 +146,6 @@ def _layer(config: DecoderConfig, i: int, seq_len: int) -> LayerAccount:
 def _with_kinds(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
     kinds = parameter_kinds(part)
     return [(kinds[name], parameter) for name, parameter in part.named_parameters()]
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _describe_ffn(config: DecoderConfig, ffn: FFN) -> str:

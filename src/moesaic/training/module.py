@@ -70,6 +70,8 @@ class LanguageModel(pl.LightningModule):
         self.teacher = _build_teacher(self.config, model)
         """The teacher that trains along."""
         self.decoder: Decoder = build_decoder(model_config, checkpoint_activations=recompute)
+        self.sources = source_hashes(model_config)
+        """Hashes of the code that trains: a file may change while it does."""
         distillation = self.config.distillation
         self.soft_weight = None if distillation is None else SoftWeight(distillation.weight_policy)
         self.codistillation: Codistillation | None = None
@@ -265,7 +267,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: dict[str, Any] = {
-            "sources": source_hashes(self.decoder.config),
+            "sources": self.sources,
             "logged_load": self.logged_load,
             "drift": self.drift.state_dict(),
             "torch_rng": torch.get_rng_state(),

@@ -74,18 +74,19 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
 
 def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> None:
     config, training = prepared.config, prepared.config.training
+    accounted = account(prepared.model, training.seq_len)
     print_summary(
         console,
         config,
         prepared.model,
-        account(prepared.model, training.seq_len),
+        accounted,
         prepared.data.facts,
         _num_tokens(config, prepared.data),
         activation_bytes(module.decoder, training.batch_size, training.seq_len),
         prepared.run_dir,
         None if config.distillation is None else describe_teacher(prepared.targets, module.teacher_account),
     )
-    assumed = [part for layer in account(prepared.model, training.seq_len).layers for part in layer.assumed]
+    assumed = [part for layer in accounted.layers for part in layer.assumed]
     if assumed:
         said = f"FLOPs of {', '.join(dict.fromkeys(assumed))}: two per element of every matrix, as it could not be run"
         console.print(f"[bold]assumed[/] {said}", highlight=False, soft_wrap=True)
