@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from moesaic.files import atomic, write_atomically, write_json, write_yaml
+from moesaic.checkpoints import write_checkpoint
+from moesaic.errors import CannotWrite, InputError
+from moesaic.files import atomic, require_disk_space, write_atomically, write_json, write_yaml
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -49,3 +52,26 @@ def test_numbers_and_mappings(tmp_path: Path) -> None:
     write_yaml(tmp_path / "a.yaml", {"b": [1], "a": None})
     assert (tmp_path / "a.json").read_text() == '{\n  "b": [\n    1\n  ]\n}\n'
     assert (tmp_path / "a.yaml").read_text() == "b:\n- 1\na: null\n"
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_atomically(path, "old")
+    (tmp_path / ".file.txt.partial").symlink_to("/dev/full")
+    with pytest.raises(CannotWrite, match=r"file.txt: cannot be written \(No space left on device\)"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_torch_hides_the_reason_of_a_failed_write_but_it_is_found(tmp_path: Path) -> None:
+    (tmp_path / ".model.ckpt.partial").symlink_to("/dev/full")
+    with pytest.raises(CannotWrite, match=r"model.ckpt: cannot be written \(No space left on device\)"):
+        write_checkpoint(tmp_path / "model.ckpt", {"weights": torch.zeros(100_000)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_is_looked_for_where_a_directory_will_be(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="MB free"):
+        require_disk_space(tmp_path / "not" / "there" / "yet", 10**18)
+    assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ TIERS = {
     "errors": 0,
     "config": 0,
     "imports": 0,
+    "interrupts": 0,
     "statistics": 0,
     "allocator": 0,
     "checkout": 0,

@@ -25,6 +25,7 @@ __all__ = [
     "require_same_model",
     "save_model",
     "with_config",
+    "write_checkpoint",
 ]
 
 logger = logging.getLogger("moesaic.checkpoints")
@@ -132,8 +133,17 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as partial:
-        torch.save(checkpoint, partial)
+    write_checkpoint(path, checkpoint)
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write what `load_checkpoint` reads. The file appears complete or not at all.
+
+    Raises:
+        CannotWrite: the disk is full or read-only.
+    """
+    with atomic(path) as partial, partial.open("wb") as file:  # a file of ours, whose errors have a reason
+        torch.save(content, file)
 
 
 def with_config(decoder: Decoder, config: DecoderConfig) -> Decoder:

@@ -1,9 +1,11 @@
-"""The one exception for bad input: commands print it without a traceback."""
+"""The exceptions that people see: commands print them without a traceback."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["InputError", "naming"]
+__all__ = ["CannotWrite", "InputError", "naming"]
 
 
 class InputError(ValueError):
@@ -11,6 +13,17 @@ class InputError(ValueError):
 
     The message names the key or file, says what was found and what is allowed.
     """
+
+
+class CannotWrite(InputError):
+    """A file could not be written: a full or read-only disk, missing rights. What was there before is intact."""
+
+    def __init__(self, path: Path | str, error: OSError) -> None:
+        reason = error.strerror or (os.strerror(error.errno) if error.errno else "no space left on the device?")
+        super().__init__(
+            f"{path}: cannot be written ({reason}); what was there is intact. Make room or choose another place, then "
+            "repeat the command"
+        )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
-"""Files that appear whole or not at all, and room for them."""
+"""Files that appear whole or not at all, room for them, and locks of directories."""
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -9,14 +8,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import InputError
+from moesaic.errors import CannotWrite, InputError
 
-__all__ = ["atomic", "disk_full", "require_disk_space", "sync", "write_atomically", "write_json", "write_yaml"]
+__all__ = [
+    "LOCK",
+    "append",
+    "atomic",
+    "is_locked",
+    "lock",
+    "remove_partials",
+    "require_disk_space",
+    "sync",
+    "write_atomically",
+    "write_json",
+    "write_yaml",
+    "writing",
+]
+
+LOCK = ".lock"
+"""The file in a directory that says whose it is."""
 
 
 def require_disk_space(path: Path, needed: int) -> None:
-    """Raise InputError unless `needed` bytes are free where `path` is."""
-    free = shutil.disk_usage(path).free
+    """Raise InputError unless `needed` bytes are free on the disk where `path` is or will be."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
             f"{path}: {free / 1e6:.0f} MB free, but checkpoints and logs of this run need about {needed / 1e6:.0f} MB; "
@@ -25,30 +41,99 @@ def require_disk_space(path: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises within into CannotWrite, which names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(path, error) from error
+    except RuntimeError as error:  # torch.save hides the OSError of the file that it was given
+        if isinstance(error.__context__, OSError):
+            raise CannotWrite(path, error.__context__) from error
+        raise
+
+
+@contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path to write to; what is there at the end takes the name `path`, whole and on the disk.
 
     After an error `path` is as it was. A kill leaves the partial file, under one name beside `path`, and the next call
     writes over it. One process at a time may write a file.
+
+    Raises:
+        CannotWrite: the disk is full or read-only, or the folder may not be written.
     """
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)  # the name as well
+    with writing(path):
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        sync(path.parent)  # the name as well
+
+
+def append(path: Path, text: str) -> None:
+    """Add whole lines to a file. A disk that fills up in between may leave a part of the last line."""
+    with writing(path), path.open("a", newline="", encoding="utf-8") as file:
+        file.write(text)
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left below a directory that nobody else writes to."""
+    for path in directory.rglob(".*.partial"):
+        with contextlib.suppress(OSError):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:
     """Wait until the file or the names of the folder are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(directory: Path, busy: str) -> Iterator[None]:
+    """Keep other processes from a directory that exists. However this one dies, the lock ends with it.
+
+    Raises:
+        InputError: `busy`, because another process has it.
+        CannotWrite: no lock file can be made there.
+    """
+    import filelock  # an optional package
+
+    held = filelock.FileLock(directory / LOCK, timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout as error:
+        raise InputError(busy) from error
+    except OSError as error:
+        raise CannotWrite(directory, error) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether another process holds the `lock` of a directory."""
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with lock(directory, "busy"):
+            return False
+    except CannotWrite:  # whoever wants to write there will be told
+        return False
+    except InputError:
+        return True
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -64,10 +149,3 @@ def write_yaml(path: Path, value: Any) -> None:
     import yaml  # an optional package
 
     write_atomically(path, yaml.safe_dump(value, sort_keys=False))
-
-
-def disk_full(path: Path, error: OSError) -> Exception:
-    """The error to raise for a failed write: a message about the disk if it is full, else the original."""
-    if error.errno == errno.ENOSPC:
-        return InputError(f"{path}: no space left on the device; the last checkpoint is intact, resume=true continues")
-    return error

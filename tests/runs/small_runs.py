@@ -1,9 +1,11 @@
 """What tests of whole runs share: the settings of a run of seconds, and processes that SIGKILL ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,3 +47,23 @@ def kill_in_call(owner: str, name: str, calls: int, command: list[str], cwd: Pat
     driver = [sys.executable, "-c", DIES, owner, name, str(calls), *command]
     done = subprocess.run(driver, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, f"it was over before it could be killed: {done.stdout}{done.stderr}"
+
+
+HOLDS = """
+import pathlib, sys
+from moesaic.files import lock
+with lock(pathlib.Path(sys.argv[1]), "busy"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holding(directory: Path) -> Iterator[None]:
+    """Another process has the lock of a directory within, and is killed at the end."""
+    command = [sys.executable, "-c", HOLDS, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield
+        process.kill()

@@ -255,14 +255,19 @@ def test_used_run_dir_is_refused(composed: Composed, tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(InputError, match=r"mine': exists and is not empty"):
         run(composed(f"run_dir={tmp_path / 'mine'}"))
-    with pytest.raises(InputError, match=r"run_dir='.*notes.txt': cannot be written"):
+    with pytest.raises(InputError, match=r"run_dir='.*notes.txt': a file; must be a directory"):
         run(composed(f"run_dir={tmp_path / 'mine' / 'notes.txt'}"))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_a_finished_run_is_not_resumed_but_trained_on(composed: Composed, trained: Path) -> None:
-    with pytest.raises(InputError, match=r"this run is finished; to train on, start a new one with ckpt_path="):
-        run({**composed(*BPE), "resume": True, "run_dir": str(trained.parents[1])})
+def test_a_finished_run_is_not_resumed_but_trained_on(
+    composed: Composed, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = trained.stat().st_mtime_ns
+    again = run({**composed(*BPE), "resume": True, "run_dir": str(trained.parents[1])})
+    assert again == json.loads((trained.parents[1] / "metrics.json").read_text())
+    assert "this run is finished, at step 20; to train on, start a new one with ckpt_path=" in capsys.readouterr().out
+    assert trained.stat().st_mtime_ns == before
     more = composed(*BPE, f"ckpt_path={trained}", "training.steps=30", "training.log_every=1", "name=more")
     assert run(more)["steps"] == 30
     [more_dir] = Path(more["output_dir"]).glob("more/*")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moesaic import __version__
+from moesaic.interrupts import exit_status, interruptible
 
 __all__ = ["COMMANDS", "Command", "main"]
 
@@ -76,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra = "hf" if package == "transformers" else "train"
         print(f"error: moesaic {name} needs the package {package}: pip install 'moesaic[{extra}]'", file=sys.stderr)
         sys.exit(2)
-    module.main(rest)
+    try:
+        with interruptible():
+            module.main(rest)
+    except KeyboardInterrupt as error:  # outside of what a command guards itself
+        print("interrupted", file=sys.stderr)
+        sys.exit(exit_status(error))
 
 
 def overview() -> str:

@@ -34,7 +34,7 @@ def _task(config: DictConfig) -> None:
         found = fill_cache(given, console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues after the last complete shard")
-        sys.exit(130)
+        raise
     console.print(describe(given, found, sys.argv[1:]))
 
 

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from moesaic.checkout import CONFIG_DIR
 from moesaic.cli.arguments import check_overrides, complete, compose_with, read_flags
 from moesaic.cli.config_files import config_groups
-from moesaic.errors import InputError
+from moesaic.errors import CannotWrite, InputError
+from moesaic.interrupts import exit_status
 
 __all__ = ["composed", "exit_on_bad_input", "launch", "options_of", "plain", "users_config_dir"]
 
@@ -85,17 +86,23 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def exit_on_bad_input(action: Callable[[], Any]) -> Any:
-    """Run `action`; InputError ends the process with its message and status 2, a full disk with 1, Ctrl-C with 130."""
+    """Run `action`; what a person can mend ends the process with one line.
+
+    The exit status is 2 for InputError, 1 for what cannot be written, and 128 + its number for a signal.
+    """
     try:
         return action()
+    except CannotWrite as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {CannotWrite(error.filename or 'a file', error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print(f"interrupted ({error})" if str(error) else "interrupted", file=sys.stderr)
+        sys.exit(exit_status(error))

@@ -24,7 +24,7 @@ from moesaic.training.lightning_options import as_additions
 
 __all__ = ["main", "study"]
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 
 
 def study(config: dict[str, Any], command: str, console: Console | None = None) -> int:
@@ -32,6 +32,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
 
     Raises:
         InputError: bad configuration, or results of another one in the directory.
+        KeyboardInterrupt: a signal; what has finished is kept.
     """
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     if config["study"]["arms"] is None:
@@ -50,7 +51,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     except KeyboardInterrupt:
         console.print("interrupted; finished runs are kept, the others continue from their last checkpoints with")
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
-        return INTERRUPTED
+        raise
     rows = read_rows(results, study_config, config)
     if rows:
         write_study_report(study_config, config, rows, results, command, console)

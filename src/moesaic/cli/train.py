@@ -15,7 +15,8 @@ from moesaic.errors import InputError
 from moesaic.files import write_json, write_yaml
 from moesaic.studies.sweep import write_report
 from moesaic.training.lightning_options import as_additions
-from moesaic.training.run import resolve_resume, run
+from moesaic.training.run import find_run, run
+from moesaic.training.starting import Found, is_finished
 
 __all__ = ["main", "train", "train_in_sweep"]
 
@@ -30,16 +31,23 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
     """
     if "study" in config:
         raise InputError(f"this is a study: moesaic study experiment=study_{config['name']}")
-    if config.get("resume"):
-        stored, _ = resolve_resume(config)
-        for override in overrides:
-            key, _, value = override.lstrip("+").partition("=")
-            if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug"):
-                continue
-            found = OmegaConf.select(OmegaConf.create(stored), key)
-            if str(found) != str(OmegaConf.select(OmegaConf.create(config), key)):
-                raise InputError(f"{key}={value}: the run to resume has {found!r}; resume continues it unchanged")
+    found = find_run(config)
+    if found.run_dir is not None:
+        _require_unchanged(found, config, overrides)
+        config = {**config, "run_dir": str(found.run_dir)}
     return run(config)
+
+
+def _require_unchanged(found: Found, config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse overrides that contradict the run that is there."""
+    stored = OmegaConf.create({**found.config, "ckpt_path": found.ckpt_path})
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug"):
+            continue
+        before = OmegaConf.select(stored, key)
+        if str(before) != str(OmegaConf.select(OmegaConf.create(config), key)):
+            raise InputError(f"{key}={value}: the run to resume has {before!r}; resume continues it unchanged")
 
 
 def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
@@ -55,9 +63,10 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         failed = True
-        if not (run_dir / "config.yaml").exists():
-            write_yaml(run_dir / "config.yaml", config)
-        write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        if not is_finished(run_dir):
+            if not (run_dir / "config.yaml").exists():
+                write_yaml(run_dir / "config.yaml", config)
+            write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
     sweeps[run_dir.parent] += failed
 
 
@@ -66,11 +75,19 @@ def _task(config: DictConfig) -> None:
     if hydra_config.mode == RunMode.MULTIRUN:
         train_in_sweep(plain(config), Path(hydra_config.runtime.output_dir))
     else:
-        train(plain(config), list(hydra_config.overrides.task))
+        metrics = train(plain(config), list(hydra_config.overrides.task))
+        if metrics["status"] == "diverged":
+            sys.exit(1)
 
 
 def main(arguments: Sequence[str]) -> None:
-    launch("train", as_additions(arguments), _task)
+    try:
+        launch("train", as_additions(arguments), _task)
+    finally:  # a sweep that was interrupted has a table too
+        _report_sweeps()
+
+
+def _report_sweeps() -> None:
     for directory, failures in sweeps.items():
         print(write_report(directory))
         print(f"written: {directory}/report.md, report.csv, report.png")

@@ -44,11 +44,15 @@ class ResumableLoader(ABC):
         self.rank = rank
         self.world_size = world_size
         self._next_batch = 0
+        self._offset = 0
+        """What to add to the numbers of examples, in a run whose batches had another size before."""
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._next_batch >= self.num_batches:  # whoever asks again would ask for ever
+            raise RuntimeError(f"all {self.num_batches} batches have been used, and training is not over")
         while self._next_batch < self.num_batches:
             self._next_batch += 1
             yield self.batch(self._next_batch - 1)
@@ -59,14 +63,14 @@ class ResumableLoader(ABC):
 
     def numbers(self, i: int) -> range:
         """Numbers of the examples in this rank's batch i, counted over all ranks from the beginning of the run."""
-        first = (i * self.world_size + self.rank) * self.batch_size
+        first = self._offset + (i * self.world_size + self.rank) * self.batch_size
         return range(first, first + self.batch_size)
 
     def state_dict(self) -> dict[str, int]:
-        return {"next_batch": self._next_batch}
+        return {"next_batch": self._next_batch, **({"offset": self._offset} if self._offset else {})}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next_batch = state["next_batch"]
+        self._next_batch, self._offset = state["next_batch"], state.get("offset", 0)
 
 
 class TrainingLoader(ResumableLoader):

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import Tensor
 
-from moesaic.checkpoints import decoder_weights, load_model, require_same_model, with_config
+from moesaic.checkpoints import decoder_weights, load_model, require_same_model, with_config, write_checkpoint
 from moesaic.config import to_mapping
 from moesaic.data import DataConfig, Tokenizer, TokenStream, tokenizer_from_dict
 from moesaic.errors import InputError, naming
@@ -22,7 +21,6 @@ from moesaic.evaluation.long_context import (
     loss_by_position,
 )
 from moesaic.evaluation.variants import Variant
-from moesaic.files import atomic
 from moesaic.models import Decoder, DecoderConfig
 
 __all__ = [
@@ -148,8 +146,7 @@ def keep_start(run_dir: Path, checkpoint: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {key: checkpoint[key] for key in ("hyper_parameters", "moesaic")}
     weights = {f"decoder.{name}": value for name, value in decoder_weights(dict(checkpoint)).items()}
-    with atomic(path) as partial:
-        torch.save({"state_dict": weights, **kept}, partial)
+    write_checkpoint(path, {"state_dict": weights, **kept})
 
 
 def _ranges(stretches: Stretches) -> dict[str, tuple[int, int]]:

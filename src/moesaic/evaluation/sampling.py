@@ -43,4 +43,5 @@ def sample_text(decoder: Decoder, tokenizer: Tokenizer, sampling: SampleConfig, 
     )[0, 1:].tolist()
     if tokens and tokens[-1] == tokenizer.end_of_text:
         tokens = tokens[:-1]
+    tokens = [token for token in tokens if token < tokenizer.vocab_size]  # a model may have more ids than words
     return tokenizer.decode(tokens).decode("utf-8", errors="replace")

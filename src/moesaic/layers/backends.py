@@ -17,7 +17,7 @@ from moesaic.layers.sliced import Activation, cannot_repeat, sliced, sliced_reco
 
 __all__ = ["BACKENDS", "CASTING_BACKENDS", "choose_backend", "grouped", "loop", "padded", "run_experts"]
 
-logger = logging.getLogger("moesaic.layers")
+warn_once = functools.cache(logging.getLogger("moesaic.layers").warning)
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 
@@ -132,11 +132,6 @@ def find_obstacle(
     return None
 
 
-@functools.cache
-def say_once(message: str) -> None:
-    logger.warning(message)
-
-
 def run_experts(
     rows: Tensor,
     gate_up: Tensor,
@@ -174,7 +169,7 @@ def run_experts(
         device, rows.dtype, rows.size(1), down.size(1), backend, activation if torch.is_grad_enabled() else None
     )
     if asked not in ("auto", backend) and not torch.compiler.is_compiling():
-        say_once(f"backend={asked!r} gives way to {backend!r}: {reason}")
+        warn_once(f"backend={asked!r} gives way to {backend!r}: {reason}")
     if backend not in CASTING_BACKENDS:
         gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)
         if rows.size(0) == 0:

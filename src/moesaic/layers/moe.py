@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -126,11 +126,11 @@ class MoE(nn.Module):
                 device=device,
                 dtype=dtype,
             )
-        of_experts = {"activation": activation, "backend": backend, "device": device, "dtype": dtype}
+        where: dict[str, Any] = {"activation": activation, "backend": backend, "device": device, "dtype": dtype}
         return cls(
             router=router,
-            experts=Experts(num_experts, dim, hidden_dim, **of_experts),  # type: ignore[arg-type]
-            shared_expert=FeedForward(dim, shared_width, **of_experts) if shared_width else None,  # type: ignore[arg-type]
+            experts=Experts(num_experts, dim, hidden_dim, **where),
+            shared_expert=FeedForward(dim, shared_width, **where) if shared_width else None,
             dispatcher=dispatcher,
             score_before_experts=score_before_experts,
         )
@@ -160,9 +160,8 @@ class MoE(nn.Module):
     def _route(self, tokens: Tensor, replay: Routing | None) -> tuple[Tensor, ...]:
         if replay is None:
             return tuple(self.router(tokens))
-        asked = inspect.signature(self.router.forward).parameters
-        takes_all = any(each.kind is each.VAR_KEYWORD for each in asked.values())
-        if "expert_ids" in asked or takes_all:
+        asked = inspect.signature(self.router.forward).parameters.values()
+        if any(each.name == "expert_ids" or each.kind is each.VAR_KEYWORD for each in asked):
             decided = tuple(self.router(tokens, expert_ids=replay.expert_ids))
             if decided[2] is replay.expert_ids or torch.equal(decided[2], replay.expert_ids):
                 return decided
@@ -206,25 +205,23 @@ class MoE(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> float:
         """Router, shared expert, and as many experts as the router gives a token."""
-        dim, num_experts, top_k = self._sizes()
-        shape = (seq_len, dim)
-        flops = flops_per_token(self.router, seq_len, *shape).per_token
-        if self.shared_expert is not None:
-            flops += flops_per_token(self.shared_expert, seq_len, *shape).per_token
-        of_experts = flops_per_token(self.experts, seq_len, *shape)
-        of_one = of_experts.per_token / (1 if of_experts.source == "declared" else num_experts)
-        return flops + experts_per_token(self.router, num_experts, dim, top_k) * of_one
+        shape = (seq_len, int(self.experts.dim))  # type: ignore[arg-type]
+        always = [part for part in (self.router, self.shared_expert) if part is not None]
+        routed = flops_per_token(self.experts, seq_len, *shape)
+        num_experts, chosen = self._experts_per_token()
+        of_one = routed.per_token / (1 if routed.source == "declared" else num_experts)
+        return sum(flops_per_token(part, seq_len, *shape).per_token for part in always) + chosen * of_one
 
     def active_parameters(self) -> int:
         """All but those of the experts that a token does not meet."""
-        dim, num_experts, top_k = self._sizes()
-        idle = 1 - experts_per_token(self.router, num_experts, dim, top_k) / num_experts
-        return num_parameters(self) - round(idle * num_parameters(self.experts))
+        num_experts, chosen = self._experts_per_token()
+        return num_parameters(self) - round((1 - chosen / num_experts) * num_parameters(self.experts))
 
-    def _sizes(self) -> tuple[int, int, float]:
-        """D, E, and the K to assume of a router that cannot be asked."""
+    def _experts_per_token(self) -> tuple[int, float]:
+        """E, and how many of them a token meets; of a router that cannot be asked, its top_k or 1."""
         num_experts, dim = (int(getattr(self.experts, name)) for name in ("num_experts", "dim"))
-        return dim, num_experts, float(getattr(self.router, "top_k", 1))
+        default = float(getattr(self.router, "top_k", 1))
+        return num_experts, experts_per_token(self.router, num_experts, dim, default)
 
     def extra_repr(self) -> str:
         return f"score_before_experts={self.score_before_experts}"

@@ -15,6 +15,7 @@ import yaml
 from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import plot_curves, read_columns
+from moesaic.files import write_atomically
 from moesaic.formats import translate_run
 from moesaic.statistics import half_width, interval
 from moesaic.studies.tables import markdown_table, number
@@ -172,8 +173,8 @@ def write_report(root: Path, metrics: Sequence[str] = ()) -> str:
     chosen = list(metrics) or [name for name in DEFAULT_METRICS if name in found] or [DEFAULT_METRICS[-1]]
     rows = summarize_runs(runs, chosen[0])
     markdown = to_markdown(rows, chosen)
-    (root / "report.md").write_text(markdown, encoding="utf-8")
-    (root / "report.csv").write_text(to_csv(rows, chosen), encoding="utf-8")
+    write_atomically(root / "report.md", markdown)
+    write_atomically(root / "report.csv", to_csv(rows, chosen))
     columns = ("step", "tokens", "active_flops", "seconds", chosen[0])
     curves = {}
     for row in rows:

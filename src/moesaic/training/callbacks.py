@@ -1,5 +1,6 @@
 """Watching a run: rows per logged step, expert load over time, alarms, and progress where there is no terminal."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moesaic.evaluation.routing import expert_load, load_health
+from moesaic.interrupts import ENDING, WARNING, Interrupted, handling
 from moesaic.training.module import LanguageModel
 from moesaic.training.records import CsvTable
 
@@ -86,32 +88,70 @@ class LastCheckpoint(Checkpoint):
     Lightning's own `every_n_train_steps` saves before, and a run that goes on from there never validates that step: its
     row would be missing, and the state that validation leaves (best loss, choices of experts) older than it.
     Stands after the checkpoint of the best loss among the callbacks.
+
+    A signal that ends processes lets the step finish, is kept until its state is saved, and then raised as Interrupted;
+    a second one is raised at once. Lightning's own handler would drop the step. The signal by which a scheduler warns
+    ends training as `TimeLimit` does.
     """
 
     def __init__(self, path: Path, every: int, validate_every: int) -> None:
         self.path = path
         self.every = every
         self.validate_every = validate_every
+        self.warned = False
+        """Whether a scheduler warned that time is nearly over."""
         self._saved = 0
+        self._signum = 0
+        self._handlers = contextlib.ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._saved = trainer.global_step
+        warning = () if WARNING is None else (WARNING,)
+        self._handlers.enter_context(handling(self._note, *ENDING, *warning))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
+        if (batch_index + 1) % trainer.accumulate_grad_batches:
+            return  # not the end of a step
+        self._agree(trainer)
         if trainer.global_step % self.validate_every or trainer.should_stop:
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._agree(trainer)
         self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._handlers.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._handlers.close()
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if signum == WARNING:
+            self.warned = True
+        elif self._signum:
+            raise Interrupted(signum)
+        else:
+            self._signum = signum
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        """What one rank was told holds for all."""
+        if trainer.world_size > 1:
+            told = torch.tensor([self._signum, self.warned], device=trainer.strategy.root_device)
+            signum, warned = trainer.strategy.reduce(told, reduce_op="max").tolist()
+            self._signum, self.warned = int(signum), bool(warned)
+        trainer.should_stop = trainer.should_stop or self.warned
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Once per step: the micro-batches that follow it have the same number until the next one."""
         step = trainer.global_step
-        if trainer.should_stop or (step % self.every == 0 and step != self._saved):
+        if trainer.should_stop or self._signum or (step % self.every == 0 and step != self._saved):
             trainer.save_checkpoint(self.path)
             self._saved = step
+        if self._signum:
+            raise Interrupted(self._signum)
 
 
 class TimeLimit(Timer):

@@ -42,13 +42,24 @@ def require_loggers(config: Mapping[str, Any]) -> None:
         _class_of(each, f"logger.{name}", Logger)
 
 
-def make_loggers(config: Mapping[str, Any], run_dir: Path) -> list[Logger]:
+def make_loggers(config: Mapping[str, Any], run_dir: Path, step: int) -> list[Logger]:
     """Make the loggers of `logger`, as `make_callbacks` does; `save_dir` is the run directory unless it is given.
+
+    Args:
+        step: where the run goes on. TensorBoard hides what a killed process logged after it.
 
     Raises:
         InputError: as `make_callbacks`, or its package is missing.
     """
-    return [_make(each, f"logger.{name}", Logger, save_dir=str(run_dir)) for name, each in config.items()]
+    return [
+        _make({**_purge(each, step), **each}, f"logger.{name}", Logger, save_dir=str(run_dir))
+        for name, each in config.items()
+    ]
+
+
+def _purge(config: Mapping[str, Any], step: int) -> dict[str, int]:
+    is_board = str(config["_target_"]).endswith(".TensorBoardLogger")
+    return {"purge_step": step + 1} if step and is_board else {}
 
 
 def _class_of(config: Any, where: str, base: Any) -> Any:

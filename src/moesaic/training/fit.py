@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,8 +16,8 @@ from moesaic.checkpoints import decoder_weights
 from moesaic.config import to_mapping
 from moesaic.data import token_bytes
 from moesaic.evaluation.extension import keep_start
-from moesaic.files import require_disk_space, write_json
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
+from moesaic.training.checkpoint_io import RunCheckpointIO
 from moesaic.training.components import make_loggers
 from moesaic.training.lightning_options import quiet_lightning
 from moesaic.training.module import Diverged, LanguageModel
@@ -57,11 +56,7 @@ class Fitted:
 
 
 def build(prepared: Prepared) -> LanguageModel:
-    """Build the module of a run, with the weights it starts from unless Lightning restores them.
-
-    Raises:
-        InputError: the disk has no room for its checkpoints.
-    """
+    """Build the module of a run, with the weights it starts from unless Lightning restores them."""
     start, tokenizer, targets = prepared.start, prepared.data.tokenizer, prepared.targets
     module = LanguageModel(
         to_mapping(prepared.config),
@@ -70,8 +65,6 @@ def build(prepared: Prepared) -> LanguageModel:
         None if tokenizer is None else token_bytes(tokenizer),
         None if targets is None else targets.source,
     )
-    weight_bytes = sum(p.numel() * p.itemsize for p in module.parameters())
-    require_disk_space(prepared.run_dir, 3 * 3 * weight_bytes + 20_000_000)  # last, best and one being written
     if start.kind == "extended":
         keep_start(prepared.run_dir, start.checkpoint)
     if start.kind in ("weights", "extended"):
@@ -80,13 +73,18 @@ def build(prepared: Prepared) -> LanguageModel:
 
 
 def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
-    """Train. What ends a run otherwise than by its own will (Ctrl-C, a bug) is recorded and raised."""
+    """Train. What ends a run otherwise than by its own will (a signal, a bug) is raised.
+
+    Raises:
+        Interrupted: a signal; the state is saved if it came during training.
+    """
     run_dir, start = prepared.run_dir, prepared.start
     own, monitor = RunLogger(run_dir), RunMonitor(run_dir)
     if start.kind == "resumed":
         for table in (own.table, monitor.table):
             table.keep_until(start.checkpoint["global_step"])
-    trainer = _trainer(prepared, [own, *make_loggers(prepared.config.logger, run_dir)], monitor)
+    step = start.checkpoint["global_step"] if start.kind == "resumed" else 0
+    trainer = _trainer(prepared, [own, *make_loggers(prepared.config.logger, run_dir, step)], monitor)
     try:
         with warnings.catch_warnings():
             _ignore_lightning_advice()
@@ -96,12 +94,9 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
         warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         monitor.warnings.append(str(error))
         status = {"status": "diverged", "error": str(error)}
-    except SystemExit:  # Lightning's answer to Ctrl-C
-        _record_interruption(trainer, run_dir, console)
-        raise
-    except Exception as error:
-        if trainer.is_global_zero:
-            write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+    except SystemExit as error:  # Lightning's answer to KeyboardInterrupt, after which it ignores Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise
     return Fitted(prepared, module, trainer, monitor.warnings, status)
 
@@ -110,6 +105,8 @@ def _ended(trainer: pl.Trainer, prepared: Prepared) -> dict[str, Any]:
     if trainer.global_step >= prepared.config.training.steps:
         return {"status": "finished"}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LastCheckpoint) and callback.warned:
+            return {"status": "stopped", "stopped_by": "the scheduler's warning (SIGUSR1)"}
         if isinstance(callback, TimeLimit) and callback.expired:
             return {
                 "status": "stopped",
@@ -120,17 +117,6 @@ def _ended(trainer: pl.Trainer, prepared: Prepared) -> dict[str, Any]:
         if isinstance(callback, LearningRateFinder):
             return {"status": "finished", "stopped_by": "learning rate finder"}
     return {"status": "finished", "stopped_by": "a callback, or an option of Lightning's Trainer"}
-
-
-def _record_interruption(trainer: pl.Trainer, run_dir: Path, console: Console) -> None:
-    if not trainer.is_global_zero:
-        return
-    write_json(run_dir / "metrics.json", {"status": "interrupted", "steps": trainer.global_step})
-    if (run_dir / "checkpoints" / "last.ckpt").exists():
-        console.print(f"interrupted at step {trainer.global_step}; to continue from the last checkpoint:")
-        console.print(f"  moesaic train resume=true run_dir={run_dir}", soft_wrap=True, highlight=False)
-    else:
-        console.print(f"interrupted at step {trainer.global_step}, before the first checkpoint")
 
 
 def _trainer(prepared: Prepared, loggers: list[Logger], monitor: RunMonitor) -> pl.Trainer:
@@ -152,6 +138,7 @@ def _trainer(prepared: Prepared, loggers: list[Logger], monitor: RunMonitor) -> 
         "default_root_dir": run_dir,
         **trainer_options(prepared.config),
     }
+    options["plugins"] = [*options.get("plugins", []), RunCheckpointIO(prepared.start.checkpoint)]
     if isinstance(options.get("profiler"), str) and options["profiler"] in PROFILERS:
         options["profiler"] = PROFILERS[options["profiler"]](dirpath=run_dir, filename="profile")
     checkpoints = run_dir / "checkpoints"

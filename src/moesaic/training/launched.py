@@ -1,11 +1,15 @@
 """The processes that Lightning starts for more devices: they run the same command and share one run directory."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["rank", "rank_run_dir", "tell_ranks"]
+from moesaic.errors import InputError
+
+__all__ = ["is_one_process", "rank", "rank_run_dir", "settle_rank", "tell_ranks"]
 
 VARIABLE = "MOESAIC_RUN_DIR"
 
@@ -13,6 +17,36 @@ VARIABLE = "MOESAIC_RUN_DIR"
 def rank() -> int:
     """The number of this process among those of the run."""
     return int(rank_zero_only.rank)  # type: ignore[attr-defined]
+
+
+def is_one_process(trainer: Mapping[str, Any]) -> bool:
+    """Whether a run with these `trainer` keys is one process, whatever a scheduler's variables say."""
+    return _devices(trainer) == 1 and trainer.get("num_nodes", 1) == 1
+
+
+def settle_rank(trainer: Mapping[str, Any]) -> None:
+    """Decide which rank this process has: 0 in a run of one process, though a scheduler may have numbered it.
+
+    Raises:
+        InputError: another number of processes was started than `trainer` asks for.
+    """
+    if is_one_process(trainer):
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        return
+    started, devices, nodes = os.environ.get("WORLD_SIZE"), _devices(trainer), trainer.get("num_nodes", 1)
+    if started is not None and devices is not None and type(nodes) is int and started != str(devices * nodes):
+        raise InputError(
+            f"trainer.devices={devices}, trainer.num_nodes={nodes}: WORLD_SIZE={started} processes were started; it "
+            f"must be {devices * nodes}"
+        )
+
+
+def _devices(trainer: Mapping[str, Any]) -> int | None:
+    """Devices per node; None where only Lightning can tell."""
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    return devices if type(devices) is int and devices > 0 else None
 
 
 def tell_ranks(run_dir: Path) -> None:

@@ -72,6 +72,6 @@ def require_options(options: Mapping[str, Any]) -> None:
     quiet_lightning()
     try:
         pl.Trainer(**{"enable_progress_bar": False, "enable_model_summary": False, "logger": False, **options})
-    except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
-        given = ", ".join(f"trainer.{name}={value}" for name, value in options.items())
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        given = ", ".join(f"trainer.{name}={value}" for name, value in options.items() if name != "plugins")
         raise InputError(f"{given}: Lightning refuses this: {error}") from error

@@ -1,5 +1,6 @@
 """The LightningModule: losses, balancing, optimiser, and everything a resumed run needs."""
 
+import dataclasses
 import math
 import random
 from typing import Any
@@ -8,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from moesaic.config import from_mapping
+from moesaic.config import from_mapping, to_mapping
 from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
@@ -25,9 +26,10 @@ from moesaic.losses import (
 from moesaic.models import Account, Decoder, DecoderConfig, account, build_decoder
 from moesaic.models.custom import source_hashes
 from moesaic.training.codistillation import Codistillation
-from moesaic.training.config import RunConfig
+from moesaic.training.config import RunConfig, TrainingConfig
 from moesaic.training.forensics import describe_break
-from moesaic.training.optimizers import build_optimizer, learning_rate_factor
+from moesaic.training.optimizers import apply_settings, build_optimizer, learning_rate_factor, settings_of
+from moesaic.training.progress import Progress, move_positions
 from moesaic.training.step_log import StepLog
 
 __all__ = ["Diverged", "LanguageModel"]
@@ -84,6 +86,9 @@ class LanguageModel(pl.LightningModule):
         self.score, self.teacher_score = LanguageModelScore(self.token_bytes), LanguageModelScore(self.token_bytes)
         self.drift = RunningDrift()
         self.log_book = StepLog()
+        self.progress = Progress(0, self.training_flops_per_token)
+        """Tokens and FLOPs so far; `setup` fills in the ranks."""
+        self._continues = False
         self.step_load: dict[str, Tensor] = {}
         """Valid tokens per expert and MoE layer since the last optimiser step."""
         self.logged_load: dict[str, Tensor] = {}
@@ -145,7 +150,11 @@ class LanguageModel(pl.LightningModule):
         return total
 
     def on_train_start(self) -> None:
-        self.log_book.start(self._tokens(self.trainer.global_step))
+        if self._continues:
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)  # see `configure_optimizers`
+            apply_settings(self.trainer.optimizers[0], scheduler, self._settings)
+        self.log_book.start(self.progress.tokens(self.trainer.global_step))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Between backward and step: what moves by the counts and losses of this whole step."""
@@ -206,7 +215,7 @@ class LanguageModel(pl.LightningModule):
         if book.micro_batches < self.config.training.accumulate or not self._is_logged(step):
             return False
         distillation = {} if self.codistillation is None else self.codistillation.row(book.micro_batches)
-        row = book.row(self._tokens(step), self.trainer.optimizers[0].param_groups[0]["lr"], distillation)
+        row = book.row(self.progress.tokens(step), self.trainer.optimizers[0].param_groups[0]["lr"], distillation)
         self.log_row(row)
         self.log_dict({"loss": row["train/loss"], "tokens/s": book.tokens_per_second}, prog_bar=True, logger=False)
         return True
@@ -214,8 +223,8 @@ class LanguageModel(pl.LightningModule):
     def log_row(self, row: dict[str, float]) -> None:
         """Write one row to every logger, with what it is plotted against."""
         step = self.trainer.global_step
-        tokens, seconds = self._tokens(step), self.log_book.seconds
-        axes = {"tokens": tokens, "seconds": seconds, "active_flops": tokens * self.training_flops_per_token}
+        progress, seconds = self.progress, self.log_book.seconds
+        axes = {"tokens": progress.tokens(step), "seconds": seconds, "active_flops": progress.flops(step)}
         if self.codistillation is not None:
             axes["teacher_flops"] = self.teacher_flops
         for logger in self.loggers:
@@ -224,7 +233,7 @@ class LanguageModel(pl.LightningModule):
     @property
     def teacher_flops(self) -> float:
         """What the teacher's passes cost so far, in FLOPs."""
-        tokens = self._tokens(self.trainer.global_step)
+        tokens = self.progress.tokens(self.trainer.global_step)
         return 0.0 if self.codistillation is None else self.codistillation.teacher_flops(tokens)
 
     @property
@@ -263,6 +272,7 @@ class LanguageModel(pl.LightningModule):
         optimizer = build_optimizer(self.decoder, self.config.optimizer, beside)
         factor = learning_rate_factor(self.config.schedule, self.config.training.steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self._settings = settings_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -273,6 +283,7 @@ class LanguageModel(pl.LightningModule):
             "torch_rng": torch.get_rng_state(),
             "python_rng": random.getstate(),
         }
+        state["progress"] = dataclasses.asdict(self.progress)
         self.log_book.save(state)
         if self.codistillation is not None:
             self.codistillation.save(state)
@@ -280,6 +291,8 @@ class LanguageModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["moesaic"]
+        self._continues = not self.config.resume
+        self._go_on_from(checkpoint)
         self.log_book.load(state)
         self.logged_load = state["logged_load"]
         self.drift.load_state_dict(state.get("drift", {}))
@@ -293,9 +306,26 @@ class LanguageModel(pl.LightningModule):
         training = self.config.training
         return step % training.log_every == 0 or step in (1, training.steps)
 
-    def _tokens(self, step: int) -> int:
+    def setup(self, stage: str) -> None:
+        if self.progress.tokens_per_step == 0:
+            self.progress = Progress(self._tokens_per_step(), self.training_flops_per_token)
+
+    def _tokens_per_step(self) -> int:
         training = self.config.training
-        return step * training.batch_size * training.seq_len * training.accumulate * self.trainer.world_size
+        return training.batch_size * training.seq_len * training.accumulate * self.trainer.world_size
+
+    def _go_on_from(self, checkpoint: dict[str, Any]) -> None:
+        """Count on from where a checkpoint is, though it may have had batches of another size."""
+        stored, step = checkpoint["hyper_parameters"], checkpoint["global_step"]
+        before = to_mapping(from_mapping(TrainingConfig, stored["config"]["training"], "training"))
+        if "progress" in checkpoint["moesaic"]:
+            progress = Progress(**checkpoint["moesaic"]["progress"])
+        else:  # of a version that ran one process and kept no sums
+            tokens = before["batch_size"] * before["seq_len"] * before["accumulate"]
+            model = from_mapping(DecoderConfig, stored["model"], "model")
+            progress = Progress(tokens, account(model, before["seq_len"]).training_flops)
+        move_positions(checkpoint, before, self.config.training, self.trainer.world_size, progress)
+        self.progress = progress.then(step, self._tokens_per_step(), self.training_flops_per_token)
 
     def _over_ranks(self, counts: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

@@ -13,11 +13,13 @@ from moesaic.training.config import OptimizerConfig, ScheduleConfig
 
 __all__ = [
     "MuonAdamW",
+    "apply_settings",
     "build_optimizer",
     "describe_groups",
     "learning_rate_factor",
     "orthogonalizer",
     "parameter_groups",
+    "settings_of",
 ]
 
 Group = dict[str, Any]
@@ -89,6 +91,26 @@ def build_optimizer(
     if beside is not None:
         groups += [{**group, "name": f"teacher {group['name']}"} for group in parameter_groups(*beside)]
     return MuonAdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[Group]:
+    """What a config says of each group: rates, betas, eps, decay."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, settings: list[Group]
+) -> None:
+    """Put a config's settings back after the state of a checkpoint brought its own along. Moments stay.
+
+    Args:
+        settings: see `settings_of`, taken when optimizer and scheduler were new.
+    """
+    scheduler.base_lrs = [group["initial_lr"] for group in settings]
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in rates]
+    for group, wanted, rate in zip(optimizer.param_groups, settings, scheduler._last_lr, strict=True):
+        group.update(wanted, lr=rate)
 
 
 class MuonAdamW(torch.optim.AdamW):

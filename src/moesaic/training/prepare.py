@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback
 from rich.console import Console
 
@@ -26,19 +26,25 @@ from moesaic.distillation.opened import (
 )
 from moesaic.errors import InputError
 from moesaic.evaluation.extension import Stretches, checkpoint_tokenizer, open_stretches, require_extendable, start_of
-from moesaic.files import write_atomically, write_json, write_yaml
-from moesaic.models import DecoderConfig
+from moesaic.files import lock, remove_partials, require_disk_space, write_atomically, write_json, write_yaml
+from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
 from moesaic.training.batches import RunBatches
 from moesaic.training.components import make_callbacks, require_loggers
-from moesaic.training.config import RunConfig
-from moesaic.training.continuing import require_same_distillation
-from moesaic.training.launched import rank, rank_run_dir, tell_ranks
+from moesaic.training.config import RunConfig, TrainerConfig
+from moesaic.training.continuing import (
+    require_same_data,
+    require_same_distillation,
+    require_same_optimizer,
+    require_steps_left,
+    tokenizer_to_keep,
+)
+from moesaic.training.launched import is_one_process, rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import create_run_dir, environment
-from moesaic.training.starting import Start, read_start, resolve_resume
+from moesaic.training.starting import Found, Start, busy, clear_unstarted, read_start, require_free
 
 __all__ = ["Prepared", "fit_vocabulary", "prepare", "trainer_options"]
 
@@ -49,6 +55,8 @@ class Prepared:
 
     config: RunConfig
     model: DecoderConfig
+    account: Account
+    """Parameters and FLOPs of the model."""
     start: Start
     data: Data
     batches: RunBatches
@@ -62,26 +70,25 @@ class Prepared:
     """Reason for what precision=auto chose; empty where it was given."""
 
 
-def prepare(config: Mapping[str, Any], console: Console, at_the_end: contextlib.ExitStack) -> Prepared:
+def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) -> Prepared:
     """Read, check and open what a run needs, then create its directory.
 
     Args:
         at_the_end: takes what has to be closed, also where the run fails.
 
     Raises:
-        InputError: bad configuration, data or checkpoint.
+        InputError: bad configuration, data or checkpoint, or a directory in which another process trains.
     """
-    resume_dir = None
-    if config.get("resume"):
-        config, resume_dir = resolve_resume(config)
-    run_config = from_mapping(RunConfig, config)
+    run_config = from_mapping(RunConfig, found.config)
     _require_sound(run_config)
     # what is stored of a run says which words it is written in
     run_config = dataclasses.replace(run_config, model={**run_config.model, "format": FORMAT})
-    if resume_dir is None and run_config.run_dir is not None:
-        _require_free(Path(run_config.run_dir))
+    if found.run_dir is not None:
+        _lock(found.run_dir, at_the_end)
+    elif run_config.run_dir is not None and Path(run_config.run_dir) != rank_run_dir():
+        require_free(Path(run_config.run_dir))
     callbacks = make_callbacks(run_config.callbacks)
-    start = read_start(run_config, resume_dir)
+    start = read_start(run_config, found.resumed_dir)
     _settle(run_config)
     data = _read_data(run_config, start, console)
     model = fit_vocabulary(run_config, data)
@@ -92,25 +99,25 @@ def prepare(config: Mapping[str, Any], console: Console, at_the_end: contextlib.
     targets = _open_targets(run_config, model, start, data)
     if targets is not None:
         at_the_end.callback(targets.close)  # also where the run fails: other runs may want to add to the cache
-    return Prepared(
-        run_config,
-        model,
-        start,
-        data,
-        batches,
-        callbacks,
-        targets,
-        stretches,
-        _begin_records(run_config, model, start, data, targets),
-        why,
-    )
+    accounts = _require_room(run_config, model)
+    run_dir = _claim_directory(found, run_config, at_the_end)
+    if not rank():
+        _begin_records(run_dir, run_config, model, start, data, targets)
+    return Prepared(run_config, model, accounts, start, data, batches, callbacks, targets, stretches, run_dir, why)
 
 
 def trainer_options(config: RunConfig) -> dict[str, Any]:
     """Keyword arguments of Lightning's Trainer that `trainer.*` gives as they are."""
     trainer = config.trainer
     devices = list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices
-    return {"devices": devices, "num_nodes": trainer.num_nodes, "strategy": trainer.strategy, **trainer.lightning}
+    options = {"devices": devices, "num_nodes": trainer.num_nodes, "strategy": trainer.strategy, **trainer.lightning}
+    if is_one_process(to_mapping(trainer)):  # whatever the variables of a scheduler say
+        options["plugins"] = [*_listed(options.get("plugins")), LightningEnvironment()]
+    return options
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
@@ -142,9 +149,8 @@ def _require_sound(config: RunConfig) -> None:
         require_paths(distillation)
     require_accelerator("trainer.accelerator", config.trainer.accelerator)
     require_loggers(config.logger)
-    options = trainer_options(config)
-    if options != {"devices": 1, "num_nodes": 1, "strategy": "auto"}:
-        require_options({**options, "accelerator": config.trainer.accelerator})
+    if to_mapping(config.trainer) != to_mapping(TrainerConfig()):
+        require_options({**trainer_options(config), "accelerator": config.trainer.accelerator})
 
 
 def _settle(config: RunConfig) -> None:
@@ -164,9 +170,14 @@ def _read_data(config: RunConfig, start: Start, console: Console) -> Data:
     tokenizer: Tokenizer | None = None
     if start.kind != "fresh" and config.extend_context is not None:
         tokenizer = checkpoint_tokenizer(str(start.path), start.checkpoint, config.data)
+    elif start.kind in ("continued", "weights"):
+        tokenizer = tokenizer_to_keep(str(start.path), start.checkpoint, config.data)
     elif config.distillation is not None:
         tokenizer = students_tokenizer(config.distillation, config.data)
-    return load_data(config.data, tokenizer)
+    data = load_data(config.data, tokenizer)
+    if start.run_dir is not None:
+        require_same_data(start.run_dir / "environment.json", data)
+    return data
 
 
 def _require_fitting(config: RunConfig, model: DecoderConfig, start: Start, data: Data) -> Stretches | None:
@@ -177,6 +188,9 @@ def _require_fitting(config: RunConfig, model: DecoderConfig, start: Start, data
     if extends is None:
         require_same_model(path, checkpoint, model)
         require_same_distillation(path, checkpoint, config, model)
+        require_same_optimizer(path, checkpoint, config)
+        if start.kind == "continued":
+            require_steps_left(path, checkpoint, config)
         return None
     require_extendable(path, checkpoint, model)
     first = checkpoint if start.run_dir is None else load_checkpoint(start_of(start.run_dir))
@@ -200,14 +214,48 @@ def _open_targets(config: RunConfig, model: DecoderConfig, start: Start, data: D
     return opened
 
 
-def _begin_records(
-    config: RunConfig, model: DecoderConfig, start: Start, data: Data, targets: OpenedTargets | None
-) -> Path:
-    """Create the run directory, unless it is there, and write what is known before training."""
-    run_dir = start.run_dir or rank_run_dir() or _new_run_dir(config)
+def _require_room(config: RunConfig, model: DecoderConfig) -> Account:
+    """Refuse a disk without room for the checkpoints, before anything is written on it."""
+    accounted = account(model, config.training.seq_len)
+    parameters = accounted.parameters
+    if config.distillation is not None and config.distillation.source == "joint":
+        teacher = teacher_mapping(to_mapping(model), config.distillation.teacher_model)
+        parameters += account(from_mapping(DecoderConfig, teacher), config.training.seq_len).parameters
+    bytes_of_one = 3 * 4 * parameters  # weights and two moments
+    require_disk_space(Path(config.run_dir or config.output_dir), 3 * bytes_of_one + 20_000_000)  # one is being written
+    return accounted
+
+
+def _claim_directory(found: Found, config: RunConfig, at_the_end: contextlib.ExitStack) -> Path:
+    """The run directory, made if it is not there, and locked for this run."""
     if rank():
-        return run_dir
+        return found.run_dir or rank_run_dir() or _new_run_dir(config)
+    run_dir = found.run_dir or _new_run_dir(config)
+    if found.run_dir is None:
+        _lock(run_dir, at_the_end)
+        require_free(run_dir)  # somebody may have been faster
+    if found.kind == "begun":
+        clear_unstarted(run_dir)
     tell_ranks(run_dir)
+    return run_dir
+
+
+def _lock(run_dir: Path, at_the_end: contextlib.ExitStack) -> None:
+    """Keep other runs out of a directory, and clear away what a killed one was writing."""
+    if not rank():
+        at_the_end.enter_context(lock(run_dir, busy(run_dir)))
+        remove_partials(run_dir)
+
+
+def _begin_records(
+    run_dir: Path,
+    config: RunConfig,
+    model: DecoderConfig,
+    start: Start,
+    data: Data,
+    targets: OpenedTargets | None,
+) -> None:
+    """Write what is known before training."""
     if start.run_dir is None:
         write_yaml(run_dir / "config.yaml", to_mapping(config))
     name = "environment.json" if start.run_dir is None else "environment-resumed.json"
@@ -219,23 +267,14 @@ def _begin_records(
         (run_dir / "sources").mkdir(exist_ok=True)
         for module, file in source.files.items():
             write_atomically(run_dir / "sources" / f"{module}.py", file.read_text(encoding="utf-8"))
-    return run_dir
 
 
 def _new_run_dir(config: RunConfig) -> Path:
     if config.run_dir is None:
         return create_run_dir(Path(config.output_dir), config.name)
     run_dir = Path(config.run_dir)
-    _require_free(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"run_dir={config.run_dir!r}: cannot be written ({error.strerror})") from error
     return run_dir
-
-
-def _require_free(run_dir: Path) -> None:
-    if run_dir == rank_run_dir():
-        return
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise InputError(f"run_dir={str(run_dir)!r}: exists and is not empty; resume=true continues a run in it")

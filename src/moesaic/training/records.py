@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from moesaic import __version__
 from moesaic.checkout import git
 from moesaic.errors import InputError
-from moesaic.files import disk_full, write_atomically
+from moesaic.files import append, write_atomically
 
 __all__ = ["CsvTable", "RunLogger", "create_run_dir", "environment"]
 
@@ -70,8 +70,9 @@ class CsvTable:
         if new or not self.path.exists():
             self.columns += dict.fromkeys(new)
             self._rewrite(self._read())
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
+        append(self.path, text.getvalue())
 
     def keep_until(self, step: int) -> None:
         """Drop the rows after `step`: a killed run may have logged more than its last checkpoint knows of."""
@@ -114,7 +115,4 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        try:
-            self.table.append([{"step": step, **{key: f"{value:.10g}" for key, value in metrics.items()}}])
-        except OSError as error:
-            raise disk_full(self.table.path, error) from error
+        self.table.append([{"step": step, **{key: f"{value:.10g}" for key, value in metrics.items()}}])

@@ -1,9 +1,12 @@
 """One run from config to verdict: prepare, fit, finish."""
 
 import contextlib
+import json
 import resource
+import shlex
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +14,21 @@ import torch
 from rich.console import Console
 
 from moesaic.data import Data
+from moesaic.errors import CannotWrite
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
-from moesaic.models import account
+from moesaic.interrupts import ignoring_warnings
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
 from moesaic.training.fit import Fitted, build, fit
-from moesaic.training.launched import rank
+from moesaic.training.launched import rank, settle_rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
 from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
-from moesaic.training.starting import resolve_resume
+from moesaic.training.starting import Found, find_run, is_finished
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
-__all__ = ["fit_vocabulary", "resolve_resume", "run"]
+__all__ = ["find_run", "fit_vocabulary", "run"]
 
 
 def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
@@ -35,46 +39,102 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
 
     Raises:
         InputError: bad configuration, data or checkpoint.
+        CannotWrite: a full or read-only disk.
+        Interrupted: a signal. The state is saved if it came during training.
     """
+    found = find_run(config)
+    trainer = found.config.get("trainer")
+    settle_rank(trainer if isinstance(trainer, Mapping) else {})
     console = console or Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
-    with contextlib.ExitStack() as at_the_end:
-        prepared = prepare(config, console, at_the_end)
+    if found.kind == "finished":
+        return _tell_finished(found, console)
+    with contextlib.ExitStack() as at_the_end, ignoring_warnings():
+        prepared = prepare(found, console, at_the_end)
+        at_the_end.enter_context(_recorded(prepared.run_dir, console))
         module = build(prepared)
         _show_plan(prepared, module, console)
         fitted = fit(prepared, module, console)
         return _finish(fitted, console)
 
 
-def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
-    """Evaluate, draw, write metrics.json and print the verdict."""
-    prepared, trainer = fitted.prepared, fitted.trainer
-    if fitted.status["status"] == "finished":  # one that was stopped saved the state from which it can go on
-        trainer.save_checkpoint(prepared.run_dir / "checkpoints" / "last.ckpt")
-    if not trainer.is_global_zero:
-        return fitted.status
-    metrics = _cost(fitted)
-    if fitted.has_verdict:
-        finished = score_run(fitted, console)
-        for finisher in FINISHERS:
-            metrics |= finisher(finished)
-    metrics |= _suggested_rates(fitted, console)
-    metrics["peak_memory_bytes"] = _peak_memory()
-    write_json(prepared.run_dir / "metrics.json", metrics)
-    text = prepared.run_dir / "sample.txt"
-    print_verdict(
-        console,
-        prepared.run_dir,
-        metrics,
-        prepared.data.facts.get("baselines", {}),
-        text.read_text(encoding="utf-8") if fitted.has_verdict and text.exists() else None,
-        _next_commands(prepared.run_dir, prepared.config, metrics),
+def _tell_finished(found: Found, console: Console) -> dict[str, Any]:
+    assert found.run_dir is not None  # a finished run is somewhere
+    metrics: dict[str, Any] = json.loads((found.run_dir / "metrics.json").read_text(encoding="utf-8"))
+    checkpoint = found.run_dir / "checkpoints" / "last.ckpt"
+    console.print(
+        f"run_dir={str(found.run_dir)!r}: this run is finished, at step {metrics.get('steps')}; to train on, start a "
+        f"new one with ckpt_path={checkpoint} and more training.steps",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     return metrics
 
 
+@contextlib.contextmanager
+def _recorded(run_dir: Path, console: Console) -> Iterator[None]:
+    """Write in metrics.json what ended a run before its end, and say how it goes on. A finished run stays finished."""
+    try:
+        yield
+    except BaseException as error:
+        if rank() or is_finished(run_dir):
+            raise
+        was_interrupted = isinstance(error, KeyboardInterrupt)
+        status = {"status": "interrupted" if was_interrupted else "failed", "error": f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(CannotWrite):
+            write_json(run_dir / "metrics.json", status)
+        saved = (run_dir / "checkpoints" / "last.ckpt").exists()
+        how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
+        if was_interrupted or isinstance(error, CannotWrite):
+            console.print(f"{status['status']}; to {how}:", highlight=False)
+            command = shlex.join(["moesaic", "train", "resume=true", f"run_dir={run_dir}"])
+            console.print(f"  {command}", markup=False, soft_wrap=True, highlight=False)
+        raise
+
+
+def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
+    """Evaluate, draw, write metrics.json and print the verdict. Once the score is there, nothing may cost it."""
+    prepared, trainer, run_dir = fitted.prepared, fitted.trainer, fitted.prepared.run_dir
+    if fitted.status["status"] == "finished":  # one that was stopped saved the state from which it can go on
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    if not trainer.is_global_zero:
+        return fitted.status
+    metrics = _cost(fitted) | _suggested_rates(fitted, console)
+    if fitted.has_verdict:
+        finished = score_run(fitted, console)
+        for finisher in FINISHERS:
+            with _surviving(finisher.__name__, metrics):
+                metrics |= finisher(finished)
+            write_json(run_dir / "metrics.json", {**metrics, "pending": "pictures and text"})
+    metrics["peak_memory_bytes"] = _peak_memory()
+    write_json(run_dir / "metrics.json", metrics)
+    text = run_dir / "sample.txt"
+    with _surviving("print_verdict", metrics):
+        print_verdict(
+            console,
+            run_dir,
+            metrics,
+            prepared.data.facts.get("baselines", {}),
+            text.read_text(encoding="utf-8") if fitted.has_verdict and text.is_file() else None,
+            _next_commands(run_dir, prepared.config, metrics),
+        )
+    return metrics
+
+
+@contextlib.contextmanager
+def _surviving(what: str, metrics: dict[str, Any]) -> Iterator[None]:
+    """Turn a failure within into a warning, which is kept among those of the run."""
+    try:
+        yield
+    except Exception as error:
+        message = f"after training, {what} failed: {type(error).__name__}: {error}"
+        metrics["warnings"] = [*metrics["warnings"], message]
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
 def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> None:
     config, training = prepared.config, prepared.config.training
-    accounted = account(prepared.model, training.seq_len)
+    accounted = prepared.account
     print_summary(
         console,
         config,
@@ -110,16 +170,14 @@ def _num_tokens(config: RunConfig, data: Data) -> dict[str, int]:
 def _cost(fitted: Fitted) -> dict[str, Any]:
     """How the run ended, how long it was, and what it took."""
     prepared, module, trainer = fitted.prepared, fitted.module, fitted.trainer
-    training = prepared.config.training
-    accounted = account(prepared.model, training.seq_len)
-    tokens = trainer.global_step * training.batch_size * training.seq_len * training.accumulate * trainer.world_size
+    accounted, step = prepared.account, trainer.global_step
     return {
         **fitted.status,
-        "steps": trainer.global_step,
-        "tokens": tokens,
+        "steps": step,
+        "tokens": module.progress.tokens(step),
         "seconds": module.log_book.seconds,
         "tokens_per_second": module.log_book.tokens_per_second,
-        "active_flops": tokens * accounted.training_flops,
+        "active_flops": module.progress.flops(step),
         "parameters/total": accounted.parameters,
         "parameters/active": accounted.active_parameters,
         **_teacher_cost(module),
@@ -166,7 +224,7 @@ def _next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any])
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     board = f"tensorboard --logdir {config.output_dir}"
     if metrics["status"] == "stopped":
-        return [f"moesaic train resume=true run_dir={run_dir}", board]
+        return [shlex.join(["moesaic", "train", "resume=true", f"run_dir={run_dir}"]), board]
     if config.data.make_task() is not None:
         sweep = f"moesaic train -m experiment=recall data={config.data.source} seed=0,1,2"
         mixers = "model.nope_layer_interval=0,1,2 model.attention.attention_chunk_size=null"

@@ -1,6 +1,8 @@
 """What a run starts from: nothing, its own last checkpoint, or another run's."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +11,54 @@ import yaml
 
 from moesaic.checkpoints import load_checkpoint
 from moesaic.errors import InputError
+from moesaic.files import LOCK, is_locked
 from moesaic.formats import translate_run
 from moesaic.training.config import RunConfig
 
-__all__ = ["Start", "read_start", "resolve_resume"]
+__all__ = [
+    "Found",
+    "Start",
+    "busy",
+    "clear_unstarted",
+    "find_run",
+    "is_finished",
+    "read_start",
+    "require_free",
+]
+
+WRITTEN_EARLY = (
+    "metrics.csv",
+    "routing.csv",
+    "metrics.json",
+    "environment.json",
+    "tensorboard",
+    "checkpoints",
+    "sources",
+)
+"""What a run may have written before its first checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What `resume=true` means where it was typed.
+
+    Args:
+        kind: new: there is no run yet. begun: it has no checkpoint, so it starts again, in its directory. unfinished:
+            it goes on. finished: nothing is left to do.
+        config: what to train; of a run that is there the one it was begun with.
+        run_dir: the directory of a run that is there.
+    """
+
+    kind: Literal["new", "begun", "unfinished", "finished"]
+    config: dict[str, Any]
+    run_dir: Path | None = None
+    ckpt_path: str | None = None
+    """The checkpoint of another run that it was begun with."""
+
+    @property
+    def resumed_dir(self) -> Path | None:
+        """The directory whose checkpoint the run goes on from."""
+        return self.run_dir if self.kind == "unfinished" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,45 +102,83 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
     return Start("continued" if "optimizer_states" in checkpoint else "weights", path, checkpoint)
 
 
-def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The stored config and directory of the run to resume: run_dir, or the newest unfinished one of this name.
+def find_run(config: Mapping[str, Any]) -> Found:
+    """The run that `config` asks for: with resume=true the one in run_dir, or the newest unfinished one of this name.
+
+    A run_dir without a run means a new one there, so that a scheduler can repeat one command.
 
     Raises:
-        InputError: no such directory, not a run directory, or nothing to resume in it.
+        InputError: a directory of something else, a run that another process trains, or nothing to resume.
     """
-    if config.get("run_dir"):
-        run_dir = Path(config["run_dir"])
-        _require_unfinished(run_dir)
-    else:
-        root = Path(str(config.get("output_dir", "outputs"))) / str(config.get("name"))
-        candidates = [path.parent.parent for path in root.glob("**/checkpoints/last.ckpt")]
-        unfinished = [path for path in candidates if _status(path) != "finished"]
-        if not unfinished:
-            raise InputError(
-                f"resume=true: no unfinished run with a checkpoint under {root}; give run_dir=<directory of a run>"
-            )
-        run_dir = max(unfinished, key=lambda path: (path / "checkpoints" / "last.ckpt").stat().st_mtime)
+    if not config.get("resume"):
+        return Found("new", dict(config))
+    if not config.get("run_dir"):
+        return _existing(_newest_unfinished(Path(str(config.get("output_dir", "outputs"))) / str(config.get("name"))))
+    run_dir = Path(config["run_dir"])
+    if not run_dir.exists() or (run_dir.is_dir() and not _content(run_dir)):
+        return Found("new", {**config, "resume": False})
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
+    if is_locked(run_dir):
+        raise InputError(busy(run_dir))
+    return _existing(run_dir)
+
+
+def busy(run_dir: Path) -> str:
+    """The message about a directory in which another process trains."""
+    return f"run_dir={str(run_dir)!r}: another process is training in it; wait for its end, or choose another run_dir"
+
+
+def require_free(run_dir: Path) -> None:
+    """Raise InputError unless a new run may begin in a directory."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"run_dir={str(run_dir)!r}: a file; must be a directory, or a name that is free")
+    if run_dir.is_dir() and _content(run_dir):
+        raise InputError(f"run_dir={str(run_dir)!r}: exists and is not empty; resume=true continues a run in it")
+
+
+def clear_unstarted(run_dir: Path) -> None:
+    """Remove what a run without a checkpoint left behind; files of others stay."""
+    for name in WRITTEN_EARLY:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _existing(run_dir: Path) -> Found:
     stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(stored, dict):
         raise InputError(f"{run_dir / 'config.yaml'}: damaged, it does not hold a mapping")
-    return {**translate_run(stored), "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
+    config = {**translate_run(stored), "run_dir": str(run_dir)}
+    if not (run_dir / "checkpoints" / "last.ckpt").is_file():
+        return Found("begun", {**config, "resume": False}, run_dir, config.get("ckpt_path"))
+    resumed = {**config, "resume": True, "ckpt_path": None}
+    kind: Literal["finished", "unfinished"] = "finished" if is_finished(run_dir) else "unfinished"
+    return Found(kind, resumed, run_dir, config.get("ckpt_path"))
 
 
-def _require_unfinished(run_dir: Path) -> None:
-    if not (run_dir / "config.yaml").is_file():
-        raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
-        raise InputError(f"run_dir={str(run_dir)!r}: nothing to resume, it has no checkpoints/last.ckpt")
-    if _status(run_dir) == "finished":
-        raise InputError(
-            f"run_dir={str(run_dir)!r}: this run is finished; to train on, start a new one with "
-            f"ckpt_path={checkpoint} and more training.steps"
-        )
+def _newest_unfinished(root: Path) -> Path:
+    candidates = [path.parent.parent for path in root.glob("**/checkpoints/last.ckpt")]
+    unfinished = [path for path in candidates if not is_finished(path)]
+    free = [path for path in unfinished if not is_locked(path)]
+    if free:
+        return max(free, key=lambda path: (path / "checkpoints" / "last.ckpt").stat().st_mtime)
+    training = f"; another process trains in {unfinished[0]}" if unfinished else ""
+    raise InputError(
+        f"resume=true: no unfinished run with a checkpoint under {root}{training}; give run_dir=<directory of a run>"
+    )
 
 
-def _status(run_dir: Path) -> str | None:
+def _content(directory: Path) -> bool:
+    return any(path.name != LOCK for path in directory.iterdir())
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether nothing is left to do for the run of a directory, pictures included."""
     try:
-        return yaml.safe_load((run_dir / "metrics.json").read_text(encoding="utf-8")).get("status")
-    except (OSError, AttributeError, yaml.YAMLError):
-        return None
+        metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+        return bool(metrics["status"] == "finished" and "pending" not in metrics)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False

@@ -1,0 +1,369 @@
+"""What happens to a run from outside: signals, full disks, other processes, schedulers, other checkpoints."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from small_runs import BPE, SMOKE, holding, kill_in_call
+
+from moesaic.checkpoints import load_checkpoint, load_model
+from moesaic.cli import train
+from moesaic.errors import CannotWrite, InputError
+from moesaic.files import is_locked, lock
+from moesaic.interrupts import Interrupted, exit_status, interruptible
+from moesaic.training.run import run
+
+Composed = Callable[..., dict[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ["training.steps=12", "training.log_every=1", "training.validate_every=6", "training.accumulate=2"]
+
+
+class Signal(pl.Callback):
+    """Sends this process a signal in the middle of a step: in the first of its two micro-batches."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        self.step, self.signum = step, signum
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
+    ) -> None:
+        if trainer.global_step == self.step and batch_index % 2 == 0:
+            os.kill(os.getpid(), self.signum)
+
+
+def signalled(step: int, signum: int) -> str:
+    return f"+callbacks.signal={{_target_: {__name__}.Signal, step: {step}, signum: {int(signum)}}}"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        timed = ("seconds", "tokens_per_second")
+        return [{key: value for key, value in row.items() if key not in timed} for row in csv.DictReader(file)]
+
+
+def require_equal_runs(one: Path, other: Path) -> None:
+    for table in ("metrics.csv", "routing.csv"):
+        assert rows(one / table) == rows(other / table), table
+    first, second = (load_checkpoint(each / "checkpoints" / "last.ckpt") for each in (one, other))
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+
+
+@pytest.fixture
+def whole(composed: Composed, tmp_path: Path) -> Path:
+    run(composed(*STEPS, f"run_dir={tmp_path / 'whole'}"))
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("step", [3, 5])  # the sixth step is validated
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_equal(
+    composed: Composed, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], signum: int, step: int
+) -> None:
+    before = signal.getsignal(signum)
+    with interruptible(), pytest.raises(Interrupted) as ended:
+        run(composed(*STEPS, f"run_dir={tmp_path / 'cut'}", signalled(step, signum), "training.checkpoint_every=10"))
+    assert exit_status(ended.value) == 128 + signum
+    assert signal.getsignal(signum) == before
+    assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["status"] == "interrupted"
+    assert load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")["global_step"] == step + 1
+    assert f"moesaic train resume=true run_dir={tmp_path / 'cut'}" in capsys.readouterr().out
+
+    assert run(composed("resume=true", f"run_dir={tmp_path / 'cut'}"))["status"] == "finished"
+    require_equal_runs(tmp_path / "cut", whole)
+
+
+def test_the_warning_of_a_scheduler_ends_with_a_verdict(composed: Composed, tmp_path: Path) -> None:
+    metrics = run(composed(*STEPS, f"run_dir={tmp_path / 'run'}", signalled(3, signal.SIGUSR1)))
+    assert metrics["status"] == "stopped"
+    assert metrics["steps"] == 4
+    assert "validation/bits_per_byte" in metrics
+    assert run(composed("resume=true", f"run_dir={tmp_path / 'run'}"))["steps"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_the_exit_status_of_a_process_is_that_of_its_signal(corpus: Path, tmp_path: Path, signum: int) -> None:
+    arguments = [*SMOKE, f"data.path={corpus}", f"data.cache_dir={tmp_path}", "run_dir=run", "training.steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moesaic", "train", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):  # it trains
+            break
+    process.send_signal(signum)
+    said = process.stdout.read()
+    assert process.wait() == 128 + signum
+    assert "moesaic train resume=true run_dir=run" in said
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
+
+
+def test_a_diverged_run_does_not_exit_with_0(composed: Composed, tmp_path: Path) -> None:
+    arguments = ["optimizer.learning_rate=1e30", "optimizer.muon_learning_rate=1e30", f"run_dir={tmp_path / 'run'}"]
+    config = composed(*arguments)
+    with pytest.warns(RuntimeWarning, match="Training stops before this step"):
+        assert run(config)["status"] == "diverged"
+
+
+# ---- other processes, and runs that are there
+
+
+def test_a_directory_is_locked_until_its_process_ends(tmp_path: Path) -> None:
+    with holding(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(InputError, match="somebody else"), lock(tmp_path, "somebody else"):
+            pass
+    assert not is_locked(tmp_path)
+    with lock(tmp_path, "somebody else"):
+        pass
+
+
+def test_a_run_that_trains_is_left_alone(composed: Composed, tmp_path: Path, whole: Path) -> None:
+    (whole / "metrics.json").unlink()
+    with holding(whole):
+        with pytest.raises(InputError, match=r"run_dir='.*whole': another process is training in it"):
+            run(composed("resume=true", f"run_dir={whole}"))
+        with pytest.raises(InputError, match=r"no unfinished run with a checkpoint"):
+            run(composed("resume=true", f"output_dir={tmp_path}", "name=whole"))
+    assert run(composed("resume=true", f"run_dir={whole}"))["status"] == "finished"
+
+
+def test_one_command_begins_continues_and_ends(
+    composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scheduler repeats resume=true run_dir=X blindly."""
+    overrides = ["resume=true", f"run_dir={tmp_path / 'run'}", *STEPS]
+    again = composed(*overrides)
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        train.train({**again, "callbacks": composed(signalled(0, signal.SIGINT))["callbacks"]}, overrides)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()  # as if it had been killed before the first
+    (tmp_path / "run" / "slurm-17.out").write_text("kept")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("step: 0", "step: 99"))
+    assert train.train(again, overrides)["status"] == "finished"
+    assert (tmp_path / "run" / "slurm-17.out").read_text() == "kept"
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.csv")].count("1") == 1
+    capsys.readouterr()
+    assert train.train(again, overrides)["status"] == "finished"
+    assert "this run is finished, at step 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "3"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}])
+def test_one_process_is_rank_0_whatever_a_scheduler_says(
+    corpus: Path, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "x", "SLURM_LOCALID": "2", "SLURM_NODEID": "0"}
+    given = {**variables, **(slurm if "SLURM_NTASKS" in variables else {})}
+    script = (
+        "import sys; from moesaic.cli import main\n"
+        f"main(['train', *{SMOKE!r}, 'training.steps=1', 'sample.max_new_tokens=0', *sys.argv[1:]])"
+    )
+    arguments = [f"data.path={corpus}", f"data.cache_dir={tmp_path}", "run_dir=run", "data.tokenizer=bytes"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "finished"
+    assert "cost" in done.stdout
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(InputError, match=r"trainer.devices=2, trainer.num_nodes=1: WORLD_SIZE=8 processes"):
+        run(composed("trainer.devices=2"))
+
+
+# ---- full disks
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, marks=[] if size == 400_000 else pytest.mark.slow)
+        for size in (200, 1_000, 1_700, 2_500, 4_000, 10_000, 100_000, 400_000, 1_000_000, 2_000_000)
+    ],
+)
+def test_where_no_file_may_grow_any_more_nothing_is_lost(
+    composed: Composed, tmp_path: Path, whole: Path, file_size_limit: Callable[[int], None], size: int
+) -> None:
+    overrides = (*STEPS, f"run_dir={tmp_path / 'full'}", "training.checkpoint_every=4")
+    config, again = composed(*overrides), composed("resume=true", f"run_dir={tmp_path / 'full'}")
+    file_size_limit(size)
+    try:
+        with pytest.raises(CannotWrite, match=r"cannot be written \(File too large\); what was there is intact"):
+            run(config)
+    finally:
+        file_size_limit(resource.RLIM_INFINITY)
+    assert not list(tmp_path.rglob("*.partial"))
+    again = again if (tmp_path / "full" / "config.yaml").exists() else {**config, "resume": True}
+    assert run(again)["status"] == "finished"
+    require_equal_runs(tmp_path / "full", whole)
+
+
+def test_checkpoints_do_not_need_tmpdir(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/dev/full")
+    monkeypatch.setattr("tempfile.tempdir", "/dev/full")
+    assert run(composed(f"run_dir={tmp_path / 'run'}", "training.steps=2"))["status"] == "finished"
+
+
+OTHER_DISK = Path("/dev/shm")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access(OTHER_DISK, os.W_OK), reason="there is no second file system")
+@pytest.mark.parametrize("calls", range(1, 21))
+def test_killed_while_a_checkpoint_is_written_to_another_disk(
+    composed: Composed, corpus: Path, tmp_path: Path, whole: Path, calls: int
+) -> None:
+    """Odd calls die before a checkpoint is on the disk, even ones before the folder knows its name."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir=OTHER_DISK) as folder:
+        run_dir = Path(folder) / "run"
+        command = [str(ROOT / "scripts" / "train.py"), *SMOKE, f"data.path={corpus}", *STEPS]
+        command += [f"run_dir={run_dir}", "training.checkpoint_every=1", f"data.cache_dir={tmp_path}"]
+        kill_in_call("os", "fsync", 6 + calls, command, tmp_path)
+        if (run_dir / "checkpoints" / "last.ckpt").exists():
+            load_model(run_dir / "checkpoints" / "last.ckpt")
+        assert run(composed("resume=true", f"run_dir={run_dir}"))["status"] == "finished"
+        assert not list(run_dir.rglob(".*.partial"))
+        require_equal_runs(run_dir, whole)
+
+
+# ---- what a checkpoint means
+
+
+def test_after_training_nothing_costs_the_numbers(composed: Composed, tmp_path: Path) -> None:
+    config = composed("training.steps=2", f"run_dir={tmp_path / 'run'}")
+    with pytest.warns(RuntimeWarning, match=r"after training, sample failed: .*sample.txt: cannot be written"):
+        metrics = run({**config, "callbacks": {"block": {"_target_": f"{__name__}.BlockSample"}}})
+    assert metrics["status"] == "finished"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert "validation/bits_per_byte" in metrics
+
+
+class BlockSample(pl.Callback):
+    """Puts a folder where the sample should go."""
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        Path(trainer.default_root_dir, "sample.txt").mkdir()
+
+
+def test_ids_beyond_the_tokenizer_do_not_cost_the_run(composed: Composed, tmp_path: Path) -> None:
+    config = composed("model.vocab_size=320", "training.steps=1", "sample.temperature=5", f"run_dir={tmp_path / 'run'}")
+    assert run(config)["warnings"] == []
+
+
+def test_other_text_is_read_with_the_tokenizer_of_the_checkpoint(
+    composed: Composed, trained: Path, corpus: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(6):
+        (other / f"{i}.txt").write_text(f"entirely different words, number {i}, quite unlike the rest. " * 60)
+    overrides = [*BPE, f"ckpt_path={trained}", f"data.path={other}", "training.steps=22", f"run_dir={tmp_path / 'run'}"]
+    run(composed(*overrides))
+    before, after = (load_model(path).tokenizer for path in (trained, tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    assert before is not None and after is not None
+    assert before.to_dict() == after.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.tokenizer=bytes"], r"data.tokenizer='bytes': checkpoint .* has 'bpe'; must be the same"),
+        (["data.vocab_size=350"], r"data.vocab_size=350: checkpoint .* has a BPE of 300; must be equal"),
+        (
+            ["data.source=associative_recall", "data.path=null"],
+            r"data.source='associative_recall': checkpoint .* was trained on 'files'",
+        ),
+        (["optimizer.name=adamw"], r"optimizer.name='adamw': checkpoint .* has the state of 'muon'"),
+        (["training.steps=20"], r"training.steps=20: checkpoint .* is at step 20; must be more"),
+        (["training.steps=7"], r"training.steps=7: checkpoint .* is at step 20; must be more"),
+    ],
+)
+def test_a_checkpoint_that_would_mean_something_else_is_refused(
+    composed: Composed, trained: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    config = composed(*BPE, f"ckpt_path={trained}", "training.steps=30", f"run_dir={tmp_path / 'run'}", *overrides)
+    with pytest.raises(InputError, match=message):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_that_changed_is_refused_on_resume(composed: Composed, tmp_path: Path, whole: Path) -> None:
+    (whole / "metrics.json").unlink()
+    environment = json.loads((whole / "environment.json").read_text())
+    environment["data"]["content_hash"] = "of other text"
+    (whole / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(InputError, match=r"the text has changed since this run began \(its hash was of other text"):
+        run(composed("resume=true", f"run_dir={whole}"))
+
+
+def test_new_settings_of_the_optimizer_apply_and_moments_stay(
+    composed: Composed, trained: Path, tmp_path: Path
+) -> None:
+    settings = {"learning_rate": 3e-4, "muon_learning_rate": 2e-5, "weight_decay": 0.01, "beta2": 0.9, "eps": 1e-7}
+    overrides = [f"optimizer.{name}={value}" for name, value in settings.items()]
+    config = composed(
+        *BPE, *overrides, f"ckpt_path={trained}", f"run_dir={tmp_path / 'run'}", "training.steps=22",
+        "schedule.name=constant", "training.log_every=1",
+    )  # fmt: skip
+    run(config)
+    [state] = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"]
+    groups = {group["name"]: group for group in state["param_groups"]}
+    assert groups["matrices"]["lr"] == groups["matrices"]["initial_lr"] == 2e-5
+    assert groups["embeddings"]["lr"] == 3e-4
+    assert groups["outputs"]["weight_decay"] == 0.01
+    assert groups["vectors"]["betas"][1] == 0.9
+    assert groups["vectors"]["eps"] == 1e-7
+    assert {row["learning_rate"] for row in rows(tmp_path / "run" / "metrics.csv") if row["learning_rate"]} == {"2e-05"}
+    assert state["state"][0]["step"] == 22
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 4}, {"batch_size": 1}, {"seq_len": 16}, {"accumulate": 1}])
+def test_a_run_goes_on_from_the_sequence_it_was_at(
+    composed: Composed, tmp_path: Path, whole: Path, change: dict[str, int]
+) -> None:
+    """Tokens and FLOPs are sums, whatever the batches were, and no window comes twice within an epoch."""
+    before = json.loads((whole / "metrics.json").read_text())
+    overrides = [f"training.{name}={value}" for name, value in change.items()]
+    config = composed(
+        *STEPS, *overrides, f"ckpt_path={whole / 'checkpoints' / 'last.ckpt'}", f"run_dir={tmp_path / 'on'}",
+        "training.steps=15",
+    )  # fmt: skip
+    metrics, sizes = run(config), config["training"]
+    added = 3 * sizes["batch_size"] * sizes["seq_len"] * sizes["accumulate"]
+    assert metrics["tokens"] == before["tokens"] + added
+    assert metrics["active_flops"] > before["active_flops"]
+    assert [row["step"] for row in rows(tmp_path / "on" / "metrics.csv") if row["train/loss"]] == ["13", "14", "15"]
+    loops = load_checkpoint(tmp_path / "on" / "checkpoints" / "last.ckpt")["loops"]["fit_loop"]["state_dict"]
+    [state] = loops["combined_loader"]
+    seen = state["offset"] + state["next_batch"] * sizes["batch_size"]
+    assert seen * sizes["seq_len"] == pytest.approx(metrics["tokens"], abs=sizes["seq_len"])
