@@ -1,15 +1,18 @@
-"""Values set by dotted key in a nested mapping, and the text `key=value` that asks for them."""
+"""Values set by dotted key in a nested mapping, and the text `key=value` that asks for them, read and written."""
 
 import copy
 import difflib
 import math
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moesaic.config import flatten
 from moesaic.errors import InputError
 
-__all__ = ["apply_overrides", "merge", "parse_overrides"]
+__all__ = ["apply_overrides", "command_line", "for_shell", "merge", "override", "parse_overrides", "quoted"]
 
 
 def apply_overrides(
@@ -97,3 +100,62 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, (list, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(item)
+
+
+def quoted(text: str) -> str:
+    """`text` as Hydra's grammar and OmegaConf's interpolation read it back unchanged."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    literal = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
+    return QuotedString(literal, Quote.single).with_quotes()
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as a command reads it back; a text has quotes only where it needs them.
+
+    Args:
+        value: a text, path, number, truth value or None, or a list of these.
+    """
+    if isinstance(value, (list, tuple)):
+        return f"{key}=[{','.join(quoted(each) if isinstance(each, str) else _plain(each) for each in value)}]"
+    text = _plain(value)
+    if not isinstance(value, (str, Path)) or _reads_back(key, text):
+        return f"{key}={text}"
+    return f"{key}={quoted(text)}"
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _reads_back(key: str, text: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return "${" not in text and OverridesParser.create().parse_override(f"{key}={text}").value() == text
+    except HydraException:
+        return False
+
+
+def command_line(name: str, *arguments: str | Path) -> str:
+    """A line to paste into a shell: moesaic NAME ARGUMENT ...
+
+    Args:
+        arguments: words, flags, and what `override` makes. A path must be a `Path`: it cannot be taken for a flag or
+            for key=value then.
+    """
+    words = [_path_word(each) if isinstance(each, Path) else each for each in arguments]
+    return " ".join(["moesaic", name, *map(for_shell, words)])
+
+
+def _path_word(path: Path) -> str:
+    first = path.parts[0] if path.parts else ""
+    return f"./{path}" if first[:1] in ("-", "~") or "=" in first else str(path)
+
+
+def for_shell(argument: str) -> str:
+    """An argument as a shell reads it; in double quotes where it has single ones for Hydra, which is easier to read."""
+    if "'" in argument and not set("$`!") & set(argument):
+        return '"' + re.sub(r'(["\\])', r"\\\1", argument) + '"'
+    return shlex.quote(argument)

@@ -338,7 +338,7 @@ def test_known_keys_groups_and_hydra_syntax_pass() -> None:
     known = ["experiment=balancing", "model=llama4_tiny", "+data.extra=1", "~data.task", "hydra.run.dir=x", "seed=1"]
     check_overrides("train", [*known, "model.attention.rope_scaling.factor=8", "hydra/launcher=joblib"])
     check_overrides("train", ["experiment=codistill_frozen,balancing"])
-    assert read_flags(["-sc", "install=bash"]).shell_completion
+    assert read_flags("train", ["-sc", "install=bash"])[0].shell_completion
 
 
 @pytest.mark.slow

@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import moesaic.training
+from moesaic.cli.arguments import as_additions
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.training.components import make_callbacks, make_loggers, require_loggers
 from moesaic.training.config import TrainerConfig
-from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, as_additions, require_options
+from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, require_options
 from moesaic.training.rate_finder import LearningRateFinder
 
 TRAINING = Path(moesaic.training.__file__).parent

@@ -6,11 +6,13 @@ This module imports nothing but the standard library, so that help, version and 
 import dataclasses
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from moesaic import __version__
+from moesaic.cli.streams import keep_going
 from moesaic.interrupts import exit_status, interruptible
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -50,6 +52,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that `argv` (by default the command line) names; ends the process with its exit status."""
+    keep_going()
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; another backend may fail before it is asked for anything
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -69,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if {"-h", "--help"} & set(rest):
             print(importlib.import_module("moesaic.cli.config_files").help_text(name, rest))
             return
+        prepared = importlib.import_module("moesaic.cli.common").prepare(name, rest)  # a typo ends it before torch
         module = importlib.import_module(f"moesaic.cli.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "moesaic":
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     try:
         with interruptible():
-            module.main(rest)
+            module.main(prepared)
     except KeyboardInterrupt as error:  # outside of what a command guards itself
         print("interrupted", file=sys.stderr)
         sys.exit(exit_status(error))

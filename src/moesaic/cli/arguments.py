@@ -5,12 +5,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,8 +20,9 @@ from moesaic.cli import COMMANDS
 from moesaic.cli.config_files import config_groups
 from moesaic.config import flatten
 from moesaic.errors import InputError
+from moesaic.overrides import for_shell, quoted
 
-__all__ = ["check_overrides", "complete", "compose_with", "quoted", "read_flags"]
+__all__ = ["as_additions", "check_overrides", "complete", "compose_with", "read_flags", "require_single_values"]
 
 OVERRIDE = re.compile(r"(?:\+{0,2}|~)(?:[\w.$@:-]*|hydra/[\w/@]+)=|~[\w.]+$")
 """An argument that is not a word: key=value, also of hydra/launcher, or ~key. Other paths with = in them are words."""
@@ -32,21 +34,15 @@ SIGNS = re.compile(r"""[][(){}'",]""")
 """What makes a value more than text to Hydra."""
 
 
-def quoted(text: str) -> str:
-    """`text` as Hydra's grammar and OmegaConf's interpolation read it back unchanged."""
-    literal = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
-    return QuotedString(literal, Quote.single).with_quotes()
-
-
 def complete(name: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command with its leading words as key=value, and with quotes where a text needs them.
+    """Words and key=value of a command, without flags, all as key=value, and with quotes where a text needs them.
 
     Raises:
         InputError: more words than the command takes.
     """
     keys, rest = list(COMMANDS[name].words), list(arguments)
     given = []
-    while rest and rest[0] and rest[0][0] != "-" and not OVERRIDE.match(rest[0]):
+    while rest and rest[0] and not OVERRIDE.match(rest[0]):
         if not keys:
             raise InputError(_no_place_for(name, rest[0]))
         if keys[0].endswith("..."):
@@ -59,7 +55,7 @@ def complete(name: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _number_of_words(arguments: Sequence[str]) -> int:
-    stops = [i for i, word in enumerate(arguments) if word[:1] == "-" or OVERRIDE.match(word)]
+    stops = [i for i, word in enumerate(arguments) if OVERRIDE.match(word)]
     return stops[0] if stops else len(arguments)
 
 
@@ -82,9 +78,58 @@ def _readable(argument: str, texts: set[str]) -> str:
     return argument
 
 
-def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """A command line as Hydra takes it apart: `overrides`, `config_dir` and its other flags."""
-    return get_args_parser().parse_args(list(arguments))
+def read_flags(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A command line as Hydra takes it apart, wherever its flags stand.
+
+    Returns:
+        `overrides` (words and key=value), `config_dir` and Hydra's other flags by name; and the flags as given.
+
+    Raises:
+        InputError: an unknown flag, or one without its value.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}; moesaic {name} --help lists the flags")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    found = parser.parse_intermixed_args(list(arguments))
+    overrides = iter(found.overrides)
+    following, flags = next(overrides, None), []
+    for argument in arguments:
+        if argument == following:
+            following = next(overrides, None)
+        elif argument != "--":
+            flags.append(argument)
+    return found, flags
+
+
+def as_additions(arguments: Sequence[str]) -> list[str]:
+    """Overrides for Hydra in which trainer.NAME=VALUE is ++trainer.NAME=VALUE.
+
+    Hydra would refuse the options of Lightning that conf/trainer does not list; `TrainerConfig` knows them, and what is
+    close to a name that nobody knows.
+    """
+    return [f"++{each}" if each.startswith("trainer.") and "=" in each else each for each in arguments]
+
+
+def require_single_values(arguments: Sequence[str]) -> None:
+    """Refuse the values of a sweep, which a comma makes of a text too.
+
+    Raises:
+        InputError: for the first override that has several values.
+    """
+    if any(argument.startswith("hydra.mode=") for argument in arguments):
+        return
+    groups = config_groups(CONFIG_DIR)
+    for argument in arguments:
+        override = _parse(argument)
+        if override.is_sweep_override():
+            key, _, value = argument.partition("=")
+            text = f"; one text must be in quotes inside quotes: {for_shell(f'{key}={quoted(value)}')}"
+            raise InputError(
+                f"{argument}: several values are a sweep, which must have -m{'' if key in groups else text}"
+            )
 
 
 def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str | Path | None = None) -> None:
@@ -133,12 +178,8 @@ def _parse(argument: str) -> Override:
             raise InputError(f"{argument}: must be key=value; words stand before the first key=value") from error
         raise InputError(
             f"{argument}: cannot be read ({str(error).splitlines()[0]}); "
-            f"a text with special signs must be in quotes inside quotes: {_for_shell(f'{key}={quoted(value)}')}"
+            f"a text with special signs must be in quotes inside quotes: {for_shell(f'{key}={quoted(value)}')}"
         ) from error
-
-
-def _for_shell(argument: str) -> str:
-    return '"' + re.sub(r'(["\\$`])', r"\\\1", argument) + '"'
 
 
 def _check_options(override: Override, options: Sequence[str]) -> None:

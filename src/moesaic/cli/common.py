@@ -15,39 +15,84 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moesaic.checkout import CONFIG_DIR
-from moesaic.cli.arguments import check_overrides, complete, compose_with, read_flags
+from moesaic.cli.arguments import (
+    as_additions,
+    check_overrides,
+    complete,
+    compose_with,
+    read_flags,
+    require_single_values,
+)
 from moesaic.cli.config_files import config_groups
 from moesaic.errors import CannotWrite, InputError
 from moesaic.interrupts import exit_status
 
-__all__ = ["composed", "exit_on_bad_input", "launch", "options_of", "plain", "users_config_dir"]
+__all__ = [
+    "Prepared",
+    "composed",
+    "exit_on_bad_input",
+    "launch",
+    "options_of",
+    "plain",
+    "prepare",
+    "typed",
+    "users_config_dir",
+]
 
 OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
 
 
+class Prepared(list[str]):
+    """A checked command line as Hydra takes it: flags, then key=value.
+
+    Args:
+        typed: what the user gave.
+    """
+
+    def __init__(self, arguments: Sequence[str], typed: Sequence[str]) -> None:
+        super().__init__(arguments)
+        self.typed = list(typed)
+
+
+def prepare(name: str, arguments: Sequence[str]) -> Prepared:
+    """Complete and check the arguments of a command, without torch; a bad one ends the process with one sentence."""
+
+    def checked() -> Prepared:
+        found, flags = read_flags(name, arguments)
+        overrides = complete(name, found.overrides)
+        if name in ("train", "study"):
+            overrides = as_additions(overrides)
+        if not (found.shell_completion or found.hydra_help or found.experimental_rerun):
+            check_overrides(name.replace("-", "_"), overrides, found.config_dir)
+            if not found.multirun:
+                require_single_values(overrides)
+        return Prepared([*flags, *overrides], arguments)
+
+    prepared: Prepared = exit_on_bad_input(checked)
+    return prepared
+
+
 def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], None]) -> None:
-    """Run a command: complete and check its arguments, let Hydra compose conf/<name>.yaml, call `task` with it."""
-
-    def prepare() -> list[str]:
-        words = complete(name, arguments)
-        flags = read_flags(words)
-        if not (flags.shell_completion or flags.hydra_help or flags.experimental_rerun):
-            check_overrides(config_name, flags.overrides, flags.config_dir)
-        return words
-
-    config_name = name.replace("-", "_")
-    before, sys.argv = sys.argv, [f"moesaic {name}", *exit_on_bad_input(prepare)]
+    """Run a command: prepare its arguments, let Hydra compose conf/<name>.yaml, call `task` with it."""
+    prepared = arguments if isinstance(arguments, Prepared) else prepare(name, arguments)
+    before, sys.argv = sys.argv, [f"moesaic {name}", *prepared]
 
     @functools.wraps(task)
     def guarded(config: DictConfig) -> None:
         sys.argv = before  # Hydra has read the other; Lightning repeats this command in the processes it starts
         exit_on_bad_input(lambda: task(config))
 
+    config_name = name.replace("-", "_")
     try:
         hydra.main(config_path=str(CONFIG_DIR), config_name=config_name, version_base="1.3")(guarded)()
     finally:
         sys.argv = before
         HydraConfig.instance().cfg = None
+
+
+def typed(arguments: Sequence[str]) -> list[str]:
+    """What the user gave to a command, also where it is prepared already."""
+    return arguments.typed if isinstance(arguments, Prepared) else list(arguments)
 
 
 def users_config_dir() -> Path | None:

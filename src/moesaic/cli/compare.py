@@ -14,9 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from moesaic.cli.arguments import check_overrides, complete
+from moesaic.cli.arguments import as_additions, check_overrides, complete
 from moesaic.cli.common import composed, launch, users_config_dir
 from moesaic.config import from_mapping
 from moesaic.data import load_data
@@ -24,9 +25,9 @@ from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, naming
 from moesaic.models import DecoderConfig, account
 from moesaic.models.comparison import Candidate, count_costs, default_width, solve_width, time_steps, with_width
+from moesaic.overrides import command_line
 from moesaic.studies.sweep import write_report
 from moesaic.training.config import RunConfig
-from moesaic.training.lightning_options import as_additions
 from moesaic.training.optimizers import build_optimizer
 from moesaic.training.records import create_run_dir
 from moesaic.training.run import fit_vocabulary, run
@@ -133,20 +134,21 @@ def compare(arguments: Sequence[str], console: Console) -> dict[str, Any]:
     seconds = dict(zip(arms, time_arms(list(arms.values())), strict=True)) if options.rounds else {}
     for name, arm in arms.items():
         result[name] = {**dataclasses.asdict(count_costs(arm)), "step_seconds": seconds.get(name, math.nan)}
-    console.print(table(result, f"{'a':6} {options.a}\n{'b':6} {options.b}"))
+    console.print(table(result, escape(f"{'a':6} {options.a}\n{'b':6} {options.b}")))
     if options.solve is not None:
         row = QUANTITIES[options.solve]
         ratio = result["solved"][row] / result["a"][row]
         console.print(f"solve={options.solve}: {key}={width}, where b / a is {ratio:.4f}", highlight=False)
     launched = {name: overrides[name] for name in ("a", "solved" if options.solve else "b")}
     for found in launched.values():
-        console.print(shlex.join(["moesaic", "train", *found]), soft_wrap=True, highlight=False)
+        console.print(command_line("train", *found), markup=False, soft_wrap=True, highlight=False)
     if options.launch:
         directory = create_run_dir(Path(configs["a"]["output_dir"]), "compare")
         for name, found in launched.items():
             run({**compose_run(found), "run_dir": str(directory / name)}, console)
         console.print(write_report(directory), markup=False, soft_wrap=True)
-        console.print(f"written: {directory}/report.md, report.csv, report.png", soft_wrap=True, highlight=False)
+        files = f"written: {directory}/report.md, report.csv, report.png"
+        console.print(files, markup=False, soft_wrap=True, highlight=False)
         result["directory"] = str(directory)
     return result
 
@@ -203,7 +205,7 @@ def table(result: dict[str, Any], title: str) -> Table:
 
 
 def _task(config: DictConfig) -> None:
-    compare(HydraConfig.get().overrides.task, Console(width=None if sys.stdout.isatty() else 120))
+    compare(HydraConfig.get().overrides.task, Console(emoji=False, width=None if sys.stdout.isatty() else 120))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moesaic import imports
@@ -80,7 +81,7 @@ def versions() -> str:
 
 
 def show(reports: Mapping[str, Report], console: Console) -> None:
-    table = Table("check", *reports)
+    table = Table("check", *map(escape, reports))
     for row in next(iter(reports.values())).rows:
         statuses = [reports[name][row.check].status for name in reports]
         table.add_row(row.check, *(f"[{COLORS[status]}]{status}[/]" for status in statuses))
@@ -88,11 +89,11 @@ def show(reports: Mapping[str, Report], console: Console) -> None:
     for name, report in reports.items():
         for row in report.rows:
             if row.status == "fail":
-                console.print(f"[bold]{name}[/], [red]{row.check}[/]: {row.statement}", highlight=False)
+                console.print(f"[bold]{escape(name)}[/], [red]{row.check}[/]: {escape(row.statement)}", highlight=False)
                 console.print(f"    {row.detail}", markup=False, highlight=False)
                 console.print(f"    guards against {row.bug}", markup=False, highlight=False)
             elif row.status == "not applicable" and len(reports) == 1:
-                console.print(f"[bold]{name}[/], [dim]{row.check}: {row.detail}[/]", highlight=False)
+                console.print(f"[bold]{escape(name)}[/], [dim]{row.check}: {escape(row.detail)}[/]", highlight=False)
 
 
 def markdown(reports: Mapping[str, Report]) -> str:
@@ -111,7 +112,7 @@ def _task(config: DictConfig) -> None:
     if given["markdown"]:
         print(markdown(reports))
     else:
-        show(reports, Console())
+        show(reports, Console(emoji=False))
     sys.exit(not all(report.ok for report in reports.values()))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -96,20 +97,20 @@ def _summary(title: str, config: DecoderConfig, facts: dict[str, str]) -> Table:
     counted = account(config, seq_len=config.attention.attention_chunk_size or 8192)
     moe_layers = sum(layer.ffn == "moe" for layer in config.layers)
     nope_layers = sum(layer.mixer in ("nope", "chunked_nope") for layer in config.layers)
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     table.add_row("layers", f"{config.num_layers}, {moe_layers} of them MoE, {nope_layers} without positions")
     if config.moe is not None and moe_layers:
         table.add_row("experts", f"{config.moe.num_experts}, top {config.moe.top_k}, and a shared one")
     table.add_row("parameters", f"{counted.parameters:,}, {counted.active_parameters:,} active")
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
 @contextmanager
 def _bar(what: str) -> Iterator[TensorProgress]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(emoji=False, stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total, name: progress.update(task, completed=done, total=total, description=f"{what} {name}")
@@ -117,7 +118,7 @@ def _bar(what: str) -> Iterator[TensorProgress]:
 
 def _task(config: DictConfig) -> None:
     given = plain(config)
-    console = Console()
+    console = Console(emoji=False)
     started = time.perf_counter()
     for key in ("source", "destination"):
         if not isinstance(given[key], str) and (key == "source" or not given["dry_run"]):

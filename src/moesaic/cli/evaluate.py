@@ -9,6 +9,7 @@ Long contexts, with switches of the model turned at inference only:
 moesaic evaluate CHECKPOINT task=loss_by_position|needle variants=[as_trained,no_temperature,window]
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, track
 from rich.table import Column, Table
 from torch import Tensor
@@ -24,7 +26,7 @@ from torch import Tensor
 from moesaic.checkpoints import TrainedModel, load_model
 from moesaic.cli.common import launch, plain
 from moesaic.config import flatten, from_mapping, require_same
-from moesaic.data import AnyEvaluationLoader, DataConfig, Task, load_data, token_strings
+from moesaic.data import AnyEvaluationLoader, Data, DataConfig, Task, TokenStream, load_data, token_strings
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError
 from moesaic.evaluation.checkpoint_evaluations import (
@@ -37,12 +39,12 @@ from moesaic.evaluation.checkpoint_evaluations import (
     summarize_needle_variants,
 )
 from moesaic.evaluation.drift import Drift
-from moesaic.evaluation.language_modelling import evaluate_split
+from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_split
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
 from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.plots import plot_loss_by_position
-from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
+from moesaic.evaluation.recall import RecallScore, plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.specialization import Specialization, file_kinds
 from moesaic.evaluation.specialization_plots import plot_specialization
@@ -53,14 +55,63 @@ from moesaic.models import Decoder
 __all__ = ["main"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """What a checked task=score or task=specialization works on."""
+
+    config: dict[str, Any]
+    model: TrainedModel
+    data: Data
+    seq_len: int
+    digest: str | None
+    """Of the checkpoint; None without an output."""
+
+    @property
+    def split(self) -> TokenStream:
+        split: TokenStream = getattr(self.data, self.config["split"])
+        return split
+
+    @property
+    def trained_length(self) -> int:
+        length: int = self.model.run_config["training"]["seq_len"]
+        return length
+
+
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     """Loss in nats per token, bits per byte and router load of a checkpoint, as a plain mapping.
 
     With task=specialization what explains the choice of expert as well, and drift to other_checkpoint.
     """
+    _require_score_keys(config)
+    given = _open(config)
+    decoder = given.model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
+    names = token_strings(given.model.tokenizer)
+    specialization = Specialization(given.model.config.vocab_size, names, file_kinds(given.split, given.data.tokenizer))
+    watchers: list[Specialization | Drift] = [specialization] if config["task"] == "specialization" else []
+    if config["other_checkpoint"] is not None:
+        watchers.append(Drift(_other_decoder(config["other_checkpoint"], given.model).to(decoder.device)))
+    _make_output(config)
+    score = _score(given, decoder, watchers)
+    if config["task"] == "specialization" and not score.tokens_per_expert:
+        raise InputError(f"task=specialization: {config['checkpoint']} has no MoE layers")
+    numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
+    for name, counts in score.tokens_per_expert.items():
+        numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
+    for watcher in watchers:
+        numbers |= watcher.numbers()
+    recalled: dict[int, RecallScore] = {}
+    if given.data.task is not None:
+        recalled = score_recall(decoder, given.data.task, given.seq_len, config["batch_size"])
+        numbers |= {**recall_numbers(recalled), "recall/chance": given.data.task.chance}
+    if config["output"]:
+        _write(given, numbers, score, recalled, specialization)
+    return numbers
+
+
+def _require_score_keys(config: dict[str, Any]) -> None:
+    """Refuse what needs no file to be seen wrong."""
     _require_paths(config)
-    specialised = config["task"] == "specialization"
-    if config["other_checkpoint"] is not None and not specialised:
+    if config["other_checkpoint"] is not None and config["task"] != "specialization":
         raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialization has it")
     if config["variants"] != ["as_trained"]:
         raise InputError(f"variants={config['variants']}: they need task=loss_by_position or task=needle")
@@ -70,6 +121,10 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         if config[key] is not None and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{key}={config[key]!r}: must be an integer >= 1")
     require_accelerator("accelerator", config["accelerator"])
+
+
+def _open(config: dict[str, Any]) -> _Evaluation:
+    """Load checkpoint and data; what does not fit together is refused."""
     data_config = from_mapping(DataConfig, config["data"], "data")
     model = load_model(config["checkpoint"])
     _require_readable(model, data_config, config["checkpoint"])
@@ -81,80 +136,76 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
             f"data: token ids up to {data.vocab_size - 1}, but the checkpoint has a vocabulary of "
             f"{model.config.vocab_size}"
         )
-    trained_length = model.run_config["training"]["seq_len"]
-    seq_len = config["seq_len"] or trained_length
-    if data.task is not None and config["split"] != "validation":
+    given = _Evaluation(config, model, data, config["seq_len"] or model.run_config["training"]["seq_len"], digest)
+    if data.task is None:
+        if config["seq_len"] is not None and given.seq_len >= len(given.split.tokens):
+            raise InputError(
+                f"seq_len={given.seq_len}: longer than the data, the {config['split']} split has "
+                f"{len(given.split.tokens)} tokens; it must be shorter"
+            )
+        return given
+    if config["split"] != "validation":
         raise InputError(f"split={config['split']!r}: must be validation, the test sequences of a recall task")
-    if data.task is not None and config["max_batches"] is not None:
+    if config["max_batches"] is not None:
         raise InputError(
             f"max_batches={config['max_batches']}: of a recall task all test sequences are scored; "
             "data.task.test_sequences says how many there are"
         )
-    split = getattr(data, config["split"])
-    if data.task is not None:
-        data.task.require_length(seq_len, "seq_len")
-    elif config["seq_len"] is not None and seq_len >= len(split.tokens):
-        raise InputError(
-            f"seq_len={seq_len}: longer than the data, the {config['split']} split has {len(split.tokens)} tokens; "
-            "it must be shorter"
-        )
-    decoder = model.decoder.to("cuda" if config["accelerator"] == "gpu" else "cpu")
-    specialization = Specialization(
-        model.config.vocab_size, token_strings(model.tokenizer), file_kinds(split, data.tokenizer)
-    )
-    watchers: list[Specialization | Drift] = [specialization] if specialised else []
-    if config["other_checkpoint"] is not None:
-        watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.device)))
+    data.task.require_length(given.seq_len, "seq_len")
+    return given
 
+
+def _make_output(config: dict[str, Any]) -> None:
+    if not config["output"]:
+        return
+    try:
+        Path(config["output"]).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={config['output']!r}: cannot be written ({error.strerror})") from error
+
+
+def _score(given: _Evaluation, decoder: Decoder, watchers: Sequence[Specialization | Drift]) -> LanguageModelScore:
     def watch(routing: Mapping[str, Routing], batch: dict[str, Tensor]) -> None:
         for watcher in watchers:
             watcher.update(routing, batch)
 
     def show(loader: AnyEvaluationLoader) -> Iterable[dict[str, Tensor]]:
-        return track(loader, "evaluating", total=len(loader), console=Console(stderr=True))
+        return track(loader, "evaluating", total=len(loader), console=Console(emoji=False, stderr=True))
 
-    if config["output"]:
-        try:
-            Path(config["output"]).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output={config['output']!r}: cannot be written ({error.strerror})") from error
-    score = evaluate_split(
+    return evaluate_split(
         decoder,
-        data,
-        seq_len=seq_len,
-        batch_size=config["batch_size"],
-        split=config["split"],
-        max_batches=config["max_batches"],
-        token_bytes=model.token_bytes,
+        given.data,
+        seq_len=given.seq_len,
+        batch_size=given.config["batch_size"],
+        split=given.config["split"],
+        max_batches=given.config["max_batches"],
+        token_bytes=given.model.token_bytes,
         watch=watch,
         show=show,
     )
-    if specialised and not score.tokens_per_expert:
-        raise InputError(f"task=specialization: {config['checkpoint']} has no MoE layers")
-    numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
-    for name, counts in score.tokens_per_expert.items():
-        numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
-    for watcher in watchers:
-        numbers |= watcher.numbers()
-    scores = {}
-    if data.task is not None:  # most positions of its sequences have no loss, so none is shown by position
-        scores = score_recall(decoder, data.task, seq_len, config["batch_size"])
-        numbers |= {**recall_numbers(scores), "recall/chance": data.task.chance}
-    if config["output"]:
-        output = Path(config["output"])
-        if specialised:
-            plot_specialization(specialization, output / "specialization.png")
-            write_json(output / "specialization.json", specialization.counts())
-        record = {"config": config, "checkpoint_digest": digest, **numbers}
-        if data.task is not None:
-            write_json(output / "evaluation.json", record)
-            plot_recall(scores, output / "recall.png", seq_len, data.task.chance)
-            return numbers
-        write_json(output / "evaluation.json", {**record, "loss_by_position": score.loss_by_position})
-        chunk = model.config.attention.attention_chunk_size
-        # not loss_by_position.png: that is the picture of the task of this name, which may have the same directory
-        plot_loss_by_position(score.loss_by_position, output / "evaluation.png", trained_length, chunk)
-    return numbers
+
+
+def _write(
+    given: _Evaluation,
+    numbers: dict[str, Any],
+    score: LanguageModelScore,
+    recalled: dict[int, RecallScore],
+    specialization: Specialization,
+) -> None:
+    """Write numbers and pictures into the output directory."""
+    output = Path(given.config["output"])
+    if given.config["task"] == "specialization":
+        plot_specialization(specialization, output / "specialization.png")
+        write_json(output / "specialization.json", specialization.counts())
+    record = {"config": given.config, "checkpoint_digest": given.digest, **numbers}
+    if given.data.task is not None:  # most positions of its sequences have no loss, so none is shown by position
+        write_json(output / "evaluation.json", record)
+        plot_recall(recalled, output / "recall.png", given.seq_len, given.data.task.chance)
+        return
+    write_json(output / "evaluation.json", {**record, "loss_by_position": score.loss_by_position})
+    chunk = given.model.config.attention.attention_chunk_size
+    # not loss_by_position.png: that is the picture of the task of this name, which may have the same directory
+    plot_loss_by_position(score.loss_by_position, output / "evaluation.png", given.trained_length, chunk)
 
 
 PICTURES = ("evaluation.png", "recall.png", "specialization.png")
@@ -252,7 +303,7 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
         "cuda" if config["accelerator"] == "gpu" else "cpu",
     )
     output = Path(config["output"]) if config["output"] else None
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Console(emoji=False, stderr=True)) as progress:
         bar = progress.add_task(config["task"], total=None)
 
         def advance(done: int, total: int) -> None:
@@ -293,7 +344,7 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
     table = Table(
         Column("variant", overflow="fold"),
         *headings,
-        title=title,
+        title=escape(title),
         caption="within and beyond the training length; ± standard error",
     )
     for name, numbers in summary.items():
@@ -302,18 +353,18 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
             error = numbers.get(f"{key}_standard_error")
             cell = f"{numbers[key]:.4f}" if key in numbers else "-"
             cells.append(cell if error is None else f"{cell} ± {error:.4f}")
-        table.add_row(name, *cells)
+        table.add_row(escape(name), *cells)
     return table
 
 
 def _task(config: DictConfig) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(emoji=False, width=None if sys.stdout.isatty() else 120)
     if config.task not in ("score", "specialization"):
         summary = evaluate_long_context(plain(config))
         console.print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
         return
     numbers = evaluate(plain(config))
-    table = Table("measure", "value", title=str(config.checkpoint))
+    table = Table("measure", "value", title=escape(str(config.checkpoint)))
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)

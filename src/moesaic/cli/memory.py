@@ -88,7 +88,7 @@ def report(given: Mapping[str, Any]) -> Table:
 
 
 def _task(config: DictConfig) -> None:
-    Console().print(report(plain(config)))
+    Console(emoji=False).print(report(plain(config)))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ See conf/study.yaml. Runs that have a row in the results directory are not repea
 stopped.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from moesaic.checkout import checkout
-from moesaic.cli.common import launch, options_of, plain
+from moesaic.cli.common import launch, options_of, plain, typed
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
+from moesaic.overrides import command_line
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.report import PICTURES, write_study_report
 from moesaic.studies.runner import read_rows, run_study
-from moesaic.training.lightning_options import as_additions
 
 __all__ = ["main", "study"]
 
@@ -34,7 +33,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
         InputError: bad configuration, or results of another one in the directory.
         KeyboardInterrupt: a signal; what has finished is kept.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 160)
     if config["study"]["arms"] is None:
         known = [name for name in options_of("experiment") if name.startswith("study_")]
         raise InputError(f"experiment: give a study; must be one of {', '.join(known)}")
@@ -68,9 +67,8 @@ def default_results(name: str, working_folder: Path) -> Path:
     return Path("docs/studies" if working_folder == checkout() else "studies") / name
 
 
-def _task(config: DictConfig) -> None:
-    sys.exit(study(plain(config), shlex.join(["moesaic", "study", *sys.argv[1:]])))
-
-
 def main(arguments: Sequence[str]) -> None:
-    launch("study", as_additions(arguments), _task)
+    def task(config: DictConfig) -> None:
+        sys.exit(study(plain(config), command_line("study", *typed(arguments))))
+
+    launch("study", arguments, task)

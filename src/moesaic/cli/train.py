@@ -14,7 +14,6 @@ from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.files import write_json, write_yaml
 from moesaic.studies.sweep import write_report
-from moesaic.training.lightning_options import as_additions
 from moesaic.training.run import find_run, run
 from moesaic.training.starting import Found, is_finished
 
@@ -82,7 +81,7 @@ def _task(config: DictConfig) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     try:
-        launch("train", as_additions(arguments), _task)
+        launch("train", arguments, _task)
     finally:  # a sweep that was interrupted has a table too
         _report_sweeps()
 

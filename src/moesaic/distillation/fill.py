@@ -66,7 +66,9 @@ def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:
         windows = windows[~TargetCache.open(directory, identity.settings()).holds(keys)]
     missing, there = np.sort(windows) * identity.seq_len, len(keys) - len(windows)
     settings = ", ".join(f"{key} {value}" for key, value in form.settings().items())
-    console.print(f"teacher   {config['teacher']}, {sum(p.numel() for p in decoder.parameters()):,} parameters")
+    console.print(
+        f"teacher   {config['teacher']}, {sum(p.numel() for p in decoder.parameters()):,} parameters", markup=False
+    )
     console.print(f"targets   {settings}; {len(keys):,} windows of {identity.seq_len} tokens")
     if there:
         console.print(f"resumed   {there:,} of {len(keys):,} windows are there already")

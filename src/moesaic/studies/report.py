@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moesaic.config import flatten
@@ -46,9 +47,9 @@ def write_study_report(
     arms = summarize_study(study, rows)
     title = f"{base['name']}: {study.metric}, {'higher' if study.higher_is_better else 'lower'} is better"
     columns, lines = _table(study, base, arms)
-    table = Table(*columns, title=title)
+    table = Table(*map(escape, columns), title=escape(title))
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     console.print(table)
     verdicts = [arm.verdict for arm in arms if arm.verdict]
     notes = _notes(study, arms, rows)

@@ -114,7 +114,7 @@ def _fill_cache(cache: Mapping[str, Any], config: Mapping[str, Any], directory: 
         **cache,
         **{"directory": str(directory), "seq_len": seq_len, "data": config["data"]},
     }
-    found = fill_cache(settings, Console(soft_wrap=True, highlight=False))
+    found = fill_cache(settings, Console(emoji=False, soft_wrap=True, highlight=False))
     teacher = account(load_model(cache["teacher"]).config, seq_len)
     return {
         "status": "finished",

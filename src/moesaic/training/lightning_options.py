@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from moesaic.errors import InputError
 
-__all__ = ["DOUBLES", "TENSORBOARD", "as_additions", "option_names", "quiet_lightning", "require_options"]
+__all__ = ["DOUBLES", "TENSORBOARD", "option_names", "quiet_lightning", "require_options"]
 
 DOUBLES = {
     "max_steps": "training.steps",
@@ -43,15 +43,6 @@ TENSORBOARD = {
 def option_names() -> Collection[str]:
     """Names that `trainer.*` understands beside its own fields: those of Lightning's Trainer, refused doubles too."""
     return [name for name in inspect.signature(pl.Trainer.__init__).parameters if name != "self"] + list(DOUBLES)
-
-
-def as_additions(arguments: Sequence[str]) -> list[str]:
-    """Overrides for Hydra in which trainer.NAME=VALUE is ++trainer.NAME=VALUE.
-
-    Hydra would refuse the options of Lightning that conf/trainer does not list; `TrainerConfig` knows them, and what is
-    close to a name that nobody knows.
-    """
-    return [f"++{each}" if each.startswith("trainer.") and "=" in each else each for each in arguments]
 
 
 def quiet_lightning() -> None:

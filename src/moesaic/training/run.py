@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from moesaic.data import Data
 from moesaic.errors import CannotWrite
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
 from moesaic.interrupts import ignoring_warnings
+from moesaic.overrides import command_line, for_shell, override
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
 from moesaic.training.fit import Fitted, build, fit
@@ -28,7 +30,7 @@ from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
 from moesaic.training.starting import Found, find_run, is_finished
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
-__all__ = ["find_run", "fit_vocabulary", "run"]
+__all__ = ["find_run", "fit_vocabulary", "next_commands", "run"]
 
 
 def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     found = find_run(config)
     trainer = found.config.get("trainer")
     settle_rank(trainer if isinstance(trainer, Mapping) else {})
-    console = console or Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
+    console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
     if found.kind == "finished":
         return _tell_finished(found, console)
     with contextlib.ExitStack() as at_the_end, ignoring_warnings():
@@ -63,7 +65,7 @@ def _tell_finished(found: Found, console: Console) -> dict[str, Any]:
     checkpoint = found.run_dir / "checkpoints" / "last.ckpt"
     console.print(
         f"run_dir={str(found.run_dir)!r}: this run is finished, at step {metrics.get('steps')}; to train on, start a "
-        f"new one with ckpt_path={checkpoint} and more training.steps",
+        f"new one with {for_shell(override('ckpt_path', checkpoint))} and more training.steps",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -87,7 +89,7 @@ def _recorded(run_dir: Path, console: Console) -> Iterator[None]:
         how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
         if was_interrupted or isinstance(error, CannotWrite):
             console.print(f"{status['status']}; to {how}:", highlight=False)
-            command = shlex.join(["moesaic", "train", "resume=true", f"run_dir={run_dir}"])
+            command = resume_command(run_dir)
             console.print(f"  {command}", markup=False, soft_wrap=True, highlight=False)
         raise
 
@@ -116,7 +118,7 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
             metrics,
             prepared.data.facts.get("baselines", {}),
             text.read_text(encoding="utf-8") if fitted.has_verdict and text.is_file() else None,
-            _next_commands(run_dir, prepared.config, metrics),
+            next_commands(run_dir, prepared.config, metrics),
         )
     return metrics
 
@@ -149,9 +151,9 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
     assumed = [part for layer in accounted.layers for part in layer.assumed]
     if assumed:
         said = f"FLOPs of {', '.join(dict.fromkeys(assumed))}: two per element of every matrix, as it could not be run"
-        console.print(f"[bold]assumed[/] {said}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]assumed[/] {escape(said)}", highlight=False, soft_wrap=True)
     for line in describe_groups(module.decoder, config.optimizer).splitlines():
-        console.print(f"[bold]steps[/]   {line}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]steps[/]   {escape(line)}", highlight=False, soft_wrap=True)
     if prepared.why_precision:
         console.print(f"[bold]trainer[/] {config.trainer.precision}: {prepared.why_precision}", highlight=False)
 
@@ -220,20 +222,28 @@ def _suggested_rates(fitted: Fitted, console: Console) -> dict[str, float]:
     return {f"learning_rate_finder/{key}": rate for key, rate in {"factor": factor, **rates}.items()}
 
 
-def _next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) -> list[str]:
+def resume_command(run_dir: Path) -> str:
+    """The line that continues a run."""
+    return command_line("train", override("resume", True), override("run_dir", run_dir))
+
+
+def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) -> list[str]:
+    """Lines to paste after a run has ended like this."""
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    board = f"tensorboard --logdir {config.output_dir}"
+    board = shlex.join(["tensorboard", "--logdir", config.output_dir])
     if metrics["status"] == "stopped":
-        return [shlex.join(["moesaic", "train", "resume=true", f"run_dir={run_dir}"]), board]
+        return [resume_command(run_dir), board]
+    found = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("learning_rate_finder/")}
+    if factor := found.pop("factor", None):
+        rates = (override(key, float(f"{rate:.3g}")) for key, rate in found.items())
+        return [f"{command_line('train', *rates)}   # and your other keys: {factor:.3g}x the rates of this run", board]
     if config.data.make_task() is not None:
-        sweep = f"moesaic train -m experiment=recall data={config.data.source} seed=0,1,2"
-        mixers = "model.nope_layer_interval=0,1,2 model.attention.attention_chunk_size=null"
-        return [f"{sweep} {mixers}   # positions in all layers, in none, in every second", board]
-    return [
-        f"moesaic generate {checkpoint} 'import os'",
-        board,
-        "moesaic train -m model.dense_twin=false,true seed=0,1,2   # is the mixture worth it?",
-    ]
+        mixers = ("model.nope_layer_interval=0,1,2", "model.attention.attention_chunk_size=null")
+        task = f"data={config.data.source}"
+        sweep = command_line("train", "-m", "experiment=recall", task, "seed=0,1,2", *mixers)
+        return [f"{sweep}   # positions in all layers, in none, in every second", board]
+    twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
+    return [command_line("generate", checkpoint, "import os"), board, f"{twins}   # is the mixture worth it?"]
 
 
 def _peak_memory() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moesaic.distillation.opened import OpenedTargets
@@ -42,7 +43,8 @@ def print_summary(
     teacher: str | None = None,
 ) -> None:
     training = config.training
-    table = Table(title=f"{config.name}: {model.num_layers} layers, dim {model.dim}, vocabulary {model.vocab_size}")
+    shape = f"{model.num_layers} layers, dim {model.dim}, vocabulary {model.vocab_size}"
+    table = Table(title=f"{escape(config.name)}: {shape}")
     for column in ("layer", "token mixer", "channel mixer"):
         table.add_column(column)
     for column in ("parameters", "active", "MFLOP/token"):
@@ -69,7 +71,7 @@ def print_summary(
         f"[bold]memory[/]  weights {_bytes(weights)}, gradients {_bytes(weights)}, "
         f"optimiser at most {_bytes(account.optimizer_bytes())}, activations {_bytes(activations)} per step"
     )
-    source = facts.get("source", config.data.source)
+    source = escape(str(facts.get("source", config.data.source)))
     files = f", {facts['train_files']} files" if "train_files" in facts else ""
     console.print(
         f"[bold]data[/]    {source}{files}: {num_tokens['train']:,} training and {num_tokens['validation']:,} "
@@ -82,8 +84,8 @@ def print_summary(
         f"{config.schedule.name}, {config.trainer.precision}"
     )
     if teacher is not None:
-        console.print(f"[bold]teacher[/] {teacher}", highlight=False)
-    console.print(f"[bold]run[/]     {run_dir}", highlight=False)
+        console.print(f"[bold]teacher[/] {escape(teacher)}", highlight=False)
+    console.print(f"[bold]run[/]     {escape(str(run_dir))}", highlight=False, soft_wrap=True)
 
 
 def describe_teacher(opened: OpenedTargets | None, account: Account | None) -> str:
@@ -135,16 +137,18 @@ def print_verdict(
             f"load, {metrics[f'router/{layer}/dead_share']:.0%} of its experts dead"
         )
     if "stopped_by" in metrics:
-        console.print(f"[bold]stopped[/] at step {metrics['steps']:,}: {metrics['stopped_by']}", highlight=False)
+        console.print(
+            f"[bold]stopped[/] at step {metrics['steps']:,}: {escape(metrics['stopped_by'])}", highlight=False
+        )
     for warning in metrics["warnings"]:
-        console.print(f"[bold red]warning[/] {warning}", highlight=False)
+        console.print(f"[bold red]warning[/] {escape(warning)}", highlight=False)
     teacher = f" and {metrics['teacher_flops'] / 1e12:.2f} of the teacher" if "teacher_flops" in metrics else ""
     console.print(
         f"[bold]cost[/]    {metrics['tokens'] / 1e6:.2f}M tokens in {_duration(metrics['seconds'])}, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['active_flops'] / 1e12:.2f} TFLOP{teacher}, "
         f"peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    console.print(f"[bold]written[/] {run_dir}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]written[/] {escape(str(run_dir))}", highlight=False, soft_wrap=True)
     console.print("[bold]next[/]")
     for command in next_commands:
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
