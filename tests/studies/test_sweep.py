@@ -16,10 +16,18 @@ LOSS = "validation/loss"
 
 
 def make_run(
-    directory: Path, *, seed: int = 0, loss: float | None = None, status: str = "finished", age: int = 0, **config: Any
+    directory: Path,
+    *,
+    seed: int = 0,
+    loss: float | None = None,
+    status: str = "finished",
+    age: int = 0,
+    sections: dict[str, Any] | None = None,
+    **config: Any,
 ) -> Path:
     directory.mkdir(parents=True)
     plain = {"name": directory.name, "seed": seed, "model": {"dim": 8, **config}, "run_dir": str(directory)}
+    plain |= sections or {}
     (directory / "config.yaml").write_text(yaml.safe_dump(plain))
     if loss is not None or status != "finished":
         metrics = {"status": status, "seconds": 10.0, "parameters/total": 1000, "parameters/active": 500}
@@ -69,6 +77,53 @@ def test_failed_unfinished_damaged_and_missing_are_all_named(tmp_path: Path) -> 
     assert f"**damaged** {damaged}" in text
     assert f"**damaged** {unreadable} ((config unreadable), seed None): config.yaml:" in text
     assert "**missing** model.dim=8, model.top_k=2: no finished run with seed 1" in text
+
+
+def callback(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"callbacks": {"each": {"_target_": f"lightning.pytorch.callbacks.{name}", **arguments}}}
+
+
+def test_what_only_watches_a_run_makes_no_arm_of_it(tmp_path: Path) -> None:
+    watched: list[dict[str, Any]] = [
+        {},
+        {"logger": {}, "output_dir": "elsewhere", "sample": {"prompt": "x"}},
+        {"callbacks": {}, "training": {"log_every": 7, "checkpoint_every": 3}},
+        callback("LearningRateMonitor", logging_interval="step"),
+        {"trainer": {"threads": 3, "accelerator": "gpu", "strategy": "ddp", "profiler": "simple"}},
+        {"data": {"cache_dir": "other"}, "resume": True},
+    ]
+    for seed, sections in enumerate(watched):
+        make_run(tmp_path / f"{seed}", seed=seed, loss=1.0, sections=sections)
+    [row] = summarize_runs(collect_runs(tmp_path), LOSS)
+    assert (row.label, len(row.finished)) == ("(all equal)", len(watched))
+
+
+@pytest.mark.parametrize(
+    ("sections", "label"),
+    [
+        (callback("EMAWeightAveraging", decay=0.9), "callbacks.each._target_=lightning.pytorch.callbacks.EMAWeightAv"),
+        ({"training": {"log_every": 7, "steps": 5}}, "training.steps=5"),
+        ({"trainer": {"threads": 3, "precision": "bf16-mixed"}}, "trainer.precision=bf16-mixed"),
+        ({"trainer": {"devices": [0, 3]}}, "trainer.devices=2"),
+        ({"data": {"path": "other", "cache_dir": "other"}}, "data.path=other"),
+    ],
+)
+def test_what_changes_a_result_is_an_arm(sections: dict[str, Any], label: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "without", loss=1.0)
+    make_run(tmp_path / "with", loss=2.0, sections=sections)
+    assert summarize_runs(collect_runs(tmp_path), LOSS)[1].label.startswith(label)
+
+
+@pytest.mark.parametrize(("status", "why"), [("stopped", "time limit (x)"), ("finished", "early stopping: no gain")])
+def test_a_run_that_ended_early_counts_with_its_steps(status: str, why: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "whole", seed=0, loss=1.0, sections={"training": {"steps": 9}})
+    early = make_run(tmp_path / "early", seed=1, loss=2.0, sections={"training": {"steps": 9}})
+    metrics = json.loads((early / "metrics.json").read_text())
+    (early / "metrics.json").write_text(json.dumps({**metrics, "status": status, "steps": 4, "stopped_by": why}))
+    text = to_markdown(summarize_runs(collect_runs(tmp_path), LOSS), [LOSS])
+    assert "| (all equal) | 2 of 2 | 1.5000 ± " in text
+    assert f"**fewer steps** {early} ((all equal), seed 1): 4 of 9 steps, {why}" in text
+    assert "missing" not in text and f"**{status}**" not in text
 
 
 def test_repeats_of_a_seed_count_once_the_newest(tmp_path: Path) -> None:

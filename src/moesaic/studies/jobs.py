@@ -15,6 +15,7 @@ from moesaic.models import DecoderConfig
 from moesaic.models.custom import source_hashes
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import PREPARED, Cell, Overrides, StudyConfig, VariantConfig
+from moesaic.studies.defining import defining
 from moesaic.training.config import RunConfig
 
 __all__ = [
@@ -44,15 +45,6 @@ Row = dict[str, Any]
 
 Evaluation = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str, float]]
 """(checkpoint, run config, study.evaluation_options) -> numbers that join the metrics of the row."""
-
-NOT_COMPARED = frozenset(
-    {"name", "output_dir", "run_dir", "resume", "trainer.threads", "trainer.keep_freed_memory"}
-    | {"data.cache_dir", "data.path"}
-)
-"""Keys that say where a run happens, not what it computes (data are compared by their content hash)."""
-
-SECTIONS_NOT_COMPARED = ("sample", "logger")
-"""Sections that decide what is shown of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +126,8 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     run_config = from_mapping(RunConfig, config)
     model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}  # 1: as the data say
     whole = {**to_mapping(run_config), "model": to_mapping(from_mapping(DecoderConfig, model, "model"))}
-    compared = {
-        key: value
-        for key, value in flatten(whole).items()
-        if key not in NOT_COMPARED and key.split(".")[0] not in SECTIONS_NOT_COMPARED
-    }
+    compared = defining(whole)
+    del compared["data.path"]  # data are compared by their content hash
     return compared | {f"sources.{path}": digest for path, digest in sources_of(config).items()}
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import plot_curves, read_columns
 from moesaic.files import write_atomically
 from moesaic.formats import translate_run
 from moesaic.statistics import half_width, interval
+from moesaic.studies.defining import defining
 from moesaic.studies.tables import markdown_table, number
 
 __all__ = [
@@ -35,8 +35,11 @@ DEFAULT_METRICS = ("validation/bits_per_byte", "validation/loss")
 
 COSTS = ("seconds", "parameters/total", "parameters/active")
 
-NOT_AN_ARM = ("seed", "name", "run_dir", "output_dir", "resume", "ckpt_path", "model.format")
-"""Config keys that do not make a run another arm."""
+NOT_AN_ARM = ("seed", "ckpt_path", "model.format")
+"""Keys that define a run and yet do not make it another arm."""
+
+ENDED = ("finished", "stopped")
+"""Status of a run that has its numbers; one that a time limit or early stopping ended has fewer steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class SweepArm:
     label: str
     runs: tuple[Run, ...]
     finished: tuple[Run, ...]
-    """One per seed, the newest."""
+    """One per seed, the newest; also of those that ended before all steps."""
     set_aside: int
     """Finished runs of a seed that has a newer one."""
     missing_seeds: tuple[Any, ...]
@@ -100,14 +103,14 @@ def summarize_runs(runs: Sequence[Run], metric: str) -> list[SweepArm]:
         arms.setdefault(json.dumps(_arm(run), sort_keys=True, default=str), []).append(run)
     flat = [json.loads(arm) for arm in arms]
     differing = sorted({key for arm in flat for key in arm if any(arm.get(key) != other.get(key) for other in flat)})
-    seeds = {run.seed for run in runs if run.status == "finished"}
+    seeds = {run.seed for run in runs if run.status in ENDED}
     rows = []
-    for arm, (key, members) in zip(flat, arms.items(), strict=True):
+    for arm, members in zip(flat, arms.values(), strict=True):
         newest: dict[Any, Run] = {}
-        finished = [run for run in members if run.status == "finished"]
+        finished = [run for run in members if run.status in ENDED]
         for run in sorted(finished, key=lambda run: (run.directory / "metrics.json").stat().st_mtime):
             newest[run.seed] = run
-        if key == json.dumps({}):
+        if not members[0].config:
             label = "(config unreadable)"
         else:
             label = ", ".join(f"{name}={_plain(arm.get(name))}" for name in differing) or "(all equal)"
@@ -135,7 +138,11 @@ def to_markdown(rows: Sequence[SweepArm], metrics: Sequence[str]) -> str:
     notes = ["Mean ± half of the 95% interval over seeds (Student t); one seed has no interval."]
     for row in rows:
         for run in row.runs:
-            if run.status != "finished":
+            if why := run.metrics.get("stopped_by"):
+                wanted = run.config.get("training", {}).get("steps", "?")
+                steps = f"{run.metrics.get('steps', '?')} of {wanted} steps"
+                notes.append(f"**fewer steps** {run.directory} ({row.label}, seed {run.seed}): {steps}, {why}")
+            if run.status not in ENDED:
                 error = f": {run.metrics['error']}" if run.metrics.get("error") else ""
                 notes.append(f"**{run.status}** {run.directory} ({row.label}, seed {run.seed}){error}")
         if row.missing_seeds:
@@ -207,7 +214,7 @@ def _read(directory: Path) -> Run:
 
 
 def _arm(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in flatten(run.config).items() if key not in NOT_AN_ARM}
+    return {key: value for key, value in defining(run.config).items() if key not in NOT_AN_ARM and value != {}}
 
 
 def _plain(value: Any) -> str:
