@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from moesaic.config import flatten, from_mapping
 from moesaic.errors import InputError
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import canonical
 from moesaic.studies.plan import plan
+from moesaic.studies.report import write_study_report
 from moesaic.studies.runner import read_rows
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
@@ -79,3 +81,13 @@ def test_rows_of_a_later_version_are_refused(composed: Composed, tmp_path: Path)
     path.write_text("".join([json.dumps({**json.loads(first), "format": 99}) + "\n", *others]))
     with pytest.raises(InputError, match=r"rows\.jsonl:1: format=99: must be 1 to"):
         read_rows(path.parent, study, base)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_table_and_summary_are_what_the_rows_say(composed: Composed, name: str, tmp_path: Path) -> None:
+    study, base = shipped(composed, name)
+    rows = read_rows(DOCS / name, study, base)
+    command = f"moesaic study experiment=study_{name}"
+    write_study_report(study, base, rows, tmp_path, command, Console(quiet=True))
+    for made in ("table.md", "summary.json"):
+        assert (tmp_path / made).read_text(encoding="utf-8") == (DOCS / name / made).read_text(encoding="utf-8")
