@@ -88,7 +88,21 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(build(ROOT, "sdist", tmp_path / "sdist")) as file:
         file.extractall(tmp_path, filter="data")
     [source] = [path for path in tmp_path.iterdir() if path.name.startswith("moesaic-")]
-    assert (source / "tests" / "test_wheel.py").exists() and (source / "constraints.txt").exists()
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert [name for name in listed.split("\0") if name and not (source / name).exists()] == []
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "-m",
+        "not slow",
+        "tests/test_docs.py",
+        "tests/test_defaults.py",
+    ]
+    run(*tests, folder=source, PYTHONPATH=str(source / "src"))
     again = build(source, "wheel", tmp_path / "again")
     assert again.name == wheel.name
     assert contents(again) == contents(wheel)

@@ -13,10 +13,21 @@ from moesaic.checkout import CONFIG_DIR
 from moesaic.cli import COMMANDS, main
 from moesaic.cli.arguments import check_overrides, complete
 from moesaic.cli.bench import NAMES, flags_of
-from moesaic.cli.common import composed
+from moesaic.cli.common import composed, prepare
 from moesaic.cli.config_files import config_groups, default_options, help_text
 from moesaic.config import flatten
 from moesaic.errors import InputError
+
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "lightning", "rich", "matplotlib"]))  # an import of these fails
+from moesaic.cli import main
+for line in sys.argv[1:]:
+    try:
+        main(line.split(" "))
+    except SystemExit as stopped:
+        print(stopped.code, file=sys.stderr)
+"""
 
 QUICK = """
 import sys
@@ -45,6 +56,54 @@ def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]
     assert code == 2
     assert error.startswith("error: trian: unknown command (did you mean moesaic train?); must be one of train, ")
     assert "did you mean moesaic cache-targets?" in exit_of(["cache_targets"], capsys)[1]
+
+
+def test_typing_errors_are_answered_without_torch() -> None:
+    expected = {
+        "train training.stepz=5": "training.stepz: unknown key (did you mean training.steps?); must be one of ",
+        "study experiment=study_balance": "experiment=study_balance: no such option (did you mean study_balancing?)",
+        "memory small dtypo=x": "dtypo: unknown key (did you mean dtype?); must be one of ",
+        "generate a.ckpt hi ho": "ho: no place for this word; must be moesaic generate CHECKPOINT [PROMPT] ",
+        "train seed=0 -m --cgf job": "unrecognized arguments: --cgf job; moesaic train --help lists the flags",
+        "train seed=0 --cfg": "argument --cfg/-c: expected one argument; moesaic train --help lists the flags",
+        "report runs metrics=[a": "metrics=[a: cannot be read (",
+        "train data.path=Ünï/日本[x]": "data.path=Ünï/日本[x]: cannot be read (",
+        "train run_dir=a,b": "run_dir=a,b: several values are a sweep, which must have -m; one text must be in quotes "
+        "inside quotes: \"run_dir='a,b'\"",
+        "train experiment=recall,balancing": "experiment=recall,balancing: several values are a sweep, which must ",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *expected], capture_output=True, text=True, check=False, encoding="utf-8"
+    )
+    lines = done.stderr.splitlines()
+    assert lines[1::2] == ["2"] * len(expected), done.stderr
+    for line, message in zip(lines[::2], expected.values(), strict=True):
+        assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "flags", "overrides"),
+    [
+        ("train", ["training.steps=5", "-m", "seed=0,1"], ["-m"], ["training.steps=5", "seed=0,1"]),
+        ("train", ["seed=1", "--cfg", "job", "trainer.x=1"], ["--cfg", "job"], ["seed=1", "++trainer.x=1"]),
+        ("train", ["--config-dir=CONF", "seed=1"], ["--config-dir=CONF"], ["seed=1"]),
+        ("train", ["seed=1", "--config-dir", "CONF"], ["--config-dir", "CONF"], ["seed=1"]),
+        ("generate", ["--cfg", "job", "a.ckpt", "- x"], ["--cfg", "job"], ["checkpoint='a.ckpt'", "prompt='- x'"]),
+        ("generate", ["a.ckpt", "--", "--x"], [], ["checkpoint='a.ckpt'", "prompt='--x'"]),
+    ],
+)
+def test_flags_may_stand_anywhere(
+    name: str, arguments: list[str], flags: list[str], overrides: list[str], tmp_path: Path
+) -> None:
+    given = [argument.replace("CONF", str(tmp_path)) for argument in arguments]
+    found = prepare(name, given)
+    assert found == [*(flag.replace("CONF", str(tmp_path)) for flag in flags), *overrides]
+    assert found.typed == given
+
+
+def test_help_after_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "training.steps=5", "-m", "seed=0,1", "--help"])
+    assert capsys.readouterr().out.startswith("Train a model; -m for a sweep.\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

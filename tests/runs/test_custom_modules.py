@@ -1,5 +1,6 @@
 """Custom modules through training: what steps them, the record of their source, and what changed code does."""
 
+import csv
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,10 @@ def test_a_run_keeps_the_source_and_refuses_another(
     assert hashes.keys() == {"users_parts.Scan", "users_parts.Router"}
     assert checkpoint["moesaic"]["sources"] == hashes
     biases = [v for k, v in checkpoint["state_dict"].items() if k.endswith("router.expert_bias")]
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        shares = [float(row["router/layers.1.ffn/no_expert_share"] or "nan") for row in csv.DictReader(file)]
+    assert all(0 <= share <= 1 for share in shares if share == share)
+    assert any(share > 0 for share in shares), "some tokens have no expert"
     assert biases and all(bool(bias.abs().sum() > 0) for bias in biases), "balancing moved the custom router's bias"
     before = config_hash(config)
 

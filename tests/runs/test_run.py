@@ -83,6 +83,7 @@ def test_it_learns(composed: Composed) -> None:
     metrics = run(config)
     assert metrics["validation/bits_per_byte"] < 0.6 * metrics["baselines/byte unigram"]
     rows = read_csv(only_run(config) / "metrics.csv")
+    assert not any("no_expert" in column for column in rows[0]), "the router gives every token an expert"
     assert float(rows[-1]["tokens"]) == 80 * 8 * 64
     assert float(rows[0]["train/loss"]) == pytest.approx(math.log(257), rel=0.05)
 

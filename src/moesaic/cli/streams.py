@@ -12,7 +12,7 @@ __all__ = ["keep_going"]
 class _Surviving(io.FileIO):
     """A file descriptor whose first failed write sends all that follows to nowhere, also that of child processes."""
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def,override]
+    def write(self, data) -> int:  # type: ignore[no-untyped-def]
         try:
             return super().write(data) or 0
         except OSError as error:
@@ -47,6 +47,6 @@ def _surviving(stream: TextIO) -> IO[str]:
         io.BufferedWriter(_Surviving(raw.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
         errors="replace",
-        line_buffering=stream.line_buffering,  # type: ignore[attr-defined]
+        line_buffering=bool(stream.line_buffering),
         write_through=stream.write_through,  # type: ignore[attr-defined]
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.layers import Routing, count_tokens
 
-__all__ = ["DEAD_LOAD", "RoutingHealth", "expert_load", "load_health", "routing_health"]
+__all__ = ["DEAD_LOAD", "RoutingHealth", "expert_load", "load_health", "no_expert_share", "routing_health"]
 
 DEAD_LOAD = 0.01
 """An expert with less than this share of its ideal load counts as dead."""
@@ -39,6 +39,13 @@ def load_health(tokens_per_expert: Tensor) -> tuple[float, float]:
     """(max_violation, dead_share) of counts (E,)."""
     load = expert_load(tokens_per_expert)
     return load.max().item() - 1, (load < DEAD_LOAD).float().mean().item()
+
+
+@torch.no_grad()
+def no_expert_share(routing: Routing, valid: Tensor | None = None) -> float:
+    """Share of the tokens, of the `valid` (T,) ones, that no expert sees: every slot of theirs has the id E."""
+    skipped = (routing.expert_ids == routing.logits.size(1)).all(dim=1)
+    return (skipped if valid is None else skipped[valid]).float().mean().item()
 
 
 @torch.no_grad()

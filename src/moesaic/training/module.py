@@ -14,7 +14,7 @@ from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
 from moesaic.evaluation.language_modelling import LanguageModelScore
-from moesaic.evaluation.routing import routing_health
+from moesaic.evaluation.routing import no_expert_share, routing_health
 from moesaic.layers import Routing, count_tokens
 from moesaic.losses import (
     SoftWeight,
@@ -114,6 +114,11 @@ class LanguageModel(pl.LightningModule):
             self.logged_load[name] = counts + self.logged_load.get(name, 0)
         if self._is_logged(self.trainer.global_step + 1):
             self.log_book.health = {name: routing_health(decided, valid) for name, decided in routing.items()}
+            self.log_book.no_expert = {
+                name: no_expert_share(decided, valid)
+                for name, decided in routing.items()
+                if getattr(getattr(self.decoder.get_submodule(name), "router", None), "may_skip", True)
+            }
         return loss + self._balance_loss("train", routing, valid, self.step_load)
 
     def _codistillation_loss(

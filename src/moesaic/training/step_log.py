@@ -24,6 +24,8 @@ class StepLog:
         """Latest value of what is logged as it is: balance losses and gradient norms."""
         self.health: dict[str, RoutingHealth] = {}
         """Router health on the last micro-batch of a logged step."""
+        self.no_expert: dict[str, float] = {}
+        """Share of its tokens without any expert, in layers whose router may leave some."""
         self.nats = torch.zeros(())
         self.micro_batches = 0
 
@@ -55,6 +57,7 @@ class StepLog:
         row |= {name: value.item() for name, value in self.auxiliary.items()} | distillation
         for name, health in self.health.items():
             row |= {f"router/{name}/{measure}": value for measure, value in dataclasses.asdict(health).items()}
+        row |= {f"router/{name}/no_expert_share": share for name, share in self.no_expert.items()}
         self.nats = torch.zeros_like(self.nats)
         self.micro_batches = 0
         return row
