@@ -185,6 +185,9 @@ def test_experiments_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (shown["name"], shown["training"]["steps"]) == ("mine", 7)
     main(["compare", "--config-dir", str(folder), "a=", "b=experiment=mine", "rounds=0", "model.vocab_size=300"])
     assert "moesaic train model.vocab_size=300 experiment=mine" in capsys.readouterr().out
+    (folder / "experiment" / "broken.yaml").write_text("name: [\n")
+    with pytest.raises(InputError, match=r"a file must be YAML: while parsing.*broken\.yaml"):
+        check_overrides("train", ["experiment=broken"], str(folder))
     (folder / "experiment" / "recall.yaml").touch()
     assert (
         "recall.yaml: Moesaic has experiment=recall already"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -197,13 +198,20 @@ def _check_options(override: Override, options: Sequence[str]) -> None:
 
 
 def compose_with(folder: str | Path | None, config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """What Hydra composes, with the user's own config files in `folder`."""
+    """What Hydra composes, with the user's own config files in `folder`.
+
+    Raises:
+        InputError: one of these files is no YAML.
+        HydraException: it cannot be composed.
+    """
     more = [f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]"] if folder else []
     outer = GlobalHydra.instance().hydra  # of the command that asks
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return compose(config_name, [*more, *overrides])
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config-dir {folder}: a file must be YAML: {' '.join(str(error).split())}") from error
     finally:
         GlobalHydra.instance().hydra = outer
 

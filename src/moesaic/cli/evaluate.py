@@ -64,7 +64,7 @@ class _Evaluation:
     data: Data
     seq_len: int
     digest: str | None
-    """Of the checkpoint; None without an output."""
+    """Hash of the checkpoint; None without an output."""
 
     @property
     def split(self) -> TokenStream:
