@@ -18,6 +18,7 @@ __all__ = [
     "lock",
     "remove_partials",
     "require_disk_space",
+    "staging_folder",
     "sync",
     "write_atomically",
     "write_json",
@@ -74,6 +75,29 @@ def atomic(path: Path) -> Iterator[Path]:
                 partial.unlink()
             raise
         sync(path.parent)  # the name as well
+
+
+@contextlib.contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` for files that move there together; it is gone at the end.
+
+    A kill leaves it, under one name, and the next call begins with an empty one.
+
+    Raises:
+        CannotWrite: the disk is full or read-only.
+        InputError: another process is writing to the same target.
+    """
+    staging = target.with_name(f".{target.name}.partial")
+    with writing(target):
+        staging.mkdir(exist_ok=True)
+        with lock(staging, f"{target}: another process is writing it"):
+            for left in staging.iterdir():
+                if left.name != LOCK:
+                    left.unlink()
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def append(path: Path, text: str) -> None:

@@ -145,6 +145,16 @@ def test_what_stands_beside_the_weights_comes_back(source: Path, tmp_path: Path)
     assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == ([7, 9], 5, 1)
 
 
+def test_what_a_killed_conversion_left_does_not_come_along(source: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".written.partial"
+    left.mkdir()
+    (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    to_hf(from_hf(source), tmp_path / "written")
+    assert not left.exists()
+    assert not (tmp_path / "written" / "model-00001-of-00002.safetensors").exists()
+    from_hf(tmp_path / "written")
+
+
 def test_nothing_is_shared_with_the_source(source: Path) -> None:
     model = llama4()
     decoder = from_hf(model)

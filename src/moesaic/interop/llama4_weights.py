@@ -8,9 +8,7 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moesaic.errors import InputError
-from moesaic.files import sync, write_atomically, write_json
+from moesaic.files import LOCK, staging_folder, sync, write_atomically, write_json, writing
 from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 
@@ -201,9 +199,9 @@ def to_hf(
     config = config_to_hf(decoder.config, json.loads(decoder.foreign_files.get("config.json", "{}")), written_dtype)
 
     shards = _shards(parameters, dtype, max_shard_bytes)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(target) as staging:
         done = 0
         for file_name, names in shards.items():
 
@@ -224,10 +222,9 @@ def to_hf(
         write_json(staging / "config.json", config)
         target.mkdir(exist_ok=True)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(target / file.name)
+            if file.name != LOCK:
+                file.replace(target / file.name)
         sync(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---- matching names
