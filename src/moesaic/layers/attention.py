@@ -147,17 +147,29 @@ class ShortConvolution(nn.Module):
         """0: elementwise work is not counted."""
         return 0.0
 
-    def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, L, C) after tail (B, width - 1, C) (None: zeros) -> y (B, L, C) and the next tail."""
-        length = x.size(1)
+    def forward(self, x: Tensor, tail: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, L, C) after tail (B, width - 1, C) (None: zeros) -> y (B, L, C) and the next tail.
+
+        Args:
+            mask: (B, L) bool, False for padding. A real token then meets the real tokens before it, wherever padding
+                stands, and the next tail is of each row's last real tokens. What comes out for padding means nothing.
+        """
+        before, length = self.width - 1, x.size(1)
         if tail is None:
-            tail = x.new_zeros(x.size(0), self.width - 1, x.size(2))
-        padded = torch.cat((tail, x), dim=1)
+            tail = x.new_zeros(x.size(0), before, x.size(2))
+        known = torch.cat((tail, x), dim=1)
+        if mask is not None:  # sorted to the front, before the tail, padding is out of every token's reach
+            order = F.pad(mask, (before, 0), value=True).to(torch.uint8).argsort(dim=1, stable=True)
+            known = known.gather(1, order[:, :, None].expand_as(known))
+            x = known[:, before:]
         y = x
         for i in range(self.width):
-            start = self.width - 1 - i
-            y = torch.addcmul(y, self.weight[i].to(x.dtype), padded[:, start : start + length])
-        return y, padded[:, length:]
+            start = before - i
+            y = torch.addcmul(y, self.weight[i].to(x.dtype), known[:, start : start + length])
+        if mask is not None:
+            place = order.argsort(dim=1)[:, before:].sub(before).clamp(min=0)
+            y = y.gather(1, place[:, :, None].expand_as(y))
+        return y, known[:, length:]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) -> Tensor:
@@ -347,8 +359,9 @@ class Attention(nn.Module):
         """x (B, L, D) -> (B, L, D); with a cache, x continues the tokens that the cache has seen.
 
         Args:
-            attention_mask: (B, S) bool over all S tokens so far, those in the cache and x; False for padding, which
-                nothing attends to. Positions count padding too, as in transformers' Llama 4.
+            attention_mask: (B, S) bool over all S tokens so far, those in the cache and x; False for padding. Padding
+                changes nothing at real tokens, whatever stands there. Positions count padding too, as in transformers'
+                Llama 4. The short convolution does not: it takes the real tokens as if they stood side by side.
 
         Raises:
             ValueError: a mask of another shape, or given to some but not all of the calls on one cache.
@@ -363,10 +376,11 @@ class Attention(nn.Module):
             if start and cache.masked != (attention_mask is not None):
                 raise ValueError("attention_mask: give it to all calls on one cache, or to none")
             cache.masked = attention_mask is not None
+        is_real = None if attention_mask is None else attention_mask[:, start:]
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             tail = None if cache is None else cache.convolution_tail
-            qkv, tail = self.conv(torch.cat((q, k, v), dim=-1), tail)
+            qkv, tail = self.conv(torch.cat((q, k, v), dim=-1), tail, is_real)
             q, k, v = qkv.split((q.size(-1), k.size(-1), v.size(-1)), dim=-1)
             if cache is not None:
                 cache.convolution_tail = tail
@@ -380,6 +394,8 @@ class Attention(nn.Module):
         if self.temperature is not None:
             q = (q * self.temperature(positions)[:, None, None]).to(q.dtype)
         q, k, v = (rearrange(y, "b l n h -> b n l h") for y in (q, k, v))
+        if is_real is not None:  # a weight of 0 would not hide inf and nan
+            k, v = (y.masked_fill(~is_real[:, None, :, None], 0) for y in (k, v))
         if cache is not None:
             k, v = cache.append(k, v)
         if attention_mask is None:

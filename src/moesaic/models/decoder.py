@@ -21,6 +21,7 @@ from moesaic.layers import (
     Routing,
     TopKRouter,
     UniformRouter,
+    count_tokens,
 )
 from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
@@ -129,7 +130,10 @@ class Decoder(nn.Module):
 
         Args:
             attention_mask: (B, S) over all S tokens so far, those in the cache and the new ones; 0 or False for
-                padding, which no token attends to (see `Attention.forward`). Padding is routed as any token.
+                padding, which changes nothing at real tokens (see `Attention.forward`).
+
+        Padding runs through every layer and is routed as any token. The `tokens_per_expert` of the routing leave it
+        out; a loss of `moesaic.losses` leaves it out with `valid=attention_mask.flatten()`.
         """
         hidden, routing = self.hidden_states(tokens, cache, attention_mask)
         return DecoderOutput(self.head(hidden), routing)
@@ -164,8 +168,10 @@ class Decoder(nn.Module):
             attention_mask = attention_mask.bool()
             if cache is None and attention_mask.shape == x.shape[:2] and bool(attention_mask.all()):
                 attention_mask = None  # nothing to hide: the faster path
+        is_real = None
         if attention_mask is not None:
             self._require_padding_support()
+            is_real = attention_mask[:, attention_mask.size(1) - x.size(1) :].flatten()
         routing: dict[str, Routing] = {}
         for i, block in enumerate(self.layers):
             if self.checkpoint_activations and self.training and cache is None:
@@ -173,7 +179,7 @@ class Decoder(nn.Module):
             else:
                 x, decided = block(x, None if cache is None else cache[i], attention_mask)
             if decided is not None:
-                routing[f"layers.{i}.ffn"] = decided
+                routing[f"layers.{i}.ffn"] = decided if is_real is None else _count_real(decided, is_real)
         return self.norm(x), routing
 
     def _require_padding_support(self) -> None:
@@ -363,6 +369,11 @@ def _require_mixer(mixer: nn.Module, config: DecoderConfig, where: str) -> None:
             f"{where}: its forward{inspect.signature(mixer.forward)} has no support for padding; it must take (x, "
             "cache=None, attention_mask=None). (x) alone is enough without make_cache and without model.padding_token"
         )
+
+
+def _count_real(routing: Routing, is_real: Tensor) -> Routing:
+    """`routing` with the counts of those tokens alone that `is_real` (T,) names."""
+    return routing._replace(counts=count_tokens(routing.expert_ids, routing.logits.size(1), is_real))
 
 
 def _takes(mixer: nn.Module, count: int) -> bool:
