@@ -188,8 +188,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) 
         (B, N, L, H).
     """
     queries, past = q.size(2), k.size(2) - q.size(2)
-    if chunk is None or k.size(2) <= chunk:
+    if chunk is None or (not torch.compiler.is_exporting() and k.size(2) <= chunk):
         return _lower_right_causal(q, k, v)
+    if torch.compiler.is_exporting():  # one graph for every length cannot be cut into chunks
+        key_at, query_at = (torch.arange(x.size(2), device=q.device) for x in (k, q))
+        query_at = query_at[:, None] + past
+        return _attend(q, k, v, (key_at <= query_at) & (key_at // chunk == query_at // chunk))
     if past % chunk:  # finish the chunk that the cache has begun
         begin = past - past % chunk
         first = min(chunk - past % chunk, queries)
@@ -247,10 +251,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int |
 
 def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     queries, keys = q.size(2), k.size(2)
-    mask = None
-    if 1 < queries < keys:  # several tokens after a cache; one query may see everything, equal lengths use is_causal
+    mask, is_causal = None, False
+    if queries == keys:  # a branch, because a compiler's comparison is no bool, which the kernel wants
+        is_causal = True
+    elif queries > 1:  # several tokens after a cache; one query may see everything, equal lengths use is_causal
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return _attend(q, k, v, mask, is_causal=queries == keys)
+    return _attend(q, k, v, mask, is_causal)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
@@ -260,10 +266,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if trains and q.device.type == "cpu" and dtype.itemsize == 2 and k.size(2) * k.size(3) <= 16384:
         q, k, v = q.float(), k.float(), v.float()
+    shares_heads = True if q.size(1) != k.size(1) else False  # noqa: SIM210: a compiler's comparison is no bool
     with torch.autocast(q.device.type, enabled=False):  # it would cast back
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1)
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
     return y.to(dtype)
 
 

@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks of (token mixer, channel mixer), final norm, head."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -75,7 +76,8 @@ class Decoder(nn.Module):
         dim: model width D.
         blocks: the layers, in order.
         norm_eps: of the final norm.
-        tie_embeddings: use the embedding as the head's weight.
+        tie_embeddings: use the embedding as the head's weight. They stay one parameter after loading, `to_empty` and
+            the like. A state dict may hold both or one of them; two that differ are refused.
         checkpoint_activations: recompute each block in backward instead of keeping its activations.
         padding_token: id whose embedding gets no gradient; None for none.
     """
@@ -109,8 +111,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.head = nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
-        if tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie_embeddings = tie_embeddings
+        self.register_load_state_dict_post_hook(_tie)
+        _tie(self)
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +125,22 @@ class Decoder(nn.Module):
 
     def parameter_kinds(self) -> dict[str, ParameterKind]:
         return {"head.weight": "output"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        super()._apply(fn, recurse)
+        _tie(self)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        both = [f"{prefix}{name}.weight" for name in ("embedding", "head")]
+        found = [state_dict[name] for name in both if name in state_dict]
+        if self.tie_embeddings and found:
+            if not found[0].is_meta and not torch.equal(found[0], found[-1]):
+                raise InputError(
+                    f"{both[0]} and {both[1]} differ: a decoder with tie_embeddings needs them to be equal"
+                )
+            state_dict |= dict.fromkeys(both, found[0])  # of a copy, which torch has made
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(
         self, tokens: Tensor, cache: list[Any] | None = None, attention_mask: Tensor | None = None
@@ -195,6 +214,12 @@ class Decoder(nn.Module):
         """One cache per layer; None if a mixer (a user's own) has no `make_cache`."""
         makers = [getattr(block.mixer, "make_cache", None) for block in self.layers]
         return None if None in makers else [make_cache() for make_cache in makers if make_cache]
+
+
+def _tie(decoder: Decoder, *_: Any) -> None:
+    """Make the weight of a tied head the embedding again: torch may have made a parameter of its own for each."""
+    if decoder.tie_embeddings and decoder.head.weight is not decoder.embedding.weight:
+        decoder.head.weight = decoder.embedding.weight
 
 
 def build_decoder(
