@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from moesaic.layers.checks import require_dtype, require_flags, require_last, require_numbers, require_sizes
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.part import ParameterKind
 from moesaic.layers.rotary import RotaryEmbedding
@@ -38,12 +39,10 @@ class AttentionTemperature:
     scalable_softmax: float | None = None
 
     def __post_init__(self) -> None:
-        if self.floor_scale < 1:
-            raise ValueError(f"floor_scale={self.floor_scale}: must be a number >= 1")
-        if self.attn_scale < 0:
-            raise ValueError(f"attn_scale={self.attn_scale}: must be a number >= 0")
-        if self.scalable_softmax is not None and self.scalable_softmax <= 0:
-            raise ValueError(f"scalable_softmax={self.scalable_softmax}: must be a number > 0, or null")
+        require_sizes(floor_scale=self.floor_scale)
+        require_numbers(attn_scale=self.attn_scale)
+        if self.scalable_softmax is not None:
+            require_numbers(above=True, scalable_softmax=self.scalable_softmax)
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions (L,) -> factors (L,) in fp32."""
@@ -132,8 +131,8 @@ class ShortConvolution(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width={width}: must be a number >= 1")
+        require_sizes(channels=channels, width=width)
+        require_dtype(dtype)
         self.width = width
         self.weight = nn.Parameter(torch.zeros(width, channels, device=device, dtype=dtype))
 
@@ -266,7 +265,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if trains and q.device.type == "cpu" and dtype.itemsize == 2 and k.size(2) * k.size(3) <= 16384:
         q, k, v = q.float(), k.float(), v.float()
-    shares_heads = True if q.size(1) != k.size(1) else False  # noqa: SIM210: a compiler's comparison is no bool
+    shares_heads = True if q.size(1) != k.size(1) else False  # noqa: SIM210  (a compiler's comparison is no bool)
     with torch.autocast(q.device.type, enabled=False):  # it would cast back
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
     return y.to(dtype)
@@ -316,18 +315,22 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        require_sizes(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        require_sizes(0, conv_width=conv_width)
+        require_flags(qk_norm=qk_norm, bias=bias)
+        require_numbers(norm_eps=norm_eps)
+        require_dtype(dtype)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_heads={num_heads}: must be a positive multiple of num_kv_heads={num_kv_heads}")
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(f"num_heads={num_heads}: must divide dim={dim} where head_dim is not given")
             head_dim = dim // num_heads
+        require_sizes(head_dim=head_dim)
         if rotary is not None and rotary.head_dim != head_dim:
             raise ValueError(f"rotary.head_dim={rotary.head_dim}: must equal head_dim={head_dim}")
-        if attention_chunk_size is not None and attention_chunk_size < 1:
-            raise ValueError(f"attention_chunk_size={attention_chunk_size}: must be a number >= 1, or None")
-        if conv_width < 0:
-            raise ValueError(f"conv_width={conv_width}: must be a number >= 0")
+        if attention_chunk_size is not None:
+            require_sizes(attention_chunk_size=attention_chunk_size)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -371,6 +374,9 @@ class Attention(nn.Module):
         Raises:
             ValueError: a mask of another shape, or given to some but not all of the calls on one cache.
         """
+        if x.dim() != 3:
+            raise ValueError(f"Attention: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
+        require_last(x, self.q_proj.in_features, "Attention")
         start = 0 if cache is None else cache.length
         if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
             raise ValueError(

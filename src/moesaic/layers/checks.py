@@ -1,6 +1,7 @@
 """Refusal of sizes, numbers and inputs that would fail late, or not at all."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -17,15 +18,13 @@ def require_sizes(least: int = 1, **sizes: Any) -> None:
         ValueError: a smaller number.
     """
     for name, value in sizes.items():
-        if isinstance(value, torch.SymInt):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}={value!r}: must be an integer >= {least}")
         if value < least:
             raise ValueError(f"{name}={value!r}: must be a number >= {least}")
 
 
-def require_numbers(least: float = 0.0, above: bool = False, **numbers: Any) -> None:
+def require_numbers(least: float = 0.0, above: bool = False, **values: Any) -> None:
     """Raise unless each is a finite number of at least `least`, or `above` it.
 
     Raises:
@@ -33,8 +32,8 @@ def require_numbers(least: float = 0.0, above: bool = False, **numbers: Any) -> 
         ValueError: nan, an infinity, or a smaller number.
     """
     allowed = f"a number {'>' if above else '>='} {least:g}"
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}: must be {allowed}")
         if not math.isfinite(value) or value < least or (above and value == least):
             raise ValueError(f"{name}={value!r}: must be {allowed}")

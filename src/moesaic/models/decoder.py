@@ -24,6 +24,7 @@ from moesaic.layers import (
     UniformRouter,
     count_tokens,
 )
+from moesaic.layers.checks import require_dtype, require_flags, require_sizes
 from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
@@ -104,6 +105,11 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_sizes(vocab_size=vocab_size, dim=dim)
+        require_flags(tie_embeddings=tie_embeddings, checkpoint_activations=checkpoint_activations)
+        require_dtype(dtype)
+        if padding_token is not None:
+            require_sizes(0, padding_token=padding_token)
         self.vocab_size = vocab_size
         self.checkpoint_activations = checkpoint_activations
         self.foreign_files = {}
@@ -158,7 +164,20 @@ class Decoder(nn.Module):
         return DecoderOutput(self.head(hidden), routing)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) int64 -> (B, L, D), what `hidden_states` takes as `embeddings`."""
+        """tokens (B, L) int64 -> (B, L, D), what `hidden_states` takes as `embeddings`.
+
+        Raises:
+            ValueError: another shape or dtype, or on a CPU an id outside the vocabulary.
+        """
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}: must be (batch, tokens) of torch.int64"
+            )
+        if tokens.numel() and _has_values(tokens):
+            low, high = (int(each) for each in tokens.aminmax())
+            if low < 0 or high >= self.vocab_size:
+                wrong = low if low < 0 else high
+                raise ValueError(f"token id {wrong}: the vocabulary has ids 0 to {self.vocab_size - 1}")
         return self.embedding(tokens)
 
     def hidden_states(
@@ -176,7 +195,7 @@ class Decoder(nn.Module):
             embeddings: (B, L, D) in place of tokens, for inputs that are not all text.
 
         Raises:
-            ValueError: both of them, or neither.
+            ValueError: both of them, or neither; tokens that `embed` refuses.
             InputError: padding, where a custom mixer cannot hide it.
         """
         if (tokens is None) == (embeddings is None):
@@ -214,6 +233,12 @@ class Decoder(nn.Module):
         """One cache per layer; None if a mixer (a user's own) has no `make_cache`."""
         makers = [getattr(block.mixer, "make_cache", None) for block in self.layers]
         return None if None in makers else [make_cache() for make_cache in makers if make_cache]
+
+
+def _has_values(tokens: Tensor) -> bool:
+    """Whether looking at them costs nothing: no wait for a GPU, no break in a graph."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tokens.device.type == "cpu" and type(tokens) is Tensor and not traced
 
 
 def _tie(decoder: Decoder, *_: Any) -> None:
