@@ -246,8 +246,22 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
     return [command_line("generate", checkpoint, "import os"), board, f"{twins}   # is the mixture worth it?"]
 
 
+def _forget_peak_memory() -> None:
+    """Begin the peak anew: a process may have done other runs before, as in a sweep."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # another system than Linux, or a kernel that forbids it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def _peak_memory() -> int:
+    """Bytes of this run at most; on other systems than Linux, of the process so far."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+        if peaks:
+            return peaks[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
