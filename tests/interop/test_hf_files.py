@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from moesaic.errors import InputError
-from moesaic.interop import check_hf, config_from_hf, from_hf, to_hf
+from moesaic.interop import accelerate, check_hf, config_from_hf, from_hf, to_hf
 from moesaic.layers import AttentionTemperature
 from moesaic.models import Decoder, build_decoder, llama4_maverick, llama4_scout, llama4_toy
 
@@ -479,6 +479,19 @@ def test_another_head_than_the_tied_one_is_refused(tmp_path: Path) -> None:
     rewrite(file, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
     with pytest.raises(InputError, match=r"lm_head\.weight differs from the embedding"):
         from_hf(tmp_path)
+
+
+def test_tied_models_stay_tied_on_every_way(tmp_path: Path) -> None:
+    model = accelerate(llama4(tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "theirs")
+    decoder = from_hf(model)
+    to_hf(decoder, tmp_path / "ours")
+    assert_same_weights(weights(tmp_path / "ours"), weights(tmp_path / "theirs"))
+    back = accelerate(AutoModelForCausalLM.from_pretrained(tmp_path / "ours"))
+    for each in (model, back):
+        assert each.lm_head.weight is each.model.embed_tokens.weight
+    for each in (decoder, from_hf(tmp_path / "theirs"), from_hf(back)):
+        assert each.head.weight is each.embedding.weight
 
 
 def test_models_without_data_are_refused(tmp_path: Path) -> None:

@@ -328,3 +328,23 @@ def test_hidden_states_build_no_logits() -> None:
     with OutputSizes() as sizes:
         decoder.hidden_states(tokens)
     assert sizes.largest < 2 * LENGTH * 1000
+
+
+@pytest.mark.parametrize("pieces", [None, [5, 1, 1, 6], [1] * LENGTH])
+def test_padding_changes_no_logit_and_counts_nowhere(pieces: list[int] | None) -> None:
+    decoder = build(config({"conv_width": 3, "bias": True, "temperature": None}))  # which counts padding
+    tokens, padding = text(2), 5
+    alone, routing = decoder(tokens[:1, padding:])
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[0, :padding] = 0
+    for content in (0, VOCAB - 1):
+        tokens[0, :padding] = content
+        logits, counts, end, cache = [], torch.zeros(4, dtype=torch.int64), 0, decoder.make_cache()
+        for piece in pieces or [LENGTH]:
+            begin, end = end, end + piece
+            found = decoder(tokens[:, begin:end], cache if pieces else None, mask[:, :end])
+            logits.append(found.logits)
+            counts = counts + found.routing["layers.1.ffn"].tokens_per_expert
+        assert_close(torch.cat(logits, dim=1)[:1, padding:], alone, 1e-6, "logits")
+        mate = decoder(tokens[1:]).routing["layers.1.ffn"].tokens_per_expert
+        assert counts.tolist() == (routing["layers.1.ffn"].tokens_per_expert + mate).tolist()

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from moesaic.config import to_mapping
+from moesaic.data import with_step_counts
 from moesaic.models import DecoderConfig, MoEConfig, llama4_toy
 from moesaic.training.config import BalanceConfig, RunConfig, TrainerConfig, TrainingConfig
 from moesaic.training.module import LanguageModel
@@ -38,6 +39,8 @@ def make(
 
 def fit(module: LanguageModel, data: list[Batch], validation: list[Batch] | None = None) -> LanguageModel:
     training = module.config.training
+    steps = [data[i : i + training.accumulate] for i in range(0, len(data), training.accumulate)]
+    data = [batch for step in steps for batch in with_step_counts(step)]
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=len(data) // training.accumulate,

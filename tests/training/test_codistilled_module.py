@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import distributed
 
 from moesaic.config import from_mapping, to_mapping
+from moesaic.data import with_step_counts
 from moesaic.distillation import FrozenTeacher, weights_hash
 from moesaic.distillation.config import DistillationConfig, teacher_mapping
 from moesaic.errors import InputError
@@ -115,6 +116,10 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    accumulate = module.config.training.accumulate
+    if accumulate > 1:
+        steps = [data[i : i + accumulate] for i in range(0, len(data), accumulate)]
+        data = [batch for step in steps for batch in with_step_counts(step)]
     trainer.fit(module, Shared(data), None if validation is None else Shared(validation))
     return rows
 

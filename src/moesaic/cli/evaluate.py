@@ -94,7 +94,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     score = _score(given, decoder, watchers)
     if config["task"] == "specialization" and not score.tokens_per_expert:
         raise InputError(f"task=specialization: {config['checkpoint']} has no MoE layers")
-    numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
+    numbers: dict[str, Any] = {"tokens": score.num_tokens, "seq_len": given.seq_len}  # a loss depends on its windows
+    numbers |= {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
     for watcher in watchers:

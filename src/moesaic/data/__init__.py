@@ -1,7 +1,7 @@
 """Text to batches: corpora, tokenisers, token streams on disk, loaders; and recall tasks, which need no text."""
 
 from moesaic.data.corpora import Corpus, Document
-from moesaic.data.loaders import EvaluationLoader, TrainingLoader
+from moesaic.data.loaders import EvaluationLoader, TrainingLoader, with_step_counts
 from moesaic.data.splits import AnyEvaluationLoader, AnyTrainingLoader, evaluation_loader, training_loader
 from moesaic.data.streams import Data, DataConfig, TokenStream, load_data
 from moesaic.data.tasks import Task, TaskEvaluationLoader, TaskTrainingLoader
@@ -36,4 +36,5 @@ __all__ = [
     "token_strings",
     "tokenizer_from_dict",
     "training_loader",
+    "with_step_counts",
 ]

@@ -1,7 +1,7 @@
 """Batches of windows: for training a pure function of (seed, batch number), for evaluation every token once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic.data.tokenizers import Ids
 from moesaic.errors import InputError
 
-__all__ = ["EvaluationLoader", "ResumableLoader", "TrainingLoader", "windows_at"]
+__all__ = ["EvaluationLoader", "ResumableLoader", "TrainingLoader", "windows_at", "with_step_counts"]
 
 Batch = dict[str, Tensor]
 
@@ -30,8 +30,28 @@ def windows_at(tokens: Ids, starts: npt.NDArray[np.int64], seq_len: int) -> Batc
     }
 
 
+def with_step_counts(micro_batches: Sequence[Batch]) -> list[Batch]:
+    """The micro-batches of one optimizer step on one rank, each with what all of them hold together.
+
+    Means over the step need these numbers before its first backward.
+
+    Returns:
+        the batches with "step_labels", labels other than -100, and "step_tokens", valid tokens; both () int64.
+    """
+    labels = torch.stack([(batch["labels"] != -100).sum() for batch in micro_batches]).sum()
+    tokens = torch.stack(
+        [
+            batch["valid"].sum() if "valid" in batch else labels.new_full((), batch["tokens"].numel())
+            for batch in micro_batches
+        ]
+    ).sum()
+    return [{**batch, "step_labels": labels, "step_tokens": tokens} for batch in micro_batches]
+
+
 class ResumableLoader(ABC):
     """num_batches batches, of which batch i needs no memory of those before it: its only state is what comes next.
+
+    Where `accumulate` of them make an optimizer step, they come `with_step_counts`.
 
     Args:
         batch_size: B, per rank.
@@ -43,6 +63,7 @@ class ResumableLoader(ABC):
         self.num_batches = num_batches
         self.rank = rank
         self.world_size = world_size
+        self.accumulate = 1
         self._next_batch = 0
         self._offset = 0
         """What to add to the numbers of examples, in a run whose batches had another size before."""
@@ -53,9 +74,19 @@ class ResumableLoader(ABC):
     def __iter__(self) -> Iterator[Batch]:
         if self._next_batch >= self.num_batches:  # whoever asks again would ask for ever
             raise RuntimeError(f"all {self.num_batches} batches have been used, and training is not over")
+        step, micro_batches = -1, list[Batch]()
         while self._next_batch < self.num_batches:
+            i = self._next_batch
             self._next_batch += 1
-            yield self.batch(self._next_batch - 1)
+            if self.accumulate == 1:
+                yield self.batch(i)
+                continue
+            if i // self.accumulate != step:
+                step = i // self.accumulate
+                first = step * self.accumulate
+                numbers = range(first, min(first + self.accumulate, self.num_batches))
+                micro_batches = with_step_counts([self.batch(each) for each in numbers])
+            yield micro_batches[i % self.accumulate]
 
     @abstractmethod
     def batch(self, i: int) -> Batch:

@@ -182,7 +182,7 @@ def to_hf(
     target = Path(directory)
     if decoder.config is None:
         raise InputError("this decoder has no config: only decoders of build_decoder can be written")
-    parameters = {hf_name(name): p for name, p in decoder.named_parameters()}  # a tied head is named once
+    parameters = {hf_name(name): p for name, p in decoder.named_parameters(remove_duplicate=False)}
     for name, p in parameters.items():
         if p.is_meta:
             raise InputError(f"{name}: on the meta device, it has no data to write")
@@ -190,6 +190,10 @@ def to_hf(
             raise InputError(
                 f"{name}: found dtype {dtype or p.dtype}; must be one of {', '.join(map(str, DTYPES.values()))}"
             )
+    if decoder.config.tie_embeddings:
+        head, embedding = parameters.pop(hf_name("head.weight")), parameters[hf_name("embedding.weight")]
+        if head is not embedding and not torch.equal(head, embedding):
+            raise InputError("head.weight differs from embedding.weight, but the config says tie_embeddings=true")
     if target.exists() and not target.is_dir():
         raise InputError(f"{target}: a file, not a directory")
     for pattern in ("config.json", "*.safetensors", INDEX):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from moesaic.layers.checks import require_dtype, require_flags, require_last, require_numbers, require_sizes
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.part import ParameterKind
 from moesaic.layers.rotary import RotaryEmbedding
@@ -38,12 +39,10 @@ class AttentionTemperature:
     scalable_softmax: float | None = None
 
     def __post_init__(self) -> None:
-        if self.floor_scale < 1:
-            raise ValueError(f"floor_scale={self.floor_scale}: must be a number >= 1")
-        if self.attn_scale < 0:
-            raise ValueError(f"attn_scale={self.attn_scale}: must be a number >= 0")
-        if self.scalable_softmax is not None and self.scalable_softmax <= 0:
-            raise ValueError(f"scalable_softmax={self.scalable_softmax}: must be a number > 0, or null")
+        require_sizes(floor_scale=self.floor_scale)
+        require_numbers(attn_scale=self.attn_scale)
+        if self.scalable_softmax is not None:
+            require_numbers(above=True, scalable_softmax=self.scalable_softmax)
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions (L,) -> factors (L,) in fp32."""
@@ -132,8 +131,8 @@ class ShortConvolution(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width={width}: must be a number >= 1")
+        require_sizes(channels=channels, width=width)
+        require_dtype(dtype)
         self.width = width
         self.weight = nn.Parameter(torch.zeros(width, channels, device=device, dtype=dtype))
 
@@ -147,17 +146,29 @@ class ShortConvolution(nn.Module):
         """0: elementwise work is not counted."""
         return 0.0
 
-    def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, L, C) after tail (B, width - 1, C) (None: zeros) -> y (B, L, C) and the next tail."""
-        length = x.size(1)
+    def forward(self, x: Tensor, tail: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, L, C) after tail (B, width - 1, C) (None: zeros) -> y (B, L, C) and the next tail.
+
+        Args:
+            mask: (B, L) bool, False for padding. A real token then meets the real tokens before it, wherever padding
+                stands, and the next tail is of each row's last real tokens. What comes out for padding means nothing.
+        """
+        before, length = self.width - 1, x.size(1)
         if tail is None:
-            tail = x.new_zeros(x.size(0), self.width - 1, x.size(2))
-        padded = torch.cat((tail, x), dim=1)
+            tail = x.new_zeros(x.size(0), before, x.size(2))
+        known = torch.cat((tail, x), dim=1)
+        if mask is not None:  # sorted to the front, before the tail, padding is out of every token's reach
+            order = F.pad(mask, (before, 0), value=True).to(torch.uint8).argsort(dim=1, stable=True)
+            known = known.gather(1, order[:, :, None].expand_as(known))
+            x = known[:, before:]
         y = x
         for i in range(self.width):
-            start = self.width - 1 - i
-            y = torch.addcmul(y, self.weight[i].to(x.dtype), padded[:, start : start + length])
-        return y, padded[:, length:]
+            start = before - i
+            y = torch.addcmul(y, self.weight[i].to(x.dtype), known[:, start : start + length])
+        if mask is not None:
+            place = order.argsort(dim=1)[:, before:].sub(before).clamp(min=0)
+            y = y.gather(1, place[:, :, None].expand_as(y))
+        return y, known[:, length:]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) -> Tensor:
@@ -176,8 +187,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) 
         (B, N, L, H).
     """
     queries, past = q.size(2), k.size(2) - q.size(2)
-    if chunk is None or k.size(2) <= chunk:
+    if chunk is None or (not torch.compiler.is_exporting() and k.size(2) <= chunk):
         return _lower_right_causal(q, k, v)
+    if torch.compiler.is_exporting():  # one graph for every length cannot be cut into chunks
+        key_at, query_at = (torch.arange(x.size(2), device=q.device) for x in (k, q))
+        query_at = query_at[:, None] + past
+        return _attend(q, k, v, (key_at <= query_at) & (key_at // chunk == query_at // chunk))
     if past % chunk:  # finish the chunk that the cache has begun
         begin = past - past % chunk
         first = min(chunk - past % chunk, queries)
@@ -235,10 +250,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int |
 
 def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     queries, keys = q.size(2), k.size(2)
-    mask = None
-    if 1 < queries < keys:  # several tokens after a cache; one query may see everything, equal lengths use is_causal
+    mask, is_causal = None, False
+    if queries == keys:  # a branch, because a compiler's comparison is no bool, which the kernel wants
+        is_causal = True
+    elif queries > 1:  # several tokens after a cache; one query may see everything, equal lengths use is_causal
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return _attend(q, k, v, mask, is_causal=queries == keys)
+    return _attend(q, k, v, mask, is_causal)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
@@ -248,10 +265,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if trains and q.device.type == "cpu" and dtype.itemsize == 2 and k.size(2) * k.size(3) <= 16384:
         q, k, v = q.float(), k.float(), v.float()
+    shares_heads = True if q.size(1) != k.size(1) else False  # noqa: SIM210  (a compiler's comparison is no bool)
     with torch.autocast(q.device.type, enabled=False):  # it would cast back
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1)
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
     return y.to(dtype)
 
 
@@ -299,18 +315,22 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        require_sizes(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        require_sizes(0, conv_width=conv_width)
+        require_flags(qk_norm=qk_norm, bias=bias)
+        require_numbers(norm_eps=norm_eps)
+        require_dtype(dtype)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_heads={num_heads}: must be a positive multiple of num_kv_heads={num_kv_heads}")
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(f"num_heads={num_heads}: must divide dim={dim} where head_dim is not given")
             head_dim = dim // num_heads
+        require_sizes(head_dim=head_dim)
         if rotary is not None and rotary.head_dim != head_dim:
             raise ValueError(f"rotary.head_dim={rotary.head_dim}: must equal head_dim={head_dim}")
-        if attention_chunk_size is not None and attention_chunk_size < 1:
-            raise ValueError(f"attention_chunk_size={attention_chunk_size}: must be a number >= 1, or None")
-        if conv_width < 0:
-            raise ValueError(f"conv_width={conv_width}: must be a number >= 0")
+        if attention_chunk_size is not None:
+            require_sizes(attention_chunk_size=attention_chunk_size)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -347,12 +367,16 @@ class Attention(nn.Module):
         """x (B, L, D) -> (B, L, D); with a cache, x continues the tokens that the cache has seen.
 
         Args:
-            attention_mask: (B, S) bool over all S tokens so far, those in the cache and x; False for padding, which
-                nothing attends to. Positions count padding too, as in transformers' Llama 4.
+            attention_mask: (B, S) bool over all S tokens so far, those in the cache and x; False for padding. Padding
+                changes nothing at real tokens, whatever stands there. Positions count padding too, as in transformers'
+                Llama 4. The short convolution does not: it takes the real tokens as if they stood side by side.
 
         Raises:
             ValueError: a mask of another shape, or given to some but not all of the calls on one cache.
         """
+        if x.dim() != 3:
+            raise ValueError(f"Attention: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
+        require_last(x, self.q_proj.in_features, "Attention")
         start = 0 if cache is None else cache.length
         if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
             raise ValueError(
@@ -363,10 +387,11 @@ class Attention(nn.Module):
             if start and cache.masked != (attention_mask is not None):
                 raise ValueError("attention_mask: give it to all calls on one cache, or to none")
             cache.masked = attention_mask is not None
+        is_real = None if attention_mask is None else attention_mask[:, start:]
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             tail = None if cache is None else cache.convolution_tail
-            qkv, tail = self.conv(torch.cat((q, k, v), dim=-1), tail)
+            qkv, tail = self.conv(torch.cat((q, k, v), dim=-1), tail, is_real)
             q, k, v = qkv.split((q.size(-1), k.size(-1), v.size(-1)), dim=-1)
             if cache is not None:
                 cache.convolution_tail = tail
@@ -380,6 +405,8 @@ class Attention(nn.Module):
         if self.temperature is not None:
             q = (q * self.temperature(positions)[:, None, None]).to(q.dtype)
         q, k, v = (rearrange(y, "b l n h -> b n l h") for y in (q, k, v))
+        if is_real is not None:  # a weight of 0 would not hide inf and nan
+            k, v = (y.masked_fill(~is_real[:, None, :, None], 0) for y in (k, v))
         if cache is not None:
             k, v = cache.append(k, v)
         if attention_mask is None:

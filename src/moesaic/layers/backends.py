@@ -90,7 +90,7 @@ def choose_backend(
         activation: with gradients, some backends cannot run one that has parameters or draws random numbers.
     """
     if torch.compiler.is_compiling() or device.type != "cpu":
-        candidates = ["grouped", "padded"]
+        candidates = ["grouped", "loop" if torch.compiler.is_exporting() else "padded"]
     else:
         candidates = ["sliced", "grouped", "loop"]
     if backend != "auto":
@@ -124,12 +124,24 @@ def find_obstacle(
             return f"torch.compile traces grouped_mm in bfloat16 only, not {dtype}"
         if dim * dtype.itemsize % 16 or hidden_dim * dtype.itemsize % 16:
             return f"grouped_mm needs rows of a multiple of 16 bytes, not dim={dim}, hidden_dim={hidden_dim}"
+    if backend == "padded" and torch.compiler.is_exporting():
+        return "torch.export cannot trace the number of rows of the fullest expert"
     if backend in CASTING_BACKENDS:
         if torch.compiler.is_compiling():
             return f"{backend} depends on the numbers of rows, for which torch.compile would compile anew every time"
         if activation is not None:
             return cannot_repeat(activation, torch.zeros(1, hidden_dim, device=device, dtype=dtype))
     return None
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether vmap is at work on x, at whatever level."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def run_experts(
@@ -155,7 +167,7 @@ def run_experts(
         (R, D).
 
     Raises:
-        ValueError: rows and weights differ in dtype, and not under autocast.
+        ValueError: rows and weights differ in dtype, and not under autocast; or a backend that vmap cannot map.
     """
     device = rows.device
     if torch.is_autocast_enabled(device.type):
@@ -168,7 +180,15 @@ def run_experts(
     backend, reason = choose_backend(
         device, rows.dtype, rows.size(1), down.size(1), backend, activation if torch.is_grad_enabled() else None
     )
-    if asked not in ("auto", backend) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and is_batched(rows):
+        obstacle = find_obstacle("grouped", device, rows.dtype, rows.size(1), down.size(1), activation)
+        if asked not in ("auto", "grouped") or obstacle is not None:
+            raise ValueError(
+                f"backend={asked!r}: under vmap it must be auto or grouped, as the others ask for numbers of rows"
+                + (f"; and {obstacle}" if obstacle else "")
+            )
+        backend = "grouped"
+    elif asked not in ("auto", backend) and not torch.compiler.is_compiling():
         warn_once(f"backend={asked!r} gives way to {backend!r}: {reason}")
     if backend not in CASTING_BACKENDS:
         gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.backends import BACKENDS, choose_backend, run_experts
+from moesaic.layers.checks import require_dtype, require_last, require_sizes
 from moesaic.layers.feed_forward import ACTIVATIONS
 from moesaic.layers.part import Parametrization
 
@@ -36,6 +37,8 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_sizes(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        require_dtype(dtype)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
         if backend != "auto" and backend not in BACKENDS:
@@ -63,6 +66,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
         """rows (R, D) sorted by expert, rows_per_expert (E,) int64 that sums to R -> (R, D)."""
+        require_last(rows, self.dim, "Experts")
         return run_experts(
             rows, self.gate_up_proj, self.down_proj, rows_per_expert, ACTIVATIONS[self.activation], self.backend
         )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.layers.backends import BACKENDS, CASTING_BACKENDS, choose_backend, run_experts
+from moesaic.layers.checks import require_dtype, require_last, require_sizes
 
 __all__ = ["ACTIVATIONS", "FeedForward"]
 
@@ -69,6 +70,8 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_sizes(dim=dim, hidden_dim=hidden_dim)
+        require_dtype(dtype)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
         if backend != "auto" and backend not in BACKENDS:
@@ -81,6 +84,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        require_last(x, self.gate_proj.in_features, "FeedForward")
         activation = ACTIVATIONS[self.activation]
         if not self.is_lean(x.numel() // x.size(-1), x.device, x.dtype):
             return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from moesaic.layers.checks import require_flags, require_last, require_sizes
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import FeedForward
@@ -114,6 +115,9 @@ class MoE(nn.Module):
             shared_hidden_dim: width of the shared expert; None means `hidden_dim`, 0 means no shared expert.
             router: takes the place of the `TopKRouter`, and with it of all arguments about choice and scores.
         """
+        if shared_hidden_dim is not None:
+            require_sizes(0, shared_hidden_dim=shared_hidden_dim)
+        require_flags(score_before_experts=score_before_experts)
         shared_width = hidden_dim if shared_hidden_dim is None else shared_hidden_dim
         if router is None:
             router = TopKRouter(
@@ -152,6 +156,7 @@ class MoE(nn.Module):
         Raises:
             ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
         """
+        require_last(x, getattr(self.experts, "dim", x.size(-1) if x.dim() else 0), "MoE")
         tokens = x.reshape(-1, x.size(-1))
         decided = self._count(self._route(tokens, routing), tokens.size(0), replayed=routing is not None)
         y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)

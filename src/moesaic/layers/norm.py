@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.layers.checks import require_dtype, require_flags, require_last, require_numbers, require_sizes
+
 __all__ = ["RMSNorm"]
 
 
@@ -31,6 +33,10 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_sizes(dim=dim)
+        require_numbers(eps=eps)
+        require_flags(gain=gain)
+        require_dtype(dtype)
         self.dim = dim
         self.eps = eps
         if gain:
@@ -44,6 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim), same dtype."""
+        require_last(x, self.dim, "RMSNorm")
         statistics_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = F.rms_norm(x.to(statistics_dtype), (self.dim,), None, self.eps).to(x.dtype)
         return y if self.weight is None else y * self.weight

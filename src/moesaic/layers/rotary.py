@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moesaic.layers.checks import require_numbers, require_sizes
+
 __all__ = ["Llama3RopeScaling", "RotaryEmbedding"]
 
 
@@ -23,14 +25,13 @@ class Llama3RopeScaling:
     original_length: int
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"factor={self.factor}: must be a number >= 1")
+        require_numbers(1, factor=self.factor)
+        require_numbers(above=True, low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
+        require_sizes(original_length=self.original_length)
         if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor={self.high_freq_factor}: must not be below low_freq_factor={self.low_freq_factor}"
             )
-        if self.original_length < 1:
-            raise ValueError(f"original_length={self.original_length}: must be a length >= 1")
 
     def apply(self, frequencies: Tensor) -> Tensor:
         turns = self.original_length * frequencies / (2 * math.pi)
@@ -52,10 +53,10 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, *, theta: float = 10000.0, scaling: Llama3RopeScaling | None = None) -> None:
         super().__init__()
+        require_sizes(head_dim=head_dim)
         if head_dim % 2:
             raise ValueError(f"head_dim={head_dim}: rotary embedding needs an even head_dim")
-        if theta <= 0:
-            raise ValueError(f"theta={theta}: must be a positive number")
+        require_numbers(above=True, theta=theta)
         self.head_dim = head_dim
         self.theta = theta
         self.scaling = scaling

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.layers.checks import require_dtype, require_flags, require_last, require_sizes
 from moesaic.layers.part import ParameterKind, Parametrization
 
 __all__ = ["Routing", "TopKRouter", "UniformRouter", "count_tokens"]
@@ -82,8 +83,9 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: must be a number >= 1")
+        require_sizes(dim=dim, num_experts=num_experts, top_k=top_k)
+        require_flags(normalize_scores=normalize_scores, expert_bias=expert_bias)
+        require_dtype(dtype)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: must be 1 to num_experts={num_experts}")
         if score_function not in ("sigmoid", "softmax"):
@@ -134,6 +136,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
         """Route x (T, D), or score the experts in expert_ids (T, K') as if they had been chosen."""
+        require_last(x, self.dim, type(self).__name__)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)
         if self.score_function == "sigmoid":

@@ -3,13 +3,18 @@
 import torch
 from torch import Tensor
 
-from moesaic.layers.router import count_tokens
+from moesaic.layers.router import at_least_fp32, count_tokens
 
 __all__ = ["load_balance_loss", "router_z_loss", "update_expert_bias"]
 
 
 def load_balance_loss(
-    logits: Tensor, expert_ids: Tensor, valid: Tensor | None = None, load: Tensor | None = None
+    logits: Tensor,
+    expert_ids: Tensor,
+    valid: Tensor | None = None,
+    load: Tensor | None = None,
+    *,
+    num_valid: Tensor | int | None = None,
 ) -> Tensor:
     """E * sum over e of f_e * P_e (Switch Transformer, Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), 1 when balanced.
 
@@ -23,29 +28,33 @@ def load_balance_loss(
         valid: (T,) bool; padding (False) counts in neither f nor P.
         load: (E,) counts to take f from instead of this micro-batch's: those of the whole global batch (Qiu et al.
             2025, arXiv 2501.11873), which lets experts specialise within a micro-batch.
+        num_valid: tokens to divide the sum for P by; None counts the valid ones. With those of the global batch, the
+            losses of micro-batches and ranks add up to their mean, weighted by tokens.
 
     Returns:
-        Scalar in fp32; 0 (with a graph) if no token is valid.
+        Scalar in fp32 (fp64 for fp64); 0 (with a graph) if no token is valid.
     """
     num_experts = logits.size(-1)
-    counts = (count_tokens(expert_ids, num_experts, valid) if load is None else load).float()
+    counts = (count_tokens(expert_ids, num_experts, valid) if load is None else load).to(at_least_fp32(logits).dtype)
     fraction = counts / counts.sum().clamp(min=1)
-    logits = logits.float()
+    logits = at_least_fp32(logits)
     probabilities = (logits - logits.logsumexp(dim=-1, keepdim=True)).exp()  # on CPUs softmax over 8 is 4 times slower
-    return num_experts * (fraction * _mean_over_valid(probabilities, valid)).sum()
+    return num_experts * (fraction * _mean_over_valid(probabilities, valid, num_valid)).sum()
 
 
-def router_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+def router_z_loss(logits: Tensor, valid: Tensor | None = None, *, num_valid: Tensor | int | None = None) -> Tensor:
     """Mean of logsumexp(logits)^2, which keeps logits small (ST-MoE, Zoph et al. 2022, arXiv 2202.08906, eq. 5).
 
     Args:
         logits: (T, E), with gradient.
         valid: (T,) bool, False for padding.
+        num_valid: tokens to divide by; None counts the valid ones. With those of the global batch, the losses of
+            micro-batches and ranks add up to that of the whole.
 
     Returns:
-        Scalar in fp32.
+        Scalar in fp32 (fp64 for fp64).
     """
-    return _mean_over_valid(logits.float().logsumexp(dim=-1).square(), valid)
+    return _mean_over_valid(at_least_fp32(logits).logsumexp(dim=-1).square(), valid, num_valid)
 
 
 @torch.no_grad()
@@ -59,8 +68,9 @@ def update_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: flo
     expert_bias += rate * torch.sign(load.mean() - load)
 
 
-def _mean_over_valid(x: Tensor, valid: Tensor | None) -> Tensor:
+def _mean_over_valid(x: Tensor, valid: Tensor | None, num_valid: Tensor | int | None) -> Tensor:
     if valid is None:
-        return x.mean(dim=0)
-    weight = valid.to(x.dtype) / valid.sum().clamp(min=1)
-    return torch.tensordot(weight, x, dims=1)
+        mean = x.mean(dim=0)
+        return mean if num_valid is None else mean * (x.size(0) / torch.as_tensor(num_valid).to(x))
+    count = valid.sum() if num_valid is None else torch.as_tensor(num_valid, device=x.device)
+    return torch.tensordot(valid.to(x.dtype) / count.clamp(min=1), x, dims=1)

@@ -14,12 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moesaic.errors import InputError
 from moesaic.layers.router import at_least_fp32
-from moesaic.losses.cross_entropy import IGNORE_INDEX, ChunkedHead, rows_per_chunk
+from moesaic.losses.cross_entropy import IGNORE_INDEX, ChunkedHead, rows_per_chunk, tokens_to_divide_by
 from moesaic.losses.divergences import DIVERGENCES, WITH_COEFFICIENT
+from moesaic.losses.kept_gradients import (
+    Wanted,
+    first_derivative,
+    keep_gradients,
+    one_after_the_other,
+    scaled_gradients,
+    wanted_gradients,
+)
 from moesaic.losses.soft_weight import Gate, TokenStatistics
 from moesaic.losses.targets import DenseTargets, HeadTargets, SampledTargets, Targets, TopKTargets
 
@@ -87,7 +94,7 @@ def codistillation_loss(
     logits = at_least_fp32(student_logits)
     valid = labels != ignore_index
     parts = terms(logits, labels.masked_fill(~valid, 0)[:, None], valid, targets)
-    return CodistillationOutput(*(part.sum() / _denominator(num_valid, valid) for part in parts))
+    return CodistillationOutput(*(part.sum() / tokens_to_divide_by(num_valid, valid) for part in parts))
 
 
 def linear_codistillation_loss(
@@ -129,8 +136,11 @@ def linear_codistillation_loss(
         chunk_tokens = rows_per_chunk(weight.size(0))
     # the teacher's tensors are inputs of the graph only where it trains
     teacher = (targets.hidden, targets.weight) if train_teacher and isinstance(targets, HeadTargets) else (None, None)
-    call = _Call(labels, targets, terms, ignore_index, num_valid, chunk_tokens, torch.is_grad_enabled())
-    loss, teacher_loss, hard, soft, weight_mean, agreement = _LinearCodistillation.apply(hidden, weight, *teacher, call)
+    call = _Call(
+        labels, targets, terms, ignore_index, num_valid, chunk_tokens, wanted_gradients(hidden, weight, *teacher)
+    )
+    outputs = _LinearCodistillation.apply(hidden, weight, *teacher, call)
+    loss, teacher_loss, hard, soft, weight_mean, agreement = outputs[:6]
     return CodistillationOutput(loss, hard, soft, teacher_loss, weight_mean, agreement)
 
 
@@ -277,11 +287,6 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -(p * log_p.masked_fill(p == 0, 0)).sum(dim=1)
 
 
-def _denominator(num_valid: Tensor | int | None, valid: Tensor) -> Tensor:
-    count = valid.sum() if num_valid is None else torch.as_tensor(num_valid, device=valid.device)
-    return count.clamp(min=1)
-
-
 def _check_targets(targets: Targets, tokens: int, vocab: int, terms: _Terms) -> None:
     name = type(targets).__name__
     if isinstance(targets, (DenseTargets, HeadTargets)):
@@ -314,32 +319,30 @@ class _Call(NamedTuple):
     ignore_index: int
     num_valid: Tensor | int | None
     chunk_tokens: int
-    grad_enabled: bool
+    wanted: Wanted
 
 
 class _LinearCodistillation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         call: _Call,
-    ) -> tuple[Tensor, ...]:
-        labels, targets, terms, ignore_index, num_valid, chunk_tokens, grad_enabled = call
+    ) -> tuple[Tensor | None, ...]:
+        labels, targets, terms, ignore_index, num_valid, chunk_tokens, wanted = call
         chunk = max(1, min(chunk_tokens, hidden.size(0)))
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        needs_grad = [grad_enabled and needs for needs in ctx.needs_input_grad]  # which ignores no_grad
-        student = ChunkedHead(hidden, weight, (needs_grad[0], needs_grad[1]), dtype, chunk)
+        student = ChunkedHead(hidden, weight, wanted.of[:2], dtype, chunk)
         teacher = None
         if isinstance(targets, HeadTargets):
-            teacher = ChunkedHead(targets.hidden, targets.weight, (needs_grad[2], needs_grad[3]), dtype, chunk)
+            teacher = ChunkedHead(targets.hidden, targets.weight, wanted.of[2:], dtype, chunk)
         dense = isinstance(targets, (DenseTargets, HeadTargets))
         fast = dense and terms.divergence == "forward_kl" and terms.temperature == 1
         work = torch.empty_like(student.buffer) if fast else None
         all_valid = labels != ignore_index
-        denominator = _denominator(num_valid, all_valid)
+        denominator = tokens_to_divide_by(num_valid, all_valid)
         per_token = 1 / denominator.to(dtype)
         sums = torch.zeros(6, dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -366,32 +369,27 @@ class _LinearCodistillation(torch.autograd.Function):
                         t.mul_(scale / t.sum(dim=1, keepdim=True)).scatter_add_(1, target, -scale)
                         teacher.add_gradients(rows, t)
                 sums += torch.stack([part.sum() for part in parts])
-        ctx.gradients = [student.gradients(), teacher.gradients() if teacher is not None else (None, None)]
-        ctx.set_materialize_grads(False)
         loss, hard, soft, teacher_loss, soft_weight, agreement = (mean.clone() for mean in sums / denominator)
-        statistics = (hard, soft, soft_weight, agreement)
-        ctx.mark_non_differentiable(*statistics, *([] if teacher_hidden is not None else [teacher_loss]))
-        return loss, teacher_loss, *statistics
+        gradients = (*student.gradients(), *(teacher.gradients() if teacher is not None else (None, None)))
+        return loss, teacher_loss, hard, soft, soft_weight, agreement, *gradients
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        trains_teacher = inputs[2] is not None
+        keep_gradients(ctx, inputs[-1].wanted, output[6:], *output[2 if trains_teacher else 1 : 6])
+
+    @staticmethod
+    @first_derivative
     def backward(
-        ctx: Any, loss_grad: Tensor | None, teacher_grad: Tensor | None, *_: None
+        ctx: Any, loss_grad: Tensor | None, teacher_grad: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = []
-        for i, upstream in enumerate((loss_grad, teacher_grad)):
-            if upstream is None:  # this network's loss was not in the sum
-                gradients += (None, None)
-                continue
-            if ctx.gradients[i] is None:
-                raise RuntimeError(
-                    "linear_codistillation_loss: backward a second time; its gradients were handed out already"
-                )
-            for gradient in ctx.gradients[i]:
-                # in place, as in linear_cross_entropy: no second copy
-                gradients.append(None if gradient is None else gradient.mul_(upstream.to(gradient.dtype)))
-            ctx.gradients[i] = None
-        return *gradients, None
+        further, name = others[4:], "linear_codistillation_loss"
+        student = scaled_gradients(ctx, slice(0, 2), loss_grad, further, name)
+        return *student, *scaled_gradients(ctx, slice(2, 4), teacher_grad, further, name), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return one_after_the_other(_LinearCodistillation, info.batch_size, in_dims, arguments)
 
 
 def _by_autograd(

@@ -1,11 +1,20 @@
 """Cross-entropy of a linear head without the (T, V) logits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moesaic.losses.kept_gradients import (
+    Wanted,
+    first_derivative,
+    keep_gradients,
+    one_after_the_other,
+    scaled_gradients,
+    wanted_gradients,
+)
 
 __all__ = ["linear_cross_entropy", "token_cross_entropy"]
 
@@ -20,17 +29,26 @@ def rows_per_chunk(vocab_size: int) -> int:
     return max(64, min(256, CHUNK_ELEMENTS // vocab_size))
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    num_valid: Tensor | int | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
     """Mean over valid labels of cross_entropy(hidden @ weight.T, labels), computed chunk by chunk.
 
     Both gradients are made in the forward pass, while a chunk's logits are still in cache: at most
     (chunk_tokens, V) logits exist at a time, and nothing is recomputed. Under autocast the matmuls run in the autocast
-    dtype and the softmax in fp32.
+    dtype and the softmax in fp32. `torch.func.grad` works, and `vmap` takes one element of the batch after the other.
 
     Args:
         hidden: (T, D).
         weight: (V, D), the head.
         labels: (T,) int64; -100 is ignored.
+        num_valid: tokens to divide by; None counts the valid labels. With those of the global batch, the losses of
+            micro-batches and ranks add up to that of the whole.
         chunk_tokens: rows per chunk; None takes 64 to 256, so that a chunk's logits stay near 90 MB.
 
     Returns:
@@ -38,7 +56,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     """
     if chunk_tokens is None:
         chunk_tokens = rows_per_chunk(weight.size(0))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, torch.is_grad_enabled())
+    wanted = wanted_gradients(hidden, weight)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, num_valid, chunk_tokens, wanted)[0]
+    return loss
 
 
 @torch.no_grad()
@@ -66,36 +86,46 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
     return nats
 
 
+def tokens_to_divide_by(num_valid: Tensor | int | None, valid: Tensor) -> Tensor:
+    """`num_valid`, or the number of True in valid (T,); at least 1."""
+    count = valid.sum() if num_valid is None else torch.as_tensor(num_valid, device=valid.device)
+    return count.clamp(min=1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, grad_enabled: bool
-    ) -> Tensor:
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        num_valid: Tensor | int | None,
+        chunk_tokens: int,
+        wanted: Wanted,
+    ) -> tuple[Tensor | None, ...]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         chunk = max(1, min(chunk_tokens, hidden.size(0)))
-        needs_hidden, needs_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])  # ignores no_grad
-        head = ChunkedHead(hidden, weight, (needs_hidden, needs_weight), dtype, chunk)
-        num_valid = (labels != IGNORE_INDEX).sum().clamp(min=1)
+        head = ChunkedHead(hidden, weight, wanted.of, dtype, chunk)
+        denominator = tokens_to_divide_by(num_valid, labels != IGNORE_INDEX)
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.size(0), chunk):
                 rows = slice(start, start + chunk)
-                loss += _chunk(head, rows, labels[rows], 1 / num_valid.to(dtype))
-        # not save_for_backward: the only reference lets backward scale the gradients in place, without a second copy
-        ctx.gradients = head.gradients()
-        return loss / num_valid
+                loss += _chunk(head, rows, labels[rows], 1 / denominator.to(dtype))
+        return loss / denominator, *head.gradients()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: backward a second time; its gradients were handed out already")
-        hidden_grad, weight_grad = ctx.gradients
-        ctx.gradients = None
-        for gradient in (hidden_grad, weight_grad):
-            if gradient is not None:
-                gradient.mul_(grad_output.to(gradient.dtype))
-        return hidden_grad, weight_grad, None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        keep_gradients(ctx, inputs[-1], output[1:])
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad_output: Tensor, *further: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = scaled_gradients(ctx, slice(0, 2), grad_output, further, "linear_cross_entropy")
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return one_after_the_other(_LinearCrossEntropy, info.batch_size, in_dims, arguments)
 
 
 def _chunk(head: "ChunkedHead", rows: slice, labels: Tensor, weight_per_token: Tensor) -> Tensor:
@@ -128,7 +158,7 @@ class ChunkedHead:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, needs_grad: tuple[bool, bool], dtype: torch.dtype, chunk: int
+        self, hidden: Tensor, weight: Tensor, needs_grad: Sequence[bool], dtype: torch.dtype, chunk: int
     ) -> None:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)

@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks of (token mixer, channel mixer), final norm, head."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,7 +22,9 @@ from moesaic.layers import (
     Routing,
     TopKRouter,
     UniformRouter,
+    count_tokens,
 )
+from moesaic.layers.checks import require_dtype, require_flags, require_sizes
 from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
@@ -74,7 +77,8 @@ class Decoder(nn.Module):
         dim: model width D.
         blocks: the layers, in order.
         norm_eps: of the final norm.
-        tie_embeddings: use the embedding as the head's weight.
+        tie_embeddings: use the embedding as the head's weight. They stay one parameter after loading, `to_empty` and
+            the like. A state dict may hold both or one of them; two that differ are refused.
         checkpoint_activations: recompute each block in backward instead of keeping its activations.
         padding_token: id whose embedding gets no gradient; None for none.
     """
@@ -101,6 +105,11 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_sizes(vocab_size=vocab_size, dim=dim)
+        require_flags(tie_embeddings=tie_embeddings, checkpoint_activations=checkpoint_activations)
+        require_dtype(dtype)
+        if padding_token is not None:
+            require_sizes(0, padding_token=padding_token)
         self.vocab_size = vocab_size
         self.checkpoint_activations = checkpoint_activations
         self.foreign_files = {}
@@ -108,8 +117,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.head = nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
-        if tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie_embeddings = tie_embeddings
+        self.register_load_state_dict_post_hook(_tie)
+        _tie(self)
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +132,22 @@ class Decoder(nn.Module):
     def parameter_kinds(self) -> dict[str, ParameterKind]:
         return {"head.weight": "output"}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        super()._apply(fn, recurse)
+        _tie(self)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        both = [f"{prefix}{name}.weight" for name in ("embedding", "head")]
+        found = [state_dict[name] for name in both if name in state_dict]
+        if self.tie_embeddings and found:
+            if not found[0].is_meta and not torch.equal(found[0], found[-1]):
+                raise InputError(
+                    f"{both[0]} and {both[1]} differ: a decoder with tie_embeddings needs them to be equal"
+                )
+            state_dict |= dict.fromkeys(both, found[0])  # of a copy, which torch has made
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def forward(
         self, tokens: Tensor, cache: list[Any] | None = None, attention_mask: Tensor | None = None
     ) -> DecoderOutput:
@@ -129,13 +155,29 @@ class Decoder(nn.Module):
 
         Args:
             attention_mask: (B, S) over all S tokens so far, those in the cache and the new ones; 0 or False for
-                padding, which no token attends to (see `Attention.forward`). Padding is routed as any token.
+                padding, which changes nothing at real tokens (see `Attention.forward`).
+
+        Padding runs through every layer and is routed as any token. The `tokens_per_expert` of the routing leave it
+        out; a loss of `moesaic.losses` leaves it out with `valid=attention_mask.flatten()`.
         """
         hidden, routing = self.hidden_states(tokens, cache, attention_mask)
         return DecoderOutput(self.head(hidden), routing)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) int64 -> (B, L, D), what `hidden_states` takes as `embeddings`."""
+        """tokens (B, L) int64 -> (B, L, D), what `hidden_states` takes as `embeddings`.
+
+        Raises:
+            ValueError: another shape or dtype, or on a CPU an id outside the vocabulary.
+        """
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}: must be (batch, tokens) of torch.int64"
+            )
+        if tokens.numel() and _has_values(tokens):
+            low, high = (int(each) for each in tokens.aminmax())
+            if low < 0 or high >= self.vocab_size:
+                wrong = low if low < 0 else high
+                raise ValueError(f"token id {wrong}: the vocabulary has ids 0 to {self.vocab_size - 1}")
         return self.embedding(tokens)
 
     def hidden_states(
@@ -153,7 +195,7 @@ class Decoder(nn.Module):
             embeddings: (B, L, D) in place of tokens, for inputs that are not all text.
 
         Raises:
-            ValueError: both of them, or neither.
+            ValueError: both of them, or neither; tokens that `embed` refuses.
             InputError: padding, where a custom mixer cannot hide it.
         """
         if (tokens is None) == (embeddings is None):
@@ -164,8 +206,10 @@ class Decoder(nn.Module):
             attention_mask = attention_mask.bool()
             if cache is None and attention_mask.shape == x.shape[:2] and bool(attention_mask.all()):
                 attention_mask = None  # nothing to hide: the faster path
+        is_real = None
         if attention_mask is not None:
             self._require_padding_support()
+            is_real = attention_mask[:, attention_mask.size(1) - x.size(1) :].flatten()
         routing: dict[str, Routing] = {}
         for i, block in enumerate(self.layers):
             if self.checkpoint_activations and self.training and cache is None:
@@ -173,7 +217,7 @@ class Decoder(nn.Module):
             else:
                 x, decided = block(x, None if cache is None else cache[i], attention_mask)
             if decided is not None:
-                routing[f"layers.{i}.ffn"] = decided
+                routing[f"layers.{i}.ffn"] = decided if is_real is None else _count_real(decided, is_real)
         return self.norm(x), routing
 
     def _require_padding_support(self) -> None:
@@ -189,6 +233,18 @@ class Decoder(nn.Module):
         """One cache per layer; None if a mixer (a user's own) has no `make_cache`."""
         makers = [getattr(block.mixer, "make_cache", None) for block in self.layers]
         return None if None in makers else [make_cache() for make_cache in makers if make_cache]
+
+
+def _has_values(tokens: Tensor) -> bool:
+    """Whether looking at them costs nothing: no wait for a GPU, no break in a graph."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tokens.device.type == "cpu" and type(tokens) is Tensor and not traced
+
+
+def _tie(decoder: Decoder, *_: Any) -> None:
+    """Make the weight of a tied head the embedding again: torch may have made a parameter of its own for each."""
+    if decoder.tie_embeddings and decoder.head.weight is not decoder.embedding.weight:
+        decoder.head.weight = decoder.embedding.weight
 
 
 def build_decoder(
@@ -363,6 +419,11 @@ def _require_mixer(mixer: nn.Module, config: DecoderConfig, where: str) -> None:
             f"{where}: its forward{inspect.signature(mixer.forward)} has no support for padding; it must take (x, "
             "cache=None, attention_mask=None). (x) alone is enough without make_cache and without model.padding_token"
         )
+
+
+def _count_real(routing: Routing, is_real: Tensor) -> Routing:
+    """`routing` with the counts of those tokens alone that `is_real` (T,) names."""
+    return routing._replace(counts=count_tokens(routing.expert_ids, routing.logits.size(1), is_real))
 
 
 def _takes(mixer: nn.Module, count: int) -> bool:

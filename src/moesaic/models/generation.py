@@ -1,5 +1,7 @@
 """Sampling tokens from a decoder."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,7 @@ def sample(
         top_k: keep the k most likely tokens only.
         top_p: keep the smallest set of most likely tokens that holds at least this probability (Holtzman et al. 2019).
     """
-    if temperature < 0:
-        raise InputError(f"temperature={temperature}: must be a number >= 0 (0: greedy)")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k}: must be a number >= 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p}: must be 0 < top_p <= 1")
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
@@ -41,6 +38,15 @@ def sample(
         probabilities = probabilities.masked_fill(before >= top_p, 0)  # multinomial renormalises
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return ids.gather(-1, drawn).squeeze(-1)
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature}: must be a number >= 0 (0: greedy)")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"top_k={top_k}: must be an integer >= 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p={top_p}: must be 0 < top_p <= 1")
 
 
 @torch.no_grad()
@@ -62,8 +68,11 @@ def generate(
     `stop_token`; a row that is done is filled with it.
 
     Raises:
-        InputError: an empty prompt or a token id outside the vocabulary.
+        InputError: an empty prompt, a token id outside the vocabulary, or an option out of range.
     """
+    _check_sampling(temperature, top_k, top_p)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise InputError(f"max_new_tokens={max_new_tokens}: must be an integer >= 0")
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise InputError(f"tokens of shape {tuple(tokens.shape)}: must be (B, L) with at least one token")
     low, high = int(tokens.min()), int(tokens.max())

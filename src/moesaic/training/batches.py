@@ -6,7 +6,15 @@ from typing import Any, TypedDict
 import lightning.pytorch as pl
 from torch import Tensor
 
-from moesaic.data import AnyEvaluationLoader, AnyTrainingLoader, Data, evaluation_loader, training_loader
+from moesaic.data import (
+    AnyEvaluationLoader,
+    AnyTrainingLoader,
+    Data,
+    evaluation_loader,
+    training_loader,
+    with_step_counts,
+)
+from moesaic.errors import InputError
 from moesaic.training.config import RunConfig, TrainingConfig
 
 __all__ = ["RunBatches", "Sizes", "evaluation_sizes"]
@@ -68,11 +76,22 @@ class RunBatches(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         trainer = self.trainer
         assert trainer is not None
+        accumulate = trainer.accumulate_grad_batches
         loader = self.training(trainer.global_rank, trainer.world_size)
+        loader.accumulate = accumulate
         # our loaders go on in every epoch; these are the same batches in each
         if share := trainer.overfit_batches:  # type: ignore[attr-defined]
             count = share if isinstance(share, int) else max(1, int(share * len(loader)))
-            return _Same([loader.batch(i) for i in range(count)])
+            batches = [loader.batch(i) for i in range(count)]
+            steps = [batches[i : i + accumulate] for i in range(0, count, accumulate)]
+            return _Same([batch for step in steps for batch in with_step_counts(step)])
+        limit = trainer.limit_train_batches
+        per_epoch = limit if isinstance(limit, int) else int(limit * len(loader))
+        if per_epoch % accumulate:  # Lightning ends an optimizer step where it takes an epoch to end
+            raise InputError(
+                f"trainer.limit_train_batches={limit}: {per_epoch} batches; must be a multiple of "
+                f"training.accumulate={accumulate}"
+            )
         return loader
 
     def val_dataloader(self) -> AnyEvaluationLoader:

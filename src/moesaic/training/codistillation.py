@@ -49,14 +49,20 @@ class Codistillation:
             assert whoever.config is not None  # as `build_decoder` leaves it
             self.teacher_account = account(whoever.config, seq_len)
         self.hard = torch.zeros(())
-        """Loss of the student on the labels of the last micro-batch."""
+        """Loss of the student on the labels of the last micro-batch, its share of the mean over the step."""
         self.teacher_loss = torch.zeros(())
         self.statistics = torch.zeros(len(STATISTICS))
         self._step_losses = torch.zeros(3)
         """Sums since the last optimiser step: the student's nats, the teacher's nats, valid labels."""
 
     def loss(
-        self, hidden: Tensor, head: Tensor, batch: dict[str, Tensor], progress: float
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        batch: dict[str, Tensor],
+        progress: float,
+        num_valid: Tensor,
+        share: int,
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Compute the student's loss, plus that of a teacher that trains along; balance is not in it.
 
@@ -64,6 +70,8 @@ class Codistillation:
             hidden: (B, L, D) of the student.
             head: (V, D) weight of its head.
             progress: share of the run that is done.
+            num_valid: labels of the whole optimizer step, () int64; all means are over these.
+            share: micro-batches times ranks of the step, a factor on the loss and on what is logged.
 
         Returns:
             (scalar loss, what a teacher that trains along decided in its MoE layers).
@@ -86,14 +94,18 @@ class Codistillation:
             coefficient=self.config.coefficient,
             temperature=self.config.temperature,
             gate=self.soft_weight.gate,
+            num_valid=num_valid,
             train_teacher=self.teacher is not None,
         )
+        own = (labels != IGNORE_INDEX).sum()
+        sums = torch.stack(
+            (output.hard * num_valid, output.teacher_loss.detach() * num_valid, own.to(output.hard.dtype))
+        )
+        self._step_losses = self._step_losses.to(hidden.device) + sums
+        output = output._replace(**{name: value * share for name, value in output._asdict().items()})
         self.hard, self.teacher_loss = output.hard, output.teacher_loss.detach()
         statistics = torch.stack([getattr(output, name).detach() for name in STATISTICS])
         self.statistics = self.statistics.to(hidden.device) + statistics
-        num_valid = (labels != IGNORE_INDEX).sum()
-        sums = torch.stack((self.hard * num_valid, self.teacher_loss * num_valid, num_valid.to(self.hard.dtype)))
-        self._step_losses = self._step_losses.to(hidden.device) + sums
         return (output.loss if self.teacher is None else output.loss + output.teacher_loss), routing
 
     @property

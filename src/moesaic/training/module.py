@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from moesaic.config import from_mapping, to_mapping
+from moesaic.data import with_step_counts
 from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
@@ -35,6 +36,21 @@ from moesaic.training.step_log import StepLog
 __all__ = ["Diverged", "LanguageModel"]
 
 Batch = dict[str, Tensor]
+
+
+class StepCounts(NamedTuple):
+    """What a whole optimizer step holds, all its micro-batches on all ranks: every mean of a loss is over these.
+
+    A micro-batch gives its sum over them. Lightning divides by the micro-batches and averages over ranks, so its loss
+    is multiplied by `share`.
+    """
+
+    labels: Tensor
+    """Labels that are not ignored, () int64."""
+    tokens: Tensor
+    """Valid tokens, () int64."""
+    share: int
+    """Micro-batches times ranks."""
 
 
 class Diverged(RuntimeError):
@@ -95,23 +111,27 @@ class LanguageModel(pl.LightningModule):
         """The same since the last logged step, for the routing monitor."""
         self.teacher_step_load: dict[str, Tensor] = {}
         """`step_load` of a teacher that trains along."""
+        self._step_counts: StepCounts | None = None
 
     # ---- training
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         valid = batch["valid"].flatten() if "valid" in batch else None
+        counts = self._step_counts = self._step_counts or self._count_step(batch)
         hidden, routing = self.decoder.hidden_states(batch["tokens"])
         if self.codistillation is None:
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head.weight, batch["labels"].flatten())
+            labels = batch["labels"].flatten()
+            loss = linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head.weight, labels, num_valid=counts.labels)
+            loss = loss * counts.share
             self._last_loss = loss.detach()
         else:
-            loss = self._codistillation_loss(self.codistillation, hidden, batch, valid)
+            loss = self._codistillation_loss(self.codistillation, hidden, batch, valid, counts)
             self._last_loss = self.codistillation.hard
         self._tokens_in = batch["tokens"]
         self.log_book.add(self._last_loss)
-        for name, counts in _count(routing, valid).items():
-            self.step_load[name] = counts + self.step_load.get(name, 0)
-            self.logged_load[name] = counts + self.logged_load.get(name, 0)
+        for name, load in _count(routing, valid).items():
+            self.step_load[name] = load + self.step_load.get(name, 0)
+            self.logged_load[name] = load + self.logged_load.get(name, 0)
         if self._is_logged(self.trainer.global_step + 1):
             self.log_book.health = {name: routing_health(decided, valid) for name, decided in routing.items()}
             self.log_book.no_expert = {
@@ -119,22 +139,52 @@ class LanguageModel(pl.LightningModule):
                 for name, decided in routing.items()
                 if getattr(getattr(self.decoder.get_submodule(name), "router", None), "may_skip", True)
             }
-        return loss + self._balance_loss("train", routing, valid, self.step_load)
+        return loss + self._balance_loss("train", routing, valid, self.step_load, counts)
+
+    def _count_step(self, batch: Batch) -> StepCounts:
+        """The counts of the optimizer step that `batch` begins.
+
+        Raises:
+            ValueError: several micro-batches make a step, and they do not come `with_step_counts`.
+        """
+        accumulate = self.trainer.accumulate_grad_batches
+        if "step_labels" not in batch:
+            if accumulate > 1:
+                raise ValueError(
+                    f"training.accumulate={accumulate}: a batch has no `step_labels`; batches must come as "
+                    "moesaic.data.with_step_counts gives them"
+                )
+            [batch] = with_step_counts([batch])
+        counts = torch.stack((batch["step_labels"], batch["step_tokens"]))
+        labels, tokens = self._over_ranks(counts.to(batch["tokens"].device))
+        return StepCounts(labels, tokens, accumulate * self.trainer.world_size)
 
     def _codistillation_loss(
-        self, codistillation: Codistillation, hidden: Tensor, batch: Batch, valid: Tensor | None
+        self,
+        codistillation: Codistillation,
+        hidden: Tensor,
+        batch: Batch,
+        valid: Tensor | None,
+        counts: StepCounts,
     ) -> Tensor:
         """The student's loss, and to it that of a teacher that trains along, its balance included."""
         progress = min(1.0, self.trainer.global_step / self.config.training.steps)
-        loss, routing = codistillation.loss(hidden, self.decoder.head.weight, batch, progress)
+        loss, routing = codistillation.loss(
+            hidden, self.decoder.head.weight, batch, progress, counts.labels, counts.share
+        )
         if self.teacher is None:
             return loss
-        for name, counts in _count(routing, valid).items():
-            self.teacher_step_load[name] = counts + self.teacher_step_load.get(name, 0)
-        return loss + self._balance_loss("teacher", routing, valid, self.teacher_step_load)
+        for name, load in _count(routing, valid).items():
+            self.teacher_step_load[name] = load + self.teacher_step_load.get(name, 0)
+        return loss + self._balance_loss("teacher", routing, valid, self.teacher_step_load, counts)
 
     def _balance_loss(
-        self, network: str, routing: dict[str, Routing], valid: Tensor | None, step_load: dict[str, Tensor]
+        self,
+        network: str,
+        routing: dict[str, Routing],
+        valid: Tensor | None,
+        step_load: dict[str, Tensor],
+        counts: StepCounts,
     ) -> Tensor | float:
         """The weighted auxiliary losses, each the mean over MoE layers; logged unweighted below the network's name."""
         balance = self.config.balance
@@ -144,12 +194,15 @@ class LanguageModel(pl.LightningModule):
             terms = []
             for name, decided in routing.items():
                 load = self._over_ranks(step_load[name]) if over_global_batch else None
-                terms.append(load_balance_loss(decided.logits, decided.expert_ids, valid, load))
-            term = torch.stack(terms).mean()
+                terms.append(
+                    load_balance_loss(decided.logits, decided.expert_ids, valid, load, num_valid=counts.tokens)
+                )
+            term = torch.stack(terms).mean() * counts.share
             self.log_book.auxiliary[f"{network}/load_balance_loss"] = term.detach()
             total = total + balance.load_balance_loss_weight * term
         if balance.router_z_loss_weight and routing:
-            term = torch.stack([router_z_loss(decided.logits, valid) for decided in routing.values()]).mean()
+            terms = [router_z_loss(decided.logits, valid, num_valid=counts.tokens) for decided in routing.values()]
+            term = torch.stack(terms).mean() * counts.share
             self.log_book.auxiliary[f"{network}/router_z_loss"] = term.detach()
             total = total + balance.router_z_loss_weight * term
         return total
@@ -163,6 +216,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Between backward and step: what moves by the counts and losses of this whole step."""
+        self._step_counts = None
         self._move_biases(self.decoder, self.step_load)
         self.step_load = {}
         if self.teacher is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import shlex
 import sys
 import warnings
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -26,6 +24,7 @@ from moesaic.training.fit import Fitted, build, fit
 from moesaic.training.launched import rank, settle_rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
+from moesaic.training.peak_memory import forget_peak_memory, peak_memory
 from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
 from moesaic.training.starting import Found, find_run, is_finished
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
@@ -51,6 +50,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     if found.kind == "finished":
         return _tell_finished(found, console)
     with contextlib.ExitStack() as at_the_end, ignoring_warnings():
+        forget_peak_memory()
         prepared = prepare(found, console, at_the_end)
         at_the_end.enter_context(_recorded(prepared.run_dir, console))
         module = build(prepared)
@@ -108,7 +108,7 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
             with _surviving(finisher.__name__, metrics):
                 metrics |= finisher(finished)
             write_json(run_dir / "metrics.json", {**metrics, "pending": "pictures and text"})
-    metrics["peak_memory_bytes"] = _peak_memory()
+    metrics["peak_memory_bytes"] = peak_memory()
     write_json(run_dir / "metrics.json", metrics)
     text = run_dir / "sample.txt"
     with _surviving("print_verdict", metrics):
@@ -244,10 +244,3 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
         return [f"{sweep}   # positions in all layers, in none, in every second", board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
     return [command_line("generate", checkpoint, "import os"), board, f"{twins}   # is the mixture worth it?"]
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

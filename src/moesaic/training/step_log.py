@@ -30,7 +30,10 @@ class StepLog:
         self.micro_batches = 0
 
     def add(self, nats: Tensor) -> None:
-        """Add the mean nats per token of a micro-batch, a scalar."""
+        """Add a micro-batch's share of the step's nats per valid label, times its micro-batches: a scalar.
+
+        Their mean is that of the steps since the last row, where every label of a step counts the same.
+        """
         self.nats = self.nats.to(nats.device) + nats
         self.micro_batches += 1
 

@@ -1,0 +1,60 @@
+"""Refusal of sizes, numbers and inputs that would fail late, or not at all."""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["require_dtype", "require_flags", "require_last", "require_numbers", "require_sizes"]
+
+
+def require_sizes(least: int = 1, **sizes: Any) -> None:
+    """Raise unless each is an integer of at least `least`.
+
+    Raises:
+        TypeError: another type; True is no 1, and 16.0 no 16.
+        ValueError: a smaller number.
+    """
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}={value!r}: must be an integer >= {least}")
+        if value < least:
+            raise ValueError(f"{name}={value!r}: must be a number >= {least}")
+
+
+def require_numbers(least: float = 0.0, above: bool = False, **values: Any) -> None:
+    """Raise unless each is a finite number of at least `least`, or `above` it.
+
+    Raises:
+        TypeError: another type, bool included.
+        ValueError: nan, an infinity, or a smaller number.
+    """
+    allowed = f"a number {'>' if above else '>='} {least:g}"
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}={value!r}: must be {allowed}")
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def require_flags(**flags: Any) -> None:
+    """Raise TypeError unless each is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: must be True or False")
+
+
+def require_dtype(dtype: Any) -> None:
+    """Raise unless `dtype` is None or a floating-point dtype of torch."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    kind = ValueError if isinstance(dtype, torch.dtype) else TypeError
+    raise kind(f"dtype={dtype!r}: must be a floating-point torch.dtype such as torch.float32, or None")
+
+
+def require_last(x: Tensor, dim: int, owner: str) -> None:
+    """Raise ValueError unless x is (..., dim)."""
+    if x.dim() == 0 or x.size(-1) != dim:
+        raise ValueError(f"{owner}: x of shape {tuple(x.shape)}; its last dimension must be {dim}")

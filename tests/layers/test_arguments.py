@@ -1,0 +1,162 @@
+"""What no layer accepts: sizes, numbers and inputs that would fail late, elsewhere, or not at all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.errors import InputError
+from moesaic.layers import (
+    Attention,
+    AttentionTemperature,
+    Experts,
+    FeedForward,
+    Llama3RopeScaling,
+    MoE,
+    RMSNorm,
+    RotaryEmbedding,
+    ShortConvolution,
+    TopKRouter,
+)
+from moesaic.models import Decoder, build_decoder, generate, llama4_toy
+
+NAN, INF = float("nan"), float("inf")
+
+
+def attention(**changes: Any) -> Attention:
+    return Attention(**{"dim": 16, "num_heads": 4, **changes})
+
+
+def moe(**changes: Any) -> MoE:
+    return MoE.build(**{"dim": 16, "hidden_dim": 8, "num_experts": 4, **changes})
+
+
+def router(**changes: Any) -> TopKRouter:
+    return TopKRouter(**{"dim": 16, "num_experts": 4, **changes})
+
+
+def feed_forward(**changes: Any) -> FeedForward:
+    return FeedForward(**{"dim": 16, "hidden_dim": 8, **changes})
+
+
+def scaling(**changes: Any) -> Llama3RopeScaling:
+    given = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 64}
+    return Llama3RopeScaling(**{**given, **changes})
+
+
+SIZES: list[tuple[Callable[..., Any], str]] = [
+    *((attention, name) for name in ("dim", "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size")),
+    *((moe, name) for name in ("dim", "hidden_dim", "num_experts", "top_k")),
+    *((router, name) for name in ("dim", "num_experts", "top_k")),
+    *((feed_forward, name) for name in ("dim", "hidden_dim")),
+    (lambda **size: Experts(**{"num_experts": 2, "dim": 16, "hidden_dim": 8, **size}), "hidden_dim"),
+    (lambda dim: RMSNorm(dim), "dim"),
+    (lambda head_dim: RotaryEmbedding(head_dim), "head_dim"),
+    (lambda width: ShortConvolution(4, width), "width"),
+    (lambda floor_scale: AttentionTemperature(floor_scale=floor_scale), "floor_scale"),
+    (scaling, "original_length"),
+    (lambda vocab_size: Decoder(vocab_size=vocab_size, dim=4, blocks=[]), "vocab_size"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), SIZES)
+@pytest.mark.parametrize("value", [0, -1, 16.0, 2.5, "16", True, NAN, [4]], ids=str)
+def test_sizes(make: Callable[..., Any], name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        make(**{name: value})
+    assert str(error.value).startswith(f"{name}={value!r}: must be ")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda theta: RotaryEmbedding(8, theta=theta), "theta"),
+        (lambda attn_scale: AttentionTemperature(attn_scale=attn_scale), "attn_scale"),
+        (lambda scalable_softmax: AttentionTemperature(scalable_softmax=scalable_softmax), "scalable_softmax"),
+        (lambda eps: RMSNorm(8, eps=eps), "eps"),
+        (attention, "norm_eps"),
+        (scaling, "factor"),
+        (scaling, "low_freq_factor"),
+    ],
+)
+@pytest.mark.parametrize("value", [NAN, INF, -INF, -1.0, "1", True], ids=str)
+def test_numbers(make: Callable[..., Any], name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}=.*: must be "):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("make", [attention, moe, router, feed_forward, lambda dtype: RMSNorm(4, dtype=dtype)])
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, 32])
+def test_dtypes(make: Callable[..., Any], dtype: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^dtype=.*: must be a floating-point torch.dtype"):
+        make(dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (moe, {"shared_hidden_dim": -1}, r"shared_hidden_dim=-1: must be a number >= 0"),
+        (attention, {"conv_width": -1}, r"conv_width=-1: must be a number >= 0"),
+        (attention, {"conv_width": 2.0}, r"conv_width=2.0: must be an integer >= 0"),
+        (attention, {"bias": "no"}, r"bias='no': must be True or False"),
+        (router, {"expert_bias": 1}, r"expert_bias=1: must be True or False"),
+    ],
+)
+def test_others(make: Callable[..., Any], arguments: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (attention(), (2, 3, 8), r"Attention: x of shape \(2, 3, 8\); its last dimension must be 16"),
+        (attention(), (3, 16), r"Attention: x of shape \(3, 16\); must be \(batch, tokens, dim\)"),
+        (feed_forward(), (2, 3, 8), r"FeedForward: x of shape .* must be 16"),
+        (moe(), (2, 3, 8), r"MoE: x of shape .* must be 16"),
+        (moe(), (), r"MoE: x of shape \(\).* must be 16"),
+        (router(), (3, 8), r"TopKRouter: x of shape .* must be 16"),
+        (RMSNorm(16), (3, 1), r"RMSNorm: x of shape .* must be 16"),
+    ],
+)
+def test_inputs_of_another_width(layer: Any, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(shape))
+
+
+def test_rows_of_another_width() -> None:
+    with pytest.raises(ValueError, match=r"Experts: x of shape \(3, 8\); its last dimension must be 16"):
+        Experts(2, 16, 8)(torch.randn(3, 8), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([[1, 32]]), r"token id 32: the vocabulary has ids 0 to 31"),
+        (torch.tensor([[-1, 3]]), r"token id -1: the vocabulary"),
+        (torch.tensor([1, 2]), r"tokens of shape \(2,\) and torch.int64: must be \(batch, tokens\)"),
+        (torch.tensor([[1.0, 2.0]]), r"tokens of shape \(1, 2\) and torch.float32: must be"),
+    ],
+)
+def test_tokens(tokens: torch.Tensor, message: str) -> None:
+    decoder = build_decoder(llama4_toy(vocab_size=32, num_layers=2))
+    with pytest.raises(ValueError, match=message):
+        decoder(tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, r"max_new_tokens=-1: must be an integer >= 0"),
+        ({"max_new_tokens": 2.0}, r"max_new_tokens=2.0: must be an integer >= 0"),
+        ({"temperature": NAN}, r"temperature=nan: must be a number >= 0"),
+        ({"temperature": INF}, r"temperature=inf: must be a number >= 0"),
+        ({"top_k": True}, r"top_k=True: must be an integer >= 1"),
+        ({"top_p": NAN}, r"top_p=nan: must be 0 < top_p <= 1"),
+    ],
+)
+def test_generation(options: Any, message: str) -> None:
+    decoder = build_decoder(llama4_toy(vocab_size=32, num_layers=2))
+    with pytest.raises(InputError, match=message):
+        generate(decoder, torch.tensor([[1]]), **{"max_new_tokens": 0, **options})
