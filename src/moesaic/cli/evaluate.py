@@ -39,7 +39,7 @@ from moesaic.evaluation.checkpoint_evaluations import (
     summarize_needle_variants,
 )
 from moesaic.evaluation.drift import Drift
-from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_split
+from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_split
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
 from moesaic.evaluation.needle import NeedleConfig

@@ -14,7 +14,7 @@ from moesaic.data import with_step_counts
 from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
-from moesaic.evaluation.language_modelling import LanguageModelScore
+from moesaic.evaluation.language_modeling import LanguageModelScore
 from moesaic.evaluation.routing import no_expert_share, routing_health
 from moesaic.layers import Routing, count_tokens
 from moesaic.losses import (
