@@ -22,7 +22,7 @@ class Llama3RopeScaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_length: int
+    original_length: int = dataclasses.field(metadata={"most": 2**40})
 
     def __post_init__(self) -> None:
         require_numbers(1, factor=self.factor)

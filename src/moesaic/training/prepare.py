@@ -42,6 +42,7 @@ from moesaic.training.continuing import (
 )
 from moesaic.training.launched import is_one_process, rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
+from moesaic.training.memory import require_memory_of_run
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import create_run_dir, environment
 from moesaic.training.starting import Found, Start, busy, clear_unstarted, read_start, require_free
@@ -92,6 +93,7 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     _settle(run_config)
     data = _read_data(run_config, start, console)
     model = fit_vocabulary(run_config, data)
+    require_memory_of_run(run_config, model)
     stretches = _require_fitting(run_config, model, start, data)
     batches = RunBatches(run_config, data)
     batches.training(), batches.val_dataloader()  # they refuse data that are too short
@@ -142,7 +144,7 @@ def _require_sound(config: RunConfig) -> None:
     model = {**config.model}
     if model.get("vocab_size") is None:
         model["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
-    from_mapping(DecoderConfig, model, "model")
+    require_memory_of_run(config, from_mapping(DecoderConfig, model, "model"))
     if (distillation := config.distillation) is not None:
         overridden = teacher_mapping(model, distillation.teacher_model)
         from_mapping(DecoderConfig, overridden, "distillation.teacher_model")
