@@ -71,7 +71,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ("train trainer.threads=70000", ["trainer.threads=70000", "at most 1024"]),
     ("train trainer.devices=90000", ["trainer.devices=90000", "at most 1024"]),
     ("train seed=20261130010203", ["seed=20261130010203", "at most 4294967295"]),
-    ("train seed=-7", ["seed=-7", "must be an integer >= 0"]),
+    ("train seed=-7", ["seed=-7", "must be an integer from 0 to 4294967295"]),
     ("train model.moe.num_experts=250000", ["model.moe.num_experts=250000", "at most"]),
     ("train model.num_layers=60000", ["model.num_layers=60000", "at most 1024"]),
     ("train model.vocab_size=1e12", ["model.vocab_size=1000000000000", "at most"]),
@@ -119,13 +119,14 @@ VALUES: list[tuple[str, list[str]]] = [
 
 ROWS: list[tuple[str, list[str]]] = [
     ("generate toy.ckpt temperature=nan", ["temperature=nan", "finite"]),
+    ("generate toy.ckpt seed=8589934592", ["seed=8589934592", "must be an integer from 0 to 4294967295"]),
     ("generate toy.ckpt top_p=-inf", ["top_p=-inf", "finite"]),
     (f"{COMPARE} b='optimizer.beta1=nan'", ["b: optimizer.beta1=nan", "finite"]),
     (f"{COMPARE} b='training.batch_size=1e9'", ["b: training.batch_size=1000000000", "at most"]),
     ("compare a= b= rounds=1e8", ["rounds=100000000", "at most"]),
     (
         "compare a= b='model.hidden_dim=3000000 model.dim=65536' model.vocab_size=2048",
-        ["a and b: timing 2 models", "but"],
+        ["timing 2 models", "memory, but"],
     ),
     ("train data=files data.path=nowhere run_dir=run", ["data.path='nowhere'", "no such file or folder"]),
     ("train data=files data.path=binary run_dir=run", ["binary", "must be UTF-8 text"]),

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from moesaic.checkpoints import load_model
 from moesaic.cli.common import launch, plain
-from moesaic.config import from_mapping
+from moesaic.config import LARGEST_SEED, from_mapping
 from moesaic.errors import InputError
 from moesaic.evaluation.sampling import SampleConfig, sample_text
 
@@ -26,6 +26,8 @@ def _task(config: DictConfig) -> None:
     checkpoint, seed = given.pop("checkpoint"), given.pop("seed")
     if not isinstance(checkpoint, str):
         raise InputError("checkpoint: missing; give moesaic generate RUN/checkpoints/last.ckpt")
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"seed={seed!r}: must be an integer from 0 to {LARGEST_SEED}")
     print(generate_text(checkpoint, from_mapping(SampleConfig, given), seed))
 
 

@@ -94,7 +94,8 @@ def load_files(path: str, validation_fraction: float) -> Corpus:
         paths = [p for p in paths if not _hidden(p.relative_to(root))]
     if not paths:
         raise InputError(f"data.path={path!r}: no such file or folder, or no file in it")
-    documents, unusable = [], {}
+    documents: list[Document] = []
+    unusable: dict[str, Path] = {}
     for file in sorted(paths):
         text = _read_text(file)
         if isinstance(text, str):

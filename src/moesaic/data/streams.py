@@ -205,7 +205,7 @@ def _build(
         for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
             stream = _encode(documents, tokenizer, manifest["dtype"])
             with (temporary / f"{name}.bin").open("wb") as file:
-                file.write(memoryview(stream).cast("B"))  # tofile hides why it fails
+                file.write(stream.data)  # tofile hides why it fails
             sync(temporary / f"{name}.bin")
             manifest[name] = {"tokens": len(stream), "bytes": sum(len(document.text) for document in documents)}
         (temporary / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")

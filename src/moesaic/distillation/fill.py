@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moesaic.config import from_mapping
+from moesaic.config import LARGEST_SEED, from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.data.loaders import Batch, windows_at
 from moesaic.data.tokenizers import Ids
@@ -42,8 +42,8 @@ def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:
     for key in ("seq_len", "batch_size", "windows_per_shard"):
         if type(config[key]) is not int or config[key] < 1:
             raise InputError(f"{key}={config[key]!r}: must be an integer >= 1")
-    if type(config["seed"]) is not int:
-        raise InputError(f"seed={config['seed']!r}: must be an integer")
+    if type(config["seed"]) is not int or not 0 <= config["seed"] <= LARGEST_SEED:
+        raise InputError(f"seed={config['seed']!r}: must be an integer from 0 to {LARGEST_SEED}")
     batch_size, windows_per_shard = config["batch_size"], config["windows_per_shard"]
     if windows_per_shard % batch_size:
         # else a resumed run would batch windows in another way, and differ in the last bit

@@ -1,7 +1,7 @@
 """Shapes of a decoder's parameters, from its config alone: nothing is built, so any size is answered at once."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moesaic.layers.part import ParameterKind
 from moesaic.models.config import DecoderConfig, LayerConfig
@@ -85,7 +85,7 @@ def num_parameters(config: DecoderConfig) -> int:
 
 def uncounted(config: DecoderConfig) -> tuple[str, ...]:
     """Dotted paths of the custom modules whose parameters only building them can tell."""
-    parts = [part for layer in config.layers for part in (layer.mixer, layer.ffn)]
+    parts: list[Any] = [part for layer in config.layers for part in (layer.mixer, layer.ffn)]
     if config.moe is not None and any(layer.ffn == "moe" for layer in config.layers):
         parts.append(config.moe.router)
     return tuple(dict.fromkeys(part["type"] for part in parts if isinstance(part, dict)))

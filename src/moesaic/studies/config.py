@@ -39,8 +39,6 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if len(set(self.factors)) < 2 or len(set(self.factors)) < len(self.factors) or min(self.factors) <= 0:
             raise ValueError(f"factors={list(self.factors)}: must be two or more different numbers > 0")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must be an integer >= 0")
         if not self.keys:
             raise ValueError("keys=[]: name at least one learning rate")
 

@@ -164,7 +164,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
-        require(self, "seed", self.seed >= 0, "an integer >= 0")
+        require(self, "seed", 0 <= self.seed <= LARGEST_SEED, f"an integer from 0 to {LARGEST_SEED}")
         if self.resume and self.ckpt_path is not None:
             raise ValueError(
                 f"ckpt_path={self.ckpt_path!r}: resume=true already says which checkpoint; give one of them"
