@@ -209,7 +209,7 @@ def test_a_checkpoint_without_tokenizer(asked: Composed, nameless: Path, checkpo
         with pytest.raises(InputError, match=r"it has no tokeniser, so it cannot read data\.source='files'"):
             evaluate.evaluate_long_context(asked(f"task={task}", f"checkpoint={nameless}"))
     evaluate.evaluate_long_context(asked("task=loss_by_position", "output=null"))  # encodes the corpus
-    [cache] = (tmp_path / "cache").iterdir()
+    [cache] = (tmp_path / "cache").glob("[!.]*")
     ids = ["data.source=memmap", f"data.path={cache}", f"checkpoint={nameless}"]
     summary = evaluate.evaluate_long_context(asked("task=loss_by_position", *ids))
     assert "beyond/loss" in summary["as_trained"] and "beyond/bits_per_byte" not in summary["as_trained"]

@@ -205,7 +205,7 @@ def test_resumed_checks_continue_those_before(
         (["training.steps=many"], r"training.steps: found 'many' \(str\); must be an integer"),
         (["sample.temperature=-1"], r"sample.temperature=-1.0: must be a number >= 0"),
         (["training.steps=0"], r"training.steps=0: must be a number >= 1"),
-        (["seed=-1"], r"seed=-1: must be an integer >= 0"),
+        (["seed=-1"], r"seed=-1: must be an integer from 0 to 4294967295"),
         (["optimizer.name=sgd"], r"optimizer.name: found 'sgd' \(str\); must be adamw \| muon"),
         (["data.tokenizer=words"], r"data.tokenizer: found 'words'"),
         (["model.vocab_size=100"], r"model.vocab_size=100: the data have token ids up to 256"),
