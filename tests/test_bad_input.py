@@ -84,7 +84,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ("train data.cache_dir=text/0.txt", ["data.cache_dir='text/0.txt'", "cannot be written"]),
     ("train ckpt_path=nowhere.ckpt", ["nowhere.ckpt"]),
     ("train ckpt_path=text/0.txt", ["text/0.txt"]),
-    ("train resume=true", ["run"]),
+    ("train resume=true run_dir=text", ["run_dir='text'", "not a run directory"]),
     ("train trainer.precision=8", ["trainer.precision", "must be"]),
     ("train model.moe.top_k=0", ["model.moe.top_k=0", "must be 1 to num_experts"]),
     ("train model.attention.num_heads=0", ["model.attention.num_heads=0", "must be"]),
