@@ -12,7 +12,7 @@ from moesaic.training.config import RunConfig
 __all__ = ["require_memory_of_run"]
 
 WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
-"""Of a precision; others keep weights in fp32."""
+"""Dtype of the weights by precision; with others it is fp32."""
 
 
 def require_memory_of_run(config: RunConfig, model: DecoderConfig) -> None:
