@@ -12,7 +12,7 @@ from moesaic.config import from_mapping
 from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
-from moesaic.evaluation.language_modelling import LanguageModelScore
+from moesaic.evaluation.language_modeling import LanguageModelScore
 from moesaic.evaluation.routing import routing_health
 from moesaic.layers import Routing, count_tokens
 from moesaic.losses import (
