@@ -10,11 +10,13 @@ import torch
 
 from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
+from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.files import atomic
 from moesaic.formats import translate_model, translate_run
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.custom import source_hashes
+from moesaic.models.shapes import num_parameters
 
 __all__ = [
     "TrainedModel",
@@ -75,7 +77,9 @@ def load_model(path: str | Path) -> TrainedModel:
     stored = checkpoint["hyper_parameters"]
     config = from_mapping(DecoderConfig, stored["model"], "model")
     weights = decoder_weights(checkpoint)
-    decoder = build_decoder(config, dtype=weights["embedding.weight"].dtype if "embedding.weight" in weights else None)
+    dtype = weights["embedding.weight"].dtype if "embedding.weight" in weights else torch.float32
+    require_memory(f"checkpoint {path}: its model", num_parameters(config) * dtype.itemsize)
+    decoder = build_decoder(config, dtype=dtype)
     try:
         decoder.load_state_dict(weights)
     except RuntimeError as error:
