@@ -1,6 +1,12 @@
 """Moesaic: a mixture-of-experts architecture sandbox. Start with `moesaic.layers` or docs/architecture.md."""
 
-from importlib.metadata import PackageNotFoundError, version
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
+    del sys.path[0]  # python -m puts the working directory first, where a file can stand in for any module
+
+from importlib.metadata import PackageNotFoundError, version  # noqa: E402
 
 __all__ = ["__version__"]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.files import atomic
 from moesaic.formats import translate_model, translate_run
+from moesaic.imports import trusting
 from moesaic.models import Decoder, DecoderConfig, build_decoder
-from moesaic.models.custom import source_hashes
+from moesaic.models.custom import require_trusted_modules, source_hashes
 
 __all__ = [
     "TrainedModel",
@@ -65,15 +66,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(path: str | Path) -> TrainedModel:
+def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
     """The model of a checkpoint, in evaluation mode on the CPU; of a codistilled run the student.
 
+    Args:
+        trust: packages whose code the checkpoint may name as its custom modules, see `moesaic.imports`.
+
     Raises:
-        InputError: as `load_checkpoint`, or weights that do not fit the stored config.
+        InputError: as `load_checkpoint`, custom modules that are not trusted, or weights that do not fit the config.
     """
     checkpoint = load_checkpoint(path)
     stored = checkpoint["hyper_parameters"]
     config = from_mapping(DecoderConfig, stored["model"], "model")
+    with trusting(trust):
+        require_trusted_modules(config, f"checkpoint {path}")
     weights = decoder_weights(checkpoint)
     decoder = build_decoder(config, dtype=weights["embedding.weight"].dtype if "embedding.weight" in weights else None)
     try:

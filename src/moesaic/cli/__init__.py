@@ -8,7 +8,6 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from moesaic import __version__
 
@@ -62,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = f" (did you mean moesaic {close[0]}?)" if close else ""
         print(f"error: {name}: unknown command{hint}; must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # custom modules named by dotted path are found where you stand
     try:
         if {"-h", "--help"} & set(rest):
             print(importlib.import_module("moesaic.cli.config_files").help_text(name, rest))

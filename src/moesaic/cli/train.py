@@ -34,7 +34,7 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
         stored, _ = resolve_resume(config)
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
-            if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug"):
+            if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug", "trust"):
                 continue
             found = OmegaConf.select(OmegaConf.create(stored), key)
             if str(found) != str(OmegaConf.select(OmegaConf.create(config), key)):

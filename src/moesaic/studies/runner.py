@@ -25,6 +25,7 @@ from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
 from moesaic.files import write_atomically, write_json, write_yaml
 from moesaic.formats import translate_overrides, translate_run, translate_study, version_of
+from moesaic.imports import VARIABLE, names_in, require_trusted, trusted, trusting
 from moesaic.models.config import FORMAT
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig
@@ -57,6 +58,11 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         InputError: damaged, or of another configuration, evaluations or data, or without the study's metric; it names
             the file and what differs.
     """
+    with trusting(names_in([base, dataclasses.asdict(study)])):
+        return _read_rows(results, study, base)
+
+
+def _read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
     path, config_path = results / "rows.jsonl", results / "config.yaml"
     rows: dict[str, Row] = {}
     if not path.exists():
@@ -67,6 +73,7 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         stored = dict(yaml.safe_load(config_path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"{config_path}: damaged; put it back, or choose another results_dir") from error
+    require_trusted(names_in(stored.get("model")), config_path)
     evaluated = stored.pop("study", None)
     if evaluated is not None:  # older ones do not say
         _require_equal(config_path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
@@ -156,6 +163,13 @@ def run_study(
         InputError: bad configuration, or results of another configuration or data.
         KeyboardInterrupt: Ctrl-C; no worker is left behind.
     """
+    with trusting(names_in([base, dataclasses.asdict(study)])):
+        return _run_study(study, base, results, runs, workers, console)
+
+
+def _run_study(
+    study: StudyConfig, base: Mapping[str, Any], results: Path, runs: Path, workers: int, console: Console
+) -> dict[str, str]:
     validate(study, base)
     with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
         rows = read_rows(results, study, base)
@@ -298,7 +312,7 @@ def start_worker(folder: Path, command: Sequence[str] = ()) -> subprocess.Popen[
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", VARIABLE: ",".join(sorted(trusted()))},
             start_new_session=True,
         )
 

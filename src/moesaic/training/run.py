@@ -13,6 +13,7 @@ from rich.console import Console
 from moesaic.data import Data
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
+from moesaic.imports import names_in, trusting
 from moesaic.models import account
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
@@ -37,7 +38,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         InputError: bad configuration, data or checkpoint.
     """
     console = console or Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
-    with contextlib.ExitStack() as at_the_end:
+    with trusting(names_in(config)), contextlib.ExitStack() as at_the_end:
         prepared = prepare(config, console, at_the_end)
         module = build(prepared)
         _show_plan(prepared, module, console)

@@ -10,9 +10,19 @@ import yaml
 from moesaic.checkpoints import load_checkpoint
 from moesaic.errors import InputError
 from moesaic.formats import translate_run
+from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.training.config import RunConfig
 
 __all__ = ["Start", "read_start", "resolve_resume"]
+
+COMPONENTS = (
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.callbacks.EMAWeightAveraging",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "moesaic.training.rate_finder.LearningRateFinder",
+)
+"""Callbacks and loggers that a stored run may have without trust: those of conf/ that tell nobody outside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +87,8 @@ def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(stored, dict):
         raise InputError(f"{run_dir / 'config.yaml'}: damaged, it does not hold a mapping")
+    with trusting(names_in(config)):
+        require_trusted(names_in(stored), run_dir / "config.yaml", free=COMPONENTS)
     return {**translate_run(stored), "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
 
 
