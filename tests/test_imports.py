@@ -24,6 +24,7 @@ TIERS = {
     "allocator": 0,
     "checkout": 0,
     "devices": 1,
+    "reading": 1,
     "examples": 1,
     "files": 1,
     "overrides": 1,

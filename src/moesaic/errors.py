@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["InputError", "naming"]
+__all__ = ["InputError", "UnknownKey", "naming"]
 
 
 class InputError(ValueError):
@@ -13,10 +13,14 @@ class InputError(ValueError):
     """
 
 
+class UnknownKey(InputError):
+    """A key that this version does not know; in a file, a newer version may have written it."""
+
+
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
     """Put `what`, such as a config key, in front of what is refused within."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{what}: {error}") from error
+        raise type(error)(f"{what}: {error}") from error

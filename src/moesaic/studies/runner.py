@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -28,6 +27,7 @@ from moesaic.formats import translate_overrides, translate_run, translate_study,
 from moesaic.imports import VARIABLE, names_in, require_trusted, trusted, trusting
 from moesaic.models.config import FORMAT
 from moesaic.overrides import apply_overrides
+from moesaic.reading import read_yaml, reading, require_finite
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import (
     Job,
@@ -37,11 +37,13 @@ from moesaic.studies.jobs import (
     job_hash,
     job_of,
     prepare_job,
+    read_row,
     resolve,
     row_key,
     run_config_of,
     sources_of,
     validate,
+    write_row,
 )
 from moesaic.studies.plan import Plan, plan
 
@@ -69,15 +71,14 @@ def _read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> di
         return rows
     if not config_path.exists():
         raise InputError(f"{path}: rows without the config.yaml they were made with; choose another results_dir")
-    try:
-        stored = dict(yaml.safe_load(config_path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise InputError(f"{config_path}: damaged; put it back, or choose another results_dir") from error
-    require_trusted(names_in(stored.get("model")), config_path)
-    evaluated = stored.pop("study", None)
-    if evaluated is not None:  # older ones do not say
-        _require_equal(config_path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
-    _require_equal(config_path, canonical({**translate_run(stored), "seed": 0}), canonical({**base, "seed": 0}))
+    with reading(config_path):
+        stored = read_yaml(config_path)
+        require_finite(stored, "")
+        require_trusted(names_in(stored.get("model")), config_path)
+        evaluated = stored.pop("study", None)
+        if evaluated is not None:  # older ones do not say
+            _require_equal(config_path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
+        _require_equal(config_path, canonical({**translate_run(stored), "seed": 0}), canonical({**base, "seed": 0}))
     cells = {(cell.arm, cell.axis): cell for cell in study.cells}
     data_hashes: dict[str, str | None] = {}
     try:
@@ -86,17 +87,13 @@ def _read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> di
         raise InputError(f"{path}: damaged ({error})") from error
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
+        with reading(where):
+            row = read_row(line)
             key, data_hash = row_key(row), row["data_hash"]
             overrides = translate_overrides(row["overrides"], stored, version_of(row, where))
             variant = study.variants.get(row["arm"]) if row["purpose"] == "variant" else None
             cell = cells.get((row["arm"] if variant is None else variant.arm, row["axis"]))
             _require_whole(row)
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{where}: damaged ({error!r})") from error
         if key in rows:
             raise InputError(f"{where}: a second row for {key}")
         rows[key] = {**row, "overrides": overrides}
@@ -129,14 +126,22 @@ def _named_sources(hashes: Mapping[str, str | None]) -> dict[str, Any]:
 
 def _lines(path: Path) -> dict[str, str]:
     """The rows of a file as they were written, by key: those that there are stay as they are."""
-    return {row_key(json.loads(line)): line for line in path.read_text(encoding="utf-8").splitlines()}
+    return {row_key(read_row(line)): line for line in path.read_text(encoding="utf-8").splitlines()}
 
 
 def _require_whole(row: Row) -> None:
     """Raise an error that names what a report would stumble over."""
-    numbers = {"cpu_seconds": row["cpu_seconds"], **row["metrics"]}
-    for key in ("status", "error", "commit", "uncommitted_changes", "torch", "curve"):
+    numbers = {"cpu_seconds": row["cpu_seconds"], "factor": row["factor"], **row["metrics"]}
+    for key in ("error", "commit", "uncommitted_changes", "torch"):
         row[key]
+    if row["purpose"] not in ("prepare", "tune", "measure", "variant") or row["status"] not in ("finished", "diverged"):
+        raise ValueError(f"a row of purpose {row['purpose']!r} and status {row['status']!r}")
+    if type(row["seed"]) is not int or not isinstance(row["data_hash"], str | None):
+        raise ValueError(f"seed {row['seed']!r}, data_hash {row['data_hash']!r}")
+    curve = {name: values for name, values in row["curve"].items() if name != "metric"}
+    numbers |= {f"curve.{name}[{i}]": value for name, values in curve.items() for i, value in enumerate(values)}
+    if len({len(values) for values in curve.values()}) > 1:
+        raise ValueError("the columns of its curve are not equally long")
     for key, value in numbers.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{key} is {value!r}, no number")
@@ -218,7 +223,7 @@ def _run_study(
                         replaces = again and job.purpose == "measure"
                         made = {row_key(row): row for row in new if replaces or row_key(row) not in rows}
                         rows |= made
-                        lines |= {key: json.dumps(row) for key, row in made.items()}
+                        lines |= {key: write_row(row) for key, row in made.items()}
                         write_atomically(results / "rows.jsonl", "".join(f"{line}\n" for line in lines.values()))
                         todo = plan(study, base, rows, _at_hand(study, prepared))
                         progress.finished(rows[job.key], study.metric, todo)

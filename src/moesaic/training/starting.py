@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from moesaic.checkpoints import load_checkpoint
+from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.formats import translate_run
+from moesaic.formats import translate_run, version_of
 from moesaic.imports import names_in, require_trusted, trusting
+from moesaic.models import DecoderConfig
+from moesaic.reading import read_json, read_yaml, reading, require_finite
 from moesaic.training.config import RunConfig
 
 __all__ = ["Start", "read_start", "resolve_resume"]
@@ -84,12 +85,27 @@ def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
                 f"resume=true: no unfinished run with a checkpoint under {root}; give run_dir=<directory of a run>"
             )
         run_dir = max(unfinished, key=lambda path: (path / "checkpoints" / "last.ckpt").stat().st_mtime)
-    stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(stored, dict):
-        raise InputError(f"{run_dir / 'config.yaml'}: damaged, it does not hold a mapping")
+    stored = read_run_config(run_dir)
     with trusting(names_in(config)):
         require_trusted(names_in(stored), run_dir / "config.yaml", free=COMPONENTS)
-    return {**translate_run(stored), "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
+    return {**stored, "run_dir": str(run_dir), "resume": True, "ckpt_path": None}, run_dir
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The stored config of a run, in the words of this version.
+
+    Raises:
+        InputError: config.yaml is damaged, is not of a run, or of a newer version.
+    """
+    path = run_dir / "config.yaml"
+    with reading(path):
+        stored = read_yaml(path)
+        require_finite(stored, "")
+        config = translate_run(stored)
+        run_config = from_mapping(RunConfig, config)
+        version_of(run_config.model, "model")
+        from_mapping(DecoderConfig, {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}, "model")
+        return config
 
 
 def _require_unfinished(run_dir: Path) -> None:
@@ -107,6 +123,6 @@ def _require_unfinished(run_dir: Path) -> None:
 
 def _status(run_dir: Path) -> str | None:
     try:
-        return yaml.safe_load((run_dir / "metrics.json").read_text(encoding="utf-8")).get("status")
-    except (OSError, AttributeError, yaml.YAMLError):
+        return read_json(run_dir / "metrics.json").get("status")
+    except InputError:
         return None
