@@ -13,6 +13,7 @@ from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models import DecoderConfig
 from moesaic.reading import read_json, read_yaml, reading, require_finite
 from moesaic.training.config import RunConfig
+from moesaic.training.stored_state import require_training_state
 
 __all__ = ["Start", "read_start", "resolve_resume"]
 
@@ -58,13 +59,18 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
     """
     if resume_dir is not None:
         path = resume_dir / "checkpoints" / "last.ckpt"
-        return Start("resumed", path, load_checkpoint(path), resume_dir)
+        checkpoint = load_checkpoint(path)
+        require_training_state(checkpoint, f"checkpoint {path}")
+        return Start("resumed", path, checkpoint, resume_dir)
     if config.ckpt_path is None:
         return Start("fresh")
     path, checkpoint = Path(config.ckpt_path), load_checkpoint(config.ckpt_path)
     if config.extend_context is not None:
         return Start("extended", path, checkpoint)
-    return Start("continued" if "optimizer_states" in checkpoint else "weights", path, checkpoint)
+    if "optimizer_states" not in checkpoint:
+        return Start("weights", path, checkpoint)
+    require_training_state(checkpoint, f"checkpoint {path}")
+    return Start("continued", path, checkpoint)
 
 
 def resolve_resume(config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -104,7 +110,9 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
         config = translate_run(stored)
         run_config = from_mapping(RunConfig, config)
         version_of(run_config.model, "model")
-        from_mapping(DecoderConfig, {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}, "model")
+        from_mapping(
+            DecoderConfig, {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}, "model"
+        )
         return config
 
 
