@@ -27,9 +27,9 @@ from moesaic.interop import accelerate
 
 from .harness import (
     DTYPES,
+    Measurement,
     Options,
     Progress,
-    Row,
     finish,
     parse_options,
     peak_memory,
@@ -138,7 +138,7 @@ def require_agreement(variants: dict[str, nn.Module], x: Tensor) -> None:
                 raise SystemExit(f"{name} and ours differ by {error:.1e} (relative): not a benchmark")
 
 
-def measure(options: Options, cases: Sequence[Case], memory_gb: float) -> Iterator[Row]:
+def measure(options: Options, cases: Sequence[Case], memory_gb: float) -> Iterator[Measurement]:
     progress = Progress("acceleration", sum(2 * (1 + len(case.implementations)) for case in cases) * options.rounds)
     for case in cases:
         left_out = {name: obstacle(case, name, memory_gb) for name in case.implementations}
@@ -151,7 +151,7 @@ def measure(options: Options, cases: Sequence[Case], memory_gb: float) -> Iterat
             calls = {name: functools.partial(run, made, x) for name, made in variants.items()}
             samples = time_in_turn(calls, options, tell=progress)
             middle = quantiles(samples[OURS])[1]
-            row = Row("acceleration", "", {**shape, "top_k": case.top_k}, case.dtype, what, ratio_to=OURS)
+            row = Measurement("acceleration", "", {**shape, "top_k": case.top_k}, case.dtype, what, ratio_to=OURS)
             for name, call in calls.items():
                 yield dataclasses.replace(
                     row,
@@ -166,7 +166,7 @@ def measure(options: Options, cases: Sequence[Case], memory_gb: float) -> Iterat
                     yield dataclasses.replace(row, variant=name, note=f"not run: {reason}")
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     lines = []
     reasons = {row.variant: row.note for row in rows if row.ratio is None}
     ours = {}
@@ -186,7 +186,7 @@ def report(rows: Sequence[Row]) -> None:
         print(f"{name}: {reason}")
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     extra = [
         (["--models"], {"nargs": "+", "choices": list(TOP_K), "default": ["llama4", "mixtral", "qwen3_moe"]}),
         (["--experts"], {"nargs": "+", "type": int, "default": [8, 16, 64, 128]}),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from moesaic.layers import Attention, RotaryEmbedding
 
 from .harness import (
+    Measurement,
     Options,
     Progress,
-    Row,
     dtypes_to_time,
     finish,
     parse_options,
@@ -83,7 +83,7 @@ def check(made: dict[str, nn.Module], chunk: int, x: Tensor) -> None:
     assert (within - expected[:, :chunk]).abs().max() < tolerance * expected.abs().max()
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     chunk, counts = (16, (1, 4)) if options.smoke else (256, (1, 2, 4, 8, 16))
     dtypes = dtypes_to_time(options)
     progress = Progress("attention over length", 2 * len(dtypes) * len(counts) * (2 * options.rounds + 1))
@@ -99,7 +99,7 @@ def measure(options: Options) -> Iterator[Row]:
                 samples = time_in_turn(calls, options, tell=progress)
                 middle = quantiles(samples["full"])[1]
                 for name, layer in timed.items():
-                    yield Row(
+                    yield Measurement(
                         benchmark="attention",
                         variant=name,
                         shape={"length": length, "chunk": chunk, "dim": DIM, "heads": HEADS, "kv_heads": KV_HEADS},
@@ -120,7 +120,7 @@ def cache_bytes(layer: nn.Module, length: int, dtype: torch.dtype) -> int:
     return 2 * held * KV_HEADS * (DIM // HEADS) * dtype.itemsize
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     lines = []
     keys = {(row.dtype, row.what, row.shape["length"]): None for row in rows}
     for key in keys:
@@ -138,7 +138,7 @@ def report(rows: Sequence[Row]) -> None:
     print_table("chunk-local attention: how much more the others take", header, lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)

@@ -32,9 +32,9 @@ from moesaic.models.memory import LiveBytes
 
 from .harness import (
     DTYPES,
+    Measurement,
     Options,
     Progress,
-    Row,
     dtypes_to_time,
     finish,
     parse_options,
@@ -138,7 +138,7 @@ def check(decoder: Decoder) -> None:
     assert error < (1e-4 if expected.dtype == torch.float32 else 0.1) * expected.float().abs().max()
 
 
-def against_the_limit(options: Options, dtype: str, tell: Callable[[], None]) -> Iterator[Row]:
+def against_the_limit(options: Options, dtype: str, tell: Callable[[], None]) -> Iterator[Measurement]:
     position = 16 if options.smoke else 256
     config = make_config(options.smoke)
     moe = build(config, options.device, DTYPES[dtype])
@@ -155,7 +155,7 @@ def against_the_limit(options: Options, dtype: str, tell: Callable[[], None]) ->
             step, limit = steps[name.split()[-1]], f"read as {name.split()[-1]}"
             seconds = quantiles(samples[name])
             rate = f"{step.bytes_read / 1e6:,.1f} MB, {step.bytes_read / seconds[1] / 1e9:.1f} GB/s"
-            yield Row(
+            yield Measurement(
                 benchmark="decoding",
                 variant=name,
                 shape={"batch": batch, "position": position, "dim": config.dim, "layers": config.num_layers},
@@ -169,7 +169,7 @@ def against_the_limit(options: Options, dtype: str, tell: Callable[[], None]) ->
             )
 
 
-def over_positions(options: Options, dtype: str, tell: Callable[[], None]) -> Iterator[Row]:
+def over_positions(options: Options, dtype: str, tell: Callable[[], None]) -> Iterator[Measurement]:
     chunk, batch = (8, 2) if options.smoke else (256, 8)
     positions = (8, 32) if options.smoke else (256, 1024, 4096)
     decoders = {}
@@ -182,7 +182,7 @@ def over_positions(options: Options, dtype: str, tell: Callable[[], None]) -> It
         seconds, built_from = quantiles(samples[f"{name} {position}"]), decoders[name].config
         assert built_from is not None
         read = batch * kv_cache_bytes(built_from, position, DTYPES[dtype])
-        yield Row(
+        yield Measurement(
             benchmark="decoding",
             variant=name,
             shape={
@@ -202,7 +202,7 @@ def over_positions(options: Options, dtype: str, tell: Callable[[], None]) -> It
         )
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     positions = 2 * (2 if options.smoke else 3)
     dtypes = dtypes_to_time(options)
     progress = Progress("decoding", len(dtypes) * (2 * 4 + positions) * options.rounds)
@@ -211,7 +211,7 @@ def measure(options: Options) -> Iterator[Row]:
         yield from over_positions(options, dtype, progress)
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     lines = []
     for row in rows:
         if row.what == "decode" and row.seconds and row.ratio:
@@ -233,7 +233,7 @@ def report(rows: Sequence[Row]) -> None:
     print_table("one token at several positions", header, lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moesaic.layers import BACKENDS, Experts, FeedForward, MoE, TopKRouter, choose_backend
 
-from .harness import Options, Progress, Row, finish, parse_options
+from .harness import Measurement, Options, Progress, finish, parse_options
 from .limit import (
     PASSES,
     DenseSwiGLU,
@@ -149,7 +149,7 @@ def require_agreement(layers: dict[str, nn.Module], x: Tensor, precision: Precis
             raise SystemExit(f"{name} is off by {error:.1e} (relative): not a benchmark")
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     cells = {precision: shapes_for(options, precision) for precision in precisions_to_time(options)}
     total = sum(len(PASSES) * (1 + len(BACKENDS)) * len(shapes) for shapes in cells.values())
     progress = Progress("experts", total * options.rounds)
@@ -162,7 +162,7 @@ def measure(options: Options) -> Iterator[Row]:
             require_agreement(layers, x, precision)
             limit = layers["dense"]
             assert isinstance(limit, DenseSwiGLU)
-            row = Row("experts", "", shape.described(), precision.name, "", flops=limit.flops(shape.rows))
+            row = Measurement("experts", "", shape.described(), precision.name, "", flops=limit.flops(shape.rows))
             for measured in compare(layers, x, precision, options, row, notes={}, tell=progress):
                 key = (shape.part, shape.experts, shape.rows, measured.dtype, measured.what, measured.variant)
                 note = measured.note
@@ -198,7 +198,7 @@ def shapes_for(options: Options, precision: Precision) -> list[Shape]:
     return shapes
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     for part in ("experts", "layer"):
         print_ratios(
             "sorted rows through the experts" if part == "experts" else "top-1 MoE with a shared expert",
@@ -207,7 +207,7 @@ def report(rows: Sequence[Row]) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)

@@ -22,9 +22,9 @@ from moesaic.losses import linear_cross_entropy, load_balance_loss
 from moesaic.models import AttentionConfig, Decoder, DecoderConfig, MoEConfig, account, build_decoder
 
 from .harness import (
+    Measurement,
     Options,
     Progress,
-    Row,
     finish,
     parse_options,
     peak_memory,
@@ -56,16 +56,16 @@ def forward_backward(layer: nn.Module, x: Tensor, upstream: Tensor) -> None:
     torch.autograd.grad(layer(x), (x, *layer.parameters()), upstream)
 
 
-def matmul_ceiling(options: Options) -> Iterator[Row]:
+def matmul_ceiling(options: Options) -> Iterator[Measurement]:
     size = 128 if options.smoke else 8192
     a, b = (torch.randn(size, size, device=options.device, dtype=torch.bfloat16) for _ in range(2))
     seconds = quantiles(time_in_turn({"matmul": lambda: a @ b}, options)["matmul"])
     flops = 2.0 * size**3
     note = f"{flops / seconds[1] / 1e12:.1f} TFLOP/s"
-    yield Row("gpu", "matmul ceiling", {"size": size}, "bf16", "forward", seconds, flops=flops, note=note)
+    yield Measurement("gpu", "matmul ceiling", {"size": size}, "bf16", "forward", seconds, flops=flops, note=note)
 
 
-def moe_layers(options: Options) -> Iterator[Row]:
+def moe_layers(options: Options) -> Iterator[Measurement]:
     shapes = [(2048, 8192, 16, 16_384), (2048, 8192, 128, 65_536), (5120, 8192, 16, 16_384), (5120, 8192, 64, 32_768)]
     if options.smoke:
         shapes = [(64, 128, 4, 256)]
@@ -90,7 +90,7 @@ def moe_layers(options: Options) -> Iterator[Row]:
             middle = quantiles(samples["dense"])[1]
             for name, call in calls.items():
                 seconds = quantiles(samples[name])
-                yield Row(
+                yield Measurement(
                     "gpu moe",
                     name,
                     shape,
@@ -102,8 +102,10 @@ def moe_layers(options: Options) -> Iterator[Row]:
                     flops=flops,
                     note=f"{flops / seconds[1] / 1e12:.1f} TFLOP/s active",
                 )
-        yield Row("gpu moe", "moe", shape, "bf16", "host synchronisation", note=host_synchronization(moe, x, upstream))
-        yield Row("gpu moe", "moe", shape, "bf16", "CUDA graph", note=graph_capture(moe, x, options.device))
+        yield Measurement(
+            "gpu moe", "moe", shape, "bf16", "host synchronisation", note=host_synchronization(moe, x, upstream)
+        )
+        yield Measurement("gpu moe", "moe", shape, "bf16", "CUDA graph", note=graph_capture(moe, x, options.device))
 
 
 def host_synchronization(layer: nn.Module, x: Tensor, upstream: Tensor) -> str:
@@ -139,7 +141,7 @@ def graph_capture(layer: nn.Module, x: Tensor, device: torch.device) -> str:
     return f"captured; replay with other tokens differs by {distance.item():.1e}"
 
 
-def attention(options: Options) -> Iterator[Row]:
+def attention(options: Options) -> Iterator[Measurement]:
     chunk, lengths = (32, (64, 128)) if options.smoke else (8192, (8192, 32_768, 131_072))
     dim, heads, kv_heads = (64, 4, 2) if options.smoke else (5120, 40, 8)
     for length in lengths:
@@ -160,7 +162,7 @@ def attention(options: Options) -> Iterator[Row]:
         samples = time_in_turn(calls, options)
         for name, call in calls.items():
             seconds = quantiles(samples[name])
-            yield Row(
+            yield Measurement(
                 "gpu attention",
                 name,
                 {"length": length, "chunk": chunk, "dim": dim},
@@ -173,7 +175,7 @@ def attention(options: Options) -> Iterator[Row]:
             )
 
 
-def loss(options: Options) -> Iterator[Row]:
+def loss(options: Options) -> Iterator[Measurement]:
     tokens, dim, vocabulary = (128, 32, 1000) if options.smoke else (16_384, 2048, 202_048)
     with options.device:
         hidden = torch.randn(tokens, dim, dtype=torch.bfloat16).requires_grad_()
@@ -193,10 +195,10 @@ def loss(options: Options) -> Iterator[Row]:
         seconds = quantiles(samples[name])
         ratio = seconds[1] / quantiles(samples["naive"])[1]
         peak = peak_memory(call, options.device)
-        yield Row("gpu loss", name, shape, "bf16", "forward+backward", seconds, ratio, "naive", peak)
+        yield Measurement("gpu loss", name, shape, "bf16", "forward+backward", seconds, ratio, "naive", peak)
 
 
-def training_step(options: Options) -> Iterator[Row]:
+def training_step(options: Options) -> Iterator[Measurement]:
     config = DecoderConfig(
         vocab_size=32_000,
         dim=2048,
@@ -228,7 +230,7 @@ def training_step(options: Options) -> Iterator[Row]:
     for name, call in calls.items():
         seconds, flops = quantiles(samples[name]), counted[name].training_flops * batch_size * length
         mfu = f", MFU {flops / seconds[1] / peak_rate:.3f}" if peak_rate else ", MFU unknown: no peak for this device"
-        yield Row(
+        yield Measurement(
             "gpu training step",
             name,
             {"dim": config.dim, "layers": config.num_layers, "batch": batch_size, "length": length},
@@ -253,7 +255,7 @@ def step(decoder: Decoder, optimizer: torch.optim.Optimizer, tokens: Tensor) -> 
     optimizer.zero_grad()
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     parts = (matmul_ceiling, moe_layers, attention, loss, training_step)
     progress = Progress("gpu suite", len(parts))
     for part in parts:
@@ -263,14 +265,14 @@ def measure(options: Options) -> Iterator[Row]:
             torch.cuda.empty_cache()
 
 
-def out_of_memory_as_row(part: Callable[[Options], Iterator[Row]], options: Options) -> Iterator[Row]:
+def out_of_memory_as_row(part: Callable[[Options], Iterator[Measurement]], options: Options) -> Iterator[Measurement]:
     try:
         yield from part(options)
     except torch.OutOfMemoryError as error:
-        yield Row("gpu", part.__name__, {}, "bf16", "", note=f"not run: {str(error).splitlines()[0]}")
+        yield Measurement("gpu", part.__name__, {}, "bf16", "", note=f"not run: {str(error).splitlines()[0]}")
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     lines = []
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
@@ -280,7 +282,7 @@ def report(rows: Sequence[Row]) -> None:
     print_table("gpu suite", ["question", "", "", "shape", "time / limit", "peak", ""], lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     options, _ = parse_options(__doc__ or "", arguments)
     if options.device.type != "cuda" and not options.smoke:
         raise SystemExit("this suite needs a GPU: torch finds no CUDA device (--smoke --device cpu runs its code)")

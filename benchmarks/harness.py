@@ -31,9 +31,9 @@ from moesaic.allocator import keep_freed_memory
 from moesaic.checkout import git
 
 __all__ = [
+    "Measurement",
     "Options",
     "Progress",
-    "Row",
     "bf16_obstacle",
     "bf16_over_fp32",
     "dtypes_to_time",
@@ -54,7 +54,7 @@ HOPELESS = 4.0
 
 
 @dataclasses.dataclass
-class Row:
+class Measurement:
     """One measurement, one line of JSON. Ratios are to the limit (the dense twin, or what `ratio_to` names)."""
 
     benchmark: str
@@ -294,7 +294,7 @@ class Progress:
         print(f"{self.what:<24} [{bar:<30}] {self.done}/{self.total}  {left:4.0f} s left ", end=end, file=sys.stderr)
 
 
-def finish(rows: Iterable[Row], options: Options) -> list[Row]:
+def finish(rows: Iterable[Measurement], options: Options) -> list[Measurement]:
     """Add to each row where it was measured, and append all to the output file.
 
     Where `bf16_obstacle` is in the way, that is said here and is one row more in the file.
@@ -310,7 +310,7 @@ def finish(rows: Iterable[Row], options: Options) -> list[Row]:
     not_run = []
     if obstacle := bf16_obstacle(options):
         print(f"\nbf16 and mixed precision not run: {obstacle}")
-        not_run = [Row(done[0].benchmark, "all", {}, "bf16", "all", note=f"not run: {obstacle}", **where)]
+        not_run = [Measurement(done[0].benchmark, "all", {}, "bf16", "all", note=f"not run: {obstacle}", **where)]
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:

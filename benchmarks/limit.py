@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .harness import (
+    Measurement,
     Options,
-    Row,
     bf16_obstacle,
     held_memory,
     peak_memory,
@@ -120,11 +120,11 @@ def compare(
     x: Tensor,
     precision: Precision,
     options: Options,
-    row: Row,
+    row: Measurement,
     *,
     notes: Mapping[str, str],
     tell: Callable[[], None],
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """Time and memory of the layers, one of them "dense", as ratios to it; both passes.
 
     In mixed precision the limit runs in fp32 as well, and every note says how the layer stands to that. What raises is
@@ -181,19 +181,19 @@ def reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def print_ratios(title: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
+def print_ratios(title: str, rows: Sequence[Measurement], keys: Sequence[str]) -> None:
     """Two tables, of time and of memory: a line for every shape, precision and pass, a column for every layer.
 
     Args:
         keys: the entries of the shape to show.
     """
     names = list(dict.fromkeys(row.variant for row in rows if row.variant != DENSE))
-    cells: dict[tuple[str, ...], dict[str, Row]] = {}
+    cells: dict[tuple[str, ...], dict[str, Measurement]] = {}
     for row in rows:
         line = (*(str(row.shape[key]) for key in keys), row.dtype, row.what)
         cells.setdefault(line, {})[row.variant] = row
 
-    def share(row: Row | None, dense: Row) -> str:
+    def share(row: Measurement | None, dense: Measurement) -> str:
         if row is None or row.activation_bytes is None:
             return ""
         return f"{row.activation_bytes / max(1, dense.activation_bytes or 0):.2f}"
@@ -207,5 +207,5 @@ def print_ratios(title: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
         print(said)
 
 
-def _ratio(row: Row | None) -> str:
+def _ratio(row: Measurement | None) -> str:
     return "" if row is None or row.ratio is None else f"{row.ratio:.2f}"

@@ -16,9 +16,9 @@ from torch import Tensor
 from moesaic.losses import linear_cross_entropy
 
 from .harness import (
+    Measurement,
     Options,
     Progress,
-    Row,
     dtypes_to_time,
     finish,
     parse_options,
@@ -41,7 +41,7 @@ def step(loss: Loss, hidden: Tensor, head: Tensor, labels: Tensor) -> None:
     torch.autograd.grad(loss(hidden, head, labels), (hidden, head))
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     # (tokens, width, vocabulary): our default run; Llama 4's vocabulary
     shapes = [(2048, 96, 2048), (512, 256, 202_048)]
     if options.device.type == "cuda":
@@ -63,7 +63,7 @@ def measure(options: Options) -> Iterator[Row]:
             samples = time_in_turn(calls, options, tell=progress)
             middle = quantiles(samples["naive"])[1]
             for name, call in calls.items():
-                yield Row(
+                yield Measurement(
                     benchmark="loss",
                     variant=name,
                     shape={"tokens": tokens, "dim": dim, "vocabulary": vocabulary},
@@ -77,7 +77,7 @@ def measure(options: Options) -> Iterator[Row]:
                 )
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     lines = []
     for naive_row, chunked in zip(rows[::2], rows[1::2], strict=True):
         assert naive_row.peak_bytes and chunked.peak_bytes
@@ -90,7 +90,7 @@ def report(rows: Sequence[Row]) -> None:
     print_table("head and cross-entropy, chunked over naive", header, lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)

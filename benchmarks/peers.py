@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from moesaic.testing import MoEUnderTest
 from moesaic.testing.peers import PEERS as KNOWN
-from moesaic.testing.recognise import describe
+from moesaic.testing.recognize import describe
 
-from .harness import Options, Progress, Row, finish, parse_options, print_table
+from .harness import Measurement, Options, Progress, finish, parse_options, print_table
 from .layer import benchmark_layer
 from .limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time, reason
 
@@ -123,14 +123,14 @@ def made_by(factory: Callable[..., Any], case: Case, dtype: torch.dtype) -> MoEU
 def transformers_llama4(case: Case, dtype: torch.dtype) -> MoEUnderTest:
     if not case.shared:
         raise CannotRun("it always has a shared expert")
-    modelling = importlib.import_module("transformers.models.llama4.modeling_llama4")
-    config = modelling.Llama4TextConfig(
+    modeling = importlib.import_module("transformers.models.llama4.modeling_llama4")
+    config = modeling.Llama4TextConfig(
         hidden_size=case.dim,
         intermediate_size=case.hidden_dim,
         num_local_experts=case.experts,
         num_experts_per_tok=case.top_k,
     )
-    return describe(modelling.Llama4TextMoe(config))
+    return describe(modeling.Llama4TextMoe(config))
 
 
 def transformers_gated(model: str, implementation: str, case: Case, dtype: torch.dtype) -> MoEUnderTest:
@@ -140,14 +140,14 @@ def transformers_gated(model: str, implementation: str, case: Case, dtype: torch
     copied = 3 * case.tokens * case.top_k * 3 * case.dim * case.hidden_dim * dtype.itemsize
     if implementation == "batched_mm" and copied > case.memory_gb * 1e9:
         raise CannotRun(f"copies weights per row: about {copied / 1e9:.0f} GB, allowed {case.memory_gb:g}")
-    modelling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     sizes = {"hidden_size": case.dim, "num_experts_per_tok": case.top_k}
     if model == "mixtral":
-        config = modelling.MixtralConfig(**sizes, intermediate_size=case.hidden_dim, num_local_experts=case.experts)
-        block = modelling.MixtralSparseMoeBlock
+        config = modeling.MixtralConfig(**sizes, intermediate_size=case.hidden_dim, num_local_experts=case.experts)
+        block = modeling.MixtralSparseMoeBlock
     else:
-        config = modelling.Qwen3MoeConfig(**sizes, moe_intermediate_size=case.hidden_dim, num_experts=case.experts)
-        block = modelling.Qwen3MoeSparseMoeBlock
+        config = modeling.Qwen3MoeConfig(**sizes, moe_intermediate_size=case.hidden_dim, num_experts=case.experts)
+        block = modeling.Qwen3MoeSparseMoeBlock
     config._experts_implementation = implementation
     return describe(block(config))
 
@@ -371,7 +371,7 @@ def check_output(under_test: MoEUnderTest, precision: Precision, x: Tensor) -> s
     return f"output within {error:.0e} of a float64 reference{stays}"
 
 
-def measure(options: Options, cases: Sequence[Case], contenders: Mapping[str, Peer]) -> Iterator[Row]:
+def measure(options: Options, cases: Sequence[Case], contenders: Mapping[str, Peer]) -> Iterator[Measurement]:
     precisions = precisions_to_time(options)
     cells = len(precisions) * len(cases) * len(PASSES)
     progress = Progress("peers", cells * (1 + len(contenders)) * options.rounds)
@@ -379,7 +379,7 @@ def measure(options: Options, cases: Sequence[Case], contenders: Mapping[str, Pe
         for case in cases:
             x = draw(case)[1].to(device=options.device, dtype=precision.dtype).requires_grad_()
             limit = DenseSwiGLU(case.dim, case.width).to(device=options.device, dtype=precision.dtype)
-            row = Row("peers", "", case.described(), precision.name, "", flops=limit.flops(case.tokens))
+            row = Measurement("peers", "", case.described(), precision.name, "", flops=limit.flops(case.tokens))
             layers: dict[str, nn.Module] = {"dense": limit}
             notes: dict[str, str] = {}
             missing: dict[str, str] = {}
@@ -412,7 +412,7 @@ def cases_for(options: Options, memory_gb: float) -> list[Case]:
     return [Case(experts, top_k, shared, **vars(sizes), memory_gb=memory_gb) for experts, top_k, shared in asked]
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     ahead = []
     for shape in dict.fromkeys(tuple(row.shape.items()) for row in rows):
         of = [row for row in rows if tuple(row.shape.items()) == shape]
@@ -444,13 +444,13 @@ def title_of(experts: int, top_k: int, shared: bool, tokens: int, dim: int, hidd
     return f"top {top_k} of {experts}{' + shared' if shared else ''}, {tokens} tokens, {dim} -> {hidden_dim}"
 
 
-def cell(row: Row | None, limit: Row) -> str:
+def cell(row: Measurement | None, limit: Measurement) -> str:
     if row is None or row.activation_bytes is None:
         return ""
     return f"{row.ratio:.2f} ({row.activation_bytes / max(1, limit.activation_bytes or 0):.2f})"
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     extra = [
         (
             ["--layer"],

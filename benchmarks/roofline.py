@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .harness import Options, Progress, Row, finish, parse_options, print_table, quantiles, time_in_turn
+from .harness import Measurement, Options, Progress, finish, parse_options, print_table, quantiles, time_in_turn
 from .layer import benchmark_layer
 from .limit import PASSES, DenseSwiGLU, Precision, precisions_to_time
 
@@ -43,7 +43,7 @@ def sizes_for(options: Options) -> Sizes:
     return Sizes(256, 1024, 2048, [4, 8, 16, 32, 64, 128], [16, 32, 64, 128, 256, 512, 2048], 50_000_000)
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     sizes = sizes_for(options)
     progress = Progress("roofline", (len(sizes.rows) * 3 + 1 + (len(sizes.experts) + 1) * 2 * 3) * options.rounds)
     source = torch.zeros(sizes.copied, device=options.device)
@@ -51,7 +51,7 @@ def measure(options: Options) -> Iterator[Row]:
     samples = time_in_turn({"copy": functools.partial(target.copy_, source)}, options, tell=progress)["copy"]
     bandwidth = 2 * source.nbytes / quantiles(samples)[1]
     note = f"{bandwidth / 1e9:.1f} GB/s read and written"
-    yield Row("roofline", "copy", {"bytes": 2 * source.nbytes}, "fp32", "copy", quantiles(samples), note=note)
+    yield Measurement("roofline", "copy", {"bytes": 2 * source.nbytes}, "fp32", "copy", quantiles(samples), note=note)
     del source, target
     peaks: dict[torch.dtype, float] = {}
     for precision in precisions_to_time(options):
@@ -66,7 +66,7 @@ def measure(options: Options) -> Iterator[Row]:
             yield dataclasses.replace(row, ratio=row.seconds[1] / floor, ratio_to="roofline")
 
 
-def matmul_rates(options: Options, sizes: Sizes, dtype: torch.dtype, tell: Callable[[], None]) -> Iterator[Row]:
+def matmul_rates(options: Options, sizes: Sizes, dtype: torch.dtype, tell: Callable[[], None]) -> Iterator[Measurement]:
     calls: dict[str, Callable[[], Any]] = {}
     number = 2 if options.smoke else 12  # more than caches hold
     weights = torch.randn(number, sizes.dim, 2 * sizes.hidden_dim, device=options.device, dtype=dtype)
@@ -85,10 +85,10 @@ def matmul_rates(options: Options, sizes: Sizes, dtype: torch.dtype, tell: Calla
         shape = {"rows": rows, "dim": sizes.dim, "hidden_dim": sizes.hidden_dim}
         note = f"{flops / seconds[1] / 1e9:.0f} GFLOP/s"
         name = "fp32" if dtype == torch.float32 else "bf16"
-        yield Row("roofline", f"matmul of {rows} rows", shape, name, "matmul", seconds, flops=flops, note=note)
+        yield Measurement("roofline", f"matmul of {rows} rows", shape, name, "matmul", seconds, flops=flops, note=note)
 
 
-def layers(options: Options, sizes: Sizes, precision: Precision, tell: Callable[[], None]) -> Iterator[Row]:
+def layers(options: Options, sizes: Sizes, precision: Precision, tell: Callable[[], None]) -> Iterator[Measurement]:
     torch.manual_seed(0)
     made: dict[str, torch.nn.Module] = {"dense": DenseSwiGLU(sizes.dim, 2 * sizes.hidden_dim).to(precision.dtype)}
     for experts in sizes.experts:
@@ -102,10 +102,10 @@ def layers(options: Options, sizes: Sizes, precision: Precision, tell: Callable[
             moved = weights + 2 * x.nbytes if what == "forward" else 3 * weights + 5 * x.nbytes
             flops = DenseSwiGLU.flops(made["dense"], sizes.tokens) * (1 if what == "forward" else 3)  # type: ignore[arg-type]
             shape = {"dim": sizes.dim, "hidden_dim": sizes.hidden_dim, "tokens": sizes.tokens, "bytes": moved}
-            yield Row("roofline", name, shape, precision.name, what, quantiles(samples[name]), flops=flops)
+            yield Measurement("roofline", name, shape, precision.name, what, quantiles(samples[name]), flops=flops)
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     print_table(
         "matmuls and copies",
         ["", "dtype", "rate"],
@@ -120,7 +120,7 @@ def report(rows: Sequence[Row]) -> None:
     print_table("layers", ["", "dtype", "", "FLOPs per byte", "GFLOP/s", "time / floor"], lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moesaic.models import DecoderConfig, MoEConfig, account, build_decoder, llama4_toy
 
-from .harness import Options, Progress, Row, finish, parse_options, print_table
+from .harness import Measurement, Options, Progress, finish, parse_options, print_table
 from .layer import benchmark_layer
 from .limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time
 
@@ -78,7 +78,7 @@ def require_finite(layers: dict[str, nn.Module], x: Tensor, precision: Precision
             raise SystemExit(f"{name} is not finite: not a benchmark")
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     points = points_for(options)
     precisions = precisions_to_time(options)
     progress = Progress("scaling", len(points) * len(precisions) * len(PASSES) * 2 * options.rounds)
@@ -86,7 +86,7 @@ def measure(options: Options) -> Iterator[Row]:
         for point in points:
             layers, x, flops = point.build(options.device, precision.dtype)
             require_finite(layers, x, precision)
-            row = Row("scaling", "", dataclasses.asdict(point), precision.name, "", flops=flops)
+            row = Measurement("scaling", "", dataclasses.asdict(point), precision.name, "", flops=flops)
             yield from compare(layers, x, precision, options, row, notes={}, tell=progress)
 
 
@@ -110,7 +110,7 @@ def points_for(options: Options) -> list[Point]:
     return points + [Point("depth", depth=depth, **decoder) for depth in depths]
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     lines = []
     first: dict[tuple[str, str, str], float] = {}
     limits = {(*row.shape.items(), row.dtype, row.what): row for row in rows if row.variant == "dense"}
@@ -140,7 +140,7 @@ def report(rows: Sequence[Row]) -> None:
     print_table("ideal is a flat line; the last column is relative to the first point of its sweep", header, lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     options, _ = parse_options(__doc__ or "", arguments)
     rows = finish(measure(options), options)
     report(rows)

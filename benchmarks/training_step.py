@@ -28,9 +28,9 @@ from moesaic.models import Decoder, DecoderConfig, account, build_decoder
 from moesaic.models.presets import small
 
 from .harness import (
+    Measurement,
     Options,
     Progress,
-    Row,
     bf16_obstacle,
     finish,
     parse_options,
@@ -110,7 +110,7 @@ def models(config: DecoderConfig, device: torch.device) -> dict[str, tuple[nn.Mo
     return made
 
 
-def measure(options: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Measurement]:
     layout = dataclasses.replace(DEFAULT, attention=dataclasses.replace(DEFAULT.attention, conv_width=0))
     configs = {"default": DEFAULT, "layout of Llama 4": layout}
     batch_size, length = (1, 32) if options.smoke else (8, 256)
@@ -132,7 +132,7 @@ def measure(options: Options) -> Iterator[Row]:
             middle = quantiles(samples["dense"])[1]
             for variant in made:
                 counted = account(dataclasses.replace(config, dense_twin=variant == "dense"), length)
-                row = Row(
+                row = Measurement(
                     benchmark="training_step",
                     variant=variant,
                     shape={"model": name, "batch": batch_size, "length": length},
@@ -163,7 +163,7 @@ def require_equal_losses(made: dict[str, tuple[nn.Module, Loss] | str], batch: t
         raise SystemExit(f"our loss {ours} and transformers' {expected} differ: not a benchmark")
 
 
-def report(rows: Sequence[Row]) -> None:
+def report(rows: Sequence[Measurement]) -> None:
     lines = []
     for row in rows:
         if row.ratio is None or row.peak_bytes is None:
@@ -174,7 +174,7 @@ def report(rows: Sequence[Row]) -> None:
     print_table("training step", ["model", "precision", "", "speed / dense", "peak", ""], lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     given = sys.argv[1:] if arguments is None else arguments
     options, _ = parse_options(__doc__ or "", ["--keep-freed-memory", *given])  # as moesaic train does
     rows = finish(measure(options), options)

@@ -1,6 +1,7 @@
 """Plain mappings to strict dataclasses and back."""
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 import pytest
@@ -8,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.config import flatten, from_mapping, to_mapping
+from moesaic.data.tasks import TASKS
 from moesaic.errors import InputError
+from moesaic.evaluation.copying import CopyingConfig
+from moesaic.evaluation.needle import NeedleConfig
+from moesaic.models import DecoderConfig
+from moesaic.studies.config import StudyConfig
+from moesaic.training.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +203,7 @@ inner = st.builds(Inner, width=st.integers(1, 99), mode=st.sampled_from(["fast",
         Outer,
         name=st.text(max_size=3),
         inner=inner,
-        rate=st.floats(allow_nan=False),
+        rate=st.floats(allow_nan=False, allow_infinity=False),
         steps=st.integers(),
         on=st.booleans(),
         maybe=st.none() | st.integers(),
@@ -218,3 +225,68 @@ def test_flatten() -> None:
     nested = {"a": 1, "b": {"c": {"d": [1, {"e": 2}]}, "f": None}, "g": {}}
     assert flatten(nested) == {"a": 1, "b.c.d": [1, {"e": 2}], "b.f": None, "g": {}}
     assert flatten({}) == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_numbers_must_be_finite(value: float) -> None:
+    with pytest.raises(InputError, match=r"^run\.rate=-?(nan|inf): must be a finite number$"):
+        build(rate=value)
+    with pytest.raises(InputError, match=r"^run\.betas\[1\]=-?(nan|inf): must be a finite number$"):
+        build(betas=[0.5, value])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    steps: int = dataclasses.field(default=1, metadata={"most": 100})
+    seeds: tuple[int, ...] = dataclasses.field(default=(), metadata={"most": 7})
+    rate: float | None = dataclasses.field(default=None, metadata={"most": 2.5})
+
+    def __post_init__(self) -> None:
+        assert self.steps <= 100, "checked before"
+
+
+def test_numbers_have_upper_bounds() -> None:
+    assert from_mapping(Bounded, {"steps": 100, "seeds": [7], "rate": 2.5}).seeds == (7,)
+    for values, message in (
+        ({"steps": 101}, r"run\.steps=101: must be a number that is at most 100"),
+        ({"steps": 1e30}, r"run\.steps=1000000000000000019884624838656: must be a number that is at most 100"),
+        ({"seeds": [0, 8]}, r"run\.seeds\[1\]=8: must be a number that is at most 7"),
+        ({"rate": 3}, r"run\.rate=3\.0: must be a number that is at most 2\.5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            from_mapping(Bounded, values, "run")
+
+
+def float_fields() -> list[tuple[type, str]]:
+    """Every number of every config, those of its sections included."""
+    waiting: list[Any] = [RunConfig, DecoderConfig, StudyConfig, NeedleConfig, CopyingConfig, *TASKS.values()]
+    seen: list[Any] = []
+    found = []
+    while waiting:
+        each = waiting.pop()
+        waiting += typing.get_args(each)
+        if not dataclasses.is_dataclass(each) or each in seen:
+            continue
+        seen.append(each)
+        for name, hint in typing.get_type_hints(each).items():
+            waiting.append(hint)
+            if hint is float or float in typing.get_args(hint):
+                found.append((each, name))
+    return found
+
+
+NEEDED = {"source": "joint", "attention": {"num_heads": 1}}
+
+
+@pytest.mark.parametrize(("config", "key"), float_fields(), ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_every_number_of_every_config_must_be_finite(config: type, key: str, value: float) -> None:
+    hints = typing.get_type_hints(config)
+    needed: dict[str, Any] = {
+        field.name: NEEDED.get(field.name, {int: 8, float: 1.0, str: "x"}.get(hints[field.name], {}))
+        for field in dataclasses.fields(config)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    given = [value] if typing.get_origin(hints[key]) is tuple else value
+    with pytest.raises(InputError, match=rf"^at\.{key}(\[0\])?={value}: must be a finite number"):
+        from_mapping(config, {key: given} | {k: v for k, v in needed.items() if k != key}, "at")

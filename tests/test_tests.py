@@ -1,6 +1,10 @@
-"""What keeps the tests honest on any machine: no patched private names, no clock that decides what is seen."""
+"""What keeps the tests honest on any machine: no patched private names, no clock that decides what is seen.
+
+And one spelling of names, here and in the sources.
+"""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,3 +81,32 @@ def test_a_private_name_is_seen(source: str) -> None:
 def test_a_sleep_is_seen_with_its_function() -> None:
     assert list(sleeps(ast.parse("def f():\n    def g():\n        time.sleep(1)\n"))) == [(3, "f")]
     assert not list(private_names(ast.parse("monkeypatch.setattr(module, '__all__', [])")))
+
+
+BRITISH = re.compile(
+    r"(character|central|general|initial|maxim|minim|normal|optim|organ|parallel|parametr|quant|random|recogn|regular|"
+    r"serial|special|summar|synchron|token|vector)is(e|ing|ation)|colour|behaviour|neighbour|favour|honour|"
+    r"(label|model|cancel|travel)l(ed|ing)|centre|centring|grey|catalogue|analyse",
+    re.IGNORECASE,
+)
+NAMED = sorted(file for folder in ("src", "benchmarks", "tests") for file in (TESTS.parent / folder).rglob("*.py"))
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    """Names that a file gives or uses: of functions, classes, arguments, variables and attributes."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name) | ast.Attribute(attr=name):
+                yield name
+            case ast.arg(arg=name) | ast.keyword(arg=str(name)) | ast.alias(name=name):
+                yield name
+
+
+def test_names_are_spelled_the_american_way() -> None:
+    found = {
+        (path.relative_to(TESTS.parent).as_posix(), name)
+        for path in NAMED
+        for name in [path.stem, *names(ast.parse(path.read_text(encoding="utf-8")))]
+        if BRITISH.search(name)
+    }
+    assert found == set()

@@ -11,12 +11,14 @@ import torch
 
 from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import DataConfig, Tokenizer, token_bytes, tokenizer_from_dict
+from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.files import atomic
 from moesaic.formats import translate_model, translate_run
 from moesaic.imports import trusting
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.custom import require_trusted_modules, source_hashes
+from moesaic.models.shapes import num_parameters
 from moesaic.reading import reading, require_finite
 
 __all__ = [
@@ -185,7 +187,9 @@ def _filled(config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> Decod
         if found != must:
             told = ("absent" if x is None else f"{x[1]} {x[0]}" for x in (found, must))
             raise InputError(f"its weights do not fit its config: {name}: found {next(told)}; must be {next(told)}")
-    decoder = build_decoder(config, dtype=weights["embedding.weight"].dtype)
+    dtype = weights["embedding.weight"].dtype
+    require_memory("its model", num_parameters(config) * dtype.itemsize)
+    decoder = build_decoder(config, dtype=dtype)
     decoder.load_state_dict(weights)
     return decoder
 

@@ -8,6 +8,7 @@ put in front here.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -15,7 +16,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from moesaic.errors import InputError, UnknownKey
 
-__all__ = ["flatten", "from_mapping", "require", "require_same", "to_mapping"]
+__all__ = ["LARGEST_SEED", "flatten", "from_mapping", "require", "require_same", "to_mapping"]
+
+LARGEST_SEED = 2**32 - 1
+"""Lightning and numpy take no larger one."""
 
 T = TypeVar("T")
 
@@ -27,7 +31,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         cls: a dataclass; a class method `check_mapping(values)` may refuse what only a mapping can be wrong about by
             raising ValueError. Field types may be bool, int, float, str, None, Any, Literal, X | Y, tuple[X, ...],
             dict[str, X] and other dataclasses. One field, a dict, may have metadata {"other_keys": function}: it takes
-            the keys that are no fields but among the names that the function returns.
+            the keys that are no fields but among the names that the function returns. Numbers must be finite; of a
+            field with metadata {"most": n} none may be larger than n, which keeps a machine from hanging.
         values: plain containers, as `OmegaConf.to_container(..., resolve=True)` gives them.
         where: dotted path of `values` in the whole config, for messages.
 
@@ -56,6 +61,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             arguments[field.name] = {str(key): value for key, value in values.items() if key not in _names(cls)}
         elif field.name in values:
             arguments[field.name] = _convert(types_of[field.name], values[field.name], path)
+            _require_in_range(arguments[field.name], path, field.metadata.get("most", math.inf))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{path}: missing; it needs {_describe(types_of[field.name])}")
     try:
@@ -114,7 +120,10 @@ def _convert(expected: Any, value: Any, path: str) -> Any:
         return value
     elif expected is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:  # an integer of hundreds of digits
+                return math.inf
     elif expected in (int, str, bool):
         if type(value) is expected:
             return value
@@ -123,6 +132,17 @@ def _convert(expected: Any, value: Any, path: str) -> Any:
     elif expected is type(None) and value is None:
         return None
     raise InputError(f"{path}: found {_show(value)}; must be {_describe(expected)}")
+
+
+def _require_in_range(value: Any, path: str, most: float) -> None:
+    """Refuse numbers that are not finite or too large, in lists too; what is in dataclasses has been checked."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _require_in_range(item, f"{path}[{i}]", most)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{path}={value}: must be a finite number")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value > most:
+        raise InputError(f"{path}={value}: must be a number that is at most {most}")
 
 
 def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.harness import (
-    Row,
+    Measurement,
     bf16_obstacle,
     commit,
     dtypes_to_time,
@@ -70,7 +70,7 @@ def test_cpus_that_emulate_bf16_are_not_waited_for(
     assert (bf16_obstacle(options) is None) == runs
     assert list(dtypes_to_time(options)) == ["fp32", "bf16"][: 1 + runs]
     assert precisions_to_time(options) == (PRECISIONS if runs else (FP32,))
-    assert len(finish([Row("loss", "naive", {}, "fp32", "step")], options)) == 1
+    assert len(finish([Measurement("loss", "naive", {}, "fp32", "step")], options)) == 1
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     said = "a bf16 matmul takes 90 times as long as one in fp32 on this CPU"
     assert [row["note"] for row in rows] == ["", f"not run: {said}"][: 2 - runs]

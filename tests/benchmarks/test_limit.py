@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import limit
-from benchmarks.harness import Options, Row, parse_options
+from benchmarks.harness import Measurement, Options, parse_options
 from benchmarks.limit import PRECISIONS, DenseSwiGLU, Precision, compare
 from moesaic.layers import FeedForward
 
@@ -24,9 +24,9 @@ def options() -> Iterator[Options]:
     torch.set_num_threads(threads)
 
 
-def rows_of(layers: dict[str, nn.Module], precision: Precision, options: Options) -> dict[tuple[str, str], Row]:
+def rows_of(layers: dict[str, nn.Module], precision: Precision, options: Options) -> dict[tuple[str, str], Measurement]:
     x = torch.randn(64, 32, dtype=precision.dtype).requires_grad_()
-    row = Row("test", "", {}, "", "", flops=100.0)
+    row = Measurement("test", "", {}, "", "", flops=100.0)
     rows = compare(layers, x, precision, options, row, notes={"other": "said"}, tell=lambda: None)
     return {(row.variant, row.what): row for row in rows}
 

@@ -17,7 +17,7 @@ from benchmarks.limit import PRECISIONS
 from benchmarks.peers import OURS, CannotRun, Case, Peer
 from moesaic.layers import MoE
 from moesaic.testing import MoEUnderTest
-from moesaic.testing.recognise import describe
+from moesaic.testing.recognize import describe
 
 SHARED = Case(4, 1, True, tokens=64, length=32, dim=32, hidden_dim=24)
 TOP2 = Case(4, 2, False, tokens=64, length=32, dim=32, hidden_dim=24)

@@ -119,9 +119,38 @@ def test_unusable_files_are_refused(tmp_path: Path, files: dict[str, bytes], pat
         load_files(str(tmp_path / path), 0.1)
 
 
-def test_binary_files_among_text_are_left_out(tmp_path: Path) -> None:
-    write(many(tmp_path), **{"image.png": b"\x89PNG\0\0"})
-    assert "image.png" not in set.union(*names(load_files(str(tmp_path), 0.1)))
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    write(many(tmp_path), **{"image.png": b"\x89PNG\0\0", "none.txt": b"", "copy.txt": b"text number 3\n"})
+    (tmp_path / "gone.txt").symlink_to("/proc/self/mem")  # may not be read by anyone
+    corpus = load_files(str(tmp_path), 0.1)
+    assert "image.png" not in set.union(*names(corpus))
+    assert corpus.facts()["left_out"] == {"binary": 1, "duplicates": 1, "empty": 1, "unreadable": 1}
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    folder, elsewhere = many(tmp_path / "text", 5), many(tmp_path / "elsewhere", 12)
+    write(elsewhere, sub__deep=b"far away\n")
+    (folder / "a_link").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (elsewhere / "sub" / "back").symlink_to(folder)
+    (folder / "own").mkdir()
+    (folder / "own" / "x").write_bytes(b"mine\n")
+    (folder / "a_own").symlink_to(folder / "own")
+    by_folder = load_files(str(folder), 0.2)
+    found = set.union(*names(by_folder))
+    assert {"a_link/sub/deep", "own/x"} <= found
+    assert not [name for name in found if name.startswith(("loop", "a_own")) or "back" in name]
+    for pattern in ("**/*", "**", "**/**/*"):
+        by_glob = load_files(f"{folder}/{pattern}", 0.2)
+        assert by_glob.facts()["content_hash"] == by_folder.facts()["content_hash"], pattern
+    assert set.union(*names(load_files(f"{folder}/**/sub/*", 0.2))) == {"deep", "deep (tail)"}
+
+
+def test_a_relative_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(many(tmp_path))
+    by_folder = load_files(".", 0.2).facts()["content_hash"]
+    assert load_files("**/*.txt", 0.2).facts()["content_hash"] == by_folder
+    assert load_files("*.txt", 0.2).facts()["content_hash"] == by_folder
 
 
 def test_missing_datasets_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +167,14 @@ def test_huggingface_rows_become_documents(monkeypatch: pytest.MonkeyPatch) -> N
         if name != "good":
             raise ValueError("no such data set")
         assert split == "train"
-        return {"text": [f"row {i}" for i in range(50)] + [""]}
+        return {"text": [f"row {i % 50}" for i in range(200)] + [""]}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
     corpus = load_huggingface("good", 0.2)
     assert len(corpus.train) + len(corpus.validation) == 50
+    texts = [{document.text for document in split} for split in (corpus.train, corpus.validation)]
+    assert not texts[0] & texts[1], "a row that stands twice is in one split"
+    assert corpus.left_out == {"duplicates": 150, "empty": 1}
     with pytest.raises(InputError, match=r"data.path='bad': no data set with a column `text`"):
         load_huggingface("bad", 0.2)
 

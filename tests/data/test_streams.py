@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -13,6 +14,11 @@ import pytest
 from moesaic.config import from_mapping
 from moesaic.data import BPETokenizer, ByteTokenizer, DataConfig, load_data
 from moesaic.errors import InputError
+
+
+def caches(folder: Path) -> list[Path]:
+    """What is in the cache beside `folder`, without locks."""
+    return [path for path in (folder.parent / "cache").iterdir() if path.suffix != ".lock"]
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def test_stream_knows_the_names_of_its_documents(folder: Path) -> None:
             assert stream.documents is not None
             for name, text in zip(stream.documents, texts, strict=True):
                 assert data.tokenizer.decode(text.tolist()) == (folder / name).read_bytes()
-    [cache] = (folder.parent / "cache").iterdir()
+    [cache] = caches(folder)
     assert load_data(DataConfig(source="memmap", path=str(cache))).validation.documents is None
 
 
@@ -92,14 +98,14 @@ def test_changed_text_or_tokenizer_is_another_cache(folder: Path) -> None:
     load_data(config(folder, vocab_size=270))
     (folder / "0.py").write_text("something else entirely\n" * 9)
     load_data(config(folder))
-    assert len(list((folder.parent / "cache").iterdir())) == 3
+    assert len(caches(folder)) == 3
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "garbage"])
 def test_damaged_cache_is_built_again(folder: Path, damage: str) -> None:
     good = load_data(config(folder))
     tokens = np.array(good.train.tokens)
-    [cache] = (folder.parent / "cache").iterdir()
+    [cache] = caches(folder)
     if damage == "truncate":
         (cache / "train.bin").write_bytes((cache / "train.bin").read_bytes()[:-10])
     elif damage == "remove":
@@ -117,7 +123,7 @@ def test_two_builders_at_once_do_not_break_each_other(folder: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(results) == 4
-    assert len(list((folder.parent / "cache").iterdir())) == 1
+    assert len(caches(folder)) == 1
 
 
 def test_full_disk_names_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +131,47 @@ def test_full_disk_names_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(InputError, match=r"data.cache_dir='.*cache': cannot be written \(no space left\)"):
+    with pytest.raises(
+        InputError, match=r"data.cache_dir='.*cache': cannot be written \(No space left on device\); must be a folder"
+    ):
         load_data(config(folder))
-    assert list((folder.parent / "cache").iterdir()) == []
+    assert caches(folder) == []
+
+
+def test_what_a_killed_process_left_is_removed(folder: Path) -> None:
+    load_data(config(folder))
+    [cache] = caches(folder)
+    cache.rename(cache.with_name(f".{cache.name}.partial"))
+    cache.with_name(f".{cache.name}-a1b2c3d4").mkdir()
+    load_data(config(folder))
+    assert caches(folder) == [cache]
+
+
+def test_modes_are_by_the_umask(folder: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        load_data(config(folder))
+    finally:
+        os.umask(before)
+    [cache] = caches(folder)
+    assert cache.stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in cache.iterdir()} == {0o644}
+
+
+def test_a_file_as_cache_is_named(folder: Path) -> None:
+    (folder.parent / "cache").write_text("")
+    with pytest.raises(InputError, match=r"data.cache_dir='.*cache': cannot be written \(.*\); must be a folder"):
+        load_data(config(folder))
+
+
+def test_a_home_folder_is_found_in_quoted_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    found = [
+        load_data(config(folder, path=path, cache_dir="~/cache", tokenizer="bytes")).facts["content_hash"]
+        for path in (str(folder), "~/text", "~/text/*.py", "~/text/**/*.py")
+    ]
+    assert len(set(found)) == 1
+    assert len(caches(folder)) == 1
 
 
 def test_a_given_tokenizer_is_used(folder: Path) -> None:
@@ -157,7 +201,7 @@ def test_memmap_of_ones_own(tmp_path: Path) -> None:
 
 def test_memmap_of_a_cache_folder(folder: Path) -> None:
     cached = load_data(config(folder))
-    [cache] = (folder.parent / "cache").iterdir()
+    [cache] = caches(folder)
     data = load_data(DataConfig(source="memmap", path=str(cache)))
     np.testing.assert_array_equal(data.train.tokens, cached.train.tokens)
     assert data.tokenizer is not None

@@ -1,6 +1,9 @@
 """Tokenisers: lossless, complete, self-contained."""
 
 import json
+import random
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,3 +55,31 @@ def test_bpe_compresses_and_is_deterministic() -> None:
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(InputError, match=r"tokeniser of kind 'words': must be one of bytes, bpe"):
         tokenizer_from_dict({"kind": "words"})
+
+
+def test_a_word_without_end_takes_no_time_without_end() -> None:
+    draw = random.Random(0)
+    dna = "".join(draw.choices("ACGT", k=400_000)).encode()
+    began = time.process_time()
+    tokenizer = BPETokenizer.train([dna], 512)
+    assert tokenizer.decode(tokenizer.encode(dna)) == dna
+    assert time.process_time() - began < 20
+
+
+def test_words_are_cut_beyond_ten_thousand_bytes_only() -> None:
+    text = ("def f(x):\n    return x\n" * 50 + "a" * 10_000 + " " + "é" * 5_000 + "\n").encode()
+    trained = BPETokenizer.train([text], 300)
+    assert trained.to_dict() == trained_without_cuts(text, 300)
+
+
+def trained_without_cuts(text: bytes, vocab_size: int) -> dict[str, Any]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator([text.decode()], trainer)
+    return {"kind": "bpe", "json": inner.to_str()}

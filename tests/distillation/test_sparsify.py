@@ -85,8 +85,8 @@ def test_sampling_is_unbiased(exponent: float, temperature: float) -> None:
     z = (found.mean(dim=0) - p) / (found.std(dim=0) / repeats**0.5)
     assert float(z.abs().max()) < 5
     if exponent != 1:  # with exponent 1 every draw weighs the same, and dividing by the sum changes nothing
-        normalised = found / found.sum(dim=1, keepdim=True)
-        z = (normalised.mean(dim=0) - p) / (normalised.std(dim=0) / repeats**0.5)
+        normalized = found / found.sum(dim=1, keepdim=True)
+        z = (normalized.mean(dim=0) - p) / (normalized.std(dim=0) / repeats**0.5)
         assert float(z.abs().max()) > 5
 
 

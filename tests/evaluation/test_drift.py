@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.errors import InputError
 from moesaic.evaluation.drift import Drift, RunningDrift, changed_choices
-from moesaic.evaluation.language_modelling import evaluate_language_model
+from moesaic.evaluation.language_modeling import evaluate_language_model
 from moesaic.layers import Routing, count_tokens
 from moesaic.models import build_decoder, llama4_toy
 

@@ -229,7 +229,7 @@ def test_impossible_grids_are_refused_before_any_work(config: NeedleConfig, mess
         task_of(ByteTokenizer(), config)
 
 
-def test_too_many_values_for_the_tokeniser() -> None:
+def test_too_many_values_for_the_tokenizer() -> None:
     with pytest.raises(InputError, match=r"needle\.distractors=8000: must be a number below 8000"):
         task_of(ByteTokenizer(), NeedleConfig(distractors=8000))
 

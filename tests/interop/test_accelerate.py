@@ -484,7 +484,7 @@ def test_other_architectures_are_refused_by_name() -> None:
             assert supported in str(refusal.value)
 
 
-class Quantised(nn.Parameter):
+class Quantized(nn.Parameter):
     pass
 
 
@@ -492,7 +492,7 @@ def replace_weight(experts: nn.Module, weight: Callable[[Tensor], nn.Parameter])
     experts.down_proj = weight(experts.down_proj.detach())
 
 
-def parametrise(experts: nn.Module) -> None:
+def parametrize(experts: nn.Module) -> None:
     nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
 
 
@@ -504,9 +504,9 @@ SPOILT: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "meta": (lambda e: replace_weight(e, lambda w: nn.Parameter(w.to("meta"))), "down_proj is on the meta device"),
     "int8": (lambda e: replace_weight(e, lambda w: frozen(w.to(torch.int8))), "down_proj is torch.int8: must be"),
     "float8": (lambda e: replace_weight(e, lambda w: frozen(w.to(torch.float8_e4m3fn))), "float8_e4m3fn: must be"),
-    "quantised": (lambda e: replace_weight(e, Quantised), "down_proj is a Quantised"),
+    "quantised": (lambda e: replace_weight(e, Quantized), "down_proj is a Quantized"),
     "two dtypes": (lambda e: replace_weight(e, lambda w: nn.Parameter(w.double())), "one dtype and one device"),
-    "parametrised": (parametrise, "is a Parametrized"),
+    "parametrised": (parametrize, "is a Parametrized"),
     "forward replaced": (lambda e: setattr(e, "forward", e.forward), "has a forward of its own"),
     "expert parallel": (lambda e: setattr(e, "_is_expert_parallel", True), "sharded by expert parallelism"),
 }
@@ -538,7 +538,7 @@ def test_a_model_on_the_meta_device_is_refused() -> None:
 def test_what_was_wrapped_after_acceleration_is_not_torn_apart() -> None:
     model, x = accelerate(make("mixtral")), tokens()
     expected = model(x).logits
-    parametrise(blocks_of(model)[-1])
+    parametrize(blocks_of(model)[-1])
     assert torch.equal(accelerate(model)(x).logits, expected), "it is accelerated still"
     classes = classes_of(model)
     with pytest.raises(InputError, match=r"layers\.1\..* is a Parametrized"):

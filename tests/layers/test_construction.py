@@ -63,7 +63,7 @@ def test_bfloat16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_default_is_initialised_fp32(name: str) -> None:
+def test_default_is_initialized_fp32(name: str) -> None:
     layer = LAYERS[name]()
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
     assert all(parameter.isfinite().all() for parameter in layer.parameters())

@@ -38,9 +38,9 @@ def test_normalized_scores_sum_to_one(score_function: str) -> None:
     x = torch.randn(7, 6)
     plain = TopKRouter(6, 5, top_k=3, score_function=score_function)
     plain.load_state_dict(router.state_dict())
-    scores, unnormalised = router(x).scores, plain(x).scores
+    scores, unnormalized = router(x).scores, plain(x).scores
     torch.testing.assert_close(scores.sum(-1), torch.ones(7))
-    torch.testing.assert_close(scores, unnormalised / unnormalised.sum(-1, keepdim=True))
+    torch.testing.assert_close(scores, unnormalized / unnormalized.sum(-1, keepdim=True))
 
 
 def test_normalized_scores_stay_finite_when_every_sigmoid_underflows() -> None:

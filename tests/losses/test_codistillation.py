@@ -428,9 +428,9 @@ def test_top_k_does_not_move_the_optimum(temperature: float) -> None:
     assert found.loss.abs() < 1e-13
     assert torch.autograd.grad(found.loss, z)[0].abs().max() < 1e-13
 
-    renormalised = targets.log_probs.log_softmax(-1)
+    renormalized = targets.log_probs.log_softmax(-1)
     log_q = (z / temperature).log_softmax(-1).gather(1, targets.ids)
-    assert torch.autograd.grad((renormalised.exp() * (renormalised - log_q)).sum(), z)[0].abs().max() > 1e-2
+    assert torch.autograd.grad((renormalized.exp() * (renormalized - log_q)).sum(), z)[0].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -454,7 +454,7 @@ def z_scores(estimates: Tensor, truth: Tensor) -> Tensor:
     return (estimates.mean(dim=0) - truth).abs() / error.clamp(min=1e-12)
 
 
-def self_normalised(targets: SampledTargets) -> SampledTargets:
+def self_normalized(targets: SampledTargets) -> SampledTargets:
     return targets._replace(weights=targets.weights / targets.weights.sum(1, keepdim=True))
 
 
@@ -464,7 +464,7 @@ def self_normalised(targets: SampledTargets) -> SampledTargets:
         (1.0, lambda targets: targets, True),
         (0.7, lambda targets: targets, True),
         (0.5, lambda targets: targets, True),
-        (0.5, self_normalised, False),
+        (0.5, self_normalized, False),
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -504,8 +504,8 @@ def test_agreement_of_sampled_targets_sums_equal_ids() -> None:
     targets = SampledTargets(
         torch.tensor([[1, 2, 2]]), torch.tensor([[0.4, 0.3, 0.3]]), 1.0, torch.ones(1), torch.tensor([-1.0])
     )
-    for favourite, expected in ((1, 0.0), (2, 1.0)):
-        z = F.one_hot(torch.tensor([favourite]), 5).float()
+    for favorite, expected in ((1, 0.0), (2, 1.0)):
+        z = F.one_hot(torch.tensor([favorite]), 5).float()
         found = codistillation_loss(z, torch.tensor([0]), targets, soft_weight=0.5)
         assert found.agreement == expected and found.teacher_loss == 1
 

@@ -192,7 +192,7 @@ def test_selection_bias_stays_fp32_in_a_bf16_decoder() -> None:
     assert sum("expert_bias" in key for key in decoder.state_dict()) == 2
 
 
-def test_one_seed_one_initialisation() -> None:
+def test_one_seed_one_initialization() -> None:
     states = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
@@ -268,7 +268,7 @@ def test_own_router_by_dotted_path(name: str, router: type) -> None:
     assert (chosen == best).all() if router is LinearRouter else (chosen < best).all()
 
 
-def test_custom_modules_keep_their_initialisation() -> None:
+def test_custom_modules_keep_their_initialization() -> None:
     own = config(
         moe={"router": {"type": "custom_samples.LinearRouter"}},
         num_layers=2,
@@ -280,7 +280,7 @@ def test_custom_modules_keep_their_initialisation() -> None:
     assert (decoder.get_submodule("layers.0.ffn.router").linear.bias == 0.125).all(), "router inside our MoE"
 
 
-def test_an_own_subclass_of_our_router_keeps_its_initialisation() -> None:
+def test_an_own_subclass_of_our_router_keeps_its_initialization() -> None:
     decoder = build_decoder(config(moe={"router": {"type": "custom_samples.BottomKRouter"}}))
     assert (decoder.get_submodule("layers.1.ffn.router").weight == 0.25).all()
 

@@ -1,6 +1,7 @@
 """Memory by formula and by tracing, against the peak that the profiler sees in a real step."""
 
 import dataclasses
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from moesaic.errors import InputError
-from moesaic.layers import AttentionCache, AttentionTemperature
+from moesaic.layers import AttentionCache, AttentionTemperature, parameter_kinds
+from moesaic.layers.sliced import make_tiles, tiles_of
 from moesaic.losses import linear_cross_entropy
 from moesaic.models import (
     AttentionConfig,
@@ -25,6 +27,7 @@ from moesaic.models import (
     llama4_scout,
 )
 from moesaic.models.memory import LiveBytes, MemoryEstimate, estimate_memory, trace_memory
+from moesaic.models.shapes import decoder_shapes, num_parameters
 from moesaic.training.config import OptimizerConfig
 from moesaic.training.optimizers import build_optimizer
 from moesaic.training.summary import activation_bytes
@@ -239,7 +242,7 @@ def test_a_model_that_fits_nowhere_is_traced() -> None:
         assert getattr(formula, field.name) == pytest.approx(getattr(traced[0], field.name), rel=0.01), field.name
 
 
-def test_custom_modules_are_traced_and_have_no_formula() -> None:
+def test_custom_modules_are_traced_and_left_out_of_the_formula() -> None:
     entries = (
         LayerConfig({"type": "custom_samples.RunningMean"}, "moe"),
         LayerConfig("chunked_rope", {"type": "custom_samples.TwoMatrices", "hidden_dim": 300}),
@@ -248,10 +251,38 @@ def test_custom_modules_are_traced_and_have_no_formula() -> None:
     config = small(**pattern)
     measured = measured_step(config, torch.float32, False)
     assert trace_memory(config, batch_size=BATCH, seq_len=LENGTH).step == pytest.approx(measured, rel=0.05)
-    with pytest.raises(InputError, match=r"layer 0 mixer=RunningMean: .* use trace_memory"):
-        estimate_memory(config, batch_size=BATCH, seq_len=LENGTH)
-    with pytest.raises(InputError, match=r"layer 0 ffn=TwoMatrices"):
-        estimate_memory(small(**{**pattern, "pattern": entries[1:]}), batch_size=BATCH, seq_len=LENGTH)
+    formula = estimate_memory(config, batch_size=BATCH, seq_len=LENGTH)
+    assert formula.uncounted == ("custom_samples.RunningMean", "custom_samples.TwoMatrices")
+    built = build_decoder(config)
+    ours = [
+        p.numel() for name, p in built.named_parameters() if not name.startswith(("layers.0.mixer.", "layers.1.ffn."))
+    ]
+    assert formula.weights == 4 * sum(ours), "the rest is counted"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_are_those_of_the_built_model(name: str) -> None:
+    decoder = build_decoder(CONFIGS[name], device="meta")
+    kinds = parameter_kinds(decoder)
+    built = [(tuple(parameter.shape), kinds[path]) for path, parameter in decoder.named_parameters()]
+    assert sorted(built) == sorted((shape.sizes, shape.kind) for shape in decoder_shapes(CONFIGS[name]))
+    assert num_parameters(CONFIGS[name]) == account(CONFIGS[name], 8).parameters
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_tiles_are_counted_without_making_them(multiple: int) -> None:
+    draw = random.Random(multiple)
+    for _ in range(300):
+        counts = [draw.choice([0, 1, 15, 511, 512, 513, draw.randrange(3000)]) for _ in range(draw.randrange(1, 9))]
+        sizes = [tile.size for tile in make_tiles(counts, multiple)]
+        assert tiles_of(counts, multiple) == (sum(sizes), max(sizes, default=0)), counts
+
+
+def test_any_size_is_answered() -> None:
+    found = estimate_memory(llama4_scout(), batch_size=10**12, seq_len=10**15, dtype=torch.bfloat16)
+    assert found.total > 10**30
+    with pytest.raises(InputError, match=r"seq_len=1000000000000000: .* at most 16777216 tokens"):
+        trace_memory(small(), batch_size=1, seq_len=10**15)
 
 
 @pytest.mark.parametrize("function", [estimate_memory, trace_memory])

@@ -247,7 +247,7 @@ def test_a_run_that_starts_from_a_checkpoint_takes_what_the_cache_got_since(
 
 
 @pytest.mark.slow
-def test_a_student_on_other_text_reads_it_with_the_teachers_tokeniser(
+def test_a_student_on_other_text_reads_it_with_the_teachers_tokenizer(
     composed: Composed, corpus: Path, tmp_path: Path
 ) -> None:
     bpe = ["data.tokenizer=bpe", "data.vocab_size=300", "training.steps=2"]

@@ -1,5 +1,6 @@
 """Custom modules through training: what steps them, the record of their source, and what changed code does."""
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from rich.console import Console
 from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.models import DecoderConfig, account, build_decoder, llama4_toy
-from moesaic.models.custom import custom_modules, sources
+from moesaic.layers import parameter_kinds
+from moesaic.models import DecoderConfig, LayerConfig, account, build_decoder, llama4_toy
+from moesaic.models.custom import Source, custom_modules, sources
 from moesaic.studies.jobs import config_hash
 from moesaic.training.config import OptimizerConfig
 from moesaic.training.optimizers import describe_groups, parameter_groups
@@ -179,6 +181,45 @@ def test_a_run_keeps_the_source_and_refuses_another(
     assert run(more, Console(quiet=True))["status"] == "finished"
 
 
+def test_helpers_of_the_user_count_as_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "users_package"
+    (package / "inner").mkdir(parents=True)
+    for name, text in {
+        "__init__.py": "",
+        "parts.py": "import math\nimport torch\nimport users_other\n"
+        "from .inner import gates\nfrom users_package import far\n"
+        "class Mixer(torch.nn.Module):\n    def forward(self, x):\n        return gates.gate(x)\n",
+        "inner/__init__.py": "",
+        "inner/gates.py": "from ..deep import gate\n",
+        "deep.py": "def gate(x):\n    return x\n",
+        "far.py": "",
+        "unused.py": "",
+    }.items():
+        (package / name).write_text(text)
+    (tmp_path / "users_other.py").write_text("")
+    single = "import users_other\nfrom users_package.parts import Mixer as Base\nclass Mixer(Base): ...\n"
+    (tmp_path / "users_single.py").write_text(single)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+
+    def found(path: str) -> Source:
+        layer = LayerConfig({"type": path}, "dense")
+        toy = llama4_toy(pattern=(layer,), interleave_moe_layer_step=None, nope_layer_interval=None)
+        (source,) = sources(toy).values()
+        return source
+
+    try:
+        inside = found("users_package.parts.Mixer")
+        ours = {f"users_package{name}" for name in ("", ".parts", ".inner", ".inner.gates", ".deep", ".far")}
+        assert inside.files.keys() == ours, "other packages and what is not imported are left out"
+        assert found("users_single.Mixer").files.keys() == ours | {"users_single", "users_other"}
+        (package / "deep.py").write_text("def gate(x):\n    return 2 * x\n")
+        assert found("users_package.parts.Mixer").sha256 != inside.sha256
+    finally:
+        for name in set(sys.modules) - before:
+            sys.modules.pop(name)
+
+
 def test_the_stored_config_says_its_format(trained: tuple[dict[str, Any], Path]) -> None:
     _, run_dir = trained
     stored = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -208,8 +249,6 @@ class PlainMixer(torch.nn.Module):
 
 
 def of_mixer(name: str, **changes: Any) -> DecoderConfig:
-    from moesaic.models import LayerConfig
-
     layer = LayerConfig({"type": f"{__name__}.{name}"}, "dense")
     return llama4_toy(pattern=(layer,), interleave_moe_layer_step=None, nope_layer_interval=None, **changes)
 
@@ -234,6 +273,27 @@ def test_expert_bias_needs_a_router_that_has_one() -> None:
     moe = MoEConfig(4, 8, router={"type": f"{__name__}.NeedsBias"}, expert_bias=True)
     with pytest.raises(InputError, match=r"moe\.expert_bias=true, but .*NeedsBias has no buffer `expert_bias`"):
         build_decoder(llama4_toy(moe=moe))
+
+
+def test_a_marked_parameter_stays_marked_in_copies(parts: Path) -> None:
+    decoder = build_decoder(model())
+    empty = build_decoder(model(), device="meta").to_empty(device="cpu")
+    for one in (decoder, copy.deepcopy(decoder), empty):
+        assert parameter_kinds(one)["layers.0.mixer.A_log"] == "vector"
+
+
+class Counted(PlainMixer):
+    built = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).built += 1
+
+
+def test_layers_that_are_alike_are_measured_once() -> None:
+    Counted.built = 0
+    account(of_mixer("Counted", num_layers=12), 16)
+    assert Counted.built == 2, "without memory, to see how large it is, and then to be run"
 
 
 def test_custom_modules_are_listed_by_place(parts: Path) -> None:

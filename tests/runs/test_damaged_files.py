@@ -97,7 +97,13 @@ def data_config(corpus: Path, cache: Path) -> DataConfig:
 
 def base_config() -> dict[str, Any]:
     model = {**to_mapping(llama4_toy()), "vocab_size": None}
-    return {"name": "it", "seed": 0, "model": model, "training": {"steps": 4, "batch_size": 2, "seq_len": 16}, "data": {}}
+    return {
+        "name": "it",
+        "seed": 0,
+        "model": model,
+        "training": {"steps": 4, "batch_size": 2, "seq_len": 16},
+        "data": {},
+    }
 
 
 def make_study(folder: Path) -> None:

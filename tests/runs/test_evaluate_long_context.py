@@ -203,7 +203,7 @@ def test_variants_without_a_task_for_them(asked: Composed) -> None:
         evaluate.evaluate(asked("variants=[window]"))
 
 
-def test_a_checkpoint_without_tokeniser(asked: Composed, nameless: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_tokenizer(asked: Composed, nameless: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Text is refused; token ids are judged, but no needle can be written."""
     for task in ("loss_by_position", "needle"):
         with pytest.raises(InputError, match=r"it has no tokeniser, so it cannot read data\.source='files'"):

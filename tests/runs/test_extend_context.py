@@ -119,7 +119,7 @@ def test_killed_and_resumed_without_the_first_checkpoint(extended: Composed, sta
 
 
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
-def test_other_text_is_read_with_the_tokeniser_of_the_checkpoint(
+def test_other_text_is_read_with_the_tokenizer_of_the_checkpoint(
     extended: Composed, tmp_path: Path, start: Path
 ) -> None:
     other = tmp_path / "other"

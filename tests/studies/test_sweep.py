@@ -43,7 +43,7 @@ def test_mean_and_interval_by_hand(tmp_path: Path) -> None:
     assert "| (all equal) | 3 of 3 | 2.0000 ± 2.4843 | 10 | 1,000 | 500 |" in to_markdown([row], [LOSS])
 
 
-def test_rows_are_arms_labelled_by_what_differs_best_first(tmp_path: Path) -> None:
+def test_rows_are_arms_labeled_by_what_differs_best_first(tmp_path: Path) -> None:
     make_run(tmp_path / "a", loss=2.0, top_k=1, bias=True)
     make_run(tmp_path / "b", loss=1.0, top_k=2, bias=True)
     make_run(tmp_path / "c", top_k=3, bias=True)

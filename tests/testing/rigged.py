@@ -148,7 +148,7 @@ class ScoresWithoutGradient(Good):
         return super().scores(probabilities.detach() + 0.0 * probabilities, chosen)
 
 
-class TopOneNormalised(Good):
+class TopOneNormalized(Good):
     def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         scores = super().scores(probabilities, chosen)
         return scores / scores.sum(dim=-1, keepdim=True)
@@ -162,13 +162,13 @@ class FirstTwoSwapped(Good):
         return torch.cat([y[:, :2].flip(1), y[:, 2:]], dim=1)
 
 
-class CentredOverBatch(Good):
+class CenteredOverBatch(Good):
     def logits(self, x: Tensor) -> Tensor:
         logits = super().logits(x)
         return logits - 0.5 * logits.mean(dim=0, keepdim=True)
 
 
-class CentredOverLength(Good):
+class CenteredOverLength(Good):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - 0.5 * x.mean(dim=1, keepdim=True))
 

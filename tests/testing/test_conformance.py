@@ -116,7 +116,7 @@ def test_transformers_blocks(name: str) -> None:
     assert statuses(report, "fail") == ({"single-expert"} if name.endswith("deepseek-v3") else set()), str(report)
 
 
-def test_a_transformers_block_is_recognised_without_description() -> None:
+def test_a_transformers_block_is_recognized_without_description() -> None:
     pytest.importorskip("transformers")
     from transformers.models.mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock

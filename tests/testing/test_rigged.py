@@ -37,8 +37,8 @@ EXACTLY_ONE = [
     Rig(rigged.ExpertInputDetached, {"gradients"}),
     Rig(rigged.ScoresWithoutGradient, {"router-gradient"}, NO_REFERENCE),
     Rig(rigged.FirstTwoSwapped, {"permutation"}, NO_REFERENCE),
-    Rig(rigged.CentredOverBatch, {"batch-mates"}, NO_REFERENCE | NO_BIAS),
-    Rig(rigged.CentredOverLength, {"causality"}, NO_REFERENCE),
+    Rig(rigged.CenteredOverBatch, {"batch-mates"}, NO_REFERENCE | NO_BIAS),
+    Rig(rigged.CenteredOverLength, {"causality"}, NO_REFERENCE),
     Rig(rigged.TokensPerExpertTruncated, {"empty-experts"}),
     Rig(rigged.BufferOf128Rows, {"overloaded-expert"}),
     Rig(rigged.PaddingCounted, {"padding"}),
@@ -107,7 +107,7 @@ def test_bugs_that_break_several_properties(rig: Rig) -> None:
     assert failed(report) == rig.fails, str(report)
 
 
-def test_top_one_normalised_equals_its_reference_and_still_never_learns() -> None:
+def test_top_one_normalized_equals_its_reference_and_still_never_learns() -> None:
     def reference(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         def expert(e: int, rows: Tensor) -> Tensor:
             return (rows @ weights["up"][e]).relu() @ weights["down"][e]
@@ -116,7 +116,7 @@ def test_top_one_normalised_equals_its_reference_and_still_never_learns() -> Non
         return dense_moe(x, weights["router"], expert, top_k=1, normalize_scores=True, expert_bias=bias)
 
     report = report_of(
-        Rig(rigged.TopOneNormalised, {"router-gradient"}, {"reference": reference}, arguments={"top_k": 1})
+        Rig(rigged.TopOneNormalized, {"router-gradient"}, {"reference": reference}, arguments={"top_k": 1})
     )
     assert failed(report) == {"router-gradient"}, str(report)
     assert report["outputs"].status == report["gradients"].status == "pass"

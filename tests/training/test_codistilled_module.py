@@ -224,7 +224,7 @@ def test_the_teacher_is_validated_and_its_passes_are_counted() -> None:
     fit(one, batches(4))
     assert one.teacher_account is not None
     assert one.teacher_flops == 4 * 32 * one.teacher_account.forward_flops
-    assert one.training_flops_per_token == make(STUDENT, None).training_flops_per_token
+    assert one.account == make(STUDENT, None).account
 
 
 def test_a_teacher_that_diverges_is_named() -> None:

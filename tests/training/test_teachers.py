@@ -49,14 +49,14 @@ def test_checkpoint_and_directory_are_the_same_teacher(tmp_path: Path, caplog: p
     assert not caplog.records
 
 
-def test_other_kinds_of_tokenisers_are_refused(tmp_path: Path) -> None:
+def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path) -> None:
     tokenizer = BPETokenizer.train(TEXTS, 257)
     save_model(tmp_path / "t.ckpt", decoder(tokenizer), tokenizer)
     with pytest.raises(InputError, match=r"its tokeniser \(bpe\) is not that of the student's data \(bytes\)"):
         load_teacher(tmp_path / "t.ckpt", ByteTokenizer(), 257)
 
 
-def test_an_unknown_tokeniser_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_tokenizer_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_model(tmp_path / "without.ckpt", decoder())
     save_model(tmp_path / "with.ckpt", decoder(), BPE)
     with caplog.at_level(logging.WARNING):
@@ -68,7 +68,7 @@ def test_an_unknown_tokeniser_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
 
 
-def test_which_text_is_read_with_the_teachers_tokeniser(tmp_path: Path) -> None:
+def test_which_text_is_read_with_the_teachers_tokenizer(tmp_path: Path) -> None:
     def found(checkpoint: Path, **data: Any) -> Tokenizer | None:
         return teacher_tokenizer(checkpoint, DataConfig(**{"vocab_size": 270, **data}))
 

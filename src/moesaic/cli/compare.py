@@ -44,7 +44,7 @@ class Options:
     b: str
     solve: Literal["active_flops", "parameters", "seconds"] | None = None
     width: Literal["model.hidden_dim", "model.moe.hidden_dim"] | None = None
-    rounds: int = 7
+    rounds: int = dataclasses.field(default=7, metadata={"most": 10**5})
     launch: bool = False
 
     def __post_init__(self) -> None:

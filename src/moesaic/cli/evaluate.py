@@ -37,7 +37,7 @@ from moesaic.evaluation.checkpoint_evaluations import (
     summarize_needle_variants,
 )
 from moesaic.evaluation.drift import Drift
-from moesaic.evaluation.language_modelling import evaluate_split
+from moesaic.evaluation.language_modeling import evaluate_split
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.long_context_plots import plot_needles, plot_variants_by_position
 from moesaic.evaluation.needle import NeedleConfig
@@ -59,8 +59,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     With task=specialization what explains the choice of expert as well, and drift to other_checkpoint.
     """
     _require_paths(config)
-    specialised = config["task"] == "specialization"
-    if config["other_checkpoint"] is not None and not specialised:
+    specialized = config["task"] == "specialization"
+    if config["other_checkpoint"] is not None and not specialized:
         raise InputError(f"other_checkpoint={config['other_checkpoint']}: only task=specialization has it")
     if config["variants"] != ["as_trained"]:
         raise InputError(f"variants={config['variants']}: they need task=loss_by_position or task=needle")
@@ -102,7 +102,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     specialization = Specialization(
         model.config.vocab_size, token_strings(model.tokenizer), file_kinds(split, data.tokenizer)
     )
-    watchers: list[Specialization | Drift] = [specialization] if specialised else []
+    watchers: list[Specialization | Drift] = [specialization] if specialized else []
     if config["other_checkpoint"] is not None:
         watchers.append(Drift(_other_decoder(config["other_checkpoint"], model).to(decoder.device)))
 
@@ -129,7 +129,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         watch=watch,
         show=show,
     )
-    if specialised and not score.tokens_per_expert:
+    if specialized and not score.tokens_per_expert:
         raise InputError(f"task=specialization: {config['checkpoint']} has no MoE layers")
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
@@ -142,7 +142,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         numbers |= {**recall_numbers(scores), "recall/chance": data.task.chance}
     if config["output"]:
         output = Path(config["output"])
-        if specialised:
+        if specialized:
             plot_specialization(specialization, output / "specialization.png")
             write_json(output / "specialization.json", specialization.counts())
         record = {"config": config, "checkpoint_digest": digest, **numbers}

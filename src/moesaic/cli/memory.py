@@ -84,7 +84,10 @@ def report(given: Mapping[str, Any]) -> Table:
             config, **sizes, dtype=dtype, make_optimizer=make, checkpoint_activations=checkpoint
         )
     title = f"{given['name']}: {given['batch_size']} x {given['seq_len']:,} tokens, {given['dtype']}"
-    return table(title, columns)
+    made = table(title, columns)
+    if left_out := columns["formula"].uncounted:
+        made.caption = f"the formula leaves out {', '.join(left_out)}, which only trace=true can count"
+    return made
 
 
 def _task(config: DictConfig) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import os
 import platform
 import sysconfig
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moesaic.errors import InputError
 
-__all__ = ["Corpus", "Document", "load_files", "load_huggingface", "load_packages", "load_stdlib"]
+__all__ = ["Corpus", "Document", "expanded", "load_files", "load_huggingface", "load_packages", "load_stdlib"]
 
 LEFT_OUT_FOLDERS = frozenset(
     {"test", "tests", "idlelib", "idle_test", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"}
@@ -39,6 +40,8 @@ class Corpus:
     source: str
     train: tuple[Document, ...]
     validation: tuple[Document, ...]
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How many files or rows are in no split, by the reason."""
 
     def facts(self) -> dict[str, Any]:
         """What identifies this corpus; compare bits per byte only between equal content hashes."""
@@ -55,6 +58,7 @@ class Corpus:
             "train_bytes": sum(len(document.text) for document in self.train),
             "validation_files": len(self.validation),
             "validation_bytes": sum(len(document.text) for document in self.validation),
+            "left_out": dict(sorted(self.left_out.items())),
             "content_hash": digest.hexdigest(),
         }
 
@@ -72,32 +76,38 @@ def load_packages(validation_fraction: float) -> Corpus:
 def load_files(path: str, validation_fraction: float) -> Corpus:
     """A folder (all text files in it), a glob, or one file, whose tail is then the validation split.
 
+    Linked folders are followed, each folder once; a folder and the glob FOLDER/**/* are the same files.
+
     Raises:
-        InputError: nothing there, only empty files, or binary data.
+        InputError: nothing there, only empty or unreadable files, or binary data.
     """
-    given = Path(path).expanduser()
+    left_out: Counter[str] = Counter()
+    given = expanded(path)
     if given.is_dir():
         root = given
-        paths = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]
+        paths = [p for folder in _folders(root, left_out) for p in _visible(folder) if p.is_file()]
     elif given.is_file():
         root, paths = given.parent, [given]
     else:
-        paths = [Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file()]
+        paths = [p for match in set(_matches(str(given), left_out)) if (p := Path(match)).is_file()]
         root = Path(os.path.commonpath([p.parent for p in paths])) if paths else Path()
+        paths = [p for p in paths if not _hidden(p.relative_to(root))]
     if not paths:
         raise InputError(f"data.path={path!r}: no such file or folder, or no file in it")
-    documents, binary = [], []
+    documents, unusable = [], {}
     for file in sorted(paths):
         text = _read_text(file)
-        if text is None:
-            binary.append(file)
-        elif text:
+        if isinstance(text, str):
+            left_out[text] += 1
+            unusable.setdefault(text, file)
+        else:
             documents.append(Document(_relative(file, root), text))
-    if not documents and binary:
-        raise InputError(f"data.path={path!r}: binary data ({binary[0]}); must be UTF-8 text without NUL bytes")
+    for reason, must in (("unreadable", "a file you may read"), ("binary", "UTF-8 text without NUL bytes")):
+        if not documents and reason in unusable:
+            raise InputError(f"data.path={path!r}: {reason} data ({unusable[reason]}); must be {must}")
     if not documents:
         raise InputError(f"data.path={path!r}: all {len(paths)} files are empty")
-    return _split(f"files: {path}", _without_duplicates(documents), validation_fraction)
+    return _split(f"files: {path}", documents, validation_fraction, left_out)
 
 
 def load_huggingface(name: str, validation_fraction: float) -> Corpus:
@@ -112,33 +122,50 @@ def load_huggingface(name: str, validation_fraction: float) -> Corpus:
         raise InputError("data.source='huggingface': it needs pip install 'moesaic[datasets]'") from error
     try:
         rows = datasets.load_dataset(name, split="train")
-        documents = [Document(f"row {i:09d}", text.encode()) for i, text in enumerate(rows["text"]) if text]
+        texts = list(rows["text"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"data.path={name!r}: no data set with a column `text` ({error})") from error
-    return _split(f"huggingface: {name}", documents, validation_fraction)
+    documents, left_out = [], Counter[str]()
+    for i, text in enumerate(texts):
+        if not text or not isinstance(text, str):
+            left_out["empty"] += 1
+        else:
+            documents.append(Document(f"row {i:09d}", text.encode(errors="replace")))
+    if not documents:
+        raise InputError(f"data.path={name!r}: all {len(texts)} rows are empty; must have text")
+    return _split(f"huggingface: {name}", documents, validation_fraction, left_out)
 
 
 def _python_sources(source: str, root: Path, validation_fraction: float) -> Corpus:
-    documents = []
-    for path in sorted(root.rglob("*.py"), key=lambda p: _relative(p, root)):
+    documents, left_out = [], Counter[str]()
+    found = [p for folder in _folders(root, left_out, LEFT_OUT_FOLDERS) for p in folder.glob("*.py") if p.is_file()]
+    for path in sorted(found, key=lambda p: _relative(p, root)):
         folders = path.relative_to(root).parts[:-1]
         generated = path.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
         if generated or LEFT_OUT_FOLDERS.intersection(folders):
             continue
         text = _read_text(path)
-        if text is not None and len(text) >= SMALLEST:
+        if isinstance(text, str):
+            left_out[text] += 1
+        elif len(text) < SMALLEST:
+            left_out[f"smaller than {SMALLEST} bytes"] += 1
+        else:
             documents.append(Document(_relative(path, root), text))
     if not documents:
         raise InputError(f"data.source={source!r}: no Python sources under {root}")
-    return _split(source, _without_duplicates(documents), validation_fraction)
+    return _split(source, documents, validation_fraction, left_out)
 
 
-def _split(source: str, documents: Iterable[Document], fraction: float) -> Corpus:
-    """Each document falls by a hash of its own name, whatever else is there; a lone one is cut at a line end."""
-    documents = list(documents)
+def _split(source: str, documents: list[Document], fraction: float, left_out: Counter[str]) -> Corpus:
+    """Each document falls by a hash of its own name, whatever else is there; a lone one is cut at a line end.
+
+    Of equal texts only the first one stays, so that none is in both splits.
+    """
+    given, documents = len(documents), list(_without_duplicates(documents))
+    left_out = left_out + Counter(duplicates=given - len(documents))
     if len(documents) == 1:
         head, tail = _cut(documents[0], fraction)
-        return Corpus(source, (head,), (tail,))
+        return Corpus(source, (head,), (tail,), left_out)
     places = {document.name: _place(document.name) for document in documents}
     validation = {name for name, place in places.items() if place < fraction}
     if not validation:  # so few documents that none fell there
@@ -149,6 +176,7 @@ def _split(source: str, documents: Iterable[Document], fraction: float) -> Corpu
         source,
         tuple(document for document in documents if document.name not in validation),
         tuple(document for document in documents if document.name in validation),
+        left_out,
     )
 
 
@@ -179,19 +207,67 @@ def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
-def _read_text(path: Path) -> bytes | None:
-    """The file with LF line ends, or None if it is not text."""
+def _read_text(path: Path) -> bytes | str:
+    """The file with LF line ends, or why it is left out."""
     try:
         text = path.read_bytes().replace(b"\r\n", b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except OSError:
+        return "unreadable"
     if b"\0" in text:
-        return None
+        return "binary"
     try:
         text.decode("utf-8")
     except UnicodeDecodeError:
-        return None
-    return text
+        return "binary"
+    return text or "empty"
+
+
+def _folders(root: Path, left_out: Counter[str], skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """`root` and all folders below it that are not hidden, links followed, each one once.
+
+    A folder that is there itself and by a link has its own name.
+    """
+    seen, waiting, links = set(), [root], deque[Path]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.popleft()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            inside = [p for p in _visible(folder) if p.name not in skipped and p.is_dir()]
+        except OSError:
+            left_out["unreadable"] += 1
+            continue
+        yield folder
+        for each in inside:
+            (links if each.is_symlink() else waiting).append(each)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not _hidden(Path(p.name)))
+
+
+def _matches(pattern: str, left_out: Counter[str]) -> Iterator[str]:
+    """As glob.glob, but ** follows links as `_folders` does, so it ends in a folder that holds a link to itself."""
+    while (twice := f"**{os.sep}**{os.sep}") in pattern:
+        pattern = pattern.replace(twice, twice[3:])
+    first, stars, rest = pattern.partition(f"{os.sep}**{os.sep}")
+    if pattern.startswith(f"**{os.sep}"):
+        first, stars, rest = ".", "**", pattern[3:]
+    elif not stars and (pattern == "**" or pattern.endswith(f"{os.sep}**")):
+        first, stars, rest = pattern[:-2].rstrip(os.sep) or ("." if pattern == "**" else os.sep), "**", "*"
+    if not stars:
+        yield from glob.glob(pattern)
+        return
+    for top in glob.glob(first or os.sep):
+        for folder in _folders(Path(top), left_out) if Path(top).is_dir() else ():
+            yield from _matches(f"{glob.escape(str(folder))}{os.sep}{rest}", left_out)
+
+
+def expanded(path: str) -> Path:
+    """The path with ~ and ~name as the home folder; unlike Path.expanduser, the name of nobody stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _hidden(relative: Path) -> bool:

@@ -2,26 +2,23 @@
 
 import contextlib
 import dataclasses
-import errno
 import gzip
 import hashlib
 import json
 import lzma
-import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from moesaic.config import from_mapping, require, to_mapping
-from moesaic.data.corpora import Corpus, Document, load_files, load_huggingface, load_packages, load_stdlib
+from moesaic.data.corpora import Corpus, Document, expanded, load_files, load_huggingface, load_packages, load_stdlib
 from moesaic.data.tasks import TASKS, Task
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
-from moesaic.files import write_atomically
+from moesaic.files import sync, write_atomically
 from moesaic.reading import read_json, reading, require_finite
 
 __all__ = ["Data", "DataConfig", "TokenStream", "load_data"]
@@ -45,7 +42,7 @@ class DataConfig:
     ] = "stdlib"
     path: str | None = None  # of files, huggingface and memmap
     tokenizer: Literal["bpe", "bytes"] = "bpe"
-    vocab_size: int = 2048  # of bpe
+    vocab_size: int = dataclasses.field(default=2048, metadata={"most": 2**20})  # of bpe
     validation_fraction: float = 0.06
     cache_dir: str = ".cache"
     task: dict[str, Any] | None = None  # keys of the recall task that `source` names; null: its defaults
@@ -113,7 +110,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         return _task_data(config.source, task)
     if config.source == "memmap":
         assert config.path is not None  # checked by the config
-        data = _open(Path(config.path))
+        data = _open(expanded(config.path))
         if tokenizer is not None and data.tokenizer is not None and data.tokenizer.to_dict() != tokenizer.to_dict():
             raise InputError(f"data.path={config.path!r}: its ids are of another tokeniser than the checkpoint's")
         return data
@@ -131,10 +128,14 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
                 _seal(folder, manifest)
     except InputError:  # not there, or damaged
         try:
-            _build(folder, corpus, facts, config, tokenizer)
+            with _only_one(folder):
+                _build(folder, corpus, facts, config, tokenizer)
         except OSError as error:
-            reason = "no space left" if error.errno == errno.ENOSPC else error.strerror
-            raise InputError(f"data.cache_dir={config.cache_dir!r}: cannot be written ({reason})") from error
+            file = f": {error.filename}" if error.filename else ""
+            raise InputError(
+                f"data.cache_dir={config.cache_dir!r}: cannot be written ({error.strerror or error}{file}); must be a "
+                "folder to write to, with room for the tokens"
+            ) from error
         data = _open(folder)
     # not from the cache: the corpus is at hand, and its names are part of the key
     train, validation = (
@@ -146,7 +147,17 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
 
 def _folder(config: DataConfig, facts: dict[str, Any], method: str) -> Path:
     key = hashlib.sha256(f"{VERSION} {facts['content_hash']} {method}".encode()).hexdigest()[:16]
-    return Path(config.cache_dir) / key
+    return expanded(config.cache_dir) / key
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let one process at a time write a cache folder; the others wait for it."""
+    import filelock  # comes with torch
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), mode=0o666):
+        yield
 
 
 def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -180,13 +191,21 @@ def _load_corpus(config: DataConfig) -> Corpus:
 def _build(
     folder: Path, corpus: Corpus, facts: dict[str, Any], config: DataConfig, tokenizer: Tokenizer | None
 ) -> None:
-    """Write a cache folder beside its place and move it there, so that it is complete or absent."""
+    """Write a cache folder beside its place and move it there, so that it is complete or absent.
+
+    What a killed process left is removed. Nothing is done if another process was faster.
+    """
+    with contextlib.suppress(InputError):
+        _open(folder)
+        return
     if tokenizer is None and config.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
     elif tokenizer is None:
         tokenizer = BPETokenizer.train((document.text for document in corpus.train), config.vocab_size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.partial")
+    for left in (temporary, *folder.parent.glob(f".{folder.name}-*")):  # the latter are of older versions
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir()
     try:
         manifest: dict[str, Any] = {
             "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
@@ -196,23 +215,14 @@ def _build(
         for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
             stream = _encode(documents, tokenizer, manifest["dtype"])
             with (temporary / f"{name}.bin").open("wb") as file:
-                stream.tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
+                file.write(memoryview(stream).cast("B"))  # tofile hides why it fails
+            sync(temporary / f"{name}.bin")
             manifest[name] = {"tokens": len(stream), "bytes": sum(len(document.text) for document in documents)}
         (temporary / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
         _seal(temporary, manifest)
-        if folder.exists():
-            try:
-                _open(folder)  # another process was faster
-                return
-            except InputError:  # damaged
-                shutil.rmtree(folder, ignore_errors=True)
-        try:
-            temporary.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process was faster: use its folder
-                raise
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
+        temporary.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

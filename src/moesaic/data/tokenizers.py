@@ -1,6 +1,7 @@
 """Bytes to token ids and back: plain bytes, or a byte-level BPE trained on the corpus."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,7 +82,10 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[bytes], vocab_size: int) -> "BPETokenizer":
-        """Merges learned from `texts` until there are vocab_size entries (fewer if the texts do not have more)."""
+        """Merges learned from `texts` until there are vocab_size entries (fewer if the texts do not have more).
+
+        Words of more than 10,000 bytes, such as DNA in one line, are cut: the time of a word grows with its square.
+        """
         import tokenizers
         from tokenizers import models, pre_tokenizers, trainers
 
@@ -93,7 +97,7 @@ class BPETokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((text.decode() for text in texts), trainer)
+        inner.train_from_iterator((piece for text in texts for piece in _cut_words(text.decode())), trainer)
         return cls(inner.to_str())
 
     def encode(self, text: bytes) -> Ids:
@@ -122,6 +126,29 @@ class BPETokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "bpe", "json": self._json}
+
+
+LONGEST_WORD = 10_000
+"""Bytes."""
+
+_LONG_RUN = re.compile(
+    "|".join(f"{one}{{{LONGEST_WORD // 4},}}" for one in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
+)
+"""What byte-level BPE takes as one word: letters, digits, other signs or white space, of up to four bytes each."""
+
+
+def _cut_words(text: str) -> Iterator[str]:
+    """The text in pieces that end within words of more than LONGEST_WORD bytes, and nowhere else."""
+    begin = 0
+    for run in _LONG_RUN.finditer(text):
+        word = run.group()
+        if len(word.encode()) <= LONGEST_WORD:
+            continue
+        length = LONGEST_WORD // max(len(character.encode()) for character in set(word))
+        for end in range(run.start() + length, run.end(), length):
+            yield text[begin:end]
+            begin = end
+    yield text[begin:]
 
 
 def tokenizer_from_dict(stored: dict[str, Any]) -> Tokenizer:

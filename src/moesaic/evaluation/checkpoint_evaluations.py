@@ -327,9 +327,9 @@ def _under_window(variants: Sequence[Variant], window: int | None) -> list[Varia
 class _CommonOptions:
     variants: tuple[str, ...] = ("as_trained",)
     split: str = "validation"
-    batch_size: int = 8
+    batch_size: int = dataclasses.field(default=8, metadata={"most": 2**20})
     buckets: bool = False
-    window: int | None = None
+    window: int | None = dataclasses.field(default=None, metadata={"most": 2**24})
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

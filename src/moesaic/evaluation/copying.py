@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from moesaic.config import LARGEST_SEED
 from moesaic.errors import InputError
 
 __all__ = ["CopyingConfig", "copying_score", "passages"]
@@ -17,15 +18,17 @@ __all__ = ["CopyingConfig", "copying_score", "passages"]
 class CopyingConfig:
     """How much is copied."""
 
-    length: int = 60  # tokens of a passage, which is seen twice
-    sequences: int = 256
-    seed: int = 0
+    length: int = dataclasses.field(default=60, metadata={"most": 2**20})  # tokens of a passage, which is seen twice
+    sequences: int = dataclasses.field(default=256, metadata={"most": 2**20})
+    seed: int = dataclasses.field(default=0, metadata={"most": LARGEST_SEED})
 
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length={self.length}: must be an integer >= 2")
         if self.sequences < 1:
             raise ValueError(f"sequences={self.sequences}: must be an integer >= 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be an integer >= 0")
 
 
 def passages(config: CopyingConfig, tokens: npt.NDArray[Any] | None, vocab_size: int) -> Tensor:

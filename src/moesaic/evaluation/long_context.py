@@ -33,11 +33,13 @@ Ids = npt.NDArray[np.integer[Any]]
 class LossByPositionConfig:
     """How far, on how much text, and how finely loss by position is measured."""
 
-    multiple: float = 16.0  # the longest context over the training length
-    stretches: int | None = 32  # at most; null: as many as the text has
+    # the longest context over the training length
+    multiple: float = dataclasses.field(default=16.0, metadata={"most": 2**20})
+    # at most; null: as many as the text has
+    stretches: int | None = dataclasses.field(default=32, metadata={"most": 2**20})
     within: Literal["stream", "files"] = "stream"  # files one after the other, or each stretch from one file's start
-    chunk_tokens: int = 256
-    buckets_per_octave: int = 2
+    chunk_tokens: int = dataclasses.field(default=256, metadata={"most": 2**20})
+    buckets_per_octave: int = dataclasses.field(default=2, metadata={"most": 2**10})
 
     def __post_init__(self) -> None:
         for name in ("multiple", "stretches", "chunk_tokens", "buckets_per_octave"):

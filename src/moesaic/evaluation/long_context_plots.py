@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from moesaic.evaluation.long_context import LossByPosition
 from moesaic.evaluation.needle import NeedleCell, NeedleConfig, summarize_needles
-from moesaic.evaluation.plotting import COLORS, GREY, Floats, label_axes, new_figure, save_figure
+from moesaic.evaluation.plotting import COLORS, GRAY, Floats, label_axes, new_figure, save_figure
 
 __all__ = ["plot_needles", "plot_variants_by_position"]
 
@@ -32,10 +32,10 @@ def plot_variants_by_position(found: Mapping[str, LossByPosition], out: Path, tr
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axis.axvline(train_length, color=GREY, linestyle="--", linewidth=1)
+        axis.axvline(train_length, color=GRAY, linestyle="--", linewidth=1)
     left.annotate(
         f"training length {train_length}", (train_length, 0.98), xycoords=("data", "axes fraction"), xytext=(4, 0),
-        textcoords="offset points", va="top", color=GREY, fontsize=8,
+        textcoords="offset points", va="top", color=GRAY, fontsize=8,
     )  # fmt: skip
     count = len(first.nats)
     error = "± standard error" if count > 1 else "no error known"

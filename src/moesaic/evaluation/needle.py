@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moesaic.config import LARGEST_SEED
 from moesaic.errors import InputError
 from moesaic.evaluation.results import ResultFile, is_numbers
 from moesaic.evaluation.variants import Variant
@@ -47,13 +48,14 @@ class TextEncoder(Protocol):
 class NeedleConfig:
     """The grid of context lengths and depths, and how hard the choice is."""
 
-    multiples: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # context lengths over the training length
+    # context lengths over the training length
+    multiples: tuple[float, ...] = dataclasses.field(default=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0), metadata={"most": 2**16})
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # 0: at the start of the context, 1: just before its end
-    samples: int = 16  # per cell of the grid
-    distractors: int = 15  # values beside the true one
+    samples: int = dataclasses.field(default=16, metadata={"most": 2**16})  # per cell of the grid
+    distractors: int = dataclasses.field(default=15, metadata={"most": 2**12})  # values beside the true one
     planted: int = 3  # of these so many stand in the context, behind other names
-    chunk_tokens: int = 256
-    seed: int = 0
+    chunk_tokens: int = dataclasses.field(default=256, metadata={"most": 2**20})
+    seed: int = dataclasses.field(default=0, metadata={"most": LARGEST_SEED})
 
     def __post_init__(self) -> None:
         for name in ("samples", "distractors", "chunk_tokens"):

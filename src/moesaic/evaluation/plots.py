@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from moesaic.evaluation.plotting import BLUE, COLORS, GREY, ORANGE, Floats, label_axes, new_figure, save_figure
+from moesaic.evaluation.plotting import BLUE, COLORS, GRAY, ORANGE, Floats, label_axes, new_figure, save_figure
 from moesaic.reading import read_csv, reading
 
 __all__ = [
@@ -89,11 +89,11 @@ def plot_distillation(metrics_csv: Path, out: Path) -> None:
             axis.plot(tokens, values, color=color, linewidth=1.4, label=label)
 
     draw(left, "distillation/soft_weight", BLUE, "mean over tokens")
-    draw(left, "distillation/agreement", GREY, "agreement on the most likely token")
+    draw(left, "distillation/agreement", GRAY, "agreement on the most likely token")
     left.set_ylim(-0.02, 1.02)
     label_axes(left, "Weight of the soft targets", "tokens", "share")
     draw(middle, "distillation/loss_gap", BLUE, "student's loss minus teacher's")
-    middle.axhline(0, color=GREY, linestyle=":", linewidth=1)
+    middle.axhline(0, color=GRAY, linestyle=":", linewidth=1)
     label_axes(middle, "Loss gap, running mean", "tokens", "nats per token")
     draw(right, "train/loss", BLUE, "student, hard")
     draw(right, "distillation/teacher_loss", ORANGE, "teacher, hard")
@@ -177,10 +177,10 @@ def plot_loss_by_position(nats: Sequence[float], out: Path, train_length: int, c
             xytext=(-4, 0), textcoords="offset points", ha="right", va="top", color=ORANGE, fontsize=8,
         )  # fmt: skip
     if chunk is not None and chunk < len(values):
-        axis.axvline(chunk, color=GREY, linestyle=":", linewidth=1)
+        axis.axvline(chunk, color=GRAY, linestyle=":", linewidth=1)
         axis.annotate(
             f"chunk {chunk}", (chunk, 0.88), xycoords=("data", "axes fraction"), xytext=(-4, 0),
-            textcoords="offset points", ha="right", va="top", color=GREY, fontsize=8,
+            textcoords="offset points", ha="right", va="top", color=GRAY, fontsize=8,
         )  # fmt: skip
     label_axes(axis, "Loss by position on held-out text", "position in the window (tokens)", "nats per token")
     save_figure(figure, out)

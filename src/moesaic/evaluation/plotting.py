@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from moesaic.files import atomic
 
-__all__ = ["BLUE", "COLORS", "GREY", "ORANGE", "Floats", "label_axes", "new_figure", "save_figure"]
+__all__ = ["BLUE", "COLORS", "GRAY", "ORANGE", "Floats", "label_axes", "new_figure", "save_figure"]
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
 COLORS = [BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 Floats = npt.NDArray[np.float64]

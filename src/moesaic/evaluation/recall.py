@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.data import Task, TaskEvaluationLoader
-from moesaic.evaluation.plotting import COLORS, GREY, label_axes, new_figure, save_figure
+from moesaic.evaluation.plotting import COLORS, GRAY, label_axes, new_figure, save_figure
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import Decoder
 
@@ -99,13 +99,13 @@ def plot_recall(scores: Mapping[int, RecallScore], out: Path, train_length: int,
                 list(found), list(found.values()), color=COLORS[i % len(COLORS)], marker="o", markersize=4,
                 label=f"length {multiple * train_length}: {score.accuracy:.3f}",
             )  # fmt: skip
-        axis.axhline(chance, color=GREY, linestyle=":", linewidth=1, label=f"chance: {chance:.3f}")
+        axis.axhline(chance, color=GRAY, linestyle=":", linewidth=1, label=f"chance: {chance:.3f}")
         if name == "distance":
             axis.set_xscale("log", base=2)
-            axis.axvline(train_length, color=GREY, linestyle="--", linewidth=1)
+            axis.axvline(train_length, color=GRAY, linestyle="--", linewidth=1)
             axis.annotate(
                 f"training length {train_length}", (train_length, 0.02), xycoords=("data", "axes fraction"),
-                xytext=(4, 0), textcoords="offset points", color=GREY, fontsize=8,
+                xytext=(4, 0), textcoords="offset points", color=GRAY, fontsize=8,
             )  # fmt: skip
         else:
             values = sorted({value for score in scores.values() for value in score.slices[name]})

@@ -16,7 +16,7 @@ class SampleConfig:
     """The text generated at the end of a run."""
 
     prompt: str = "class "
-    max_new_tokens: int = 200
+    max_new_tokens: int = dataclasses.field(default=200, metadata={"most": 10**6})
     temperature: float = 0.7
     top_k: int | None = None
     top_p: float | None = 0.95

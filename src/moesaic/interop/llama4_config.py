@@ -61,14 +61,14 @@ INERT = {
 class _TextFields:
     """The fields of `Llama4TextConfig` that decide the function, with transformers' defaults."""
 
-    vocab_size: int = 202048
-    hidden_size: int = 5120
-    intermediate_size: int = 8192
-    intermediate_size_mlp: int = 16384
-    num_hidden_layers: int = 48
-    num_attention_heads: int = 40
-    num_key_value_heads: int | None = 8
-    head_dim: int | None = 128
+    vocab_size: int = dataclasses.field(default=202048, metadata={"most": 2**24})
+    hidden_size: int = dataclasses.field(default=5120, metadata={"most": 2**20})
+    intermediate_size: int = dataclasses.field(default=8192, metadata={"most": 2**22})
+    intermediate_size_mlp: int = dataclasses.field(default=16384, metadata={"most": 2**22})
+    num_hidden_layers: int = dataclasses.field(default=48, metadata={"most": 2**10})
+    num_attention_heads: int = dataclasses.field(default=40, metadata={"most": 2**16})
+    num_key_value_heads: int | None = dataclasses.field(default=8, metadata={"most": 2**16})
+    head_dim: int | None = dataclasses.field(default=128, metadata={"most": 2**16})
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -76,7 +76,7 @@ class _TextFields:
     attention_bias: bool = False
     attention_dropout: float = 0.0
     num_experts_per_tok: int = 1
-    num_local_experts: int = 16
+    num_local_experts: int = dataclasses.field(default=16, metadata={"most": 2**14})
     moe_layers: tuple[int, ...] | None = None
     interleave_moe_layer_step: int = 1
     use_qk_norm: bool = True
@@ -85,7 +85,7 @@ class _TextFields:
     attention_chunk_size: int | None = 8192
     layer_types: tuple[Literal["chunked_attention", "full_attention"], ...] | None = None
     attn_temperature_tuning: bool = True
-    floor_scale: int = 8192
+    floor_scale: int = dataclasses.field(default=8192, metadata={"most": 2**40})
     attn_scale: float = 0.1
     rope_theta: float | None = None
     rope_parameters: dict[str, Any] | None = None

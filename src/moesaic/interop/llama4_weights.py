@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.files import sync, write_atomically, write_json
 from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
 from moesaic.models import Decoder, DecoderConfig, build_decoder
+from moesaic.models.shapes import num_parameters
 from moesaic.reading import read_json, reading, require_finite
 
 __all__ = ["CheckReport", "Progress", "check_hf", "from_hf", "hf_name", "to_hf"]
@@ -139,6 +141,7 @@ def _decoder(
     config = _config(text, stored)
     if config.moe is not None and backend != "auto":
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
+    require_memory(f"{where}: its model", num_parameters(config) * (dtype or torch.bfloat16).itemsize)
     decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, device="meta")
     tensors, skipped = _match(decoder, stored, prefix, where)
     if skipped:

@@ -34,7 +34,7 @@ class AttentionTemperature:
     """
 
     attn_scale: float = 0.1
-    floor_scale: int = 8192
+    floor_scale: int = dataclasses.field(default=8192, metadata={"most": 2**40})
     scalable_softmax: float | None = None
 
     def __post_init__(self) -> None:

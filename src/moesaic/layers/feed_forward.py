@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.backends import BACKENDS, CASTING_BACKENDS, choose_backend, run_experts
 
-__all__ = ["ACTIVATIONS", "FeedForward"]
+__all__ = ["ACTIVATIONS", "FeedForward", "runs_lean"]
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -96,11 +96,18 @@ class FeedForward(nn.Module):
         parts = (self.gate_proj, self.up_proj, self.down_proj)
         if any(type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks for part in parts):
             return False
-        is_fp32 = dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-        if not is_fp32 and self.backend != "sliced_recompute":
-            return False
-        sizes, activation = (self.gate_proj.in_features, self.gate_proj.out_features), ACTIVATIONS[self.activation]
-        return choose_backend(device, dtype, *sizes, self.backend, activation)[0] in CASTING_BACKENDS
+        sizes = self.gate_proj.in_features, self.gate_proj.out_features
+        return runs_lean(num_tokens, device, dtype, *sizes, self.backend, self.activation)
 
     def flops_per_token(self, seq_len: int) -> float:
         return 2.0 * sum(part.weight.numel() for part in (self.gate_proj, self.up_proj, self.down_proj))
+
+
+def runs_lean(
+    num_tokens: int, device: torch.device, dtype: torch.dtype, dim: int, width: int, backend: str, activation: str
+) -> bool:
+    """Whether a `FeedForward` of these sizes runs as one expert."""
+    is_fp32 = dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    if num_tokens * width < LEAN_ELEMENTS or (not is_fp32 and backend != "sliced_recompute"):
+        return False
+    return choose_backend(device, dtype, dim, width, backend, ACTIVATIONS[activation])[0] in CASTING_BACKENDS

@@ -25,6 +25,7 @@ __all__ = [
     "initialize",
     "num_parameters",
     "parameter_kinds",
+    "remember_marks",
 ]
 
 ParameterKind = Literal["matrix", "output", "vector", "embedding"]
@@ -97,7 +98,7 @@ def parameter_kinds(module: nn.Module) -> dict[str, ParameterKind]:
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             path = f"{prefix}.{name}" if prefix else name
-            kinds[path] = declared.get(path) or _default_kind(part, parameter)
+            kinds[path] = declared.get(path) or _default_kind(part, name, parameter)
             known = one_of.get(id(parameter), kinds[path])
             one_of[id(parameter)] = max(known, kinds[path], key=_LIKENESS.index)
     return {name: one_of[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
@@ -117,6 +118,17 @@ def declared_kinds(module: nn.Module) -> dict[str, ParameterKind]:
                 f"({', '.join(sorted(names))}) and one of {', '.join(_LIKENESS)}"
             )
     return kinds | dict(stated)
+
+
+def remember_marks(module: nn.Module) -> None:
+    """Note on every module which of its parameters are marked `_no_weight_decay`.
+
+    torch forgets attributes of parameters in deepcopy and to_empty; those of modules stay.
+    """
+    for part in module.modules():
+        marked = {name for name, p in part.named_parameters(recurse=False) if getattr(p, "_no_weight_decay", False)}
+        if marked:
+            part._marked_no_weight_decay = marked  # type: ignore[assignment]
 
 
 _LIKENESS: tuple[ParameterKind, ...] = ("matrix", "output", "vector", "embedding")
@@ -223,11 +235,12 @@ _MOST_WORK = 10**9
 """Parameters times tokens up to which a part is run on real numbers, to count its FLOPs."""
 
 
-def _default_kind(module: nn.Module, parameter: nn.Parameter) -> ParameterKind:
+def _default_kind(module: nn.Module, name: str, parameter: nn.Parameter) -> ParameterKind:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     is_filter = isinstance(module, nn.modules.conv._ConvNd)
-    if parameter.dim() < 2 or is_filter or getattr(parameter, "_no_weight_decay", False):
+    is_marked = getattr(parameter, "_no_weight_decay", False) or name in getattr(module, "_marked_no_weight_decay", ())
+    if parameter.dim() < 2 or is_filter or is_marked:
         return "vector"
     return "matrix"
 

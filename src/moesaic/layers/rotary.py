@@ -20,7 +20,7 @@ class Llama3RopeScaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_length: int
+    original_length: int = dataclasses.field(metadata={"most": 2**40})
 
     def __post_init__(self) -> None:
         if self.factor < 1:

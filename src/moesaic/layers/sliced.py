@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Tile", "cannot_repeat", "is_silu", "make_tiles", "rounding", "sliced", "sliced_recompute"]
+__all__ = ["Tile", "cannot_repeat", "is_silu", "make_tiles", "rounding", "sliced", "sliced_recompute", "tiles_of"]
 
 Activation = Callable[[Tensor], Tensor]
 TILE_ROWS = 512
@@ -246,6 +246,21 @@ def make_tiles(counts: list[int], multiple: int) -> list[Tile]:
     if pieces:
         tiles.append(Tile(pieces, slice(first, first + size)))
     return tiles
+
+
+def tiles_of(counts: list[int], multiple: int) -> tuple[int, int]:
+    """Rows of all tiles that `make_tiles` makes, and of the largest one, in time that does not grow with the counts."""
+    total = largest = size = 0
+    for count in counts:
+        full, rest = divmod(count, TILE_ROWS)
+        rounded = -(-rest // multiple) * multiple
+        total += full * TILE_ROWS + rounded
+        if full:  # the first one ends a tile that was begun
+            largest, size = max(largest, size + TILE_ROWS), 0
+        size += rounded
+        if size >= TILE_ROWS:
+            largest, size = max(largest, size), 0
+    return total, max(largest, size)
 
 
 def reach(rows: Tensor, piece: Piece) -> Tensor:

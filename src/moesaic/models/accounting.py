@@ -14,7 +14,7 @@ from torch import nn
 
 from moesaic.layers.part import Flops, active_parameters, cache_bytes, flops_per_token, num_parameters, parameter_kinds
 from moesaic.models.config import FFN, DecoderConfig, Mixer
-from moesaic.models.custom import custom_modules
+from moesaic.models.custom import asks_for, custom_modules
 from moesaic.models.decoder import Block, build_block
 
 __all__ = ["Account", "LayerAccount", "account", "kv_cache_bytes"]
@@ -106,8 +106,8 @@ MOST_REAL_PARAMETERS = 2 * 10**7
 
 
 def _kinds_of_layers(config: DecoderConfig) -> list[int]:
-    """For every layer the first one that is like it. A custom module may depend on its layer: it is one of a kind."""
-    if custom_modules(config):
+    """For every layer the first one that is like it. With a custom module that asks for its layer, it is itself."""
+    if any(asks_for(custom, "layer_index") for custom in custom_modules(config).values()):
         return list(range(config.num_layers))
     return [config.layers.index(layer) for layer in config.layers]
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.losses.cross_entropy import linear_cross_entropy
 from moesaic.models.accounting import account
 from moesaic.models.config import DecoderConfig
 from moesaic.models.custom import custom_modules
 from moesaic.models.decoder import Decoder, build_decoder
-from moesaic.models.memory import estimate_memory, trace_memory
+from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
 
 __all__ = [
     "WIDTH_STEP",
@@ -70,13 +71,7 @@ def count_costs(arm: Candidate) -> Costs:
             checkpoint_activations=arm.checkpoint_activations,
         )
     else:
-        memory = estimate_memory(
-            arm.model,
-            batch_size=arm.batch_size,
-            seq_len=arm.seq_len,
-            optimizer=arm.optimizer,
-            checkpoint_activations=arm.checkpoint_activations,
-        )
+        memory = _memory_of(arm)
     return Costs(
         parameters=accounted.parameters,
         active_parameters=accounted.active_parameters,
@@ -88,12 +83,29 @@ def count_costs(arm: Candidate) -> Costs:
     )
 
 
+def _memory_of(arm: Candidate) -> MemoryEstimate:
+    """By formula, without custom modules."""
+    return estimate_memory(
+        arm.model,
+        batch_size=arm.batch_size,
+        seq_len=arm.seq_len,
+        optimizer=arm.optimizer,
+        checkpoint_activations=arm.checkpoint_activations,
+    )
+
+
 def time_steps(arms: Sequence[Candidate], *, rounds: int = 7, device: str = "cpu") -> list[float]:
     """Median seconds of a whole step in fp32: forward, cross-entropy, backward, optimiser. Balance losses are left out.
 
     One step of each arm in turn per round, beginning with another arm each time, after two rounds to warm up. All arms
     are in memory together. Every step sees other random tokens, so experts get other numbers of rows.
     """
+    require_memory(
+        f"a and b: timing {len(arms)} models side by side",
+        sum(_memory_of(arm).total for arm in arms),
+        "gpu" if device == "cuda" else "cpu",
+        "must be smaller models, batch_size or seq_len, or rounds=0",
+    )
     steps = [_step_of(arm, device) for arm in arms]
     samples: list[list[float]] = [[] for _ in arms]
     for i in range(-2, rounds):

@@ -34,16 +34,16 @@ FORMAT = 2
 class AttentionConfig:
     """Attention of all layers; the depth pattern says which of them have positions and chunks."""
 
-    num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_heads: int = dataclasses.field(metadata={"most": 2**16})
+    num_kv_heads: int | None = dataclasses.field(default=None, metadata={"most": 2**16})
+    head_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**16})
     rope_theta: float = 500000.0
     rope_scaling: Llama3RopeScaling | None = None
     qk_norm: bool = True  # on layers with RoPE only, as in Llama 4
     attention_chunk_size: int | None = None
     temperature: AttentionTemperature | None = None  # on layers without positions only
     bias: bool = False
-    conv_width: int = 0
+    conv_width: int = dataclasses.field(default=0, metadata={"most": 2**10})
 
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta")
@@ -57,10 +57,11 @@ class AttentionConfig:
 class MoEConfig:
     """The MoE layers. `hidden_dim` is the width of each routed expert, `shared_hidden_dim` that of the shared one."""
 
-    num_experts: int
-    hidden_dim: int
+    num_experts: int = dataclasses.field(metadata={"most": 2**14})
+    hidden_dim: int = dataclasses.field(metadata={"most": 2**22})
     top_k: int = 1
-    shared_hidden_dim: int | None = None  # null: as hidden_dim; 0: no shared expert
+    # null: as hidden_dim; 0: no shared expert
+    shared_hidden_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**22})
     router: Literal["top_k", "uniform"] | CustomModule = "top_k"
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_scores: bool = False
@@ -117,11 +118,11 @@ class DecoderConfig:
     (i + 1) % nope_layer_interval == 0; 0 means never. `layers` is the expanded list either way.
     """
 
-    vocab_size: int
-    dim: int
-    num_layers: int
+    vocab_size: int = dataclasses.field(metadata={"most": 2**24})
+    dim: int = dataclasses.field(metadata={"most": 2**20})
+    num_layers: int = dataclasses.field(metadata={"most": 2**10})
     attention: AttentionConfig
-    hidden_dim: int  # of the dense FFN
+    hidden_dim: int = dataclasses.field(metadata={"most": 2**22})  # of the dense FFN
     moe: MoEConfig | None = None
     pattern: tuple[LayerConfig, ...] | None = None
     interleave_moe_layer_step: int | None = None
@@ -130,7 +131,7 @@ class DecoderConfig:
     activation: str = "silu"
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    init_std: float | None = 0.02  # null: 1 / sqrt(fan_in)
+    init_std: float | None = dataclasses.field(default=0.02, metadata={"most": 100.0})  # null: 1 / sqrt(fan_in)
     padding_token: int | None = None  # its embedding gets no gradient
     format: int = FORMAT  # version of these words
 

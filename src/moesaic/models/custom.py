@@ -1,5 +1,6 @@
 """Custom modules: parts of a user's own, named in a config by their dotted path."""
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -12,10 +13,12 @@ from torch import nn
 
 from moesaic.errors import InputError
 from moesaic.imports import PARTS, is_own_code, require_trusted, resolve
+from moesaic.layers.part import remember_marks
 from moesaic.models.config import CustomModule, DecoderConfig
 
 __all__ = [
     "Source",
+    "asks_for",
     "build_custom",
     "construct",
     "custom_modules",
@@ -24,12 +27,15 @@ __all__ = [
     "sources",
 ]
 
+_KNOWN = {"moesaic", "torch", "lightning", *sys.stdlib_module_names}
+"""Packages whose version says what is in them."""
+
 
 class Source(NamedTuple):
-    """The files that a custom module's class and its base classes are written in, as they are now."""
+    """The files that a custom module is written in, as they are now: its class, its bases, and the user's helpers."""
 
     files: dict[str, Path]
-    """By module name. torch's, ours and those of the standard library are left out."""
+    """By module name. Those of torch, of Moesaic and of the standard library are left out."""
     sha256: str
 
 
@@ -52,11 +58,28 @@ def construct(custom: CustomModule, where: str, /, *, dispatches: bool = True, *
     try:
         asked = inspect.signature(cls).parameters
         arguments = {name: value for name, value in known.items() if name in asked} | arguments
-        return cls(**arguments)
+        made = cls(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{where}: {path}({', '.join(arguments)}) failed: {error}. By name it can ask for {', '.join(known)}"
         ) from error
+    if isinstance(made, nn.Module):
+        remember_marks(made)
+    return made
+
+
+def asks_for(custom: CustomModule, name: str) -> bool:
+    """Whether a custom module's constructor receives the argument `name` from the model.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    if name in custom:  # the config's own value counts
+        return False
+    try:
+        return name in inspect.signature(resolve(custom["type"], "type")).parameters
+    except (TypeError, ValueError):  # no signature: `construct` refuses it
+        return False
 
 
 def build_custom(
@@ -159,8 +182,7 @@ def _files(found: Any) -> dict[str, Path]:
     files = {}
     for each in inspect.getmro(found) if inspect.isclass(found) else (found,):
         module = str(each.__module__)
-        known = module.split(".")[0] in {"torch", "lightning", *sys.stdlib_module_names}
-        if known or (module.startswith("moesaic.") and not module.startswith("moesaic.examples")):
+        if module.split(".")[0] in _KNOWN and not module.startswith("moesaic.examples"):
             continue
         try:
             file = inspect.getsourcefile(each)
@@ -168,4 +190,49 @@ def _files(found: Any) -> dict[str, Path]:
             continue
         if file is not None and Path(file).is_file():
             files[module] = Path(file)
+    _add_helpers(files)
     return files
+
+
+def _add_helpers(files: dict[str, Path]) -> None:
+    """Add what these files import from their own package or folder, and so on. Installed packages have no helpers."""
+    waiting = list(files.items())
+    while waiting:
+        module, file = waiting.pop()
+        if {"site-packages", "dist-packages"} & set(file.parts):
+            continue
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        root = file.parents[len(package.split(".")) if package else 0]
+        for name in _imports(file, package):
+            top = name.split(".")[0]
+            if top in _KNOWN or (package and top != package.split(".")[0]):
+                continue
+            found = _file_of(root, name)
+            if found is not None and found not in files.values():
+                files[name] = found
+                waiting.append((name, found))
+
+
+def _imports(file: Path, package: str) -> list[str]:
+    """Full names of what a file imports; of `from a import b` both a and a.b, as either may be a module."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:
+        return []
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".") if node.level and package else []
+            above = above[: len(above) - (node.level - 1)] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            names += [start, *(f"{start}.{alias.name}" if start else alias.name for alias in node.names)]
+    return [name for name in names if name]
+
+
+def _file_of(root: Path, name: str) -> Path | None:
+    """The file of a module below the folder that its top-level package or module stands in."""
+    place = root.joinpath(*name.split("."))
+    candidates = (place.with_name(f"{place.name}.py"), place / "__init__.py")
+    return next((file for file in candidates if file.is_file()), None)

@@ -1,14 +1,14 @@
 """Bytes of a training step and of a KV cache: by formula, and counted on tensors without memory.
 
-`estimate_memory` is closed forms over the layers. `trace_memory` runs the real step on fake tensors (shapes, no memory)
-and counts the storages that are alive, so it knows custom modules as well. Both describe one process on a CPU. The
-tests hold both against the peak that torch's profiler sees in a real step.
+`estimate_memory` is closed forms over the config: it builds nothing. `trace_memory` runs the real step on fake tensors
+(shapes, no memory) and counts the storages that are alive, so it knows custom modules as well. Both describe one
+process on a CPU. The tests hold both against the peak that torch's profiler sees in a real step.
 """
 
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,15 @@ from moesaic.layers import (
     Attention,
     AttentionCache,
     Experts,
-    FeedForward,
     MoE,
     choose_backend,
-    parameter_kinds,
 )
-from moesaic.layers.sliced import make_tiles
+from moesaic.layers.feed_forward import runs_lean
+from moesaic.layers.sliced import tiles_of
 from moesaic.losses.cross_entropy import VOCABULARY_BLOCK, linear_cross_entropy, rows_per_chunk
-from moesaic.models.accounting import kv_cache_bytes
-from moesaic.models.config import DecoderConfig
+from moesaic.models.config import DecoderConfig, LayerConfig, Mixer, MoEConfig
 from moesaic.models.decoder import Block, Decoder, build_decoder
+from moesaic.models.shapes import Shape, attention_shapes, decoder_shapes, feed_forward_shapes, uncounted
 
 __all__ = ["LiveBytes", "MemoryEstimate", "estimate_memory", "trace_memory"]
 
@@ -55,6 +54,8 @@ class MemoryEstimate:
     """Most that the optimiser holds while it steps, above weights and state: the gradients, and Muon's matrices."""
     kv_cache: int
     """Keys and values that decoding token number seq_len of every sequence reads, see `kv_cache_bytes`."""
+    uncounted: tuple[str, ...] = ()
+    """Dotted paths of custom modules, which have no formula: they are in none of the numbers."""
 
     @property
     def total(self) -> int:
@@ -132,7 +133,8 @@ def estimate_memory(
 
     Every token is routed evenly, and the experts run on the backend that `choose_backend` takes on a CPU. The formulas
     count what autograd keeps for each operation of our layers, and find the peak by walking backwards over them. They
-    are made for the backends "sliced" and "sliced_recompute"; others are counted as one FFN over all rows.
+    are made for the backends "sliced" and "sliced_recompute"; others are counted as one FFN over all rows. Custom
+    modules are left out and named; only `trace_memory` can count them.
 
     Args:
         dtype: of weights, activations, gradients, optimiser state and KV cache (no autocast).
@@ -140,17 +142,19 @@ def estimate_memory(
         checkpoint_activations: as `build_decoder` takes it.
 
     Raises:
-        InputError: impossible sizes, an unknown optimiser, or custom modules, which only `trace_memory` can count.
+        InputError: impossible sizes, or an unknown optimiser.
     """
     _check_sizes(batch_size, seq_len, dtype)
     if optimizer not in ("adamw", "muon", None):
         raise InputError(f"optimizer={optimizer!r}: must be one of adamw, muon, None")
-    decoder = build_decoder(config, device="meta", dtype=dtype)
     sizes = _Sizes(batch_size, seq_len, config.dim, dtype)
-    gradients = _nbytes(decoder)
-    blocks = [_block(config, block, i, sizes) for i, block in enumerate(decoder.layers)]
+    shapes = decoder_shapes(config)
+    gradients = _nbytes(shapes, dtype)
+    layers = config.layers
+    by_kind = {i: _block(config, layers[i], sizes) for i in {layers.index(layer) for layer in layers}}
+    blocks = [by_kind[layers.index(layer)] for layer in layers]
     activations, loss, step = _walk(config, blocks, sizes, gradients, checkpoint_activations)
-    state, optimizer_step = _optimizer(decoder, optimizer)
+    state, optimizer_step = _optimizer(shapes, dtype, optimizer)
     return MemoryEstimate(
         weights=gradients,
         gradients=gradients,
@@ -159,12 +163,20 @@ def estimate_memory(
         loss=loss,
         step=step,
         optimizer_step=optimizer_step,
-        kv_cache=batch_size * kv_cache_bytes(config, seq_len, dtype),
+        kv_cache=batch_size * sum(_cached(config, layer, seq_len) for layer in layers) * dtype.itemsize,
+        uncounted=uncounted(config),
     )
 
 
-def _nbytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def _nbytes(shapes: Iterable[Shape], dtype: torch.dtype) -> int:
+    return sum(shape.numel for shape in shapes) * dtype.itemsize
+
+
+def _cached(config: DecoderConfig, layer: LayerConfig, length: int) -> int:
+    """Numbers that the cache of a built-in mixer holds of one sequence, as `Attention.cache_bytes`."""
+    if not isinstance(layer.mixer, str):
+        return 0
+    return min(length, config.chunk_of(layer.mixer) or length) * 2 * config.num_kv_heads * config.head_dim
 
 
 def _walk(
@@ -211,31 +223,21 @@ def _loss(config: DecoderConfig, sizes: _Sizes) -> int:
     return sizes.stream + head_gradient + working
 
 
-def _block(config: DecoderConfig, block: nn.Module, i: int, sizes: _Sizes) -> list[_Part]:
-    """In the order of the forward pass."""
-    assert isinstance(block, Block)
-    mixer, ffn, norm = block.mixer, block.ffn, _norm(sizes)
-    if not isinstance(mixer, Attention):
-        raise _no_formula(i, "mixer", mixer)
-    parts = [norm, _attention(mixer, sizes), norm]
-    if isinstance(ffn, FeedForward):
-        return [*parts, _feed_forward(ffn, sizes)]
-    if not isinstance(ffn, MoE):
-        raise _no_formula(i, "ffn", ffn)
-    assert config.moe is not None
-    parts.append(_routed(ffn, config.moe.top_k, sizes))
-    if ffn.shared_expert is not None:
-        assert isinstance(ffn.shared_expert, FeedForward)
-        shared = _feed_forward(ffn.shared_expert, sizes)
-        # the input is kept once for all experts
-        parts.append(_Part(shared.kept - sizes.stream, shared.peak - sizes.stream, shared.gradients))
+def _block(config: DecoderConfig, layer: LayerConfig, sizes: _Sizes) -> list[_Part]:
+    """In the order of the forward pass; without custom modules."""
+    norm = _norm(sizes)
+    mixer = [_attention(config, layer.mixer, sizes)] if isinstance(layer.mixer, str) else []
+    parts = [norm, *mixer, norm]
+    if layer.ffn == "moe":
+        assert config.moe is not None  # checked by the config
+        parts.append(_routed(config, config.moe, sizes))
+        if config.moe.shared_width:
+            shared = _feed_forward(config, config.moe.shared_width, config.moe.backend, sizes)
+            # the input is kept once for all experts
+            parts.append(_Part(shared.kept - sizes.stream, shared.peak - sizes.stream, shared.gradients))
+    elif isinstance(layer.ffn, str):
+        parts.append(_feed_forward(config, config.ffn_width(layer.ffn), "auto", sizes))
     return parts
-
-
-def _no_formula(i: int, name: str, part: nn.Module) -> InputError:
-    return InputError(
-        f"layer {i} {name}={type(part).__name__}: only built-in parts have a formula; use trace_memory, which counts"
-    )
 
 
 def _norm(sizes: _Sizes) -> _Part:
@@ -249,48 +251,49 @@ KEPT_BY_GATED_FFN = {"relu": 3, "sigmoid": 3, "linear": 3, "quick_gelu": 5}
 """How many (T, F) a gated FFN keeps where it is not 4: the gate, the gate activated, up, and their product."""
 
 
-def _feed_forward(layer: FeedForward, sizes: _Sizes) -> _Part:
-    if layer.is_lean(sizes.tokens, torch.device("cpu"), sizes.dtype):
-        return _lean_feed_forward(layer, sizes)
-    hidden = sizes.tokens * layer.down_proj.in_features * sizes.bytes
-    kept = sizes.stream + KEPT_BY_GATED_FFN.get(layer.activation, 4) * hidden
+def _feed_forward(config: DecoderConfig, width: int, backend: str, sizes: _Sizes) -> _Part:
+    gradients = _nbytes(feed_forward_shapes(config.dim, width), sizes.dtype)
+    if runs_lean(sizes.tokens, torch.device("cpu"), sizes.dtype, config.dim, width, backend, config.activation):
+        return _lean_feed_forward(config, width, backend, gradients, sizes)
+    hidden = sizes.tokens * width * sizes.bytes
+    kept = sizes.stream + KEPT_BY_GATED_FFN.get(config.activation, 4) * hidden
     # fullest where the product has handed its gradient to both factors
-    return _Part(kept, kept + 2 * hidden + layer.down_proj.weight.nbytes, _nbytes(layer))
+    return _Part(kept, kept + 2 * hidden + gradients // 3, gradients)
 
 
-def _lean_feed_forward(layer: FeedForward, sizes: _Sizes) -> _Part:
+def _lean_feed_forward(config: DecoderConfig, width: int, backend: str, gradients: int, sizes: _Sizes) -> _Part:
     """As one expert of a sliced backend."""
-    width = layer.down_proj.in_features * sizes.bytes
-    tile, keeps_all = max(tile.size for tile in make_tiles([sizes.tokens], 1)), layer.backend != "sliced_recompute"
-    fused = layer.gate_proj.weight.nbytes + layer.up_proj.weight.nbytes
-    kept = sizes.stream + fused + 2 * sizes.tokens * width * keeps_all
-    scratches = (4 if keeps_all else 6) + (0 if layer.activation == "silu" else 3)
-    return _Part(kept, kept + _nbytes(layer) + scratches * tile * width + sizes.stream, _nbytes(layer))
+    row = width * sizes.bytes
+    tile, keeps_all = tiles_of([sizes.tokens], 1)[1], backend != "sliced_recompute"
+    kept = sizes.stream + gradients // 3 * 2 + 2 * sizes.tokens * row * keeps_all  # gate and up are copied into one
+    scratches = (4 if keeps_all else 6) + (0 if config.activation == "silu" else 3)
+    return _Part(kept, kept + gradients + scratches * tile * row + sizes.stream, gradients)
 
 
-def _attention(layer: Attention, sizes: _Sizes) -> _Part:
+def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
     """What is kept in order: the input, the convolution's, angles, what QK norm normalises, and softmax attention's."""
+    attention, positions = config.attention, mixer in ("rope", "chunked_rope")
     tokens, length = sizes.tokens, sizes.seq_len
-    queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     channels = queries + 2 * keys
-    heads = layer.num_heads + layer.num_kv_heads
+    heads = attention.num_heads + config.num_kv_heads
     kept = sizes.stream
-    if layer.conv is not None:
-        padded = sizes.batch_size * (length + layer.conv.width - 1) * channels * sizes.bytes
+    if attention.conv_width:
+        padded = sizes.batch_size * (length + attention.conv_width - 1) * channels * sizes.bytes
         kept += padded
-    if layer.rotary is not None:
-        kept += 2 * length * layer.head_dim * sizes.exact_bytes  # sine and cosine, for queries and for keys
-    if layer.qk_norm is not None:
+    if positions:
+        kept += 2 * length * config.head_dim * sizes.exact_bytes  # sine and cosine, for queries and for keys
+    if positions and attention.qk_norm:
         kept += tokens * (queries + keys + heads) * sizes.exact_bytes
 
-    chunk = length if layer.attention_chunk_size is None else min(length, layer.attention_chunk_size)
+    chunk = min(length, config.chunk_of(mixer) or length)
     rest = length % chunk
     viewed = False
     extra = 0
     for size, span in ((length - rest, chunk), (rest, rest)):
         if not size:
             continue
-        cast = sizes.bytes == 2 and span * layer.head_dim <= 16384  # see layers.attention._attend
+        cast = sizes.bytes == 2 and span * config.head_dim <= 16384  # see layers.attention._attend
         piece = sizes.batch_size * size * (sizes.exact_bytes if cast else sizes.bytes)
         if cast or (rest and size > span and sizes.batch_size > 1):
             kept += piece * channels
@@ -300,89 +303,76 @@ def _attention(layer: Attention, sizes: _Sizes) -> _Part:
         extra = max(extra, 2 * piece * (queries + keys))
     if viewed:  # without a copy, softmax attention keeps what queries, keys and values are views of
         source = channels
-        if layer.conv is not None:
+        if attention.conv_width:
             # its output, and apart from it what is rotated or scaled
-            moved_queries = layer.rotary is not None or layer.temperature is not None
-            source += queries * moved_queries + keys * (layer.rotary is not None)
+            source += queries * (positions or attention.temperature is not None) + keys * positions
         kept += tokens * source * sizes.bytes
     if cast or rest:
         kept += tokens * queries * sizes.bytes  # the output projection's own input
-    kept += tokens * layer.num_heads * sizes.exact_bytes  # log-sum-exp
-    softmax = kept + extra + layer.o_proj.weight.nbytes
-    convolution = 0 if layer.conv is None else sizes.stream + 5 * padded
-    return _Part(kept, max(softmax, convolution), _nbytes(layer))
+    kept += tokens * attention.num_heads * sizes.exact_bytes  # log-sum-exp
+    softmax = kept + extra + queries * config.dim * sizes.bytes  # the last is the gradient of the output projection
+    convolution = sizes.stream + 5 * padded if attention.conv_width else 0
+    return _Part(kept, max(softmax, convolution), _nbytes(attention_shapes(config), sizes.dtype))
 
 
-def _routed(layer: MoE, top_k: int, sizes: _Sizes) -> _Part:
+def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
     """Router, dispatch, experts and combine, rows spread evenly. Without the shared expert."""
-    experts = layer.experts
-    assert isinstance(experts, Experts)
-    rows = sizes.tokens * top_k
-    weights = _nbytes(experts)
-    kept = sizes.stream + sizes.tokens * experts.num_experts * sizes.exact_bytes  # probabilities
+    rows = sizes.tokens * moe.top_k
+    weights = 3 * moe.num_experts * config.dim * moe.hidden_dim * sizes.bytes
+    router = moe.num_experts * config.dim * sizes.bytes if isinstance(moe.router, str) else 0
+    kept = sizes.stream + sizes.tokens * moe.num_experts * sizes.exact_bytes  # probabilities
     kept += rows * (8 * 3 + sizes.bytes)  # expert ids, permutations, scores
     dispatched = rows * sizes.dim * sizes.bytes
-    backend, _ = choose_backend(
-        torch.device("cpu"),
-        sizes.dtype,
-        sizes.dim,
-        experts.hidden_dim,
-        experts.backend,
-        ACTIVATIONS[experts.activation],
-    )
+    activation = ACTIVATIONS[config.activation]
+    backend, _ = choose_backend(torch.device("cpu"), sizes.dtype, config.dim, moe.hidden_dim, moe.backend, activation)
     is_sliced = backend in ("sliced", "sliced_recompute")
-    counts = _evenly(rows, experts.num_experts)
-    tiles = make_tiles(counts, 16 if sizes.bytes == 2 else 1)  # see layers.sliced.rounding
+    # see layers.sliced.rounding
+    places, tile = tiles_of(_evenly(rows, moe.num_experts), 16 if sizes.bytes == 2 else 1)
     kept += 2 * dispatched  # on both sides of the scores
-    places = sum(tile.size for tile in tiles) if is_sliced else rows
-    hidden = places * experts.hidden_dim * sizes.bytes
+    hidden = (places if is_sliced else rows) * moe.hidden_dim * sizes.bytes
     if is_sliced:
         kept += 2 * hidden if backend == "sliced" else 0
-        scratch = max(tile.size for tile in tiles) * experts.hidden_dim * sizes.bytes
-        scratches = (4 if backend == "sliced" else 6) + (0 if experts.activation == "silu" else 3)
+        scratch = tile * moe.hidden_dim * sizes.bytes
+        scratches = (4 if backend == "sliced" else 6) + (0 if config.activation == "silu" else 3)
         working = weights + scratches * scratch
     else:
-        kept += max(4, KEPT_BY_GATED_FFN.get(experts.activation, 4)) * hidden  # gate and up are one tensor
-        working = max(2 * hidden + experts.down_proj.nbytes, weights)
+        kept += max(4, KEPT_BY_GATED_FFN.get(config.activation, 4)) * hidden  # gate and up are one tensor
+        working = max(2 * hidden + weights // 3, weights)
     # gradients of the rows on both sides; what came out is gone by now if the scores were applied to it
-    working += 2 * dispatched - (0 if layer.score_before_experts else dispatched)
-    combine = 3 * dispatched if top_k > 1 or not layer.score_before_experts else 2 * dispatched
-    shared_gradient = 0 if layer.shared_expert is None else sizes.stream
-    return _Part(kept, kept + max(combine, working) + shared_gradient, weights + _nbytes(layer.router))
+    working += 2 * dispatched - (0 if moe.score_before_experts else dispatched)
+    combine = 3 * dispatched if moe.top_k > 1 or not moe.score_before_experts else 2 * dispatched
+    shared_gradient = sizes.stream if moe.shared_width else 0
+    return _Part(kept, kept + max(combine, working) + shared_gradient, weights + router)
 
 
 def _evenly(rows: int, num_experts: int) -> list[int]:
     return [rows // num_experts + (i < rows % num_experts) for i in range(num_experts)]
 
 
-def _optimizer(decoder: nn.Module, name: str | None) -> tuple[int, int]:
+def _optimizer(shapes: Sequence[Shape], dtype: torch.dtype, name: str | None) -> tuple[int, int]:
     """Bytes of the state, and what a step holds besides it and the weights."""
-    gradients = _nbytes(decoder)
+    gradients = _nbytes(shapes, dtype)
     if name is None:
         return 0, 0
-    state = 2 * gradients + sum(torch.float32.itemsize for _ in decoder.parameters())  # each counts its steps
+    state = 2 * gradients + torch.float32.itemsize * len(shapes)  # each counts its steps
     if name == "adamw":
         return state, gradients
-    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-    for parameter in _hidden_matrices(decoder):
-        by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
-        state -= parameter.nbytes  # one moment
+    by_shape: dict[tuple[int, ...], list[Shape]] = {}
+    for shape in shapes:
+        if shape.kind == "matrix":  # what Muon steps
+            by_shape.setdefault(shape.sizes[-2:], []).append(shape)
     held, peak = gradients, gradients
-    for shape, parameters in by_shape.items():
-        x = 4 * sum(parameter.numel() for parameter in parameters)  # the gradients of one shape in fp32
-        gram = x // max(shape) * min(shape)
+    for sizes, together in by_shape.items():
+        numel = sum(shape.numel for shape in together)
+        state -= numel * dtype.itemsize  # one moment
+        x = 4 * numel  # the gradients of one shape in fp32
+        gram = x // max(sizes) * min(sizes)
         peak = max(peak, held + x + 5 * gram)  # the products of small polynomials
-        if parameters[0].dtype != torch.float32:  # then the update of one parameter exists, in fp32 and in its dtype
-            largest = max(parameters, key=torch.Tensor.numel)
-            peak = max(peak, held + x + gram + 4 * largest.numel() + largest.nbytes)
-        held -= sum(parameter.nbytes for parameter in parameters)
+        if dtype != torch.float32:  # then the update of one parameter exists, in fp32 and in its dtype
+            largest = max(shape.numel for shape in together)
+            peak = max(peak, held + x + gram + (4 + dtype.itemsize) * largest)
+        held -= numel * dtype.itemsize
     return state, peak
-
-
-def _hidden_matrices(decoder: nn.Module) -> list[nn.Parameter]:
-    """Parameters that Muon steps."""
-    kinds = parameter_kinds(decoder)
-    return [parameter for name, parameter in decoder.named_parameters() if kinds[name] == "matrix"]
 
 
 # ---- by counting
@@ -430,6 +420,10 @@ def _cast_by_kernel(func: Any, args: tuple[Any, ...]) -> int:
     return sum(x.numel() * common.itemsize for x in operands if x.dtype != common)
 
 
+MOST_TRACED_TOKENS = 2**24
+"""The loss goes over them in chunks, one after the other."""
+
+
 def trace_memory(
     config: DecoderConfig,
     *,
@@ -448,11 +442,16 @@ def trace_memory(
         make_optimizer: called with the decoder; None for no optimiser.
 
     Raises:
-        InputError: impossible sizes, or the backend "grouped" in another dtype than bfloat16.
+        InputError: impossible or too large sizes, or the backend "grouped" in another dtype than bfloat16.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # here, because it loads a lot
 
     _check_sizes(batch_size, seq_len, dtype)
+    if batch_size * seq_len > MOST_TRACED_TOKENS:
+        raise InputError(
+            f"batch_size={batch_size}, seq_len={seq_len}: to count on tensors, both together must be at most "
+            f"{MOST_TRACED_TOKENS} tokens; the formula takes any number"
+        )
     with torch.device("meta"):
         decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, dtype=dtype)
     for module in decoder.modules():
@@ -486,7 +485,7 @@ def trace_memory(
                 state, optimizer_step = _trace_optimizer(make_optimizer(decoder), parameters, live)
         kv_cache = sum(_cache_bytes(block, batch_size, seq_len, dtype) for block in decoder.layers)
     return MemoryEstimate(
-        weights=_nbytes(decoder),
+        weights=sum(parameter.nbytes for parameter in decoder.parameters()),
         gradients=gradients,
         optimizer=state,
         activations=activations,

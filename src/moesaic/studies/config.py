@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from moesaic.config import LARGEST_SEED
 from moesaic.distillation import TargetFormat
 
 __all__ = [
@@ -31,13 +32,15 @@ EVALUATION_OPTIONS = "evaluation_options."
 class TuneConfig:
     """The learning rates of each cell are multiplied by each factor on a seed of its own; the best one is measured."""
 
-    seed: int
+    seed: int = dataclasses.field(metadata={"most": LARGEST_SEED})
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     keys: tuple[str, ...] = ("optimizer.learning_rate", "optimizer.muon_learning_rate")
 
     def __post_init__(self) -> None:
         if len(set(self.factors)) < 2 or len(set(self.factors)) < len(self.factors) or min(self.factors) <= 0:
             raise ValueError(f"factors={list(self.factors)}: must be two or more different numbers > 0")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be an integer >= 0")
         if not self.keys:
             raise ValueError("keys=[]: name at least one learning rate")
 
@@ -101,7 +104,7 @@ class StudyConfig:
     equal: str  # what is held equal, in words
     baseline: str  # the arm that all others are compared with
     arms: dict[str, Overrides]
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] = dataclasses.field(metadata={"most": LARGEST_SEED})
     metric: str = "validation/bits_per_byte"  # of metrics.json or of an evaluation
     higher_is_better: bool = False
     also: tuple[str, ...] = ()  # more metrics for the table; of a pattern with * the mean over what it matches

@@ -16,6 +16,7 @@ from moesaic.models.custom import source_hashes
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import PREPARED, Cell, Overrides, StudyConfig, VariantConfig
 from moesaic.training.config import RunConfig
+from moesaic.training.memory import require_memory_of_run
 
 __all__ = [
     "Evaluation",
@@ -274,6 +275,9 @@ def _require_prepared(study: StudyConfig, where: str, config: Mapping[str, Any],
 def _named(where: str, config: Mapping[str, Any]) -> None:
     try:
         canonical(config)
+        run_config = from_mapping(RunConfig, config)
+        model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}
+        require_memory_of_run(run_config, from_mapping(DecoderConfig, model, "model"))
         if overrides := (config.get("distillation") or {}).get("teacher_model"):
             teacher = teacher_mapping({**config["model"], "vocab_size": 1}, overrides)
             from_mapping(DecoderConfig, teacher, "distillation.teacher_model")

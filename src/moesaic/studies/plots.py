@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from moesaic.evaluation.plotting import COLORS, GREY, Floats, label_axes, new_figure
+from moesaic.evaluation.plotting import COLORS, GRAY, Floats, label_axes, new_figure
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, prepared_names
@@ -47,7 +47,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
             interval, color = found[name, None], _style(study, name)["color"]
             panel.hlines(place, interval.low, interval.high, color=color, linewidth=2, alpha=0.8)
             panel.plot(interval.mean, place, "o", color=color, markersize=7)
-        panel.axvline(0, color=GREY, linewidth=1, linestyle="--")
+        panel.axvline(0, color=GRAY, linewidth=1, linestyle="--")
         panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
         panel.margins(y=0.5 / len(names))
@@ -65,10 +65,10 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
                 x, color = at + 0.6 * (i - (len(names) - 1) / 2) / len(names), _style(study, name)["color"]
                 panel.vlines(x, difference.low, difference.high, color=color, linewidth=2, alpha=0.8)
                 panel.plot(x, difference.mean, "o", color=color, markersize=7)
-        panel.axhline(0, color=GREY, linewidth=1, linestyle="--")
+        panel.axhline(0, color=GRAY, linewidth=1, linestyle="--")
         panel.annotate(
             study.baseline, (1, 0), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-            va="center", color=GREY, fontsize=8, annotation_clip=False,
+            va="center", color=GRAY, fontsize=8, annotation_clip=False,
         )  # fmt: skip
         panel.set_xticks(range(len(points.values)), [textwrap.fill(label, 12) for label in points.values])
         panel.set_xlim(-0.6, len(points.values) - 0.4)
@@ -128,7 +128,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
             _draw_level(panel, study, arm, size)
             if arm.axis is not None:
                 value, at = arm.axis.partition("=")[2], (size, arm.level.mean)
-                panel.annotate(value, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=GREY)
+                panel.annotate(value, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=GRAY)
         _log_scale(panel)
         panel.set_xlabel("parameters")
         panel.set_title("at the end of training" if axis is None else f"over {axis}", fontsize=11)
@@ -168,7 +168,7 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
     figure, panels = new_figure(rows, columns, width=6.5 * columns, height=4.2 * rows)
     for panel in panels[len(panels_of) :]:
         panel.set_visible(False)
-    colors = [GREY, *COLORS]
+    colors = [GRAY, *COLORS]
     for panel, (title, names) in zip(panels, panels_of.items(), strict=False):
         for i, name in enumerate(names):
             x, values = found[name]
@@ -178,7 +178,7 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
             label = name if name == names[0] else name.removeprefix(f"{names[0]}, ")
             panel.plot(x, values.mean(axis=0), marker="o", markersize=3, label=label, **style)  # type: ignore[arg-type]
             panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.1, linewidth=0)
-        panel.axvline(seq_len, color=GREY, linewidth=1, linestyle=":", label="training length")
+        panel.axvline(seq_len, color=GRAY, linewidth=1, linestyle=":", label="training length")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda position, _: f"{position:.0f}")
         label_axes(panel, title, "position in the text, tokens", "nats per token")
@@ -199,8 +199,8 @@ def _over_position(arm: ArmResult, first: int) -> tuple[Floats, Floats] | None:
             by_seed.append(beyond)
     if not by_seed:
         return None
-    centres = np.array([math.sqrt(start * end) for start, end, _ in by_seed[0]])
-    return centres, np.array([[value for _, _, value in buckets] for buckets in by_seed])
+    centers = np.array([math.sqrt(start * end) for start, end, _ in by_seed[0]])
+    return centers, np.array([[value for _, _, value in buckets] for buckets in by_seed])
 
 
 def total_flops(

@@ -65,21 +65,11 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
 
 
 def _read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
-    path, config_path = results / "rows.jsonl", results / "config.yaml"
+    path = results / "rows.jsonl"
     rows: dict[str, Row] = {}
     if not path.exists():
         return rows
-    if not config_path.exists():
-        raise InputError(f"{path}: rows without the config.yaml they were made with; choose another results_dir")
-    with reading(config_path):
-        stored = read_yaml(config_path)
-        require_finite(stored, "")
-        require_trusted(names_in(stored.get("model")), config_path)
-        evaluated = stored.pop("study", None)
-        if evaluated is not None:  # older ones do not say
-            _require_equal(config_path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
-        _require_equal(config_path, canonical({**translate_run(stored), "seed": 0}), canonical({**base, "seed": 0}))
-    cells = {(cell.arm, cell.axis): cell for cell in study.cells}
+    stored = _read_config(results, study, base)
     data_hashes: dict[str, str | None] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -87,37 +77,71 @@ def _read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> di
         raise InputError(f"{path}: damaged ({error})") from error
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
-        with reading(where):
-            row = read_row(line)
-            key, data_hash = row_key(row), row["data_hash"]
-            overrides = translate_overrides(row["overrides"], stored, version_of(row, where))
-            variant = study.variants.get(row["arm"]) if row["purpose"] == "variant" else None
-            cell = cells.get((row["arm"] if variant is None else variant.arm, row["axis"]))
-            _require_whole(row)
+        row = _parse_row(line, where, stored)
+        key, data_hash = row_key(row), row["data_hash"]
         if key in rows:
             raise InputError(f"{where}: a second row for {key}")
-        rows[key] = {**row, "overrides": overrides}
-        if row["purpose"] == "prepare":
-            if row["arm"] not in study.prepare:
-                continue
-            preparation = prepare_job(study, base, row["arm"])
-            if preparation.key != key:  # another seed: of tune
-                _require_equal(where, {"prepared": key}, {"prepared": preparation.key})
-            expected = preparation.overrides
-        elif cell is None:
-            continue  # of an arm that the study no longer has
-        else:
-            expected = job_of(study, base, cell, row["purpose"], row["seed"], row["factor"]).overrides
-        _require_equal(where, overrides, expected | ({} if variant is None else variant.overrides))
+        rows[key] = row
+        expected = _expected_overrides(row, where, study, base)
+        if expected is None:
+            continue
+        variant = study.variants.get(row["arm"]) if row["purpose"] == "variant" else None
+        _require_equal(where, row["overrides"], expected | ({} if variant is None else variant.overrides))
         if row["purpose"] != "prepare" and (written := row.get("sources")):  # changed code is another arm
             now = sources_of(apply_overrides(base, expected, where))
             _require_equal(where, _named_sources(written), _named_sources({path: now.get(path) for path in written}))
-        first = data_hashes.setdefault(_data_of(overrides), data_hash)
+        first = data_hashes.setdefault(_data_of(row["overrides"]), data_hash)
         _require_equal(where, {"content hash of the data": data_hash}, {"content hash of the data": first})
         if row["purpose"] != "prepare" and row["status"] == "finished" and study.metric not in row["metrics"]:
             found = ", ".join(sorted(row["metrics"]))
             raise InputError(f"{where}: study.metric={study.metric!r}: {key} has none; found: {found}")
     return rows
+
+
+def _read_config(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that the rows were made with, which must be this study's; without its part about the study."""
+    path = results / "config.yaml"
+    if not path.exists():
+        rows = results / "rows.jsonl"
+        raise InputError(f"{rows}: rows without the config.yaml they were made with; choose another results_dir")
+    with reading(path):
+        stored = read_yaml(path)
+        require_finite(stored, "")
+        require_trusted(names_in(stored.get("model")), path)
+        evaluated = stored.pop("study", None)
+        if evaluated is not None:  # older ones do not say
+            _require_equal(path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
+        _require_equal(path, canonical({**translate_run(stored), "seed": 0}), canonical({**base, "seed": 0}))
+        return stored
+
+
+def _parse_row(line: str, where: str, stored: Mapping[str, Any]) -> Row:
+    """A row in the words of this version."""
+    with reading(where):
+        row = read_row(line)
+        row_key(row), row["data_hash"], {row["arm"], row["axis"]}
+        overrides = translate_overrides(row["overrides"], stored, version_of(row, where))
+        _require_whole(row)
+        return {**row, "overrides": overrides}
+
+
+def _expected_overrides(row: Row, where: str, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the run of a row must have been; of a variant, the run whose checkpoint it evaluates.
+
+    None for a row of what the study no longer has.
+    """
+    arm, purpose = row["arm"], row["purpose"]
+    if purpose == "prepare":
+        if arm not in study.prepare:
+            return None
+        preparation = prepare_job(study, base, arm)
+        if preparation.key != row_key(row):  # another seed: of tune
+            _require_equal(where, {"prepared": row_key(row)}, {"prepared": preparation.key})
+        return dict(preparation.overrides)
+    if purpose == "variant" and arm in study.variants:
+        arm = study.variants[arm].arm
+    cell = {(cell.arm, cell.axis): cell for cell in study.cells}.get((arm, row["axis"]))
+    return None if cell is None else dict(job_of(study, base, cell, purpose, row["seed"], row["factor"]).overrides)
 
 
 def _named_sources(hashes: Mapping[str, str | None]) -> dict[str, Any]:
@@ -178,63 +202,91 @@ def _run_study(
     validate(study, base)
     with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
         rows = read_rows(results, study, base)
-        data_hashes = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
         if not plan(study, base, rows).missing:
             if base["data"].get("path") is not None:  # named on the command line, which the report shows
-                _load(base, results / "rows.jsonl", data_hashes.get(_data_of({})))
+                known = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
+                _load(base, results / "rows.jsonl", known.get(_data_of({})))
             return {}
-        lines = _lines(results / "rows.jsonl") if rows else {}
         if not rows:  # there may be the config of a study that was stopped before its first row
             write_yaml(results / "config.yaml", {**base, "study": _evaluations(study)})
-        loaded: dict[str, str | None] = {}
+        return _Running(study, base, results, runs, rows, _Progress(console)).until_done(workers)
 
-        def folder_of(job: Job) -> Path:
-            data = _data_of(job.overrides)
-            if data not in loaded:
-                config = run_config_of(study, base, job)
-                loaded[data] = _load(config, results / "rows.jsonl", data_hashes.get(data))
-            return _folder(study, base, job, loaded[data], runs)
 
-        prepared = {name: folder_of(prepare_job(study, base, name)) for name in study.prepare}
-        failed: dict[str, str] = {}
-        running: dict[subprocess.Popen[bytes], tuple[Job, Path]] = {}
-        progress = _Progress(console)
+class _Running:
+    """A study while it runs: its rows so far, the processes that make more, and what failed."""
+
+    def __init__(
+        self,
+        study: StudyConfig,
+        base: Mapping[str, Any],
+        results: Path,
+        runs: Path,
+        rows: dict[str, Row],
+        progress: "_Progress",
+    ) -> None:
+        self.study, self.base, self.runs, self.rows, self.progress = study, base, runs, rows, progress
+        self.path = results / "rows.jsonl"
+        self.lines = _lines(self.path) if rows else {}
+        self.known = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
+        """Content hashes of the data of the rows that were there."""
+        self.loaded: dict[str, str | None] = {}
+        """Content hashes of the data that are in the cache."""
+        self.prepared = {name: self.folder_of(prepare_job(study, base, name)) for name in study.prepare}
+        self.failed: dict[str, str] = {}
+        self.processes: dict[subprocess.Popen[bytes], tuple[Job, Path]] = {}
+
+    def until_done(self, workers: int) -> dict[str, str]:
+        """Run so many at a time until nothing is missing, or too much fails; returns what failed and why."""
         try:
-            with progress.bar:
+            with self.progress.bar:
                 while True:
-                    todo = plan(study, base, rows, _at_hand(study, prepared))
-                    hopeless = len(failed) > workers and not progress.here
-                    busy = failed.keys() | {job.key for job, _ in running.values()}
+                    todo = self.plan()
+                    hopeless = len(self.failed) > workers and not self.progress.here
+                    busy = self.failed.keys() | {job.key for job, _ in self.processes.values()}
                     waiting = [] if hopeless else [job for job in todo.missing if job.key not in busy]
-                    for job in waiting[: workers - len(running)]:
-                        folder = folder_of(job)
-                        _describe(study, base, job, folder, loaded[_data_of(job.overrides)], prepared)
-                        running[start_worker(folder)] = (job, folder)
-                    progress.show([job.key for job, _ in running.values()], todo)
-                    if not running:
-                        return failed
-                    process = _next_to_end(running)
-                    job, folder = running.pop(process)
-                    _end(process)
-                    if process.returncode == 0:
-                        new = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-                        again = job.key in rows and _tell_again(progress.bar.console, rows[job.key], new[0])
-                        # variants are compared with the very run whose checkpoint they evaluate
-                        replaces = again and job.purpose == "measure"
-                        made = {row_key(row): row for row in new if replaces or row_key(row) not in rows}
-                        rows |= made
-                        lines |= {key: write_row(row) for key, row in made.items()}
-                        write_atomically(results / "rows.jsonl", "".join(f"{line}\n" for line in lines.values()))
-                        todo = plan(study, base, rows, _at_hand(study, prepared))
-                        progress.finished(rows[job.key], study.metric, todo)
-                    else:
-                        failed[job.key] = _reason(process.returncode, folder / "log.txt")
-                        progress.bar.console.print(
-                            f"failed: {job.key}: {failed[job.key]}", markup=False, soft_wrap=True
-                        )
+                    for job in waiting[: workers - len(self.processes)]:
+                        self.start(job)
+                    self.progress.show([job.key for job, _ in self.processes.values()], todo)
+                    if not self.processes:
+                        return self.failed
+                    self.finish(_next_to_end(self.processes))
         finally:
-            for process in running:
+            for process in self.processes:
                 _end(process)
+
+    def plan(self) -> Plan:
+        return plan(self.study, self.base, self.rows, _at_hand(self.study, self.prepared))
+
+    def folder_of(self, job: Job) -> Path:
+        """The folder of a run, whose data are in the cache afterwards."""
+        data = _data_of(job.overrides)
+        if data not in self.loaded:
+            self.loaded[data] = _load(run_config_of(self.study, self.base, job), self.path, self.known.get(data))
+        return _folder(self.study, self.base, job, self.loaded[data], self.runs)
+
+    def start(self, job: Job) -> None:
+        folder = self.folder_of(job)
+        _describe(self.study, self.base, job, folder, self.loaded[_data_of(job.overrides)], self.prepared)
+        self.processes[start_worker(folder)] = (job, folder)
+
+    def finish(self, process: subprocess.Popen[bytes]) -> None:
+        """Keep the rows of a process that has ended, or why it failed."""
+        job, folder = self.processes.pop(process)
+        _end(process)
+        console = self.progress.bar.console
+        if process.returncode:
+            self.failed[job.key] = _reason(process.returncode, folder / "log.txt")
+            console.print(f"failed: {job.key}: {self.failed[job.key]}", markup=False, soft_wrap=True)
+            return
+        new = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        again = job.key in self.rows and _tell_again(console, self.rows[job.key], new[0])
+        # variants are compared with the very run whose checkpoint they evaluate
+        replaces = again and job.purpose == "measure"
+        made = {row_key(row): row for row in new if replaces or row_key(row) not in self.rows}
+        self.rows |= made
+        self.lines |= {key: write_row(row) for key, row in made.items()}
+        write_atomically(self.path, "".join(f"{line}\n" for line in self.lines.values()))
+        self.progress.finished(self.rows[job.key], self.study.metric, self.plan())
 
 
 def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> str | None:

@@ -25,7 +25,7 @@ from moesaic.data import DataConfig, load_data
 from moesaic.distillation import TargetFormat
 from moesaic.distillation.fill import fill_cache
 from moesaic.errors import InputError, naming
-from moesaic.evaluation.language_modelling import evaluate_split
+from moesaic.evaluation.language_modeling import evaluate_split
 from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.recall import recall_numbers, score_recall
 from moesaic.files import write_atomically, write_json

@@ -8,13 +8,13 @@ from moesaic.testing.adapter import MoEUnderTest, Run
 from moesaic.testing.conformance import check_moe, moe_checks
 from moesaic.testing.harness import Check
 from moesaic.testing.reference import dense_moe, gated_expert
-from moesaic.testing.report import Report, Row, comparison_table
+from moesaic.testing.report import CheckResult, Report, comparison_table
 
 __all__ = [
     "Check",
+    "CheckResult",
     "MoEUnderTest",
     "Report",
-    "Row",
     "Run",
     "check_moe",
     "comparison_table",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from moesaic.errors import InputError
 from moesaic.testing.adapter import MoEUnderTest
-from moesaic.testing.recognise import describe
-from moesaic.testing.report import Row
+from moesaic.testing.recognize import describe
+from moesaic.testing.report import CheckResult
 
 __all__ = [
     "CHECKS",
@@ -179,9 +179,9 @@ class Check:
     bug: str
     function: Callable[[Subject], str | None]
 
-    def run(self, factory: Factory) -> Row:
+    def run(self, factory: Factory) -> CheckResult:
         """The outcome as a row; an exception in the layer is a failure, not a crash."""
-        row = Row(self.name, "pass", "", self.statement, self.bug)
+        row = CheckResult(self.name, "pass", "", self.statement, self.bug)
         with undisturbed():
             try:
                 return replace(row, detail=self.function(Subject(factory)) or "")

@@ -91,7 +91,7 @@ def _gated_by_gate(module: Any) -> MoEUnderTest:
 
     def balance_loss(module: Any, x: Tensor, valid: Tensor | None) -> Tensor:
         logits = module.gate(x.flatten(0, 1))[0]
-        return modelling.load_balancing_loss_func((logits,), logits.size(1), module.gate.top_k, valid)
+        return modeling.load_balancing_loss_func((logits,), logits.size(1), module.gate.top_k, valid)
 
     def with_one_expert() -> nn.Module:
         one = copy.deepcopy(module)
@@ -101,14 +101,14 @@ def _gated_by_gate(module: Any) -> MoEUnderTest:
             one.gate.e_score_correction_bias = nn.Buffer(bias.detach()[:1].clone())
         return one
 
-    modelling: Any = sys.modules[type(module).__module__]
+    modeling: Any = sys.modules[type(module).__module__]
     return MoEUnderTest(
         module,
         dim=gate.hidden_dim,
         reference=None if grouped else reference,
         router_weight=lambda module: module.gate.weight,
         top_k=gate.top_k,
-        balance_loss=balance_loss if hasattr(modelling, "load_balancing_loss_func") else None,
+        balance_loss=balance_loss if hasattr(modeling, "load_balancing_loss_func") else None,
         expert_bias=None if bias is None else lambda module: module.gate.e_score_correction_bias,
         single_expert=None if grouped else with_one_expert,
     )

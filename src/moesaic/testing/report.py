@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Report", "Row", "Status", "comparison_table"]
+__all__ = ["CheckResult", "Report", "Status", "comparison_table"]
 
 Status = Literal["pass", "fail", "not applicable"]
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckResult:
     """The outcome of one check."""
 
     check: str
@@ -28,7 +28,7 @@ class Report:
     """The outcome of every check on one layer."""
 
     layer: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckResult, ...]
 
     @property
     def ok(self) -> bool:
@@ -36,10 +36,10 @@ class Report:
         return not self.failures
 
     @property
-    def failures(self) -> tuple[Row, ...]:
+    def failures(self) -> tuple[CheckResult, ...]:
         return tuple(row for row in self.rows if row.status == "fail")
 
-    def __getitem__(self, check: str) -> Row:
+    def __getitem__(self, check: str) -> CheckResult:
         for row in self.rows:
             if row.check == check:
                 return row

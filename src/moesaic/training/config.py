@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-from moesaic.config import require, to_mapping
+from moesaic.config import LARGEST_SEED, require, to_mapping
 from moesaic.data import DataConfig
 from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
@@ -31,8 +31,8 @@ class OptimizerConfig:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "muon"
-    learning_rate: float = 1.6e-2
-    muon_learning_rate: float = 4e-3  # on AdamW's scale
+    learning_rate: float = dataclasses.field(default=1.6e-2, metadata={"most": 1000.0})
+    muon_learning_rate: float = dataclasses.field(default=4e-3, metadata={"most": 1000.0})  # on AdamW's scale
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -68,7 +68,8 @@ class BalanceConfig:
     load_balance_loss_weight: float = 0.01
     load_balance_scope: Literal["micro_batch", "global_batch"] = "micro_batch"
     router_z_loss_weight: float = 0.0
-    expert_bias_update_rate: float = 0.0  # needs model.moe.expert_bias=true
+    # needs model.moe.expert_bias=true
+    expert_bias_update_rate: float = dataclasses.field(default=0.0, metadata={"most": 100.0})
 
     def __post_init__(self) -> None:
         for name in ("load_balance_loss_weight", "router_z_loss_weight", "expert_bias_update_rate"):
@@ -79,15 +80,17 @@ class BalanceConfig:
 class TrainingConfig:
     """How much is trained on what. One optimiser step sees batch_size * seq_len * accumulate tokens per process."""
 
-    steps: int = 1200
-    batch_size: int = 8
-    seq_len: int = 256
-    accumulate: int = 1
+    steps: int = dataclasses.field(default=1200, metadata={"most": 10**9})
+    batch_size: int = dataclasses.field(default=8, metadata={"most": 2**20})
+    seq_len: int = dataclasses.field(default=256, metadata={"most": 2**24})
+    accumulate: int = dataclasses.field(default=1, metadata={"most": 2**20})
     fixed_windows: bool = False  # the same windows in every epoch, as runs from cached targets have them
     gradient_clip: float = 1.0  # norm; 0 switches it off
     validate_every: int = 200  # optimiser steps
-    validation_batches: int | None = 16  # of each check during the run, spread over the split; null: all
-    validation_seq_len: int | None = 1024  # beyond the training length, which iRoPE is for; null: seq_len
+    # of each check during the run, spread over the split; null: all
+    validation_batches: int | None = dataclasses.field(default=16, metadata={"most": 2**20})
+    # beyond the training length, which iRoPE is for; null: seq_len
+    validation_seq_len: int | None = dataclasses.field(default=1024, metadata={"most": 2**24})
     log_every: int = 10
     checkpoint_every: int = 200
 
@@ -107,10 +110,11 @@ class TrainerConfig:
     precision: Precision = "auto"  # auto: what is faster here
     compile: bool = False  # torch.compile of every block
     checkpoint_activations: bool = False
-    threads: int | None = None  # CPU threads; null: torch's choice
+    threads: int | None = dataclasses.field(default=None, metadata={"most": 2**10})  # CPU threads; null: torch's choice
     keep_freed_memory: bool = True  # glibc on a CPU: do not return memory to the system, which is slow to get again
-    devices: int | str | tuple[int, ...] = 1  # of each node: a number, auto, or a list of indices
-    num_nodes: int = 1
+    # of each node: a number, auto, or a list of indices
+    devices: int | str | tuple[int, ...] = dataclasses.field(default=1, metadata={"most": 2**10})
+    num_nodes: int = dataclasses.field(default=1, metadata={"most": 2**16})
     strategy: str = "auto"
     max_time: str | None = None  # DD:HH:MM:SS of training per process; resume=true continues
     lightning: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"other_keys": option_names})
@@ -149,7 +153,7 @@ class RunConfig:
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     distillation: DistillationConfig | None = None  # null: labels only
-    seed: int = 0
+    seed: int = dataclasses.field(default=0, metadata={"most": LARGEST_SEED})
     output_dir: str = "outputs"
     run_dir: str | None = None  # null: a new directory under output_dir
     resume: bool = False  # continue run_dir, or the newest unfinished run of this name

@@ -14,7 +14,7 @@ from moesaic.checkpoints import save_model
 from moesaic.config import flatten, to_mapping
 from moesaic.data import token_bytes, token_strings
 from moesaic.evaluation.extension import compare_with_start, extension_numbers, extension_table, start_of
-from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_split
+from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_split
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.evaluation.plots import (
     plot_distillation,

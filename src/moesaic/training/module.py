@@ -12,7 +12,7 @@ from moesaic.config import from_mapping
 from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
-from moesaic.evaluation.language_modelling import LanguageModelScore
+from moesaic.evaluation.language_modeling import LanguageModelScore
 from moesaic.evaluation.routing import routing_health
 from moesaic.layers import Routing, count_tokens
 from moesaic.losses import (
@@ -79,7 +79,7 @@ class LanguageModel(pl.LightningModule):
             self.codistillation = Codistillation(distillation, self.soft_weight, self.teacher, targets, seq_len)
         if self.config.trainer.compile:
             _compile_blocks(self.decoder, self.teacher)
-        self.training_flops_per_token = account(model_config, seq_len).training_flops
+        self.account = account(model_config, seq_len)
         self.token_bytes = None if token_bytes is None else torch.tensor(token_bytes)
         self.score, self.teacher_score = LanguageModelScore(self.token_bytes), LanguageModelScore(self.token_bytes)
         self.drift = RunningDrift()
@@ -215,7 +215,7 @@ class LanguageModel(pl.LightningModule):
         """Write one row to every logger, with what it is plotted against."""
         step = self.trainer.global_step
         tokens, seconds = self._tokens(step), self.log_book.seconds
-        axes = {"tokens": tokens, "seconds": seconds, "active_flops": tokens * self.training_flops_per_token}
+        axes = {"tokens": tokens, "seconds": seconds, "active_flops": tokens * self.account.training_flops}
         if self.codistillation is not None:
             axes["teacher_flops"] = self.teacher_flops
         for logger in self.loggers:

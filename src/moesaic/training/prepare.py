@@ -36,6 +36,7 @@ from moesaic.training.config import RunConfig
 from moesaic.training.continuing import require_same_distillation
 from moesaic.training.launched import rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
+from moesaic.training.memory import require_memory_of_run
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import create_run_dir, environment
 from moesaic.training.starting import Start, read_start, resolve_resume
@@ -85,6 +86,7 @@ def prepare(config: Mapping[str, Any], console: Console, at_the_end: contextlib.
     _settle(run_config)
     data = _read_data(run_config, start, console)
     model = fit_vocabulary(run_config, data)
+    require_memory_of_run(run_config, model)
     stretches = _require_fitting(run_config, model, start, data)
     batches = RunBatches(run_config, data)
     batches.training(), batches.val_dataloader()  # they refuse data that are too short
@@ -135,7 +137,7 @@ def _require_sound(config: RunConfig) -> None:
     model = {**config.model}
     if model.get("vocab_size") is None:
         model["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
-    from_mapping(DecoderConfig, model, "model")
+    require_memory_of_run(config, from_mapping(DecoderConfig, model, "model"))
     if (distillation := config.distillation) is not None:
         overridden = teacher_mapping(model, distillation.teacher_model)
         from_mapping(DecoderConfig, overridden, "distillation.teacher_model")

@@ -14,7 +14,6 @@ from moesaic.data import Data
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
 from moesaic.imports import names_in, trusting
-from moesaic.models import account
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
 from moesaic.training.fit import Fitted, build, fit
@@ -75,19 +74,18 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
 
 def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> None:
     config, training = prepared.config, prepared.config.training
-    accounted = account(prepared.model, training.seq_len)
     print_summary(
         console,
         config,
         prepared.model,
-        accounted,
+        module.account,
         prepared.data.facts,
         _num_tokens(config, prepared.data),
         activation_bytes(module.decoder, training.batch_size, training.seq_len),
         prepared.run_dir,
         None if config.distillation is None else describe_teacher(prepared.targets, module.teacher_account),
     )
-    assumed = [part for layer in accounted.layers for part in layer.assumed]
+    assumed = [part for layer in module.account.layers for part in layer.assumed]
     if assumed:
         said = f"FLOPs of {', '.join(dict.fromkeys(assumed))}: two per element of every matrix, as it could not be run"
         console.print(f"[bold]assumed[/] {said}", highlight=False, soft_wrap=True)
@@ -112,7 +110,6 @@ def _cost(fitted: Fitted) -> dict[str, Any]:
     """How the run ended, how long it was, and what it took."""
     prepared, module, trainer = fitted.prepared, fitted.module, fitted.trainer
     training = prepared.config.training
-    accounted = account(prepared.model, training.seq_len)
     tokens = trainer.global_step * training.batch_size * training.seq_len * training.accumulate * trainer.world_size
     return {
         **fitted.status,
@@ -120,9 +117,9 @@ def _cost(fitted: Fitted) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": module.log_book.seconds,
         "tokens_per_second": module.log_book.tokens_per_second,
-        "active_flops": tokens * accounted.training_flops,
-        "parameters/total": accounted.parameters,
-        "parameters/active": accounted.active_parameters,
+        "active_flops": tokens * module.account.training_flops,
+        "parameters/total": module.account.parameters,
+        "parameters/active": module.account.active_parameters,
         **_teacher_cost(module),
         **_last_distillation(prepared.run_dir / "metrics.csv"),
         "warnings": fitted.warnings,

@@ -71,6 +71,8 @@ def print_summary(
     )
     source = facts.get("source", config.data.source)
     files = f", {facts['train_files']} files" if "train_files" in facts else ""
+    if left_out := facts.get("left_out"):
+        files += f" (left out: {', '.join(f'{count:,} {why}' for why, count in left_out.items())})"
     console.print(
         f"[bold]data[/]    {source}{files}: {num_tokens['train']:,} training and {num_tokens['validation']:,} "
         "validation tokens"

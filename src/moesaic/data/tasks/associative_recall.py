@@ -26,10 +26,10 @@ class AssociativeRecall(Task):
         keys, values, fillers: how many ids of each kind there are.
     """
 
-    pairs: tuple[int, ...] = (4, 8)
-    keys: int = 64
-    values: int = 64
-    fillers: int = 8
+    pairs: tuple[int, ...] = dataclasses.field(default=(4, 8), metadata={"most": 2**16})
+    keys: int = dataclasses.field(default=64, metadata={"most": 2**22})
+    values: int = dataclasses.field(default=64, metadata={"most": 2**22})
+    fillers: int = dataclasses.field(default=8, metadata={"most": 2**22})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,8 +24,8 @@ class Induction(Task):
         values: how many ordinary tokens there are, any of which can be the answer.
     """
 
-    triggers: tuple[int, ...] = (4,)
-    values: int = 16
+    triggers: tuple[int, ...] = dataclasses.field(default=(4,), metadata={"most": 2**16})
+    values: int = dataclasses.field(default=16, metadata={"most": 2**22})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,8 +25,8 @@ class SelectiveCopying(Task):
         values: how many different data tokens there are.
     """
 
-    copies: tuple[int, ...] = (4, 8)
-    values: int = 16
+    copies: tuple[int, ...] = dataclasses.field(default=(4, 8), metadata={"most": 2**16})
+    values: int = dataclasses.field(default=16, metadata={"most": 2**22})
 
     def __post_init__(self) -> None:
         super().__post_init__()

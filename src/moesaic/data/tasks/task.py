@@ -51,8 +51,8 @@ class Task(ABC):
         grow_with_length: test sequences m times as long have m times as much to remember too, instead of more between.
     """
 
-    test_sequences: int = 256
-    test_multiples: tuple[int, ...] = (1, 4, 16)
+    test_sequences: int = dataclasses.field(default=256, metadata={"most": 2**20})
+    test_multiples: tuple[int, ...] = dataclasses.field(default=(1, 4, 16), metadata={"most": 2**12})
     grow_with_length: bool = False
 
     def __post_init__(self) -> None:

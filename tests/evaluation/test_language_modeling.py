@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moesaic.evaluation.language_modelling import LanguageModelScore, evaluate_language_model
+from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_language_model
 from moesaic.models import build_decoder, llama4_toy
 
 

@@ -1,0 +1,91 @@
+"""Shapes of a decoder's parameters, from its config alone: nothing is built, so any size is answered at once."""
+
+import math
+from typing import NamedTuple
+
+from moesaic.layers.part import ParameterKind
+from moesaic.models.config import DecoderConfig, LayerConfig
+
+__all__ = [
+    "Shape",
+    "attention_shapes",
+    "decoder_shapes",
+    "feed_forward_shapes",
+    "num_parameters",
+    "uncounted",
+]
+
+
+class Shape(NamedTuple):
+    """One parameter."""
+
+    sizes: tuple[int, ...]
+    kind: ParameterKind
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+
+def decoder_shapes(config: DecoderConfig) -> list[Shape]:
+    """All parameters of `build_decoder(config)`, without those of its custom modules. A tied head counts once."""
+    sizes = (config.vocab_size, config.dim)
+    head = [] if config.tie_embeddings else [Shape(sizes, "output")]
+    layers = [shape for layer in config.layers for shape in _layer_shapes(config, layer)]
+    return [Shape(sizes, "embedding"), *layers, Shape((config.dim,), "vector"), *head]
+
+
+def _layer_shapes(config: DecoderConfig, layer: LayerConfig) -> list[Shape]:
+    """One block: its norms, and what of its mixer and its feed-forward layer is built in."""
+    norm = Shape((config.dim,), "vector")
+    shapes = [norm, norm]
+    if isinstance(layer.mixer, str):
+        shapes += attention_shapes(config)
+    if layer.ffn == "moe":
+        shapes += _moe_shapes(config)
+    elif isinstance(layer.ffn, str):
+        shapes += feed_forward_shapes(config.dim, config.ffn_width(layer.ffn))
+    return shapes
+
+
+def attention_shapes(config: DecoderConfig) -> list[Shape]:
+    attention, dim = config.attention, config.dim
+    queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    matrices = [(queries, dim), (keys, dim), (keys, dim), (dim, queries)]
+    shapes = [Shape(sizes, "matrix") for sizes in matrices]
+    if attention.bias:
+        shapes += [Shape((outputs,), "vector") for outputs, _ in matrices]
+    if attention.conv_width:
+        shapes.append(Shape((attention.conv_width, queries + 2 * keys), "vector"))
+    return shapes
+
+
+def feed_forward_shapes(dim: int, width: int) -> list[Shape]:
+    return [Shape((width, dim), "matrix"), Shape((width, dim), "matrix"), Shape((dim, width), "matrix")]
+
+
+def _moe_shapes(config: DecoderConfig) -> list[Shape]:
+    moe, dim = config.moe, config.dim
+    assert moe is not None  # checked by the config
+    shapes = [
+        Shape((moe.num_experts, dim, 2 * moe.hidden_dim), "matrix"),
+        Shape((moe.num_experts, moe.hidden_dim, dim), "matrix"),
+    ]
+    if moe.shared_width:
+        shapes += feed_forward_shapes(dim, moe.shared_width)
+    if isinstance(moe.router, str):
+        shapes.append(Shape((moe.num_experts, dim), "output"))
+    return shapes
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """Number of all parameters, without those of custom modules."""
+    return sum(shape.numel for shape in decoder_shapes(config))
+
+
+def uncounted(config: DecoderConfig) -> tuple[str, ...]:
+    """Dotted paths of the custom modules whose parameters only building them can tell."""
+    parts = [part for layer in config.layers for part in (layer.mixer, layer.ffn)]
+    if config.moe is not None and any(layer.ffn == "moe" for layer in config.layers):
+        parts.append(config.moe.router)
+    return tuple(dict.fromkeys(part["type"] for part in parts if isinstance(part, dict)))
