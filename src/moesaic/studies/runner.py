@@ -75,6 +75,8 @@ def _read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> di
         lines = path.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error})") from error
+    if not lines:
+        raise InputError(f"{path}: damaged, it is empty; put it back, or remove it to begin again")
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         row = _parse_row(line, where, stored)

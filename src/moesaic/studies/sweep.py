@@ -208,7 +208,7 @@ def _read(directory: Path) -> Run:
             read_columns(directory / "metrics.csv", "step")
         return Run(directory, config, metrics["status"], metrics)
     except InputError as error:
-        return Run(directory, config, "damaged", {"error": str(error)})
+        return Run(directory, config, "damaged", {"error": str(error).removeprefix(f"{directory}/")})
 
 
 def _arm(run: Run) -> dict[str, Any]:
