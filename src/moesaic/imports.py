@@ -18,7 +18,17 @@ from typing import Any
 
 from moesaic.errors import InputError
 
-__all__ = ["PARTS", "VARIABLE", "is_own_code", "names_in", "require_trusted", "resolve", "trusted", "trusting"]
+__all__ = [
+    "PARTS",
+    "VARIABLE",
+    "is_own_code",
+    "names_in",
+    "require_trusted",
+    "resolve",
+    "trust_argument",
+    "trusted",
+    "trusting",
+]
 
 VARIABLE = "MOESAIC_TRUST"
 """Environment variable: names of trusted packages, with commas between them."""
@@ -89,11 +99,17 @@ def require_trusted(paths: Collection[str], where: object, free: Collection[str]
             raise InputError(f"{where}: names code as {name!r}; must be package.module.name")
     asked = [name for name in names if not _covers(PARTS, name) and name not in free]
     if not all(_covers(known, name) for name in asked):
-        words = ",".join(sorted({name.split(".")[0] for name in asked}))
+        words = _packages(asked)
         raise InputError(
             f"{where}: names code that would be imported and run: {', '.join(asked)}. If you trust it, add "
             f"trust=[{words}], set {VARIABLE}={words}, or in Python give trust={tuple(words.split(','))}"
         )
+
+
+def trust_argument(paths: Collection[str]) -> str:
+    """What a command needs to read a file that names these paths: " trust=[my_package]"; nothing for parts that ship."""
+    asked = [path for path in map(_dotted, paths) if not _covers(PARTS, path)]
+    return f" trust=[{_packages(asked)}]" if asked else ""
 
 
 def names_in(config: Any) -> frozenset[str]:
@@ -123,6 +139,10 @@ def is_own_code(module: str) -> bool:
     library = Path(sysconfig.get_paths()["stdlib"]).resolve()
     place = Path(file).resolve()
     return not {"site-packages", "dist-packages"} & {*place.parts} and library not in place.parents
+
+
+def _packages(paths: Collection[str]) -> str:
+    return ",".join(sorted({path.split(".")[0] for path in paths}))
 
 
 def _dotted(path: str) -> str:

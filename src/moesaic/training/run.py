@@ -13,7 +13,7 @@ from rich.console import Console
 from moesaic.data import Data
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
-from moesaic.imports import names_in, trusting
+from moesaic.imports import names_in, trust_argument, trusting
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
 from moesaic.training.fit import Fitted, build, fit
@@ -162,15 +162,16 @@ def _suggested_rates(fitted: Fitted, console: Console) -> dict[str, float]:
 
 def _next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) -> list[str]:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    trust = trust_argument(names_in(config.model))
     board = f"tensorboard --logdir {config.output_dir}"
     if metrics["status"] == "stopped":
-        return [f"moesaic train resume=true run_dir={run_dir}", board]
+        return [f"moesaic train resume=true run_dir={run_dir}{trust}", board]
     if config.data.make_task() is not None:
         sweep = f"moesaic train -m experiment=recall data={config.data.source} seed=0,1,2"
         mixers = "model.nope_layer_interval=0,1,2 model.attention.attention_chunk_size=null"
         return [f"{sweep} {mixers}   # positions in all layers, in none, in every second", board]
     return [
-        f"moesaic generate {checkpoint} 'import os'",
+        f"moesaic generate {checkpoint} 'import os'{trust}",
         board,
         "moesaic train -m model.dense_twin=false,true seed=0,1,2   # is the mixture worth it?",
     ]
