@@ -107,7 +107,7 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
         decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
         tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
         lengths = stored["token_bytes"]
-        if tokenizer is not None and lengths != token_bytes(tokenizer):
+        if lengths != (None if tokenizer is None else token_bytes(tokenizer)):
             raise InputError("hyper_parameters.token_bytes: not those of its tokeniser")
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise InputError(f"its tokeniser has {tokenizer.vocab_size} ids, its model {config.vocab_size}")

@@ -107,7 +107,7 @@ def require_trusted(paths: Collection[str], where: object, free: Collection[str]
 
 
 def trust_argument(paths: Collection[str]) -> str:
-    """What a command needs to read a file that names these paths: " trust=[my_package]"; nothing for parts that ship."""
+    """What a command needs to read a file that names these paths: " trust=[my_package]"; "" for parts that ship."""
     asked = [path for path in map(_dotted, paths) if not _covers(PARTS, path)]
     return f" trust=[{_packages(asked)}]" if asked else ""
 
