@@ -313,12 +313,14 @@ def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path:
     path = Path(tiny["results_dir"], "rows.jsonl")
     whole = path.read_bytes()
     for changes, message in (
-        ({"status": ...}, r"rows.jsonl:1: damaged \(KeyError\('status'"),
+        ({"status": ...}, r"rows.jsonl:1: damaged \(KeyError: 'status'"),
         ({"cpu_seconds": "7"}, r"cpu_seconds is '7', no number"),
         ({"metrics": {"validation/bits_per_byte": float("nan")}}, r"validation/bits_per_byte is nan, no number"),
         ({"metrics": None}, r"rows.jsonl:1: damaged"),
+        ({"digest": "0" * 16}, r"rows.jsonl:1: damaged, its content has not the digest"),
     ):
-        row = {key: value for key, value in {**rows(tiny)[0], **changes}.items() if value is not ...}
+        with_changes = {**rows(tiny)[0], "digest": ..., **changes}
+        row = {key: value for key, value in with_changes.items() if value is not ...}
         path.write_bytes((json.dumps(row) + "\n").encode() + whole.splitlines(keepends=True)[1])
         with pytest.raises(InputError, match=message):
             call(tiny)

@@ -315,7 +315,7 @@ def _read_manifest(folder: Path) -> _Manifest:
             raise InputError("damaged, it is not what was written")
     for name in FILES if manifest.sha256 is not None else ():
         with reading(folder / name):
-            if (folder / name).exists() and manifest.sha256.get(name) != _file_hash(folder / name):
+            if (folder / name).exists() and (manifest.sha256 or {}).get(name) != _file_hash(folder / name):
                 raise InputError(f"damaged, its sha256 is not that in {MANIFEST}")
     return manifest
 
