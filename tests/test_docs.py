@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GENERATED = set((ROOT / "docs/studies").rglob("*.md"))
 DATED = {ROOT / "docs/LOG.md"}
-TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "benchmarks/README.md")]
+TOP = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md")
+]
 PAGES = [*TOP, *sorted(set((ROOT / "docs").rglob("*.md")) - GENERATED - DATED)]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 

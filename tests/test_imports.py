@@ -25,6 +25,7 @@ TIERS = {
     "statistics": 0,
     "allocator": 0,
     "checkout": 0,
+    "reading": 1,
     "examples": 1,
     "files": 1,
     "overrides": 1,

@@ -1,5 +1,11 @@
 """Moesaic: a mixture-of-experts architecture sandbox. Start with `moesaic.layers` or docs/architecture.md."""
 
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:  # noqa: PTH109 (pathlib would be imported from there)
+    del sys.path[0]  # python -m puts the working directory first, where a file can stand in for any module
+
 from importlib.metadata import PackageNotFoundError, version
 
 __all__ = ["__version__"]

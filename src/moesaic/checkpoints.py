@@ -2,27 +2,31 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moesaic.config import from_mapping, require_same, to_mapping
-from moesaic.data import Tokenizer, token_bytes, tokenizer_from_dict
+from moesaic.data import DataConfig, Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.files import atomic
 from moesaic.formats import translate_model, translate_run
+from moesaic.imports import trusting
 from moesaic.models import Decoder, DecoderConfig, build_decoder
-from moesaic.models.custom import source_hashes
+from moesaic.models.custom import require_trusted_modules, source_hashes
 from moesaic.models.shapes import num_parameters
+from moesaic.reading import reading, require_finite
 
 __all__ = [
     "TrainedModel",
     "decoder_weights",
     "load_checkpoint",
     "load_model",
+    "require_finite_weights",
     "require_same_keys",
     "require_same_model",
     "save_model",
@@ -47,8 +51,10 @@ class TrainedModel:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read the content of a checkpoint of ours onto the CPU, its configs in the words of this version.
 
+    The checksums in the file are checked first, and then that everything has the form that its readers expect.
+
     Raises:
-        InputError: no such file, a damaged file, or not a checkpoint of this project.
+        InputError: no such file, a damaged file, one of a newer version, or not a checkpoint of this project.
     """
     path = Path(path)
     if path.is_dir():
@@ -56,40 +62,56 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint {path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is None:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # what the unpickler raises on garbage has no common base
         # not torch's own words: they advise to load without weights_only
         raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({type(error).__name__})") from error
+    if damaged is not None:
+        raise InputError(f"checkpoint {path}: damaged, the checksum of {damaged} in it is wrong; take a copy of it")
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
         raise InputError(f"checkpoint {path}: not a checkpoint that moesaic wrote")
-    stored = checkpoint["hyper_parameters"]
-    model, config = translate_model(stored["model"]), translate_run(stored["config"])
-    checkpoint["hyper_parameters"] = {**stored, "config": config, "model": model}
+    with reading(f"checkpoint {path}"):
+        stored = to_mapping(from_mapping(_HyperParameters, checkpoint["hyper_parameters"], "hyper_parameters"))
+        from_mapping(_Header, {key: checkpoint["moesaic"].get(key, {}) for key in ("foreign_files", "sources")})
+        require_finite({key: stored[key] for key in ("config", "model")}, "")
+        model, config = translate_model(stored["model"]), translate_run(stored["config"])
+        _require_weights(checkpoint["state_dict"], model)
+        from_mapping(DecoderConfig, model, "model")
+        from_mapping(DataConfig, config["data"], "config.data")
+        from_mapping(_Trained, {key: config[key] for key in ("name", "training", "distillation") if key in config})
+        checkpoint["hyper_parameters"] = {**stored, "config": config, "model": model}
     return checkpoint
 
 
-def load_model(path: str | Path) -> TrainedModel:
+def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
     """The model of a checkpoint, in evaluation mode on the CPU; of a codistilled run the student.
 
+    Args:
+        trust: packages whose code the checkpoint may name as its custom modules, see `moesaic.imports`.
+
     Raises:
-        InputError: as `load_checkpoint`, or weights that do not fit the stored config.
+        InputError: as `load_checkpoint`, custom modules that are not trusted, or weights that do not fit the config.
     """
     checkpoint = load_checkpoint(path)
     stored = checkpoint["hyper_parameters"]
     config = from_mapping(DecoderConfig, stored["model"], "model")
-    weights = decoder_weights(checkpoint)
-    dtype = weights["embedding.weight"].dtype if "embedding.weight" in weights else torch.float32
-    require_memory(f"checkpoint {path}: its model", num_parameters(config) * dtype.itemsize)
-    decoder = build_decoder(config, dtype=dtype)
-    try:
-        decoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"checkpoint {path}: its weights do not fit its config: {error}") from error
-    for changed in _changed_sources(checkpoint, config):
-        logger.warning("checkpoint %s: the source file of %s has changed since it was written", path, changed)
-    decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
-    tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
-    lengths = stored["token_bytes"]
+    with reading(f"checkpoint {path}"), trusting(trust):
+        require_trusted_modules(config, f"checkpoint {path}")
+        decoder = _filled(config, decoder_weights(checkpoint))
+        for changed in _changed_sources(checkpoint, config):
+            logger.warning("checkpoint %s: the source file of %s has changed since it was written", path, changed)
+        decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
+        tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
+        lengths = stored["token_bytes"]
+        if lengths != (None if tokenizer is None else token_bytes(tokenizer)):
+            raise InputError("hyper_parameters.token_bytes: not those of its tokeniser")
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise InputError(f"its tokeniser has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
     return TrainedModel(
         decoder=decoder.eval(),
         config=config,
@@ -97,6 +119,84 @@ def load_model(path: str | Path) -> TrainedModel:
         tokenizer=tokenizer,
         token_bytes=None if lengths is None else torch.tensor(lengths),
     )
+
+
+def require_finite_weights(decoder: Decoder, where: object) -> None:
+    """Raise InputError that names the first weight with a number that is nan or infinite."""
+    for name, parameter in decoder.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"{where}: {name} holds numbers that are not finite; the model has diverged")
+
+
+@dataclasses.dataclass(frozen=True)
+class _HyperParameters:
+    """What a checkpoint says of its run."""
+
+    config: dict[str, Any]
+    model: dict[str, Any]
+    tokenizer: dict[str, str] | None
+    token_bytes: Any
+
+    def __post_init__(self) -> None:
+        lengths = self.token_bytes
+        if lengths is not None and (not isinstance(lengths, list) or any(type(n) is not int or n < 0 for n in lengths)):
+            raise ValueError("token_bytes: must be a list of integers >= 0, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What a checkpoint says of its files."""
+
+    foreign_files: dict[str, str]
+    sources: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """What the readers of a checkpoint need of its run's config."""
+
+    name: str
+    training: dict[str, Any]
+    distillation: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        seq_len = self.training.get("seq_len")
+        if type(seq_len) is not int or seq_len < 1:
+            raise ValueError(f"config.training.seq_len={seq_len!r}: must be an integer >= 1")
+        teacher = self.distillation
+        if teacher and not (isinstance(teacher["source"], str) and isinstance(teacher["teacher_model"], Mapping)):
+            raise ValueError("config.distillation: must have a source, and a mapping teacher_model")
+
+
+def _require_weights(state: Any, model: Mapping[str, Any]) -> None:
+    """Refuse weights that are no tensors on the CPU, and a number of layers that they do not have."""
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+            raise InputError(f"state_dict.{name}: found a {type(tensor).__name__}; must be a dense tensor")
+    found = {name.split(".")[2] for name in state if name.startswith("decoder.layers.")}
+    if model["num_layers"] != len(found):  # before anything of this size is made
+        raise InputError(f"model.num_layers={model['num_layers']!r}: the weights are of {len(found)} layers")
+
+
+def _filled(config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> Decoder:
+    """The decoder of a config with these weights; they are compared with it before it takes any memory."""
+    with torch.random.fork_rng(devices=[]):
+        wanted = build_decoder(config, device="meta").state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        ours, theirs = wanted.get(name), weights.get(name)
+        found, must = (None if x is None else (list(x.shape), _kind(x)) for x in (theirs, ours))
+        if found != must:
+            told = ("absent" if x is None else f"{x[1]} {x[0]}" for x in (found, must))
+            raise InputError(f"its weights do not fit its config: {name}: found {next(told)}; must be {next(told)}")
+    dtype = weights["embedding.weight"].dtype
+    require_memory("its model", num_parameters(config) * dtype.itemsize)
+    decoder = build_decoder(config, dtype=dtype)
+    decoder.load_state_dict(weights)
+    return decoder
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return "floating" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

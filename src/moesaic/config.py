@@ -14,7 +14,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from moesaic.errors import InputError
+from moesaic.errors import InputError, UnknownKey
 
 __all__ = ["LARGEST_SEED", "flatten", "from_mapping", "require", "require_same", "to_mapping"]
 
@@ -47,7 +47,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if key not in _names(cls) and key not in passed_on:
             close = difflib.get_close_matches(str(key), [*_names(cls), *passed_on], n=1)
             hint = f" (did you mean {_join(where, close[0])}?)" if close else ""
-            raise InputError(f"{_join(where, str(key))}: unknown key{hint}; must be one of {', '.join(_names(cls))}")
+            raise UnknownKey(f"{_join(where, str(key))}: unknown key{hint}; must be one of {', '.join(_names(cls))}")
     try:
         if (check := getattr(cls, "check_mapping", None)) is not None:
             check(values)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["CannotWrite", "InputError", "naming"]
+__all__ = ["CannotWrite", "InputError", "UnknownKey", "naming"]
 
 
 class InputError(ValueError):
@@ -26,10 +26,14 @@ class CannotWrite(InputError):
         )
 
 
+class UnknownKey(InputError):
+    """A key that this version does not know; in a file, a newer version may have written it."""
+
+
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
     """Put `what`, such as a config key, in front of what is refused within."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{what}: {error}") from error
+        raise type(error)(f"{what}: {error}") from error

@@ -425,8 +425,8 @@ DAMAGES = [
     (garbage, "model.safetensors: truncated or not a safetensors file"),
     (remove_weights, r"found \['pytorch_model.bin'\]; must be model.safetensors"),
     (remove_config, "no config.json in this directory"),
-    (damage_config, "config.json: cannot be read as JSON"),
-    (list_as_config, "config.json: found a list; must be an object"),
+    (damage_config, "config.json: damaged"),
+    (list_as_config, "config.json: found a list; must be a mapping"),
 ]
 
 

@@ -161,7 +161,7 @@ def test_a_run_keeps_the_source_and_refuses_another(
     last = run_dir / "checkpoints" / "last.ckpt"
     checkpoint = load_checkpoint(last)
     assert (run_dir / "sources" / "users_parts.py").read_text() == PARTS
-    hashes = {path: source.sha256 for path, source in sources(load_model(last).config).items()}
+    hashes = {path: source.sha256 for path, source in sources(load_model(last, trust=["users_parts"]).config).items()}
     assert hashes.keys() == {"users_parts.Scan", "users_parts.Router"}
     assert checkpoint["moesaic"]["sources"] == hashes
     biases = [v for k, v in checkpoint["state_dict"].items() if k.endswith("router.expert_bias")]
@@ -175,7 +175,7 @@ def test_a_run_keeps_the_source_and_refuses_another(
     parts.write_text(PARTS + "# changed\n")
     assert config_hash(config) != before, "changed code is another arm of a study"
     caplog.clear()
-    load_model(last)
+    load_model(last, trust=["users_parts"])
     assert "the source file of users_parts.Scan has changed" in caplog.text
     more = {**config, "run_dir": None, "ckpt_path": str(last)}
     more["training"] = {**config["training"], "steps": config["training"]["steps"] + 2}

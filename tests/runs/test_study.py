@@ -26,7 +26,7 @@ from moesaic.errors import InputError
 from moesaic.files import write_json
 from moesaic.studies import runner
 from moesaic.studies.config import Cell, StudyConfig
-from moesaic.studies.jobs import job_of, run_config_of, validate
+from moesaic.studies.jobs import job_of, read_row, run_config_of, validate
 from moesaic.studies.worker import work
 from moesaic.training.run import run
 
@@ -98,7 +98,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(config["results_dir"], "rows.jsonl").read_text().splitlines()]
+    return [read_row(line) for line in Path(config["results_dir"], "rows.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -313,10 +313,11 @@ def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path:
     path = Path(tiny["results_dir"], "rows.jsonl")
     whole = path.read_bytes()
     for changes, message in (
-        ({"status": ...}, r"rows.jsonl:1: damaged \(KeyError\('status'"),
+        ({"status": ...}, r"rows.jsonl:1: damaged \(KeyError: 'status'"),
         ({"cpu_seconds": "7"}, r"cpu_seconds is '7', no number"),
         ({"metrics": {"validation/bits_per_byte": float("nan")}}, r"validation/bits_per_byte is nan, no number"),
         ({"metrics": None}, r"rows.jsonl:1: damaged"),
+        ({"digest": "0" * 16}, r"rows.jsonl:1: damaged, its content has not the digest"),
     ):
         row = {key: value for key, value in {**rows(tiny)[0], **changes}.items() if value is not ...}
         path.write_bytes((json.dumps(row) + "\n").encode() + whole.splitlines(keepends=True)[1])

@@ -9,7 +9,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from moesaic import __version__
 from moesaic.cli.streams import keep_going
@@ -67,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = f" (did you mean moesaic {close[0]}?)" if close else ""
         print(f"error: {name}: unknown command{hint}; must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # custom modules named by dotted path are found where you stand
     try:
         if {"-h", "--help"} & set(rest):
             print(importlib.import_module("moesaic.cli.config_files").help_text(name, rest))

@@ -25,6 +25,7 @@ from moesaic.cli.arguments import (
 )
 from moesaic.cli.config_files import config_groups
 from moesaic.errors import CannotWrite, InputError
+from moesaic.imports import trusting
 from moesaic.interrupts import exit_status
 
 __all__ = [
@@ -80,7 +81,12 @@ def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], Non
     @functools.wraps(task)
     def guarded(config: DictConfig) -> None:
         sys.argv = before  # Hydra has read the other; Lightning repeats this command in the processes it starts
-        exit_on_bad_input(lambda: task(config))
+
+        def trusted_task() -> None:
+            with trusting(config.get("trust")):
+                task(config)
+
+        exit_on_bad_input(trusted_task)
 
     config_name = name.replace("-", "_")
     try:
@@ -121,13 +127,13 @@ def composed(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved config without Hydra's or OmegaConf's types."""
+    """The resolved config without Hydra's or OmegaConf's types, and without `trust`, which `launch` has heard."""
     try:
         container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(str(error).splitlines()[0]) from error
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {str(key): value for key, value in container.items() if key != "trust"}
 
 
 def exit_on_bad_input(action: Callable[[], Any]) -> Any:

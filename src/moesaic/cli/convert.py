@@ -21,6 +21,7 @@ from moesaic.errors import InputError
 from moesaic.interop import check_hf, config_to_hf, from_hf, to_hf
 from moesaic.interop.llama4_weights import Progress as TensorProgress
 from moesaic.models import Decoder, DecoderConfig, account
+from moesaic.reading import reading
 
 __all__ = ["convert", "main"]
 
@@ -41,7 +42,8 @@ def convert(
     with _bar("reading") as tell:
         if source.is_dir():
             decoder = from_hf(source, dtype=dtype, progress=tell)
-            tokenizer = _read_tokenizer(decoder.foreign_files.get("tokenizer.json"))
+            with reading(source / "tokenizer.json"):
+                tokenizer = _read_tokenizer(decoder.foreign_files.get("tokenizer.json"))
         else:
             if to_checkpoint:
                 raise InputError(f"{source}: a checkpoint already; a destination that ends in .ckpt takes a directory")

@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
@@ -39,14 +39,21 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
 
 def _require_unchanged(found: Found, config: dict[str, Any], overrides: Sequence[str]) -> None:
     """Refuse overrides that contradict the run that is there."""
-    stored = OmegaConf.create({**found.config, "ckpt_path": found.ckpt_path})
+    stored = {**found.config, "ckpt_path": found.ckpt_path}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug"):
+        if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug", "trust"):
             continue
-        before = OmegaConf.select(stored, key)
-        if str(before) != str(OmegaConf.select(OmegaConf.create(config), key)):
+        before = _at(stored, key)
+        if str(before) != str(_at(config, key)):
             raise InputError(f"{key}={value}: the run to resume has {before!r}; resume continues it unchanged")
+
+
+def _at(config: Any, key: str) -> Any:
+    """The value at a dotted key, None if there is none. Nothing in a stored config is resolved."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
 
 
 def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:

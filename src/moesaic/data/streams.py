@@ -13,17 +13,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moesaic.config import from_mapping, to_mapping
+from moesaic.config import from_mapping, require, to_mapping
 from moesaic.data.corpora import Corpus, Document, expanded, load_files, load_huggingface, load_packages, load_stdlib
 from moesaic.data.tasks import TASKS, Task
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
-from moesaic.files import sync
+from moesaic.files import sync, write_atomically
+from moesaic.reading import read_json, reading, require_finite
 
 __all__ = ["Data", "DataConfig", "TokenStream", "load_data"]
 
 VERSION = 1
 """Part of every cache key; raise it when the layout or the meaning of a cache folder changes."""
+
+MANIFEST = "manifest.json"
+SEAL = "sha256"
+"""Key of the manifest with the hash of each file, and under the manifest's own name that of its other keys."""
+
+FILES = ("train.bin", "validation.bin", "tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +123,9 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         folder = _folder(config, facts, hashlib.sha256(text.encode()).hexdigest())
     try:
         data = _open(folder)
+        if SEAL not in (manifest := read_json(folder / MANIFEST)):  # an older version made it
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                _seal(folder, manifest)
     except InputError:  # not there, or damaged
         try:
             with _only_one(folder):
@@ -209,7 +219,7 @@ def _build(
             sync(temporary / f"{name}.bin")
             manifest[name] = {"tokens": len(stream), "bytes": sum(len(document.text) for document in documents)}
         (temporary / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        _seal(temporary, manifest)
         shutil.rmtree(folder, ignore_errors=True)  # damaged
         temporary.rename(folder)
         sync(folder.parent)
@@ -242,47 +252,101 @@ def _baselines(corpus: Corpus) -> dict[str, float]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """What a manifest says of a stream."""
+
+    tokens: int | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "bytes"):
+            require(self, name, (getattr(self, name) or 0) >= 0, "a number >= 0, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """What is read of a manifest; it may say more."""
+
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    train: _Split | None = None
+    validation: _Split | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sha256: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        require(self, "vocab_size", self.vocab_size >= 1, "a number >= 1")
+        baselines = self.facts.get("baselines", {})
+        if not isinstance(baselines, dict) or not all(type(x) in (int, float) for x in baselines.values()):
+            raise ValueError(f"facts.baselines={baselines!r}: must be numbers by name")
+        for name in ("source", "content_hash"):
+            if not isinstance(self.facts.get(name, ""), str):
+                raise ValueError(f"facts.{name}={self.facts[name]!r}: must be a string")
+
+
+def _seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a folder, with the hashes of all that is in it."""
+    hashes = {name: _file_hash(folder / name) for name in FILES if (folder / name).exists()}
+    hashes[MANIFEST] = _manifest_hash(manifest)
+    write_atomically(folder / MANIFEST, json.dumps({**manifest, SEAL: hashes}, indent=2))
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise InputError(f"data.path={str(folder)!r}: it has no {MANIFEST}")
+    with reading(path):
+        content = read_json(path)
+        require_finite(content, "")
+        names = [field.name for field in dataclasses.fields(_Manifest)]
+        manifest = from_mapping(_Manifest, {name: content[name] for name in names if name in content})
+        if manifest.sha256 is not None and manifest.sha256.get(MANIFEST) != _manifest_hash(content):
+            raise InputError("damaged, it is not what was written")
+    for name in FILES if manifest.sha256 is not None else ():
+        with reading(folder / name):
+            if (folder / name).exists() and (manifest.sha256 or {}).get(name) != _file_hash(folder / name):
+                raise InputError(f"damaged, its sha256 is not that in {MANIFEST}")
+    return manifest
+
+
 def _open(folder: Path) -> Data:
     """A folder of train.bin, validation.bin, manifest.json and, optionally, tokenizer.json.
 
     The manifest needs "dtype" and "vocab_size"; "train" and "validation" may give {"bytes": n}, for bits per byte.
+    Where it has hashes, all files are read once and compared: about a second for 1 GB. Those of a cache always have.
     """
-    manifest_path = folder / "manifest.json"
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        dtype, vocab_size = manifest["dtype"], manifest["vocab_size"]
-    except FileNotFoundError as error:
-        raise InputError(f"data.path={str(folder)!r}: it has no manifest.json") from error
-    except OSError as error:
-        raise InputError(f"{manifest_path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{manifest_path}: damaged, or without `dtype` and `vocab_size` ({error})") from error
-    if dtype not in ("uint16", "uint32"):
-        raise InputError(f"{manifest_path}: dtype={dtype!r}; must be one of uint16, uint32")
-    streams = {name: _open_stream(folder, name, manifest, dtype, vocab_size) for name in ("train", "validation")}
+    manifest = _read_manifest(folder)
+    vocab_size = manifest.vocab_size
+    train = _open_stream(folder / "train.bin", manifest.train or _Split(), manifest)
+    validation = _open_stream(folder / "validation.bin", manifest.validation or _Split(), manifest)
     tokenizer = None
-    if (folder / "tokenizer.json").exists():
-        try:
-            tokenizer = tokenizer_from_dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{folder / 'tokenizer.json'}: damaged ({error})") from error
-        if tokenizer.vocab_size != vocab_size:
-            raise InputError(
-                f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} entries, but the manifest says {vocab_size}"
-            )
-    facts = {"source": f"memmap: {folder}", **manifest.get("facts", {})}
-    return Data(streams["train"], streams["validation"], tokenizer, vocab_size, facts)
+    if (path := folder / "tokenizer.json").exists():
+        with reading(path):
+            tokenizer = tokenizer_from_dict(read_json(path))
+            if tokenizer.vocab_size != vocab_size:
+                raise InputError(f"{path}: {tokenizer.vocab_size} entries, but the manifest says {vocab_size}")
+    return Data(train, validation, tokenizer, vocab_size, {"source": f"memmap: {folder}", **manifest.facts})
 
 
-def _open_stream(folder: Path, name: str, manifest: dict[str, Any], dtype: str, vocab_size: int) -> TokenStream:
-    path = folder / f"{name}.bin"
+def _open_stream(path: Path, entry: _Split, manifest: _Manifest) -> TokenStream:
+    dtype, vocab_size = manifest.dtype, manifest.vocab_size
     size = path.stat().st_size if path.is_file() else 0
     if size == 0 or size % np.dtype(dtype).itemsize:
         raise InputError(f"{path}: {'missing or empty' if size == 0 else f'{size} bytes are not whole {dtype} ids'}")
-    entry = manifest.get(name) or {}
     tokens: Ids = np.memmap(path, dtype=dtype, mode="r")
-    if len(tokens) != entry.get("tokens", len(tokens)):
-        raise InputError(f"{path}: {len(tokens)} tokens, but the manifest says {entry['tokens']}: truncated?")
+    if entry.tokens is not None and len(tokens) != entry.tokens:
+        raise InputError(f"{path}: {len(tokens)} tokens, but the manifest says {entry.tokens}: truncated?")
     block = 1 << 24
     for start in range(0, len(tokens), block):
         part = tokens[start : start + block]
@@ -291,4 +355,4 @@ def _open_stream(folder: Path, name: str, manifest: dict[str, Any], dtype: str, 
             raise InputError(
                 f"{path}: token id {part[at]} at position {start + at}; the vocabulary has ids 0 to {vocab_size - 1}"
             )
-    return TokenStream(tokens, entry.get("bytes"))
+    return TokenStream(tokens, entry.bytes)

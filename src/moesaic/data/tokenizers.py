@@ -68,10 +68,15 @@ class BPETokenizer:
         import tokenizers
 
         self._json = json
-        self._inner = tokenizers.Tokenizer.from_str(json)
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(json)
+        except Exception as error:  # its own errors have no other class
+            raise InputError(f"tokenizer of kind bpe: damaged ({error})") from error
         self.vocab_size: int = self._inner.get_vocab_size()
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         spelled = {i: token for token, i in self._inner.get_vocab().items()}
+        if set(spelled) != set(range(self.vocab_size)):
+            raise InputError("tokenizer of kind bpe: damaged, its ids have gaps")
         self._bytes = [_token_bytes(spelled[i]) for i in range(self.vocab_size)]
         self._bytes[self.end_of_text] = b""
 
@@ -147,10 +152,12 @@ def _cut_words(text: str) -> Iterator[str]:
 
 
 def tokenizer_from_dict(stored: dict[str, Any]) -> Tokenizer:
-    """The tokeniser whose `to_dict` gave `stored`."""
+    """The tokeniser whose `to_dict` gave `stored`; InputError for what none gives."""
+    if not isinstance(stored, dict):
+        raise InputError(f"tokeniser: found a {type(stored).__name__}; must be a mapping with its kind")
     if stored.get("kind") == "bytes":
         return ByteTokenizer()
-    if stored.get("kind") == "bpe":
+    if stored.get("kind") == "bpe" and isinstance(stored.get("json"), str):
         return BPETokenizer(stored["json"])
     raise InputError(f"tokeniser of kind {stored.get('kind')!r}: must be one of bytes, bpe")
 

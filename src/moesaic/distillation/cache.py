@@ -46,6 +46,7 @@ from moesaic.distillation.sparsify import IGNORE_INDEX, StoredTargets, TargetFor
 from moesaic.errors import InputError
 from moesaic.files import atomic, write_atomically
 from moesaic.losses.targets import DenseTargets, SampledTargets, TopKTargets
+from moesaic.reading import read_json, reading, require_finite
 
 __all__ = ["CacheIdentity", "Forecast", "TargetCache", "forecast", "stream_keys", "window_keys"]
 
@@ -260,7 +261,7 @@ class TargetCache:
             try:
                 with safe_open(path, framework="np") as file:
                     keys = file.get_tensor("keys").tolist()
-            except (SafetensorError, OSError) as error:
+            except Exception as error:  # of safetensors, of the file, or keys that are no numbers
                 raise InputError(f"{path}: damaged, it cannot be read ({error}); make the cache anew") from error
             if len(keys) != shard["windows"]:
                 raise InputError(f"{path}: {len(keys)} windows, the manifest says {shard['windows']}")
@@ -552,22 +553,20 @@ class _Shard:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{directory}: no cache of targets, it has no {MANIFEST} ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error})") from error
-    if not isinstance(manifest, dict) or not {"version", "settings", "shards"} <= manifest.keys():
+    if not path.is_file():
+        raise InputError(f"{directory}: no cache of targets, it has no {MANIFEST}")
+    manifest = read_json(path)
+    if not {"version", "settings", "shards"} <= manifest.keys():
         raise InputError(f"{path}: not the manifest of a cache of targets")
     if manifest["version"] != VERSION:
         raise InputError(f"{path}: version {manifest['version']!r}; must be {VERSION}, make the cache anew")
-    try:
+    with reading(path):
         for i, shard in enumerate(manifest["shards"]):
             from_mapping(_Shard, shard, f"shards[{i}]")
+            if shard["file"] != f"shard-{i:05d}.safetensors":
+                raise InputError(f"shards[{i}].file={shard['file']!r}: must be shard-{i:05d}.safetensors")
+        require_finite(manifest["settings"], "settings")
         CacheIdentity.from_settings(manifest["settings"])
-    except (InputError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error})") from error
     return manifest
 
 

@@ -1,7 +1,6 @@
 """The targets of a run from a trained teacher or a cache, opened and checked before anything is written."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from moesaic.distillation.config import DistillationConfig
 from moesaic.distillation.teachers import load_teacher, require_teacher, teacher_tokenizer
 from moesaic.errors import InputError, naming
 from moesaic.models import Decoder
+from moesaic.reading import read_json
 
 __all__ = ["OpenedTargets", "open_targets", "require_paths", "require_same_teacher", "students_tokenizer"]
 
@@ -148,8 +148,8 @@ def require_same_teacher(opened: OpenedTargets, environment: Path) -> None:
     A missing or damaged file says nothing.
     """
     try:
-        stored = json.loads(environment.read_text(encoding="utf-8"))["teacher"]["hash"]
-    except (OSError, ValueError, KeyError, TypeError):
+        stored = read_json(environment)["teacher"]["hash"]
+    except (InputError, KeyError, TypeError):
         return
     changed = "the teacher's weights have changed since this run began; a resumed run needs the same teacher"
     require_same(f"distillation: {changed} ({environment})", {"teacher": stored}, {"teacher": opened.teacher_hash})

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoints import load_checkpoint, load_model
+from moesaic.checkpoints import load_checkpoint, load_model, require_finite_weights
 from moesaic.data import DataConfig, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.models import Decoder
@@ -75,9 +75,7 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
     else:
         model = load_model(path)
         decoder, theirs = model.decoder, None if model.tokenizer is None else model.tokenizer.to_dict()
-    for name, parameter in decoder.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise InputError(f"teacher={str(path)!r}: {name} holds numbers that are not finite; it has diverged")
+    require_finite_weights(decoder, f"teacher={str(path)!r}")
     if decoder.vocab_size != vocab_size:
         raise InputError(
             f"teacher={str(path)!r}: a vocabulary of {decoder.vocab_size}, the student's has {vocab_size}; soft "

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from moesaic.evaluation.plotting import BLUE, COLORS, GRAY, ORANGE, Floats, label_axes, new_figure, save_figure
+from moesaic.reading import read_csv, reading
 
 __all__ = [
     "plot_curves",
@@ -24,10 +25,14 @@ __all__ = [
 
 
 def read_columns(path: Path, *names: str) -> tuple[Floats, ...]:
-    """Columns of a metrics.csv, only the rows in which all of them have a value."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in names)]
-    return tuple(np.array([float(row[name]) for row in rows]) for name in names)
+    """Columns of a metrics.csv, only the rows in which all of them have a value.
+
+    Raises:
+        InputError: it is no table, or one of these values is no number.
+    """
+    rows = [row for row in read_csv(path) if all(row.get(name) for name in names)]
+    with reading(path):
+        return tuple(np.array([float(row[name]) for row in rows]) for name in names)
 
 
 def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], final: float | None = None) -> None:
@@ -102,8 +107,7 @@ def plot_distillation(metrics_csv: Path, out: Path) -> None:
 
 def plot_expert_load(routing_csv: Path, out: Path) -> bool:
     """Heat maps of load over ideal, experts against steps, one per MoE layer; False (no file) without any row."""
-    with routing_csv.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(routing_csv)
     if not rows:
         return False
     layers = list(dict.fromkeys(row["layer"] for row in rows))

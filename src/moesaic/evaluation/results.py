@@ -13,6 +13,7 @@ import numpy.typing as npt
 from moesaic.config import require_same
 from moesaic.errors import InputError
 from moesaic.files import write_atomically
+from moesaic.reading import read_json, reading
 
 __all__ = ["ResultFile", "digest", "is_numbers"]
 
@@ -50,9 +51,9 @@ class ResultFile:
 
     def _read(self) -> None:
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            stored = read_json(self.path)
             old, done, summary = dict(stored["identity"]), dict(stored["done"]), dict(stored["summary"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path}: not a result file of this evaluation; choose another output") from error
         require_same(f"{self.path}: results of another evaluation, choose another output", old, self.identity)
         self.done, self.summary = done, summary
@@ -64,8 +65,9 @@ class ResultFile:
             InputError: it is not what this evaluation writes.
         """
         rows = self.done.get(name, [])
-        if not is_whole(rows):
-            raise InputError(f"{self.path}: done.{name}: damaged; choose another output, or delete the file")
+        with reading(self.path):
+            if not is_whole(rows):
+                raise InputError(f"{self.path}: done.{name}: damaged; choose another output, or delete the file")
         self.done[name] = rows
         return rows
 

@@ -23,6 +23,7 @@ from moesaic.files import LOCK, staging_folder, sync, write_atomically, write_js
 from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.shapes import num_parameters
+from moesaic.reading import read_json, reading, require_finite
 
 __all__ = ["CheckReport", "Progress", "check_hf", "from_hf", "hf_name", "to_hf"]
 
@@ -110,14 +111,32 @@ def from_hf(
             a wrong shape, or a dtype that is not floating point.
     """
     if isinstance(source, nn.Module):
-        where, files = type(source).__name__, {}
         config_json, stored = _of_module(source)
-    else:
-        where, path = str(source), Path(source)
+        return _decoder(
+            type(source).__name__, config_json, stored, {}, dtype, backend, checkpoint_activations, progress
+        )
+    path, files = Path(source), {}
+    with reading(path):
         config_json, stored = _read_config(path), _of_directory(path)
-        files = {x: (path / x).read_text(encoding="utf-8") for x in CARRIED_FILES if (path / x).is_file()}
+        for name in CARRIED_FILES:
+            if (path / name).is_file():
+                with reading(path / name):
+                    files[name] = (path / name).read_text(encoding="utf-8")
+        return _decoder(str(source), config_json, stored, files, dtype, backend, checkpoint_activations, progress)
+
+
+def _decoder(
+    where: str,
+    config_json: Mapping[str, Any],
+    stored: Mapping[str, _Stored],
+    files: Mapping[str, str],
+    dtype: torch.dtype | None,
+    backend: str,
+    checkpoint_activations: bool,
+    progress: Progress | None,
+) -> Decoder:
     text, prefix = text_fields(config_json)
-    config = config_from_hf(text)
+    config = _config(text, stored)
     if config.moe is not None and backend != "auto":
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
     require_memory(f"{where}: its model", num_parameters(config) * (dtype or torch.bfloat16).itemsize)
@@ -145,9 +164,23 @@ def check_hf(directory: str | Path) -> CheckReport:
         InputError: as `from_hf`.
     """
     path = Path(directory)
+    with reading(path):
+        return _check(path)
+
+
+def _config(text: Mapping[str, Any], stored: Mapping[str, _Stored]) -> DecoderConfig:
+    """The config, if its number of layers is possible: it is refused before anything of this size is made."""
+    require_finite(text, "config.json")
+    layers = text.get("num_hidden_layers", 0)
+    if isinstance(layers, (int, float)) and layers > len(stored):
+        raise InputError(f"config.json: num_hidden_layers={layers}: the files hold {len(stored)} tensors in all")
+    return config_from_hf(text)
+
+
+def _check(path: Path) -> CheckReport:
     text, prefix = text_fields(_read_config(path))
-    config = config_from_hf(text)
     stored = _of_directory(path, absent_allowed=True)
+    config = _config(text, stored)
     tensors, skipped = _match(build_decoder(config, device="meta"), stored, prefix, str(path))
     present = [t for t in tensors.values() if isinstance(t.dtype, torch.dtype)]
     return CheckReport(
@@ -306,7 +339,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory}: no such directory")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: no config.json in this directory; it needs one beside its safetensors")
-    return _read_json(directory / "config.json")
+    return read_json(directory / "config.json")
 
 
 def _of_directory(directory: Path, absent_allowed: bool = False) -> dict[str, _Stored]:
@@ -316,7 +349,7 @@ def _of_directory(directory: Path, absent_allowed: bool = False) -> dict[str, _S
             others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
             raise InputError(f"{directory}: found {others or 'no weights'}; must be {SINGLE} or {INDEX}")
         return _header(directory / SINGLE)
-    weight_map = _read_json(directory / INDEX).get("weight_map")
+    weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{directory / INDEX}: damaged, it has no weight_map")
     stored: dict[str, _Stored] = {}
@@ -342,7 +375,7 @@ def _of_directory(directory: Path, absent_allowed: bool = False) -> dict[str, _S
 def _absent_shards(directory: Path) -> tuple[str, ...]:
     if not (directory / INDEX).is_file():
         return ()
-    names = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
+    names = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
     return tuple(name for name in names if not (directory / name).is_file())
 
 
@@ -362,16 +395,6 @@ def _header(path: Path) -> dict[str, _Stored]:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
     return stored
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found a {type(content).__name__}; must be an object")
-    return content
 
 
 # ---- writing

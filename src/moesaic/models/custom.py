@@ -1,6 +1,7 @@
 """Custom modules: parts of a user's own, named in a config by their dotted path."""
 
 import ast
+import functools
 import hashlib
 import inspect
 import sys
@@ -11,12 +12,20 @@ import torch
 from torch import nn
 
 from moesaic.errors import InputError
-from moesaic.imports import resolve
+from moesaic.imports import PARTS, is_own_code, require_trusted, resolve
 from moesaic.layers.part import remember_marks
 from moesaic.models.config import CustomModule, DecoderConfig
 
-__all__ = ["Source", "asks_for", "build_custom", "construct", "custom_modules", "source_hashes", "sources"]
-
+__all__ = [
+    "Source",
+    "asks_for",
+    "build_custom",
+    "construct",
+    "custom_modules",
+    "require_trusted_modules",
+    "source_hashes",
+    "sources",
+]
 
 _KNOWN = {"moesaic", "torch", "lightning", *sys.stdlib_module_names}
 """Packages whose version says what is in them."""
@@ -30,19 +39,21 @@ class Source(NamedTuple):
     sha256: str
 
 
-def construct(custom: CustomModule, where: str, **known: Any) -> Any:
+def construct(custom: CustomModule, where: str, /, *, dispatches: bool = True, **known: Any) -> Any:
     """Import what a custom module's type names, and call it.
 
     Args:
         custom: {"type": dotted path, and keyword arguments for the call}.
         where: the place in the model, for messages.
+        dispatches: whether a class with `dispatch` and `combine` will do; otherwise it must be a torch.nn.Module.
         known: what the constructor is given if it asks for it by name; the arguments of `custom` count before.
 
     Raises:
-        InputError: it cannot be imported, or does not accept its arguments.
+        InputError: it cannot be imported, is nothing that may be called here, or does not accept its arguments.
     """
     path = custom["type"]
     cls = resolve(path, f"{where}: type")
+    _require_maker(cls, f"{where}: {path}", dispatches)
     arguments = {key: value for key, value in custom.items() if key != "type"}
     try:
         asked = inspect.signature(cls).parameters
@@ -79,10 +90,54 @@ def build_custom(
     Raises:
         InputError: as `construct`, or it is no module.
     """
-    module = construct(custom, where, **known)
+    module = construct(custom, where, dispatches=False, **known)
     if not isinstance(module, nn.Module):
         raise InputError(f"{where}: {custom['type']} made a {type(module).__name__}; it must be a torch.nn.Module")
     return module.to(device=device, dtype=dtype)
+
+
+def require_trusted_modules(config: DecoderConfig, where: object) -> None:
+    """Refuse a model that a file describes, unless all code that it names is trusted; only then is it imported.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        InputError: code that nobody trusts; or a function that its trusted package has from elsewhere.
+    """
+    named = custom_modules(config)
+    require_trusted([custom["type"] for custom in named.values()], where)
+    for place, custom in named.items():
+        found = resolve(custom["type"], f"{where}: {place}: type")
+        _require_maker(found, f"{where}: {place}: {custom['type']}", place == "moe.dispatcher")
+        package, written = custom["type"].replace(":", ".").split(".")[0], str(_code_of(found).__module__)
+        if not inspect.isclass(found) and written.split(".")[0] != package:
+            raise InputError(f"{where}: {place}: {custom['type']} is of {written}; must be written in {package} itself")
+
+
+def _require_maker(found: Any, where: str, dispatches: bool) -> None:
+    """Refuse, before it is called, what is neither a class for its place nor a function of a user's own."""
+    code = _code_of(found)
+    module = str(getattr(code, "__module__", None))
+    if module.split(".")[0] == "moesaic" and not module.startswith(PARTS):
+        raise InputError(f"{where} is of {module}; of this package it must be in {' or '.join(PARTS)}")
+    if inspect.isclass(code):
+        fits = dispatches and all(callable(getattr(code, name, None)) for name in ("dispatch", "combine"))
+        if not fits and not issubclass(code, nn.Module):
+            also = ", or have dispatch and combine" if dispatches else ""
+            raise InputError(f"{where} is the class {code.__qualname__}; must be a torch.nn.Module{also}")
+    elif not callable(code):
+        raise InputError(f"{where} is a {type(found).__name__}; must be a class, or a function that makes a module")
+    elif not is_own_code(module):
+        raise InputError(f"{where} is a function of {module}; must be a torch.nn.Module, or code of your own")
+
+
+def _code_of(found: Any) -> Any:
+    """A class or a function: what a partial calls, and of an object its class's call."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    is_code = inspect.isclass(found) or inspect.isroutine(found)
+    return found if is_code or not callable(found) else type(found).__call__
 
 
 def custom_modules(config: DecoderConfig) -> dict[str, CustomModule]:

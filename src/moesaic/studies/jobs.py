@@ -32,12 +32,14 @@ __all__ = [
     "needs",
     "prepare_job",
     "prepared_names",
+    "read_row",
     "resolve",
     "row_key",
     "run_config_of",
     "sources_of",
     "validate",
     "variant_options",
+    "write_row",
 ]
 
 
@@ -68,6 +70,30 @@ def row_key(row: Mapping[str, Any]) -> str:
     """What a run is called and found by; no two rows of a study share it."""
     place = f"{row['arm']}, {row['axis']}" if row["axis"] else str(row["arm"])
     return f"{place}, {row['purpose']}, seed {row['seed']}, learning rate x{row['factor']:g}"
+
+
+def write_row(row: Row) -> str:
+    """The line of a row, which ends in a digest of all else in it."""
+    return json.dumps({**row, "digest": _digest(row)})
+
+
+def read_row(line: str) -> Row:
+    """The row of a line as it was written; rows of older versions carry no digest.
+
+    Raises:
+        InputError: the line is no row, or was changed since.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise InputError(f"found a {type(row).__name__}; must be a row")
+    digest = row.pop("digest", None)
+    if digest is not None and digest != _digest(row):
+        raise InputError(f"damaged, its content has not the digest {digest!r}; put the line back, or remove it")
+    return row
+
+
+def _digest(row: Row) -> str:
+    return _hash(row)[:16]
 
 
 def job_of(

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -25,8 +24,10 @@ from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
 from moesaic.files import write_atomically, write_json, write_yaml
 from moesaic.formats import translate_overrides, translate_run, translate_study, version_of
+from moesaic.imports import VARIABLE, names_in, require_trusted, trusted, trusting
 from moesaic.models.config import FORMAT
 from moesaic.overrides import apply_overrides
+from moesaic.reading import read_yaml, reading, require_finite
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import (
     Job,
@@ -36,11 +37,13 @@ from moesaic.studies.jobs import (
     job_hash,
     job_of,
     prepare_job,
+    read_row,
     resolve,
     row_key,
     run_config_of,
     sources_of,
     validate,
+    write_row,
 )
 from moesaic.studies.plan import Plan, plan
 
@@ -57,6 +60,11 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         InputError: damaged, or of another configuration, evaluations or data, or without the study's metric; it names
             the file and what differs.
     """
+    with trusting(names_in([base, dataclasses.asdict(study)])):
+        return _read_rows(results, study, base)
+
+
+def _read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
     path = results / "rows.jsonl"
     rows: dict[str, Row] = {}
     if not path.exists():
@@ -67,6 +75,8 @@ def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dic
         lines = path.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error})") from error
+    if not lines:
+        raise InputError(f"{path}: damaged, it is empty; put it back, or remove it to begin again")
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         row = _parse_row(line, where, stored)
@@ -96,29 +106,25 @@ def _read_config(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> 
     if not path.exists():
         rows = results / "rows.jsonl"
         raise InputError(f"{rows}: rows without the config.yaml they were made with; choose another results_dir")
-    try:
-        stored = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: damaged; put it back, or choose another results_dir") from error
-    evaluated = stored.pop("study", None)
-    if evaluated is not None:  # older ones do not say
-        _require_equal(path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
-    _require_equal(path, canonical({**translate_run(stored), "seed": 0}), canonical({**base, "seed": 0}))
-    return stored
+    with reading(path):
+        stored = read_yaml(path)
+        require_finite(stored, "")
+        require_trusted(names_in(stored.get("model")), path)
+        evaluated = stored.pop("study", None)
+        if evaluated is not None:  # older ones do not say
+            _require_equal(path, {"study": translate_study(evaluated)}, {"study": _evaluations(study)})
+        _require_equal(path, canonical({**translate_run(stored), "seed": 0}), canonical({**base, "seed": 0}))
+        return stored
 
 
 def _parse_row(line: str, where: str, stored: Mapping[str, Any]) -> Row:
     """A row in the words of this version."""
-    try:
-        row: Row = json.loads(line)
+    with reading(where):
+        row = read_row(line)
         row_key(row), row["data_hash"], {row["arm"], row["axis"]}
         overrides = translate_overrides(row["overrides"], stored, version_of(row, where))
         _require_whole(row)
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: damaged ({error!r})") from error
-    return {**row, "overrides": overrides}
+        return {**row, "overrides": overrides}
 
 
 def _expected_overrides(row: Row, where: str, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -146,14 +152,22 @@ def _named_sources(hashes: Mapping[str, str | None]) -> dict[str, Any]:
 
 def _lines(path: Path) -> dict[str, str]:
     """The rows of a file as they were written, by key: those that there are stay as they are."""
-    return {row_key(json.loads(line)): line for line in path.read_text(encoding="utf-8").splitlines()}
+    return {row_key(read_row(line)): line for line in path.read_text(encoding="utf-8").splitlines()}
 
 
 def _require_whole(row: Row) -> None:
     """Raise an error that names what a report would stumble over."""
-    numbers = {"cpu_seconds": row["cpu_seconds"], **row["metrics"]}
-    for key in ("status", "error", "commit", "uncommitted_changes", "torch", "curve"):
+    numbers = {"cpu_seconds": row["cpu_seconds"], "factor": row["factor"], **row["metrics"]}
+    for key in ("error", "commit", "uncommitted_changes", "torch"):
         row[key]
+    if row["purpose"] not in ("prepare", "tune", "measure", "variant") or row["status"] not in ("finished", "diverged"):
+        raise ValueError(f"a row of purpose {row['purpose']!r} and status {row['status']!r}")
+    if type(row["seed"]) is not int or not isinstance(row["data_hash"], str | None):
+        raise ValueError(f"seed {row['seed']!r}, data_hash {row['data_hash']!r}")
+    curve = {name: values for name, values in row["curve"].items() if name != "metric"}
+    numbers |= {f"curve.{name}[{i}]": value for name, values in curve.items() for i, value in enumerate(values)}
+    if len({len(values) for values in curve.values()}) > 1:
+        raise ValueError("the columns of its curve are not equally long")
     for key, value in numbers.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{key} is {value!r}, no number")
@@ -180,6 +194,13 @@ def run_study(
         InputError: bad configuration, or results of another configuration or data.
         KeyboardInterrupt: Ctrl-C; no worker is left behind.
     """
+    with trusting(names_in([base, dataclasses.asdict(study)])):
+        return _run_study(study, base, results, runs, workers, console)
+
+
+def _run_study(
+    study: StudyConfig, base: Mapping[str, Any], results: Path, runs: Path, workers: int, console: Console
+) -> dict[str, str]:
     validate(study, base)
     with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
         rows = read_rows(results, study, base)
@@ -265,7 +286,7 @@ class _Running:
         replaces = again and job.purpose == "measure"
         made = {row_key(row): row for row in new if replaces or row_key(row) not in self.rows}
         self.rows |= made
-        self.lines |= {key: json.dumps(row) for key, row in made.items()}
+        self.lines |= {key: write_row(row) for key, row in made.items()}
         write_atomically(self.path, "".join(f"{line}\n" for line in self.lines.values()))
         self.progress.finished(self.rows[job.key], self.study.metric, self.plan())
 
@@ -350,7 +371,7 @@ def start_worker(folder: Path, command: Sequence[str] = ()) -> subprocess.Popen[
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", VARIABLE: ",".join(sorted(trusted()))},
             start_new_session=True,
         )
 

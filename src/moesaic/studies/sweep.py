@@ -1,5 +1,6 @@
 """A tree of runs as one table: mean and 95% interval over seeds, with nothing silently left out."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -10,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import plot_curves, read_columns
 from moesaic.files import write_atomically
 from moesaic.formats import translate_run
+from moesaic.reading import read_json, read_yaml, reading
 from moesaic.statistics import half_width, interval
 from moesaic.studies.defining import defining
 from moesaic.studies.tables import markdown_table, number
@@ -187,30 +187,36 @@ def write_report(root: Path, metrics: Sequence[str] = ()) -> str:
     for row in rows:
         seeds = []
         for run in row.finished:
-            if (run.directory / "metrics.csv").exists():
-                values = read_columns(run.directory / "metrics.csv", *columns)
-                seeds.append(dict(zip(columns, values, strict=True)))
-        curves[row.label] = [seed for seed in seeds if len(seed["step"])]
+            table = run.directory / "metrics.csv"
+            with contextlib.suppress(InputError):  # a number in it is none: the run has no curve
+                values = read_columns(table, *columns) if table.exists() else ()
+                seeds.append(dict(zip(columns, values, strict=False)))
+        curves[row.label] = [seed for seed in seeds if len(seed.get("step", ()))]
     plot_curves({label: seeds for label, seeds in curves.items() if seeds}, root / "report.png", chosen[0])
     return markdown
 
 
 def _read(directory: Path) -> Run:
+    config: dict[str, Any] = {}
+    path = directory / "config.yaml"
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            return Run(directory, {}, "damaged", {"error": "config.yaml does not hold a mapping"})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return Run(directory, {}, "damaged", {"error": f"config.yaml: {str(error).splitlines()[0]}"})
-    config = translate_run(config)
-    path = directory / "metrics.json"
-    if not path.exists():
-        return Run(directory, config, "unfinished", {})
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        return Run(directory, config, str(metrics["status"]), metrics)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Run(directory, config, "damaged", {"error": f"metrics.json: {error}"})
+        with reading(path):
+            stored = translate_run(read_yaml(path))
+            if type(stored.get("seed", 0)) is not int:
+                raise InputError(f"seed={stored['seed']!r}: must be an integer")
+            config = stored
+        path = directory / "metrics.json"
+        if not path.exists():
+            return Run(directory, config, "unfinished", {})
+        with reading(path):
+            metrics = read_json(path)
+            if not isinstance(metrics["status"], str):
+                raise InputError(f"status={metrics['status']!r}: must be a string")
+        if (directory / "metrics.csv").exists():
+            read_columns(directory / "metrics.csv", "step")
+        return Run(directory, config, metrics["status"], metrics)
+    except InputError as error:
+        return Run(directory, config, "damaged", {"error": str(error).removeprefix(f"{directory}/")})
 
 
 def _arm(run: Run) -> dict[str, Any]:

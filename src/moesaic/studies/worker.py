@@ -31,6 +31,7 @@ from moesaic.evaluation.recall import recall_numbers, score_recall
 from moesaic.files import write_atomically, write_json
 from moesaic.models import DecoderConfig, account
 from moesaic.overrides import apply_overrides
+from moesaic.reading import read_json
 from moesaic.studies.config import VariantConfig
 from moesaic.studies.jobs import Row, import_evaluation, variant_options
 from moesaic.training.records import environment
@@ -56,7 +57,7 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
         result, here = _fill_cache(cache, config, folder / "targets"), environment()
     else:
         result = _train(config, run_dir, needs_checkpoint=prepares or bool(job["variants"] or job["evaluations"]))
-        here = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        here = read_json(run_dir / "environment.json")
     changes = [line for line in here["git_uncommitted_changes"] or () if line[3:].startswith(("src/", "conf/"))]
     row: Row = {
         **job["row"],
@@ -162,10 +163,8 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
 
 def _train(config: Mapping[str, Any], run_dir: Path, needs_checkpoint: bool) -> dict[str, Any]:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    try:
-        found: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = {}
+    metrics = run_dir / "metrics.json"
+    found: dict[str, Any] = read_json(metrics) if metrics.exists() else {}
     if found.get("status") == "diverged" or (
         found.get("status") == "finished" and (checkpoint.is_file() or not needs_checkpoint)
     ):

@@ -18,6 +18,7 @@ from moesaic import __version__
 from moesaic.checkout import git
 from moesaic.errors import InputError
 from moesaic.files import append, write_atomically
+from moesaic.reading import read_csv, reading
 
 __all__ = ["CsvTable", "RunLogger", "create_run_dir", "environment"]
 
@@ -62,7 +63,7 @@ class CsvTable:
         self.path = path
         self.columns = list(columns)
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
+            with reading(path), path.open(newline="", encoding="utf-8") as file:
                 self.columns = next(csv.reader(file), self.columns)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -77,14 +78,11 @@ class CsvTable:
     def keep_until(self, step: int) -> None:
         """Drop the rows after `step`: a killed run may have logged more than its last checkpoint knows of."""
         if self.path.exists():
-            rows = [row for row in self._read() if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+            rows = [row for row in self._read() if row.get("step", "").isdecimal() and int(row["step"]) <= step]
             self._rewrite(rows)
 
     def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_csv(self.path) if self.path.exists() else []
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         text = io.StringIO()

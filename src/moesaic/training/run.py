@@ -1,7 +1,6 @@
 """One run from config to verdict: prepare, fit, finish."""
 
 import contextlib
-import json
 import shlex
 import sys
 import warnings
@@ -16,8 +15,10 @@ from moesaic.data import Data
 from moesaic.errors import CannotWrite
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
+from moesaic.imports import names_in, trust_argument, trusting
 from moesaic.interrupts import ignoring_warnings
 from moesaic.overrides import command_line, for_shell, override
+from moesaic.reading import read_json
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, score_run
 from moesaic.training.fit import Fitted, build, fit
@@ -49,10 +50,10 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
     if found.kind == "finished":
         return _tell_finished(found, console)
-    with contextlib.ExitStack() as at_the_end, ignoring_warnings():
+    with trusting(names_in(found.config)), contextlib.ExitStack() as at_the_end, ignoring_warnings():
         forget_peak_memory()
         prepared = prepare(found, console, at_the_end)
-        at_the_end.enter_context(_recorded(prepared.run_dir, console))
+        at_the_end.enter_context(_recorded(prepared.run_dir, prepared.config.model, console))
         module = build(prepared)
         _show_plan(prepared, module, console)
         fitted = fit(prepared, module, console)
@@ -61,7 +62,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
 
 def _tell_finished(found: Found, console: Console) -> dict[str, Any]:
     assert found.run_dir is not None  # a finished run is somewhere
-    metrics: dict[str, Any] = json.loads((found.run_dir / "metrics.json").read_text(encoding="utf-8"))
+    metrics: dict[str, Any] = read_json(found.run_dir / "metrics.json")
     checkpoint = found.run_dir / "checkpoints" / "last.ckpt"
     console.print(
         f"run_dir={str(found.run_dir)!r}: this run is finished, at step {metrics.get('steps')}; to train on, start a "
@@ -74,7 +75,7 @@ def _tell_finished(found: Found, console: Console) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recorded(run_dir: Path, console: Console) -> Iterator[None]:
+def _recorded(run_dir: Path, model: Mapping[str, Any], console: Console) -> Iterator[None]:
     """Write in metrics.json what ended a run before its end, and say how it goes on. A finished run stays finished."""
     try:
         yield
@@ -89,7 +90,7 @@ def _recorded(run_dir: Path, console: Console) -> Iterator[None]:
         how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
         if was_interrupted or isinstance(error, CannotWrite):
             console.print(f"{status['status']}; to {how}:", highlight=False)
-            command = resume_command(run_dir)
+            command = resume_command(run_dir, model)
             console.print(f"  {command}", markup=False, soft_wrap=True, highlight=False)
         raise
 
@@ -222,9 +223,15 @@ def _suggested_rates(fitted: Fitted, console: Console) -> dict[str, float]:
     return {f"learning_rate_finder/{key}": rate for key, rate in {"factor": factor, **rates}.items()}
 
 
-def resume_command(run_dir: Path) -> str:
-    """The line that continues a run."""
-    return command_line("train", override("resume", True), override("run_dir", run_dir))
+def resume_command(run_dir: Path, model: Mapping[str, Any]) -> str:
+    """The line that continues a run of a model, with the trust that its custom modules need."""
+    return command_line("train", override("resume", True), override("run_dir", run_dir)) + trust_of(model)
+
+
+def trust_of(model: Mapping[str, Any]) -> str:
+    """The end of a line that reads what a run of this model wrote: " trust=[...]", quoted for a shell, or nothing."""
+    argument = trust_argument(names_in(model)).strip()
+    return f" {shlex.quote(argument)}" if argument else ""
 
 
 def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) -> list[str]:
@@ -232,7 +239,7 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     board = shlex.join(["tensorboard", "--logdir", config.output_dir])
     if metrics["status"] == "stopped":
-        return [resume_command(run_dir), board]
+        return [resume_command(run_dir, config.model), board]
     found = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("learning_rate_finder/")}
     if factor := found.pop("factor", None):
         rates = (override(key, float(f"{rate:.3g}")) for key, rate in found.items())
@@ -243,4 +250,5 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
         sweep = command_line("train", "-m", "experiment=recall", task, "seed=0,1,2", *mixers)
         return [f"{sweep}   # positions in all layers, in none, in every second", board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
-    return [command_line("generate", checkpoint, "import os"), board, f"{twins}   # is the mixture worth it?"]
+    generate = command_line("generate", checkpoint, "import os") + trust_of(config.model)
+    return [generate, board, f"{twins}   # is the mixture worth it?"]

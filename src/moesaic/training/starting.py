@@ -1,19 +1,21 @@
 """What a run starts from: nothing, its own last checkpoint, or another run's."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from moesaic.checkpoints import load_checkpoint
+from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.files import LOCK, is_locked
-from moesaic.formats import translate_run
+from moesaic.formats import translate_run, version_of
+from moesaic.imports import names_in, require_trusted, trusting
+from moesaic.models import DecoderConfig
+from moesaic.reading import read_json, read_yaml, reading, require_finite
 from moesaic.training.config import RunConfig
+from moesaic.training.stored_state import require_training_state
 
 __all__ = [
     "Found",
@@ -61,6 +63,16 @@ class Found:
         return self.run_dir if self.kind == "unfinished" else None
 
 
+COMPONENTS = (
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.callbacks.EMAWeightAveraging",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "moesaic.training.rate_finder.LearningRateFinder",
+)
+"""Callbacks and loggers that a stored run may have without trust: those of conf/ that tell nobody outside."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where the weights of a run come from.
@@ -93,13 +105,18 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
     """
     if resume_dir is not None:
         path = resume_dir / "checkpoints" / "last.ckpt"
-        return Start("resumed", path, load_checkpoint(path), resume_dir)
+        checkpoint = load_checkpoint(path)
+        require_training_state(checkpoint, f"checkpoint {path}")
+        return Start("resumed", path, checkpoint, resume_dir)
     if config.ckpt_path is None:
         return Start("fresh")
     path, checkpoint = Path(config.ckpt_path), load_checkpoint(config.ckpt_path)
     if config.extend_context is not None:
         return Start("extended", path, checkpoint)
-    return Start("continued" if "optimizer_states" in checkpoint else "weights", path, checkpoint)
+    if "optimizer_states" not in checkpoint:
+        return Start("weights", path, checkpoint)
+    require_training_state(checkpoint, f"checkpoint {path}")
+    return Start("continued", path, checkpoint)
 
 
 def find_run(config: Mapping[str, Any]) -> Found:
@@ -113,7 +130,8 @@ def find_run(config: Mapping[str, Any]) -> Found:
     if not config.get("resume"):
         return Found("new", dict(config))
     if not config.get("run_dir"):
-        return _existing(_newest_unfinished(Path(str(config.get("output_dir", "outputs"))) / str(config.get("name"))))
+        root = Path(str(config.get("output_dir", "outputs"))) / str(config.get("name"))
+        return _existing(_newest_unfinished(root), config)
     run_dir = Path(config["run_dir"])
     if not run_dir.exists() or (run_dir.is_dir() and not _content(run_dir)):
         return Found("new", {**config, "resume": False})
@@ -121,7 +139,7 @@ def find_run(config: Mapping[str, Any]) -> Found:
         raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
     if is_locked(run_dir):
         raise InputError(busy(run_dir))
-    return _existing(run_dir)
+    return _existing(run_dir, config)
 
 
 def busy(run_dir: Path) -> str:
@@ -147,16 +165,35 @@ def clear_unstarted(run_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _existing(run_dir: Path) -> Found:
-    stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(stored, dict):
-        raise InputError(f"{run_dir / 'config.yaml'}: damaged, it does not hold a mapping")
-    config = {**translate_run(stored), "run_dir": str(run_dir)}
+def _existing(run_dir: Path, typed: Mapping[str, Any]) -> Found:
+    stored = read_run_config(run_dir)
+    with trusting(names_in(typed)):
+        require_trusted(names_in(stored), run_dir / "config.yaml", free=COMPONENTS)
+    config = {**stored, "run_dir": str(run_dir)}
     if not (run_dir / "checkpoints" / "last.ckpt").is_file():
         return Found("begun", {**config, "resume": False}, run_dir, config.get("ckpt_path"))
     resumed = {**config, "resume": True, "ckpt_path": None}
     kind: Literal["finished", "unfinished"] = "finished" if is_finished(run_dir) else "unfinished"
     return Found(kind, resumed, run_dir, config.get("ckpt_path"))
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The stored config of a run, in the words of this version.
+
+    Raises:
+        InputError: config.yaml is damaged, is not of a run, or of a newer version.
+    """
+    path = run_dir / "config.yaml"
+    with reading(path):
+        stored = read_yaml(path)
+        require_finite(stored, "")
+        config = translate_run(stored)
+        run_config = from_mapping(RunConfig, config)
+        version_of(run_config.model, "model")
+        from_mapping(
+            DecoderConfig, {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}, "model"
+        )
+        return config
 
 
 def _newest_unfinished(root: Path) -> Path:
@@ -178,7 +215,7 @@ def _content(directory: Path) -> bool:
 def is_finished(run_dir: Path) -> bool:
     """Whether nothing is left to do for the run of a directory, pictures included."""
     try:
-        metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-        return bool(metrics["status"] == "finished" and "pending" not in metrics)
-    except (OSError, ValueError, TypeError, KeyError):
+        metrics = read_json(run_dir / "metrics.json")
+    except InputError:
         return False
+    return metrics.get("status") == "finished" and "pending" not in metrics

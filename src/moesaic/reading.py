@@ -1,0 +1,87 @@
+"""Files that a person or another program gave, read so that all that can be wrong with one is an InputError.
+
+Each kind of file has one reader, which opens it and checks it within `reading`: checkpoints in `moesaic.checkpoints`,
+streams of tokens in `moesaic.data.streams`, targets in `moesaic.distillation.cache`, runs and rows where they are used.
+"""
+
+import contextlib
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import InputError, UnknownKey
+
+__all__ = ["read_csv", "read_json", "read_yaml", "reading", "require_finite"]
+
+
+@contextlib.contextmanager
+def reading(file: object) -> Iterator[None]:
+    """Name the file in what is refused within, and make an InputError of all that goes wrong with its content.
+
+    Raises:
+        InputError: whatever is raised within, but for what ends the process.
+    """
+    try:
+        yield
+    except InputError as error:
+        newer = "; a newer version of moesaic may have written it" if isinstance(error, UnknownKey) else ""
+        named = "" if str(error).startswith(str(file)) else f"{file}: "
+        raise InputError(f"{named}{error}{newer}") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # what parsers and wrong types raise has no common base
+        what = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{file}: damaged ({type(error).__name__}: {what})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON, or holds something else.
+    """
+    with reading(path):
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file of plain values.
+
+    Raises:
+        InputError: it cannot be read, is no YAML, or holds something else.
+    """
+    import yaml  # an optional package
+
+    with reading(path):
+        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table with a header. A row that was cut short lacks values, or is left out where all are missing.
+
+    Raises:
+        InputError: it cannot be read as text.
+    """
+    with reading(path), path.open(newline="", encoding="utf-8") as file:
+        return [{name: value or "" for name, value in row.items() if name is not None} for row in csv.DictReader(file)]
+
+
+def require_finite(value: Any, key: str) -> None:
+    """Raise InputError that names the first number below `key` that is nan or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}: found {value}; must be a finite number")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            require_finite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            require_finite(item, f"{key}[{i}]")
+
+
+def _mapping(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"found a {type(content).__name__}; must be a mapping of names")
+    return content

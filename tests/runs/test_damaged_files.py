@@ -1,0 +1,461 @@
+"""Damage to every kind of file that is read: an InputError that names the file, or what the file meant before."""
+
+import copy
+import dataclasses
+import io
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from moesaic.checkpoints import load_checkpoint, load_model, save_model
+from moesaic.cli.convert import convert
+from moesaic.cli.generate import generate_text
+from moesaic.config import from_mapping, to_mapping
+from moesaic.data import BPETokenizer, DataConfig, load_data
+from moesaic.distillation import CacheIdentity, TargetCache, TargetFormat
+from moesaic.errors import InputError
+from moesaic.evaluation.plots import read_columns
+from moesaic.evaluation.results import ResultFile, is_numbers
+from moesaic.evaluation.sampling import SampleConfig
+from moesaic.files import write_json, write_yaml
+from moesaic.interop import from_hf, to_hf
+from moesaic.losses.targets import DenseTargets
+from moesaic.models import build_decoder, llama4_toy
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import write_row
+from moesaic.studies.plan import plan
+from moesaic.studies.runner import read_rows
+from moesaic.studies.sweep import write_report
+from moesaic.training.records import CsvTable
+from moesaic.training.starting import resolve_resume
+from moesaic.training.stored_state import require_training_state
+
+VALUES = ("text", ["list"], None, math.nan, 10**30)
+
+TOKENS = torch.arange(12)[None]
+
+STUDY = {"question": "?", "equal": "=", "baseline": "a", "arms": {"a": {}}, "seeds": [0], "tune": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of file: how to read one in `folder`, with a meaning that can be compared."""
+
+    file: str
+    read: Callable[[Path], Any]
+    load: Callable[[bytes], Any] | None = None
+    dump: Callable[[Any], bytes] | None = None
+    parts: tuple[tuple[str, ...], ...] = ((),)
+    """Where in its content keys are dropped and values replaced."""
+    whole: bool = False
+    """Whether a changed value is damage too: the file has a hash of it."""
+
+
+# ---- the good files
+
+
+@pytest.fixture(scope="module")
+def good(train_once: Callable[..., Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one good file, or folder, of each kind."""
+    folder = tmp_path_factory.mktemp("good")
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.train([path.read_bytes() for path in corpus.iterdir()], 260)
+    decoder = build_decoder(llama4_toy(tokenizer.vocab_size, num_layers=2, nope_layer_interval=0))
+    save_model(folder / "weights.ckpt", decoder, tokenizer, seq_len=8)
+    to_hf(decoder, folder / "hf")
+    convert(folder / "weights.ckpt", folder / "hf_text")
+    run = train_once("data.tokenizer=bpe", "data.vocab_size=300")
+    for name in ("config.yaml", "metrics.csv", "routing.csv", "environment.json", "metrics.json"):
+        (folder / "run").mkdir(exist_ok=True)
+        shutil.copy(run / name, folder / "run" / name)
+    metrics = json.loads((run / "metrics.json").read_text())
+    write_json(folder / "run" / "metrics.json", {**metrics, "status": "stopped"})
+    (folder / "run" / "checkpoints").mkdir()
+    shutil.copy(run / "checkpoints" / "last.ckpt", folder / "run" / "checkpoints" / "last.ckpt")
+    load_data(data_config(corpus, folder / "tokens"))
+    (folder / "tokens" / next((folder / "tokens").iterdir()).name).rename(folder / "stream")
+    make_study(folder / "study")
+    make_targets(folder / "targets")
+    results = ResultFile(folder / "scores" / "it.json", {"task": "it", "edges": [1, 2]})
+    results.done["as_trained"], results.summary["as_trained"] = [[1.0, 2.0]], [{"loss": 1.5}]
+    results.save()
+    return folder
+
+
+def data_config(corpus: Path, cache: Path) -> DataConfig:
+    return DataConfig("files", str(corpus), tokenizer="bpe", vocab_size=300, cache_dir=str(cache))
+
+
+def base_config() -> dict[str, Any]:
+    model = {**to_mapping(llama4_toy()), "vocab_size": None}
+    return {
+        "name": "it",
+        "seed": 0,
+        "model": model,
+        "training": {"steps": 4, "batch_size": 2, "seq_len": 16},
+        "data": {},
+    }
+
+
+def make_study(folder: Path) -> None:
+    study, base = from_mapping(StudyConfig, STUDY), base_config()
+    job = plan(study, base, {}).missing[0]
+    row = {
+        **{"format": 2, **dataclasses.asdict(job), "status": "finished", "error": None, "commit": "c0ffee"},
+        **{"uncommitted_changes": False, "torch": "2", "data_hash": "d", "config_hash": "h", "cpu_seconds": 40.0},
+        "metrics": {"validation/bits_per_byte": 1.25},
+        "curve": {"metric": "validation/bits_per_byte", "tokens": [1, 2], "values": [2.0, 1.25]},
+    }
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(write_row(row) + "\n")
+    write_yaml(folder / "config.yaml", {**base, "study": {"evaluations": [], "evaluation_options": {}}})
+
+
+def make_targets(folder: Path) -> None:
+    identity = CacheIdentity("t" * 64, None, 4, 8, TargetFormat("dense"))
+    cache = TargetCache.create(folder, identity)
+    tokens = torch.arange(9).remainder(8)[None]
+    cache.add(tokens[:, :4], tokens[:, 1:5], DenseTargets(torch.linspace(-1, 1, 32).reshape(4, 8)))
+    cache.close()
+
+
+# ---- what they mean
+
+
+def of_model(folder: Path) -> Any:
+    model = load_model(folder / "weights.ckpt")
+    assert model.tokenizer is not None and model.token_bytes is not None
+    with torch.no_grad():
+        logits = model.decoder(TOKENS).logits
+    return logits.tolist(), model.tokenizer.to_dict(), model.token_bytes.tolist(), model.run_config["training"]
+
+
+def of_training(folder: Path) -> Any:
+    path = folder / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = load_checkpoint(path)
+    require_training_state(checkpoint, f"checkpoint {path}")
+    with torch.no_grad():
+        stream = io.BytesIO()
+        torch.save({key: checkpoint[key] for key in sorted(checkpoint)}, stream)
+    return stream.getvalue()
+
+
+def of_hf(name: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        with torch.no_grad():
+            return from_hf(folder / name)(TOKENS).logits.tolist()
+
+    return read
+
+
+def of_hf_tokenizer(folder: Path) -> Any:
+    (folder / "out.ckpt").unlink(missing_ok=True)
+    convert(folder / "hf_text", folder / "out.ckpt")
+    tokenizer = load_model(folder / "out.ckpt").tokenizer
+    return None if tokenizer is None else tokenizer.encode(b"def f(x): return x").tolist()
+
+
+def of_run(folder: Path) -> Any:
+    config, _ = resolve_resume({"run_dir": str(folder / "run")})
+    return {key: value for key, value in config.items() if key != "run_dir"}
+
+
+def of_tables(folder: Path) -> Any:
+    for name in ("metrics.csv", "routing.csv"):
+        CsvTable(folder / "run" / name, []).keep_until(10**9)
+    return [column.tolist() for column in read_columns(folder / "run" / "metrics.csv", "step", "train/loss")]
+
+
+def of_report(folder: Path) -> Any:
+    return write_report(folder / "run").replace(str(folder), "")
+
+
+def of_stream(folder: Path) -> Any:
+    data = load_data(DataConfig("memmap", str(folder / "stream")))
+    assert data.tokenizer is not None
+    facts = {key: value for key, value in data.facts.items() if key != "source"}
+    streams = [(np.array(x.tokens).tolist(), x.num_bytes) for x in (data.train, data.validation)]
+    return streams, data.tokenizer.to_dict(), facts
+
+
+def of_study(folder: Path) -> Any:
+    return read_rows(folder / "study", from_mapping(StudyConfig, STUDY), base_config())
+
+
+def of_targets(folder: Path) -> Any:
+    cache = TargetCache.open(folder / "targets", {"teacher": "t" * 64, "seq_len": 4, "vocab_size": 8, "kind": "dense"})
+    cache.verify()
+    tokens = torch.arange(9).remainder(8)[None]
+    return [x.tolist() for x in cache.targets(tokens[:, :4], tokens[:, 1:5]) if isinstance(x, torch.Tensor)]
+
+
+def of_results(folder: Path) -> Any:
+    results = ResultFile(folder / "scores" / "it.json", {"task": "it", "edges": [1, 2]})
+    return results.rows("as_trained", lambda rows: isinstance(rows, list) and all(is_numbers(row, 2) for row in rows))
+
+
+def torch_load(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def torch_dump(content: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+JSON: dict[str, Any] = {"load": json.loads, "dump": lambda content: json.dumps(content).encode()}
+YAML: dict[str, Any] = {"load": yaml.safe_load, "dump": lambda content: yaml.safe_dump(content).encode()}
+CKPT: dict[str, Any] = {"load": torch_load, "dump": torch_dump}
+
+HEADER: tuple[tuple[str, ...], ...] = (("hyper_parameters",), ("moesaic",), ())
+STATE: tuple[tuple[str, ...], ...] = (("loops", "fit_loop"), ("lr_schedulers",), ("callbacks",), ("moesaic",))
+
+KINDS = {
+    "checkpoint": Kind("weights.ckpt", of_model, **CKPT, parts=HEADER),
+    "training checkpoint": Kind("run/checkpoints/last.ckpt", of_training, **CKPT, parts=STATE),
+    "config.yaml": Kind("run/config.yaml", of_run, **YAML),
+    "metrics.json": Kind("run/metrics.json", of_report, **JSON),
+    "config.yaml of a report": Kind("run/config.yaml", of_report, **YAML),
+    "metrics.csv": Kind("run/metrics.csv", of_tables),
+    "metrics.csv of a report": Kind("run/metrics.csv", of_report),
+    "routing.csv": Kind("run/routing.csv", of_tables),
+    "manifest.json": Kind("stream/manifest.json", of_stream, **JSON, whole=True),
+    "train.bin": Kind("stream/train.bin", of_stream, whole=True),
+    "tokenizer.json": Kind("stream/tokenizer.json", of_stream, **JSON, whole=True),
+    "rows.jsonl": Kind("study/rows.jsonl", of_study, **JSON, whole=True),
+    "config.yaml of a study": Kind("study/config.yaml", of_study, **YAML),
+    "manifest.json of targets": Kind("targets/manifest.json", of_targets, **JSON),
+    "shard of targets": Kind("targets/shard-00000.safetensors", of_targets, whole=True),
+    "results": Kind("scores/it.json", of_results, **JSON),
+    "config.json": Kind("hf/config.json", of_hf("hf"), **JSON),
+    "model.safetensors": Kind("hf/model.safetensors", of_hf("hf")),
+    "tokenizer.json of hf": Kind("hf_text/tokenizer.json", of_hf_tokenizer, **JSON),
+}
+
+UNHASHED = ("metrics.csv", "routing.csv", "config.yaml", "metrics.json", "results", "config.json", "model.safetensors")
+"""Kinds, by a part of the name, in which one changed byte may be another value that the format allows."""
+
+
+# ---- damage
+
+
+def broken_bytes(content: bytes, flips: int) -> Iterator[tuple[str, bytes]]:
+    """Content that was cut, replaced, or has one bit flipped."""
+    draw = random.Random(0)
+    yield "empty", b""
+    yield "garbage", draw.randbytes(500)
+    yield "NULs", bytes(len(content))
+    yield "text", b"\xff\xfe not what it was"
+    for share in (0.02, 0.3, 0.6, 0.98):
+        yield f"cut at {share}", content[: int(share * len(content))]
+    for _ in range(flips):
+        at, bit = draw.randrange(len(content)), draw.randrange(8)
+        yield f"bit {bit} of byte {at}", content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+
+
+def broken_values(tree: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+    """(what, where, value) of each key that is dropped, and of each value that is replaced."""
+    items = tree.items() if isinstance(tree, dict) else list(enumerate(tree))[:1] if isinstance(tree, list) else ()
+    for key, value in items:
+        if isinstance(tree, dict):
+            yield f"without {(*place, key)}", (*place, key), KeyError
+        for other in VALUES:
+            if type(other) is not type(value) or other != value:
+                yield f"{(*place, key)} is {other!r}", (*place, key), other
+        yield from broken_values(value, (*place, key))
+
+
+def changed(tree: Any, place: tuple[Any, ...], value: Any) -> Any:
+    tree = copy.copy(tree)
+    if len(place) > 1:
+        tree[place[0]] = changed(tree[place[0]], place[1:], value)
+    elif value is KeyError:
+        del tree[place[0]]
+    else:
+        tree[place[0]] = value
+    return tree
+
+
+def at(tree: Any, place: tuple[Any, ...]) -> Any:
+    return at(tree[place[0]], place[1:]) if place else tree
+
+
+def cases(kind: Kind, content: bytes) -> list[tuple[str, Callable[[], bytes], bool]]:
+    """(what, what makes the content, whether another value may be meant)."""
+    found: list[tuple[str, Callable[[], bytes], bool]] = [
+        (what, lambda broken=broken: broken, False)  # type: ignore[misc]
+        for what, broken in broken_bytes(content, flips=40 if "ckpt" in kind.file else 12)
+    ]
+    load, dump = kind.load, kind.dump
+    if load is None or dump is None:
+        return found
+    tree = load(content)
+    for part in kind.parts:
+        is_whole = part or len(kind.parts) == 1
+        edits = broken_values(at(tree, part), part) if is_whole else ((key, (key,), KeyError) for key in tree)
+        for what, place, value in edits:
+            made = lambda place=place, value=value: dump(changed(tree, place, value))  # noqa: E731
+            found.append((what, made, True))
+    return found
+
+
+def check(kind: Kind, name: str, good: Path, folder: Path, every: int) -> tuple[int, int]:
+    """Damage a copy in many ways; returns how many, and how many of them were refused."""
+    place = folder / kind.file
+    root = kind.file.split("/")[0]
+
+    def fresh() -> None:
+        for path in [folder / root] if (folder / root).is_dir() else []:
+            shutil.rmtree(path)
+        source = good / root
+        shutil.copytree(source, folder / root) if source.is_dir() else shutil.copy(source, folder / root)
+
+    fresh()
+    meant = kind.read(folder)
+    content = (good / kind.file).read_bytes()
+    tried = refused = 0
+    for what, broken, is_edit in cases(kind, content)[::every]:
+        fresh()
+        place.write_bytes(broken())
+        tried += 1
+        try:
+            found = kind.read(folder)
+        except InputError as error:
+            refused += 1
+            parts = {place.name, place.parent.name, root}
+            assert any(part in str(error) for part in parts), f"{name}, {what}: no file in {error}"
+            continue
+        if is_edit and not kind.whole:
+            continue  # another value that the key allows
+        if any(word in name for word in UNHASHED):
+            continue
+        assert found == meant, f"{name}, {what}: accepted with another meaning"
+    return tried, refused
+
+
+QUICK = {
+    **{"checkpoint": 9, "training checkpoint": 29, "config.yaml": 29, "config.yaml of a report": 43},
+    **{"metrics.json": 5, "config.yaml of a study": 5, "config.json": 5, "tokenizer.json of hf": 37},
+}
+"""Of these kinds `make test` takes one of so many cases, of all others every one."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Path) -> None:
+    every = QUICK.get(name, 1)
+    tried, refused = check(KINDS[name], name, good, tmp_path, every)
+    assert refused >= 2 or "report" in name or name == "metrics.json", (tried, refused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_all_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Path) -> None:
+    assert check(KINDS[name], name, good, tmp_path, 1)[0] > 15
+
+
+def test_there_are_five_hundred(good: Path) -> None:
+    counts = {name: len(cases(kind, (good / kind.file).read_bytes())) for name, kind in KINDS.items()}
+    quick = {name: -(-count // QUICK.get(name, 1)) for name, count in counts.items()}
+    assert sum(quick.values()) > 500 and sum(counts.values()) > 3000, (quick, counts)
+
+
+# ---- single cases
+
+
+def test_one_flipped_bit_in_forty_places(good: Path, tmp_path: Path) -> None:
+    """Of a checkpoint's tensors none goes unseen; elsewhere the file may be as it was."""
+    content = bytearray((good / "weights.ckpt").read_bytes())
+    stored = torch.load(good / "weights.ckpt", weights_only=True)["state_dict"]
+    draw = random.Random(1)
+    for name in draw.sample(sorted(stored), k=min(40, len(stored))):
+        begins = bytes(content).index(stored[name].numpy().tobytes()[:64])
+        at = begins + draw.randrange(min(64, stored[name].nbytes))
+        broken = bytearray(content)
+        broken[at] ^= 1 << draw.randrange(8)
+        (tmp_path / "it.ckpt").write_bytes(broken)
+        with pytest.raises(InputError, match=r"it\.ckpt: damaged, the checksum of .* in it is wrong"):
+            load_model(tmp_path / "it.ckpt")
+
+
+def test_a_key_of_a_newer_version_is_said_to_be_one(good: Path, tmp_path: Path) -> None:
+    content = torch.load(good / "weights.ckpt", weights_only=True)
+    content["hyper_parameters"]["model"]["new_option"] = 1
+    torch.save(content, tmp_path / "it.ckpt")
+    with pytest.raises(InputError, match=r"it\.ckpt: model\.new_option: unknown key.*; a newer version of moesaic may"):
+        load_model(tmp_path / "it.ckpt")
+
+
+def test_weights_that_are_nan(good: Path, tmp_path: Path) -> None:
+    content = torch.load(good / "weights.ckpt", weights_only=True)
+    content["state_dict"]["decoder.norm.weight"][3] = math.nan
+    torch.save(content, tmp_path / "it.ckpt")
+    with pytest.raises(InputError, match=r"it\.ckpt: norm\.weight holds numbers that are not finite"):
+        generate_text(str(tmp_path / "it.ckpt"), SampleConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.num_layers": 10**9}, "model.num_layers=1000000000: the weights are of 2 layers"),
+        ({"model.dim": 10**9}, "damaged|do not fit its config|must be"),
+        ({"model.moe.num_experts": 10**12}, "do not fit its config|damaged|must be"),
+        ({"model.vocab_size": 10**18}, "do not fit its config|damaged|must be"),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_made(
+    good: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    content = torch.load(good / "weights.ckpt", weights_only=True)
+    for key, value in change.items():
+        content["hyper_parameters"] = changed(content["hyper_parameters"], tuple(key.split(".")), value)
+    torch.save(content, tmp_path / "it.ckpt")
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "it.ckpt")
+
+
+def test_a_cache_that_was_made_without_hashes_gets_them_once(corpus: Path, tmp_path: Path) -> None:
+    config = data_config(corpus, tmp_path)
+    first = load_data(config)
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    sealed = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in sealed.items() if key != "sha256"}))
+    assert np.array_equal(load_data(config).train.tokens, first.train.tokens)
+    assert json.loads(manifest.read_text()) == sealed
+    stream = manifest.with_name("train.bin")
+    content = stream.read_bytes()
+    stream.write_bytes(bytes(len(content)))  # other ids of the vocabulary
+    assert np.array_equal(load_data(config).train.tokens, np.frombuffer(content, np.uint16)), "made anew"
+
+
+def test_a_state_that_names_files_elsewhere_is_refused(good: Path) -> None:
+    """ModelCheckpoint removes what its state names."""
+    checkpoint = load_checkpoint(good / "run" / "checkpoints" / "last.ckpt")
+    (name,) = [key for key in checkpoint["callbacks"] if key.startswith("ModelCheckpoint")]
+    folder = checkpoint["callbacks"][name]["dirpath"]
+    checkpoint["callbacks"][name]["best_k_models"] = {f"{folder}/../../x": torch.zeros(())}
+    with pytest.raises(InputError, match="must be a file in the folder of the checkpoints"):
+        require_training_state(checkpoint, "it")
+
+
+def test_rows_without_a_digest_are_as_before(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good / "study", tmp_path / "study")
+    meant = of_study(tmp_path)
+    rows = tmp_path / "study" / "rows.jsonl"
+    row = json.loads(rows.read_text())
+    assert list(row)[-1] == "digest"
+    del row["digest"]
+    rows.write_text(json.dumps(row) + "\n")
+    assert of_study(tmp_path) == meant
+    rows.write_text(rows.read_text() + json.dumps({**row, "digest": "0" * 16}) + "\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: damaged, its content has not the digest '0000000000000000'"):
+        of_study(tmp_path)
