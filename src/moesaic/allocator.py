@@ -1,9 +1,10 @@
 """A hint to the C library's allocator, which large models on a CPU gain from."""
 
+import contextlib
 import ctypes
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "return_freed_memory"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
@@ -22,3 +23,10 @@ def keep_freed_memory() -> bool:
         return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
     except (OSError, AttributeError):  # another C library, such as musl
         return False
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what is free now, also what `keep_freed_memory` kept."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library, such as musl
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -107,13 +107,13 @@ def test_factor_one_changes_nothing() -> None:
     ("make", "message"),
     [
         (lambda: RotaryEmbedding(7), "head_dim=7: rotary embedding needs an even head_dim"),
-        (lambda: RotaryEmbedding(8, theta=0.0), "theta=0.0: must be a positive number"),
+        (lambda: RotaryEmbedding(8, theta=0.0), "theta=0.0: must be a number > 0"),
         (lambda: Llama3RopeScaling(0.5, 1.0, 4.0, 8192), "factor=0.5: must be a number >= 1"),
         (
             lambda: Llama3RopeScaling(8.0, 4.0, 1.0, 8192),
             "high_freq_factor=1.0: must not be below low_freq_factor=4.0",
         ),
-        (lambda: Llama3RopeScaling(8.0, 1.0, 4.0, 0), "original_length=0: must be a length >= 1"),
+        (lambda: Llama3RopeScaling(8.0, 1.0, 4.0, 0), "original_length=0: must be a number >= 1"),
     ],
 )
 def test_bad_arguments(make, message: str) -> None:  # type: ignore[no-untyped-def]

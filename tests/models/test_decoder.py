@@ -293,7 +293,7 @@ def test_an_own_subclass_of_our_router_keeps_its_initialization() -> None:
             {"type": "custom_samples.Absent"},
             r"layer 0 mixer: type='custom_samples\.Absent' cannot be imported",
         ),
-        ({"type": "NoDots"}, r"layer 0 mixer: type='NoDots' cannot be imported"),
+        ({"type": "NoDots"}, r"layer 0 mixer: type='NoDots': must be package.module.name"),
         (
             {"type": "custom_samples.RunningMean", "sclae": 2},
             r"layer 0 mixer: custom_samples\.RunningMean\(dim, sclae\) failed: .*sclae",

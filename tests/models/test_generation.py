@@ -144,7 +144,7 @@ def test_bad_prompts(tokens: list[Any], message: str) -> None:
     ("arguments", "message"),
     [
         ({"temperature": -0.5}, "temperature=-0.5: must be a number >= 0"),
-        ({"top_k": 0}, "top_k=0: must be a number >= 1"),
+        ({"top_k": 0}, "top_k=0: must be an integer >= 1"),
         ({"top_p": 0.0}, "top_p=0.0: must be 0 < top_p <= 1"),
         ({"top_p": 1.1}, "top_p=1.1: must be 0 < top_p <= 1"),
     ],

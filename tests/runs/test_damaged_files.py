@@ -36,7 +36,7 @@ from moesaic.studies.plan import plan
 from moesaic.studies.runner import read_rows
 from moesaic.studies.sweep import write_report
 from moesaic.training.records import CsvTable
-from moesaic.training.starting import resolve_resume
+from moesaic.training.starting import find_run
 from moesaic.training.stored_state import require_training_state
 
 VALUES = ("text", ["list"], None, math.nan, 10**30)
@@ -165,7 +165,7 @@ def of_hf_tokenizer(folder: Path) -> Any:
 
 
 def of_run(folder: Path) -> Any:
-    config, _ = resolve_resume({"run_dir": str(folder / "run")})
+    config = find_run({"resume": True, "run_dir": str(folder / "run")}).config
     return {key: value for key, value in config.items() if key != "run_dir"}
 
 

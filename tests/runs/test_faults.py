@@ -18,9 +18,10 @@ import torch
 from small_runs import BPE, SMOKE, holding, kill_in_call
 
 from moesaic.checkpoints import load_checkpoint, load_model
-from moesaic.cli import train
+from moesaic.cli import main, train
 from moesaic.errors import CannotWrite, InputError
 from moesaic.files import is_locked, lock
+from moesaic.imports import trusting
 from moesaic.interrupts import Interrupted, exit_status, interruptible
 from moesaic.training.run import run
 
@@ -94,9 +95,11 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_equal(
     assert signal.getsignal(signum) == before
     assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["status"] == "interrupted"
     assert load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")["global_step"] == step + 1
-    assert f"moesaic train resume=true run_dir={tmp_path / 'cut'}" in capsys.readouterr().out
+    said = f"moesaic train resume=true run_dir={tmp_path / 'cut'} 'trust=[{__name__}]'"
+    assert said in capsys.readouterr().out
 
-    assert run(composed("resume=true", f"run_dir={tmp_path / 'cut'}"))["status"] == "finished"
+    with trusting([__name__]):
+        assert run(composed("resume=true", f"run_dir={tmp_path / 'cut'}"))["status"] == "finished"
     require_equal_runs(tmp_path / "cut", whole)
 
 
@@ -105,7 +108,8 @@ def test_the_warning_of_a_scheduler_ends_with_a_verdict(composed: Composed, tmp_
     assert metrics["status"] == "stopped"
     assert metrics["steps"] == 4
     assert "validation/bits_per_byte" in metrics
-    assert run(composed("resume=true", f"run_dir={tmp_path / 'run'}"))["steps"] == 12
+    with trusting([__name__]):
+        assert run(composed("resume=true", f"run_dir={tmp_path / 'run'}"))["steps"] == 12
 
 
 @pytest.mark.slow
@@ -126,11 +130,23 @@ def test_the_exit_status_of_a_process_is_that_of_its_signal(corpus: Path, tmp_pa
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
 
 
-def test_a_diverged_run_does_not_exit_with_0(composed: Composed, tmp_path: Path) -> None:
-    arguments = ["optimizer.learning_rate=1e30", "optimizer.muon_learning_rate=1e30", f"run_dir={tmp_path / 'run'}"]
-    config = composed(*arguments)
-    with pytest.warns(RuntimeWarning, match="Training stops before this step"):
-        assert run(config)["status"] == "diverged"
+class Break(pl.Callback):
+    """Makes the weights worthless."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_index: int
+    ) -> None:
+        for parameter in module.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+
+
+def test_a_diverged_run_does_not_exit_with_0(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*SMOKE, f"data.path={corpus}", "run_dir=run", f"+callbacks.b={{_target_: {__name__}.Break}}"]
+    with pytest.warns(RuntimeWarning, match="Training stops before this step"), pytest.raises(SystemExit) as ended:
+        main(["train", *arguments])
+    assert ended.value.code == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "diverged"
 
 
 # ---- other processes, and runs that are there
@@ -167,11 +183,13 @@ def test_one_command_begins_continues_and_ends(
     (tmp_path / "run" / "slurm-17.out").write_text("kept")
     config = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(config.replace("step: 0", "step: 99"))
-    assert train.train(again, overrides)["status"] == "finished"
+    with trusting([__name__]):
+        assert train.train(again, overrides)["status"] == "finished"
     assert (tmp_path / "run" / "slurm-17.out").read_text() == "kept"
     assert [row["step"] for row in rows(tmp_path / "run" / "metrics.csv")].count("1") == 1
     capsys.readouterr()
-    assert train.train(again, overrides)["status"] == "finished"
+    with trusting([__name__]):
+        assert train.train(again, overrides)["status"] == "finished"
     assert "this run is finished, at step 12" in capsys.readouterr().out
 
 

@@ -42,7 +42,7 @@ def require_loggers(config: Mapping[str, Any]) -> None:
         _class_of(each, f"logger.{name}", Logger)
 
 
-def make_loggers(config: Mapping[str, Any], run_dir: Path, step: int) -> list[Logger]:
+def make_loggers(config: Mapping[str, Any], run_dir: Path, step: int = 0) -> list[Logger]:
     """Make the loggers of `logger`, as `make_callbacks` does; `save_dir` is the run directory unless it is given.
 
     Args:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from moesaic.allocator import return_freed_memory
+
 __all__ = ["forget_peak_memory", "peak_memory"]
 
 
@@ -13,6 +15,7 @@ def forget_peak_memory() -> None:
     """Begin the peak anew: a process may have done other runs before, as in a sweep."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+    return_freed_memory()
     with contextlib.suppress(OSError):  # another system than Linux, or a kernel that forbids it
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

@@ -4,13 +4,14 @@ import contextlib
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from moesaic.config import to_mapping
 from moesaic.data import Data
 from moesaic.errors import CannotWrite
 from moesaic.evaluation.plots import read_columns
@@ -27,7 +28,7 @@ from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
 from moesaic.training.peak_memory import forget_peak_memory, peak_memory
 from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
-from moesaic.training.starting import Found, find_run, is_finished
+from moesaic.training.starting import COMPONENTS, Found, find_run, is_finished
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
 __all__ = ["find_run", "fit_vocabulary", "next_commands", "run"]
@@ -53,7 +54,7 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
     with trusting(names_in(found.config)), contextlib.ExitStack() as at_the_end, ignoring_warnings():
         forget_peak_memory()
         prepared = prepare(found, console, at_the_end)
-        at_the_end.enter_context(_recorded(prepared.run_dir, prepared.config.model, console))
+        at_the_end.enter_context(_recorded(prepared.run_dir, prepared.config, console))
         module = build(prepared)
         _show_plan(prepared, module, console)
         fitted = fit(prepared, module, console)
@@ -75,7 +76,7 @@ def _tell_finished(found: Found, console: Console) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recorded(run_dir: Path, model: Mapping[str, Any], console: Console) -> Iterator[None]:
+def _recorded(run_dir: Path, config: RunConfig, console: Console) -> Iterator[None]:
     """Write in metrics.json what ended a run before its end, and say how it goes on. A finished run stays finished."""
     try:
         yield
@@ -90,7 +91,7 @@ def _recorded(run_dir: Path, model: Mapping[str, Any], console: Console) -> Iter
         how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
         if was_interrupted or isinstance(error, CannotWrite):
             console.print(f"{status['status']}; to {how}:", highlight=False)
-            command = resume_command(run_dir, model)
+            command = resume_command(run_dir, config)
             console.print(f"  {command}", markup=False, soft_wrap=True, highlight=False)
         raise
 
@@ -223,14 +224,15 @@ def _suggested_rates(fitted: Fitted, console: Console) -> dict[str, float]:
     return {f"learning_rate_finder/{key}": rate for key, rate in {"factor": factor, **rates}.items()}
 
 
-def resume_command(run_dir: Path, model: Mapping[str, Any]) -> str:
-    """The line that continues a run of a model, with the trust that its custom modules need."""
-    return command_line("train", override("resume", True), override("run_dir", run_dir)) + trust_of(model)
+def resume_command(run_dir: Path, config: RunConfig) -> str:
+    """The line that continues a run, with the trust that its own code needs."""
+    names = names_in(to_mapping(config)) - set(COMPONENTS)
+    return command_line("train", override("resume", True), override("run_dir", run_dir)) + trust_of(names)
 
 
-def trust_of(model: Mapping[str, Any]) -> str:
-    """The end of a line that reads what a run of this model wrote: " trust=[...]", quoted for a shell, or nothing."""
-    argument = trust_argument(names_in(model)).strip()
+def trust_of(names: Collection[str]) -> str:
+    """The end of a line that reads a file with these dotted paths: " trust=[...]", quoted for a shell, or nothing."""
+    argument = trust_argument(names).strip()
     return f" {shlex.quote(argument)}" if argument else ""
 
 
@@ -239,7 +241,7 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     board = shlex.join(["tensorboard", "--logdir", config.output_dir])
     if metrics["status"] == "stopped":
-        return [resume_command(run_dir, config.model), board]
+        return [resume_command(run_dir, config), board]
     found = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("learning_rate_finder/")}
     if factor := found.pop("factor", None):
         rates = (override(key, float(f"{rate:.3g}")) for key, rate in found.items())
@@ -250,5 +252,5 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
         sweep = command_line("train", "-m", "experiment=recall", task, "seed=0,1,2", *mixers)
         return [f"{sweep}   # positions in all layers, in none, in every second", board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
-    generate = command_line("generate", checkpoint, "import os") + trust_of(config.model)
+    generate = command_line("generate", checkpoint, "import os") + trust_of(names_in(config.model))
     return [generate, board, f"{twins}   # is the mixture worth it?"]
