@@ -38,6 +38,7 @@ def test_loss(tmp_path: Path, rows: int, bits: bool) -> None:
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"], "no temporary file is left"
 
 
+@pytest.mark.slow_but_for("2-8-30")
 @pytest.mark.parametrize(("layers", "experts", "steps"), [(1, 2, 1), (2, 8, 30), (24, 16, 5)])
 def test_expert_load(tmp_path: Path, layers: int, experts: int, steps: int) -> None:
     lines = ["step,layer,expert,load"]

@@ -125,6 +125,7 @@ def test_coactivation_padding_and_batches_that_add_up() -> None:
 
 
 @pytest.mark.slow_but_for("strings")
+@pytest.mark.slow_but_for("mathtext")
 @pytest.mark.parametrize(
     ("strings", "top_k"), [(STRINGS, 1), ([b"$\\", *STRINGS[1:]], 2), (None, 1)], ids=["strings", "mathtext", "ids"]
 )
@@ -193,6 +194,7 @@ def test_routing_by_kind_of_file() -> None:
     assert {kind: row.tolist() for kind, row in added.items()} == {".py": [2, 2, 1], ".md": [0, 0, 5]}
 
 
+@pytest.mark.slow
 def test_one_kind_of_file_has_nothing_to_tell(tmp_path: Path) -> None:
     tokens = torch.from_numpy(FILES[3:7].astype(np.int64))[None]
     ids = torch.tensor([[0], [1], [2], [0]])

@@ -21,6 +21,7 @@ def build(kind: str) -> Attention:
     return Attention(16, num_heads=4, num_kv_heads=2, **KINDS[kind])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow_but_for("rope")
 @every_kind
 def test_whole_graphs_over_five_lengths(kind: str) -> None:
     torch.compiler.reset()
@@ -31,6 +32,7 @@ def test_whole_graphs_over_five_lengths(kind: str) -> None:
         torch.testing.assert_close(compiled(x), attention(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow_but_for("rope-False")
 @pytest.mark.parametrize("strict", [False, True])
 @every_kind
 def test_an_export_serves_every_length(kind: str, strict: bool) -> None:

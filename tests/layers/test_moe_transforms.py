@@ -45,6 +45,7 @@ def test_vmap_of_a_dtype_without_a_kernel_is_refused() -> None:
         torch.vmap(build(dtype=torch.float64))(torch.randn(3, 5, 16, dtype=torch.float64))
 
 
+@pytest.mark.slow_but_for("auto-False")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "padded", "loop"])
 def test_export(backend: str, strict: bool) -> None:

@@ -76,6 +76,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
+@pytest.mark.slow_but_for("top_k")
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "dense"])
 def test_the_forecast_is_right_and_training_batches_find_their_targets(given: Composed, kind: str) -> None:
     config = given(f"kind={kind}", "k=5")

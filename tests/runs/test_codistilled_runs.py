@@ -92,6 +92,7 @@ def trained(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 # ---- the three sources
 
 
+@pytest.mark.slow  # test_precisions[frozen-...] runs the same without the pictures
 @pytest.mark.usefixtures("with_plots")
 def test_frozen(composed: Composed, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = composed(

@@ -83,6 +83,7 @@ def test_rows_of_a_later_version_are_refused(composed: Composed, tmp_path: Path)
         read_rows(path.parent, study, base)
 
 
+@pytest.mark.slow_but_for("moe_against_dense")
 @pytest.mark.parametrize("name", STUDIES)
 def test_table_and_summary_are_what_the_rows_say(composed: Composed, name: str, tmp_path: Path) -> None:
     study, base = shipped(composed, name)

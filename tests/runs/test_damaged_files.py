@@ -345,7 +345,14 @@ def check(kind: Kind, name: str, good: Path, folder: Path, every: int) -> tuple[
 
 QUICK = {
     **{"checkpoint": 9, "training checkpoint": 29, "config.yaml": 29, "config.yaml of a report": 43},
-    **{"metrics.json": 5, "config.yaml of a study": 5, "config.json": 5, "tokenizer.json of hf": 37},
+    **{
+        "metrics.json": 15,
+        "rows.jsonl": 3,
+        "metrics.csv of a report": 3,
+        "config.yaml of a study": 5,
+        "config.json": 5,
+        "tokenizer.json of hf": 37,
+    },
 }
 """Of these kinds `make test` takes one of so many cases, of all others every one."""
 

@@ -82,7 +82,7 @@ def unfinished(whole: Path, tmp_path: Path) -> Path:
         (signal.SIGTERM, 3),
         pytest.param(signal.SIGTERM, 5, marks=pytest.mark.slow),  # the sixth step is validated
         pytest.param(signal.SIGHUP, 3, marks=pytest.mark.slow),
-        (signal.SIGINT, 5),
+        pytest.param(signal.SIGINT, 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_equal(

@@ -40,6 +40,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         ]
 
 
+@pytest.mark.slow  # test_faults has the same with signals and full disks
 def test_killed_and_resumed_equals_uninterrupted(composed: Composed, corpus: Path, tmp_path: Path) -> None:
     # in the middle of step 28, eight steps after a checkpoint
     kill_in_call("moesaic.data:TrainingLoader", "batch", 55, command(corpus, tmp_path, "killed"), tmp_path)

@@ -128,6 +128,7 @@ def commands(ckpt: Path, good: Path, corpus: Path) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow_but_for("generate", "ckpt_path")
 @pytest.mark.parametrize("command", commands(Path(), Path(), Path()))
 def test_a_strangers_checkpoint_runs_nothing(
     trained: Path, corpus: Path, folder: Path, command: str, capsys: pytest.CaptureFixture[str]
@@ -142,6 +143,7 @@ def test_a_strangers_checkpoint_runs_nothing(
             assert f"names code that would be imported and run: {path}. If you trust it, add trust=[" in told
 
 
+@pytest.mark.slow
 def test_what_is_no_part_is_not_called_even_if_trusted(
     trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +225,7 @@ def test_the_stored_config_of_a_study_runs_nothing(
     assert not (folder / "EXECUTED").exists()
 
 
+@pytest.mark.slow_but_for("Part")
 @pytest.mark.parametrize("name", ["Part", "make", "made"])
 def test_what_was_typed_here_is_trusted_and_loads_elsewhere(
     composed: Callable[..., dict[str, Any]], folder: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -257,6 +260,7 @@ def test_what_was_typed_here_is_trusted_and_loads_elsewhere(
     assert run({**more, "training": {**config["training"], "steps": 3}}, Console(quiet=True))["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_nothing_in_the_working_directory_stands_in_for_what_is_installed(trained: Path, folder: Path) -> None:
     """As a process, where Python itself would put the folder first."""
     ckpt = strange(trained, folder / "bad.ckpt", **pattern(PARTS[0]))

@@ -193,6 +193,7 @@ def test_models_of_one_size_are_not_drawn_over_parameters(
 
 
 @pytest.mark.usefixtures("with_pictures")
+@pytest.mark.slow
 def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:
