@@ -14,6 +14,7 @@ __all__ = [
     "LOCK",
     "append",
     "atomic",
+    "find_all",
     "is_locked",
     "lock",
     "remove_partials",
@@ -104,6 +105,19 @@ def append(path: Path, text: str) -> None:
     """Add whole lines to a file. A disk that fills up in between may leave a part of the last line."""
     with writing(path), path.open("a", newline="", encoding="utf-8") as file:
         file.write(text)
+
+
+def find_all(root: Path, name: str) -> list[Path]:
+    """All files of a name below `root`, sorted. Linked folders are looked into, each folder once."""
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name)] if name in files else []
+    return sorted(found)
 
 
 def remove_partials(directory: Path) -> None:

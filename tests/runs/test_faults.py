@@ -17,7 +17,7 @@ import pytest
 import torch
 from small_runs import BPE, SMOKE, holding, kill_in_call
 
-from moesaic.checkpoints import load_checkpoint, load_model
+from moesaic.checkpoints import load_checkpoint, load_model, write_checkpoint
 from moesaic.cli import main, train
 from moesaic.errors import CannotWrite, InputError
 from moesaic.files import is_locked, lock
@@ -401,3 +401,13 @@ def test_a_run_goes_on_from_the_sequence_it_was_at(
     [state] = loops["combined_loader"]
     seen = state["offset"] + state["next_batch"] * sizes["batch_size"]
     assert seen * sizes["seq_len"] == pytest.approx(metrics["tokens"], abs=sizes["seq_len"])
+
+
+def test_an_optimizer_of_other_parameters_is_refused(composed: Composed, unfinished: Path) -> None:
+    path = unfinished / "checkpoints" / "last.ckpt"
+    checkpoint = load_checkpoint(path)
+    first, second, *_ = checkpoint["optimizer_states"][0]["param_groups"]
+    second["params"].append(first["params"].pop())
+    write_checkpoint(path, checkpoint)
+    with pytest.raises(InputError, match=r"last.ckpt: its optimizer has groups of .*'matrices': 31.*must be .* 32"):
+        run(composed("resume=true", f"run_dir={unfinished}"))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from small_runs import holding
 
 from moesaic.checkpoints import load_checkpoint
 from moesaic.cli import study, train
@@ -334,11 +334,8 @@ def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path:
     elsewhere = {**tiny, "data": {**tiny["data"], "path": str(tmp_path / "other")}}
     with pytest.raises(InputError, match="content hash of the data"):  # also if nothing is missing
         call(elsewhere)
-    descriptor = os.open(tiny["results_dir"], os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as another process would hold it
-    with pytest.raises(InputError, match="another process is running this study"):
+    with holding(Path(tiny["results_dir"])), pytest.raises(InputError, match="another process is running this study"):
         call({**tiny, "output_dir": str(tmp_path / "elsewhere")})
-    os.close(descriptor)
     assert path.read_bytes() == whole
     assert not Path(tiny["results_dir"], ".lock").exists()
 
@@ -366,7 +363,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: dict[str, Any], t
         with pytest.raises(InputError, match=message):
             call({**tiny, "study": {**tiny["study"], **changes}})
     for workers in (0, True):
-        with pytest.raises(InputError, match=rf"workers={workers}: must be an integer >= 1"):
+        with pytest.raises(InputError, match=rf"workers={workers}: must be an integer from 1 to"):
             call({**tiny, "workers": workers})
     assert not (tmp_path / "results").exists()
     assert not (tmp_path / "outputs").exists()

@@ -4,6 +4,7 @@ See conf/study.yaml. Runs that have a row in the results directory are not repea
 stopped.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,8 +40,9 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
         raise InputError(f"experiment: give a study; must be one of {', '.join(known)}")
     study_config = from_mapping(StudyConfig, config.pop("study"), "study")
     workers, results_dir = config.pop("workers"), config.pop("results_dir")
-    if type(workers) is not int or workers < 1:
-        raise InputError(f"workers={workers!r}: must be an integer >= 1")
+    most = max(64, os.cpu_count() or 1)
+    if type(workers) is not int or not 1 <= workers <= most:
+        raise InputError(f"workers={workers!r}: must be an integer from 1 to {most}")
     if config["trainer"]["precision"] == "auto":  # each machine would choose its own
         config["trainer"] = {**config["trainer"], "precision": "32-true"}
     results = Path(results_dir) if results_dir else default_results(config["name"], Path.cwd())

@@ -21,9 +21,9 @@ Tensors of a shard with R windows of L tokens: `keys` (R,) i64, `entropy` and `l
 A key is 64 bits of BLAKE2b: among a million windows two share one with a probability of 3e-8.
 """
 
+import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -31,7 +31,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ from moesaic.config import from_mapping
 from moesaic.data.tokenizers import Ids
 from moesaic.distillation.sparsify import IGNORE_INDEX, StoredTargets, TargetFormat
 from moesaic.errors import InputError
-from moesaic.files import atomic, write_atomically
+from moesaic.files import LOCK, atomic, lock, write_atomically
 from moesaic.losses.targets import DenseTargets, SampledTargets, TopKTargets
 from moesaic.reading import read_json, reading, require_finite
 
@@ -52,7 +52,6 @@ __all__ = ["CacheIdentity", "Forecast", "TargetCache", "forecast", "stream_keys"
 
 VERSION = 2
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 MAX_F16 = 65504.0
 
 Array = npt.NDArray[Any]
@@ -231,7 +230,7 @@ class TargetCache:
         self._place_of: dict[int, tuple[int, int]] = {}
         """Key -> shard and row in it."""
         self._buffer: dict[int, dict[str, Array]] = {}
-        self._lock: TextIO | None = None
+        self._lock: contextlib.ExitStack | None = None
         self._windows_per_shard = 0
         self._data: str | None = None
         self._open_shard = functools.lru_cache(maxsize=64)(self._map_shard)
@@ -293,11 +292,12 @@ class TargetCache:
                 raise InputError(
                     f"directory={str(directory)!r}: no cache, it holds {found[0]} and no {MANIFEST}; choose a new one"
                 )
-            lock = (directory / LOCK).open("w")
         except OSError as error:
             raise InputError(f"directory={str(directory)!r}: cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as held:
+            held.enter_context(
+                lock(directory, f"directory={str(directory)!r}: another process is adding to this cache")
+            )
             if not (directory / MANIFEST).exists():
                 _write_manifest(directory, identity.settings(), [])
             cache = cls.open(directory, identity.settings())
@@ -305,13 +305,8 @@ class TargetCache:
             for file in directory.glob("*.safetensors*"):
                 if file.name not in listed:  # of a process that was killed
                     file.unlink()
-        except BlockingIOError as error:
-            lock.close()
-            raise InputError(f"directory={str(directory)!r}: another process is adding to this cache") from error
-        except BaseException:
-            lock.close()
-            raise
-        cache._lock, cache._windows_per_shard, cache._data = lock, windows_per_shard, data
+            cache._lock = held.pop_all()
+        cache._windows_per_shard, cache._data = windows_per_shard, data
         return cache
 
     def __len__(self) -> int:

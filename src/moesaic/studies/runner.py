@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moesaic.config import from_mapping, require_same
 from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
-from moesaic.files import write_atomically, write_json, write_yaml
+from moesaic.files import lock, write_atomically, write_json, write_yaml
 from moesaic.formats import translate_overrides, translate_run, translate_study, version_of
 from moesaic.imports import VARIABLE, names_in, require_trusted, trusted, trusting
 from moesaic.models.config import FORMAT
@@ -459,14 +458,7 @@ def _locked(folder: Path, key: str, value: Path) -> Iterator[None]:
     """Make a folder that the key of this value asks for, and keep other processes from it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"{key}={str(value)!r}: cannot be written ({error.strerror})") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f"{folder}: another process is running this study") from error
-    else:
+    with lock(folder, f"{folder}: another process is running this study"):
         yield
-    finally:
-        os.close(descriptor)

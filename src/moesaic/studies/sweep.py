@@ -13,7 +13,7 @@ from typing import Any
 
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import plot_curves, read_columns
-from moesaic.files import write_atomically
+from moesaic.files import find_all, write_atomically
 from moesaic.formats import translate_run
 from moesaic.reading import read_json, read_yaml, reading
 from moesaic.statistics import half_width, interval
@@ -73,6 +73,10 @@ class SweepArm:
         found = [run.metrics.get(metric) for run in self.finished]
         return [float(value) for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
 
+    def windows(self) -> str:
+        """Lengths of the windows of validation, without which scores of two runs cannot be compared."""
+        return ", ".join(f"{length:g}" for length in sorted(set(self.values("validation/seq_len"))))
+
     def mean(self, metric: str) -> float:
         values = self.values(metric)
         return statistics.fmean(values) if values else math.nan
@@ -90,7 +94,7 @@ def collect_runs(root: Path) -> list[Run]:
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such directory")
-    runs = [_read(path.parent) for path in sorted(root.rglob("config.yaml"))]
+    runs = [_read(path.parent) for path in find_all(root, "config.yaml")]
     if not runs:
         raise InputError(f"{root}: no run in it; a run is a directory with a config.yaml, as moesaic train writes it")
     return runs
@@ -127,11 +131,14 @@ def summarize_runs(runs: Sequence[Run], metric: str) -> list[SweepArm]:
 
 
 def to_markdown(rows: Sequence[SweepArm], metrics: Sequence[str]) -> str:
-    header = ["arm", "seeds", *metrics, "seconds", "parameters", "active"]
+    windows = {row.label: row.windows() for row in rows}
+    scored = ["window (tokens)"] if any(windows.values()) else []
+    header = ["arm", "seeds", *metrics, *scored, "seconds", "parameters", "active"]
     lines = []
     for row in rows:
         cells = [row.label, f"{len(row.finished)} of {len({run.seed for run in row.runs} | set(row.missing_seeds))}"]
         cells += [str(interval(row.values(metric))) for metric in metrics]
+        cells += [windows[row.label]] if scored else []
         cells += [number(row.mean("seconds"), ".0f")]
         cells += [number(row.mean(name), ",.0f") for name in ("parameters/total", "parameters/active")]
         lines.append(cells)

@@ -15,6 +15,7 @@ from rich.console import Console
 from moesaic.checkpoints import decoder_weights
 from moesaic.config import to_mapping
 from moesaic.data import token_bytes
+from moesaic.errors import InputError
 from moesaic.evaluation.extension import keep_start
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
 from moesaic.training.checkpoint_io import RunCheckpointIO
@@ -24,6 +25,7 @@ from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
 from moesaic.training.rate_finder import LearningRateFinder
 from moesaic.training.records import RunLogger
+from moesaic.training.starting import Start
 
 __all__ = ["Fitted", "build", "fit"]
 
@@ -56,7 +58,11 @@ class Fitted:
 
 
 def build(prepared: Prepared) -> LanguageModel:
-    """Build the module of a run, with the weights it starts from unless Lightning restores them."""
+    """Build the module of a run, with the weights it starts from unless Lightning restores them.
+
+    Raises:
+        InputError: a checkpoint with the state of another optimizer.
+    """
     start, tokenizer, targets = prepared.start, prepared.data.tokenizer, prepared.targets
     module = LanguageModel(
         to_mapping(prepared.config),
@@ -65,11 +71,27 @@ def build(prepared: Prepared) -> LanguageModel:
         None if tokenizer is None else token_bytes(tokenizer),
         None if targets is None else targets.source,
     )
+    if start.fit_path is not None:
+        _require_same_groups(module, start)
     if start.kind == "extended":
         keep_start(prepared.run_dir, start.checkpoint)
     if start.kind in ("weights", "extended"):
         module.decoder.load_state_dict(decoder_weights(start.checkpoint))
     return module
+
+
+def _require_same_groups(module: LanguageModel, start: Start) -> None:
+    """Refuse a checkpoint whose optimizer has other groups of parameters than the run's, as other code would make."""
+    [stored] = start.checkpoint["optimizer_states"]
+    now = module.configure_optimizers()["optimizer"].param_groups
+    found, wanted = (
+        {group["name"]: len(group["params"]) for group in groups} for groups in (stored["param_groups"], now)
+    )
+    if found != wanted:
+        raise InputError(
+            f"checkpoint {start.path}: its optimizer has groups of {found} parameters; must be {wanted}, as those of "
+            "this model"
+        )
 
 
 def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moesaic.checkpoints import load_checkpoint
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.files import LOCK, is_locked
+from moesaic.files import LOCK, find_all, is_locked
 from moesaic.formats import translate_run, version_of
 from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models import DecoderConfig
@@ -197,7 +197,7 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _newest_unfinished(root: Path) -> Path:
-    candidates = [path.parent.parent for path in root.glob("**/checkpoints/last.ckpt")]
+    candidates = [path.parent.parent for path in find_all(root, "last.ckpt") if path.parent.name == "checkpoints"]
     unfinished = [path for path in candidates if not is_finished(path)]
     free = [path for path in unfinished if not is_locked(path)]
     if free:
