@@ -114,6 +114,10 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
         parser.error(
             f"--clock {clock} does not fit --device {device.type}; must be cuda on a GPU, cpu and wall elsewhere"
         )
+    if not 1 <= given.rounds <= 10**6:
+        parser.error(f"--rounds {given.rounds}: must be 1 to 1,000,000")
+    if given.threads is not None and not 1 <= given.threads <= 1024:
+        parser.error(f"--threads {given.threads}: must be 1 to 1,024")
     threads = given.threads or (1 if clock == "cpu" else torch.get_num_threads())
     if clock == "cpu" and threads != 1:
         parser.error("--clock cpu counts the time of all threads: it needs --threads 1")

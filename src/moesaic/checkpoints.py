@@ -1,6 +1,7 @@
 """Reading checkpoints back: for resuming, evaluating and sampling."""
 
 import dataclasses
+import json
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from moesaic.formats import translate_model, translate_run
 from moesaic.imports import trusting
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.custom import require_trusted_modules, source_hashes
+from moesaic.models.decoder import FOREIGN_FILES
 from moesaic.models.shapes import num_parameters
 from moesaic.reading import reading, require_finite
 
@@ -149,6 +151,12 @@ class _Header:
 
     foreign_files: dict[str, str]
     sources: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.foreign_files.keys() - set(FOREIGN_FILES)):
+            raise ValueError(f"foreign_files: found {unknown[0]!r}; must be among {', '.join(FOREIGN_FILES)}")
+        if not isinstance(json.loads(self.foreign_files.get("config.json", "{}")), dict):
+            raise ValueError("foreign_files: config.json must hold an object")
 
 
 @dataclasses.dataclass(frozen=True)

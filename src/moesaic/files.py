@@ -10,6 +10,11 @@ from typing import Any
 
 from moesaic.errors import CannotWrite, InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
     "LOCK",
     "append",
@@ -60,13 +65,14 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a path to write to; what is there at the end takes the name `path`, whole and on the disk.
 
     After an error `path` is as it was. A kill leaves the partial file, under one name beside `path`, and the next call
-    writes over it. One process at a time may write a file.
+    writes over it.
 
     Raises:
         CannotWrite: the disk is full or read-only, or the folder may not be written.
+        InputError: another process is writing the same file.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
+    with writing(path), _alone(partial, f"{path}: another process is writing it; wait for its end"):
         try:
             yield partial
             sync(partial)
@@ -99,6 +105,26 @@ def staging_folder(target: Path) -> Iterator[Path]:
                 yield staging
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(partial: Path, busy: str) -> Iterator[None]:
+    """Hold the partial file itself as the lock, so that no other file is left. Windows has no such lock."""
+    if fcntl is None:
+        yield
+        return
+    with contextlib.ExitStack() as opened:
+        while True:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(busy) from error
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), partial.stat()):
+                    break  # else another process has just moved it to its place
+        yield
 
 
 def append(path: Path, text: str) -> None:

@@ -6,7 +6,16 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["ENDING", "WARNING", "Interrupted", "exit_status", "handling", "ignoring_warnings", "interruptible"]
+__all__ = [
+    "ENDING",
+    "WARNING",
+    "Interrupted",
+    "answering_signals",
+    "exit_status",
+    "handling",
+    "ignoring_warnings",
+    "interruptible",
+]
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that end a command."""
@@ -44,9 +53,30 @@ def handling(handler: Callable[[int, Any], Any], *signals: signal.Signals) -> It
             signal.signal(each, signal.SIG_DFL if old is None else old)
 
 
+def answering_signals(work: Callable[[], Any]) -> None:
+    """Do work that does not return to Python for long: in a thread, so that a signal is answered at once."""
+    if threading.current_thread() is not threading.main_thread():
+        work()
+        return
+    failed: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+    if failed:
+        raise failed[0]
+
+
 def interruptible() -> contextlib.AbstractContextManager[None]:
     """Within, signals that end a process raise Interrupted, so that what is open is closed."""
-    return handling(_interrupt, *ENDING)
+    return handling(_interrupt, *ENDING, *(() if WARNING is None else (WARNING,)))
 
 
 def ignoring_warnings() -> contextlib.AbstractContextManager[None]:

@@ -20,10 +20,13 @@ from small_runs import BPE, SMOKE, holding, kill_in_call
 from moesaic.checkpoints import load_checkpoint, load_model, write_checkpoint
 from moesaic.cli import main, train
 from moesaic.errors import CannotWrite, InputError
-from moesaic.files import is_locked, lock
+from moesaic.files import atomic, is_locked, lock
 from moesaic.imports import trusting
 from moesaic.interrupts import Interrupted, exit_status, interruptible
+from moesaic.training import finish
+from moesaic.training.config import RunConfig
 from moesaic.training.run import run
+from moesaic.training.starting import read_start
 
 Composed = Callable[..., dict[str, Any]]
 
@@ -411,3 +414,66 @@ def test_an_optimizer_of_other_parameters_is_refused(composed: Composed, unfinis
     write_checkpoint(path, checkpoint)
     with pytest.raises(InputError, match=r"last.ckpt: its optimizer has groups of .*'matrices': 31.*must be .* 32"):
         run(composed("resume=true", f"run_dir={unfinished}"))
+
+
+# ---- strangers' checkpoints, and edits of what is stored
+
+
+def test_names_of_files_in_a_checkpoint_are_ours(trained: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(trained)
+    for name in ("../escaped", "/escaped", "modeling.py", "model.safetensors"):
+        write_checkpoint(tmp_path / "evil.ckpt", {**checkpoint, "moesaic": {"foreign_files": {name: "x"}}})
+        with pytest.raises(InputError, match=r"evil.ckpt.*foreign_files: found .* must be among config.json"):
+            load_model(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize("path", ["local:///victim", "../victim", "/victim"])
+def test_a_checkpoint_names_no_file_that_lightning_would_delete(trained: Path, tmp_path: Path, path: str) -> None:
+    checkpoint = load_checkpoint(trained)
+    [state] = [each for name, each in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint")]
+    state["best_model_path"] = path
+    write_checkpoint(tmp_path / "evil.ckpt", checkpoint)
+    config = RunConfig(ckpt_path=str(tmp_path / "evil.ckpt"))
+    with pytest.raises(InputError, match="must be a file in the folder of the checkpoints"):
+        read_start(config, None)
+
+
+@pytest.mark.parametrize("edit", [("learning_rate: 0.016", "learning_rate: 1.6"), ("seed: 0", "seed: 9")])
+def test_a_config_that_was_edited_is_refused_on_resume(
+    composed: Composed, unfinished: Path, edit: tuple[str, str]
+) -> None:
+    stored = unfinished / "config.yaml"
+    assert edit[0] in stored.read_text()
+    stored.write_text(stored.read_text().replace(*edit))
+    with pytest.raises(InputError, match=r"config.yaml: changed since the checkpoint was written: .*(rate|seed)"):
+        run(composed("resume=true", f"run_dir={unfinished}"))
+
+
+def test_a_repeated_command_may_name_options(composed: Composed, tmp_path: Path) -> None:
+    overrides = ["resume=true", "model=study", f"run_dir={tmp_path / 'run'}", "training.steps=2"]
+    small = ["model.dim=16", "model.attention.head_dim=4"]
+    for _ in range(2):
+        assert train.train(composed(*overrides, *small), overrides)["status"] == "finished"
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    with atomic(tmp_path / "file.txt") as partial:
+        partial.write_text("first")
+        with pytest.raises(InputError, match="another process is writing it"), atomic(tmp_path / "file.txt"):
+            pass
+    assert (tmp_path / "file.txt").read_text() == "first"
+
+
+def test_a_signal_after_the_score_leaves_the_numbers(
+    composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(run: object) -> dict[str, float]:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("moesaic.training.run.FINISHERS", (finish.loss_and_load, ended))
+    with pytest.raises(Interrupted):
+        run(composed("training.steps=2", f"run_dir={tmp_path / 'run'}"))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["status"] == "finished" and "validation/loss" in metrics and "pending" in metrics
+    monkeypatch.undo()
+    assert "pending" not in run(composed("resume=true", f"run_dir={tmp_path / 'run'}"))

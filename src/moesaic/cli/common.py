@@ -90,7 +90,8 @@ def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], Non
 
     config_name = name.replace("-", "_")
     try:
-        hydra.main(config_path=str(CONFIG_DIR), config_name=config_name, version_base="1.3")(guarded)()
+        command = hydra.main(config_path=str(CONFIG_DIR), config_name=config_name, version_base="1.3")(guarded)
+        exit_on_bad_input(command)  # Hydra makes the folder of a sweep itself
     finally:
         sys.argv = before
         HydraConfig.instance().cfg = None

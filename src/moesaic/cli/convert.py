@@ -131,8 +131,13 @@ def _task(config: DictConfig) -> None:
         return
     if given["dtype"] not in (None, *DTYPES):
         raise InputError(f"dtype={given['dtype']!r}: must be one of {', '.join(DTYPES)}, or null")
+    limit = given["max_shard_gb"]
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < 1e9:
+        raise InputError(f"max_shard_gb={limit!r}: must be a number > 0 and < 1e9")
+    if not isinstance(given["dry_run"], bool):
+        raise InputError(f"dry_run={given['dry_run']!r}: must be true or false")
     dtype = DTYPES.get(given["dtype"])
-    decoder = convert(source, Path(given["destination"]), dtype, int(given["max_shard_gb"] * 1e9))
+    decoder = convert(source, Path(given["destination"]), dtype, int(limit * 1e9))
     parameters = dict(decoder.named_parameters())
     dtypes = {dtype or p.dtype for p in parameters.values()}
     facts = {

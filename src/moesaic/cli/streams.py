@@ -33,7 +33,9 @@ def keep_going() -> None:
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):
+        if stream is None:  # a shell closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _surviving(stream))
 
 

@@ -1,5 +1,6 @@
 """Train a model: moesaic train [experiment=NAME] [key=value ...]; -m for a sweep. See conf/train.yaml."""
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from moesaic.cli.common import launch, plain
+from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.files import write_json, write_yaml
 from moesaic.studies.sweep import write_report
+from moesaic.training.fit import WARNED
 from moesaic.training.run import find_run, run
 from moesaic.training.starting import Found, is_finished
 
@@ -44,9 +47,11 @@ def _require_unchanged(found: Found, config: dict[str, Any], overrides: Sequence
         key, _, value = override.lstrip("+").partition("=")
         if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug", "trust"):
             continue
-        before = _at(stored, key)
-        if str(before) != str(_at(config, key)):
-            raise InputError(f"{key}={value}: the run to resume has {before!r}; resume continues it unchanged")
+        for name, asked in flatten({key: _at(config, key)}).items():  # of an option such as model=small every key
+            before = _at(stored, name)
+            if str(before) != str(asked) and (name, asked) != ("trainer.precision", "auto"):  # chosen when it began
+                found_there = repr(before) if name == key else f"{name}={before!r}"
+                raise InputError(f"{key}={value}: the run to resume has {found_there}; resume continues it unchanged")
 
 
 def _at(config: Any, key: str) -> Any:
@@ -63,6 +68,8 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
     sweeps.setdefault(run_dir.parent, 0)
     try:
         metrics = train({**config, "run_dir": str(run_dir)})
+        if metrics.get("stopped_by") == WARNED:
+            sys.exit(0)  # with the table of what there is
         failed = metrics["status"] not in ("finished", "stopped")
     except Exception as error:
         if not isinstance(error, InputError):
@@ -89,14 +96,19 @@ def _task(config: DictConfig) -> None:
 def main(arguments: Sequence[str]) -> None:
     try:
         launch("train", arguments, _task)
-    finally:  # a sweep that was interrupted has a table too
-        _report_sweeps()
+    except BaseException:  # a sweep that ends early has a table too
+        with contextlib.suppress(InputError):
+            for directory in _write_reports():
+                print(f"the sweep in {directory} ended early: what is not in the table has not begun")
+        raise
+    _write_reports()
+    if any(sweeps.values()):
+        print(f"error: {sum(sweeps.values())} run(s) of this sweep failed, see the table", file=sys.stderr)
+        sys.exit(1)
 
 
-def _report_sweeps() -> None:
-    for directory, failures in sweeps.items():
+def _write_reports() -> list[Path]:
+    for directory in sweeps:
         print(write_report(directory))
         print(f"written: {directory}/report.md, report.csv, report.png")
-        if failures:
-            print(f"error: {failures} run(s) of this sweep failed, see the table", file=sys.stderr)
-            sys.exit(1)
+    return list(sweeps)

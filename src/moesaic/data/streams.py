@@ -113,7 +113,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         data = _open(expanded(config.path))
         if tokenizer is not None and data.tokenizer is not None and data.tokenizer.to_dict() != tokenizer.to_dict():
             raise InputError(f"data.path={config.path!r}: its ids are of another tokeniser than the checkpoint's")
-        return data
+        return dataclasses.replace(data, facts={"content_hash": _sampled_hash(data), **data.facts})
     corpus = _load_corpus(config)
     facts = corpus.facts()
     method = "bytes" if config.tokenizer == "bytes" else f"bpe {config.vocab_size}"
@@ -143,6 +143,17 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         for stream, documents in ((data.train, corpus.train), (data.validation, corpus.validation))
     )
     return dataclasses.replace(data, train=train, validation=validation, facts={**data.facts, **facts})
+
+
+def _sampled_hash(data: Data) -> str:
+    """A hash of both streams: of up to 64 blocks of 1 MiB each, spread over a stream of any size."""
+    digest, block = hashlib.sha256(), 1 << 20
+    for stream in (data.train.tokens, data.validation.tokens):
+        content = stream.view(np.uint8)
+        digest.update(f"{len(content)}\0".encode())
+        for start in np.unique(np.linspace(0, max(0, len(content) - block), 64).astype(np.int64)):
+            digest.update(content[start : start + block].tobytes())
+    return digest.hexdigest()
 
 
 def _folder(config: DataConfig, facts: dict[str, Any], method: str) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesaic.errors import InputError
+from moesaic.interrupts import answering_signals
 
 __all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "token_bytes", "token_strings", "tokenizer_from_dict"]
 
@@ -97,7 +98,8 @@ class BPETokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((piece for text in texts for piece in _cut_words(text.decode())), trainer)
+        pieces = (piece for text in texts for piece in _cut_words(text.decode()))
+        answering_signals(lambda: inner.train_from_iterator(pieces, trainer))
         return cls(inner.to_str())
 
     def encode(self, text: bytes) -> Ids:

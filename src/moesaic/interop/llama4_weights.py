@@ -22,6 +22,7 @@ from moesaic.errors import InputError
 from moesaic.files import LOCK, staging_folder, sync, write_atomically, write_json, writing
 from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
 from moesaic.models import Decoder, DecoderConfig, build_decoder
+from moesaic.models.decoder import FOREIGN_FILES
 from moesaic.models.shapes import num_parameters
 from moesaic.reading import read_json, reading, require_finite
 
@@ -35,14 +36,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ABSENT = "absent"
 """Stands for the dtype of a tensor whose file is not here."""
 VISION = ("vision_model.", "multi_modal_projector.")
-CARRIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 logger = logging.getLogger("moesaic.interop")
 
@@ -118,7 +111,7 @@ def from_hf(
     path, files = Path(source), {}
     with reading(path):
         config_json, stored = _read_config(path), _of_directory(path)
-        for name in CARRIED_FILES:
+        for name in FOREIGN_FILES[1:]:
             if (path / name).is_file():
                 with reading(path / name):
                     files[name] = (path / name).read_text(encoding="utf-8")
@@ -256,9 +249,9 @@ def to_hf(
             total = sum(_bytes(p, dtype) for p in parameters.values())
             weight_map = {name: file_name for file_name, names in shards.items() for name in names}
             write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for file_name, content in decoder.foreign_files.items():
-            if file_name != "config.json":
-                write_atomically(staging / file_name, content)
+        for file_name in FOREIGN_FILES[1:]:  # by our names: a checkpoint may come from anybody
+            if file_name in decoder.foreign_files:
+                write_atomically(staging / file_name, decoder.foreign_files[file_name])
         write_json(staging / "config.json", config)
         target.mkdir(exist_ok=True)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):

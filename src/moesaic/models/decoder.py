@@ -29,7 +29,18 @@ from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
 
-__all__ = ["Block", "Decoder", "DecoderOutput", "build_block", "build_decoder", "initialize"]
+__all__ = ["FOREIGN_FILES", "Block", "Decoder", "DecoderOutput", "build_block", "build_decoder", "initialize"]
+
+FOREIGN_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Names that `Decoder.foreign_files` may have: whoever writes them back writes nothing else."""
 
 
 class DecoderOutput(NamedTuple):

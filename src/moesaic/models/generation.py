@@ -27,9 +27,15 @@ def sample(
         top_p: keep the smallest set of most likely tokens that holds at least this probability (Holtzman et al. 2019).
     """
     _check_sampling(temperature, top_k, top_p)
+    scaled = logits.float() / (temperature or 1.0)
+    if not bool(scaled.amax(dim=-1).isfinite().all()):
+        raise InputError(
+            f"temperature={temperature}: the logits are not finite; the model has diverged, its config is wrong, or "
+            "the temperature is too small (0: greedy)"
+        )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    logits, ids = scaled.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         logits[:, top_k:] = -torch.inf
     probabilities = logits.softmax(dim=-1)

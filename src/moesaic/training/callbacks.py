@@ -98,6 +98,8 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every = every
         self.validate_every = validate_every
+        self.began = False
+        """Whether training has begun: what failed before is the state of the checkpoint."""
         self.warned = False
         """Whether a scheduler warned that time is nearly over."""
         self._saved = 0
@@ -105,6 +107,7 @@ class LastCheckpoint(Checkpoint):
         self._handlers = contextlib.ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.began = True
         self._saved = trainer.global_step
         warning = () if WARNING is None else (WARNING,)
         self._handlers.enter_context(handling(self._note, *ENDING, *warning))

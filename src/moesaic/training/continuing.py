@@ -1,6 +1,6 @@
 """What a run may continue from: a checkpoint that means what the config says."""
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from moesaic.data.tasks import TASKS
 from moesaic.distillation.config import teacher_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
+from moesaic.reading import read_json, reading
 from moesaic.training.config import RunConfig
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "require_steps_left",
     "tokenizer_to_keep",
 ]
+
+
+logger = logging.getLogger("moesaic.training")
 
 
 def tokenizer_to_keep(path: str, checkpoint: dict[str, Any], data: DataConfig) -> Tokenizer | None:
@@ -68,10 +72,11 @@ def require_same_data(environment: Path, data: Data) -> None:
     Args:
         environment: the run's environment.json, which keeps a hash of the text.
     """
-    try:
-        before = json.loads(environment.read_text(encoding="utf-8"))["data"]["content_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # nobody wrote it down
+    if not environment.is_file():
+        logger.warning("%s: missing, so nobody can tell whether the data are the same", environment)
+        return
+    with reading(environment):
+        before = read_json(environment)["data"].get("content_hash")
     now = data.facts.get("content_hash")
     if before != now:
         raise InputError(

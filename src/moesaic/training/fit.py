@@ -27,7 +27,10 @@ from moesaic.training.rate_finder import LearningRateFinder
 from moesaic.training.records import RunLogger
 from moesaic.training.starting import Start
 
-__all__ = ["Fitted", "build", "fit"]
+__all__ = ["WARNED", "Fitted", "build", "fit"]
+
+WARNED = "the scheduler's warning (SIGUSR1)"
+"""Why a run stopped that a scheduler warned."""
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -120,6 +123,11 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        last = next(each for each in trainer.callbacks if isinstance(each, LastCheckpoint))  # type: ignore[attr-defined]
+        if isinstance(error, InputError) or start.fit_path is None or last.began:
+            raise
+        raise InputError(f"checkpoint {start.path}: its training state cannot be restored ({error!r})") from error
     return Fitted(prepared, module, trainer, monitor.warnings, status)
 
 
@@ -128,7 +136,7 @@ def _ended(trainer: pl.Trainer, prepared: Prepared) -> dict[str, Any]:
         return {"status": "finished"}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LastCheckpoint) and callback.warned:
-            return {"status": "stopped", "stopped_by": "the scheduler's warning (SIGUSR1)"}
+            return {"status": "stopped", "stopped_by": WARNED}
         if isinstance(callback, TimeLimit) and callback.expired:
             return {
                 "status": "stopped",

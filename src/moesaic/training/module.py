@@ -112,6 +112,8 @@ class LanguageModel(pl.LightningModule):
         self.teacher_step_load: dict[str, Tensor] = {}
         """`step_load` of a teacher that trains along."""
         self._step_counts: StepCounts | None = None
+        self._noted: StepCounts | None = None
+        self._sums: dict[str, Tensor] = {}
 
     # ---- training
 
@@ -198,14 +200,22 @@ class LanguageModel(pl.LightningModule):
                     load_balance_loss(decided.logits, decided.expert_ids, valid, load, num_valid=counts.tokens)
                 )
             term = torch.stack(terms).mean() * counts.share
-            self.log_book.auxiliary[f"{network}/load_balance_loss"] = term.detach()
+            self._note(f"{network}/load_balance_loss", term.detach(), counts)
             total = total + balance.load_balance_loss_weight * term
         if balance.router_z_loss_weight and routing:
             terms = [router_z_loss(decided.logits, valid, num_valid=counts.tokens) for decided in routing.values()]
             term = torch.stack(terms).mean() * counts.share
-            self.log_book.auxiliary[f"{network}/router_z_loss"] = term.detach()
+            self._note(f"{network}/router_z_loss", term.detach(), counts)
             total = total + balance.router_z_loss_weight * term
         return total
+
+    def _note(self, name: str, term: Tensor, counts: StepCounts) -> None:
+        """Log the mean over the micro-batches of a step."""
+        if counts is not self._noted:
+            self._noted, self._sums = counts, {}
+        before, share = self._sums.get(name), self.trainer.accumulate_grad_batches
+        self._sums[name] = term / share if before is None else before + term / share
+        self.log_book.auxiliary[name] = self._sums[name]
 
     def on_train_start(self) -> None:
         if self._continues:

@@ -28,7 +28,7 @@ from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
 from moesaic.training.peak_memory import forget_peak_memory, peak_memory
 from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
-from moesaic.training.starting import COMPONENTS, Found, find_run, is_finished
+from moesaic.training.starting import COMPONENTS, Found, find_run, has_score, is_finished
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
 __all__ = ["find_run", "fit_vocabulary", "next_commands", "run"]
@@ -85,8 +85,9 @@ def _recorded(run_dir: Path, config: RunConfig, console: Console) -> Iterator[No
             raise
         was_interrupted = isinstance(error, KeyboardInterrupt)
         status = {"status": "interrupted" if was_interrupted else "failed", "error": f"{type(error).__name__}: {error}"}
-        with contextlib.suppress(CannotWrite):
-            write_json(run_dir / "metrics.json", status)
+        if not has_score(run_dir):  # resume=true makes what is pending
+            with contextlib.suppress(CannotWrite):
+                write_json(run_dir / "metrics.json", status)
         saved = (run_dir / "checkpoints" / "last.ckpt").exists()
         how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
         if was_interrupted or isinstance(error, CannotWrite):
@@ -253,4 +254,5 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
         return [f"{sweep}   # positions in all layers, in none, in every second", board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
     generate = command_line("generate", checkpoint, "import os") + trust_of(names_in(config.model))
-    return [generate, board, f"{twins}   # is the mixture worth it?"]
+    is_default = (config.name, config.data.source) == ("default", "stdlib")  # that line would run another experiment
+    return [generate, board, *([f"{twins}   # is the mixture worth it?"] if is_default else [])]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.checkpoints import load_checkpoint
-from moesaic.config import from_mapping
+from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.errors import InputError
 from moesaic.files import LOCK, find_all, is_locked
 from moesaic.formats import translate_run, version_of
@@ -23,6 +23,7 @@ __all__ = [
     "busy",
     "clear_unstarted",
     "find_run",
+    "has_score",
     "is_finished",
     "read_start",
     "require_free",
@@ -107,6 +108,7 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
         path = resume_dir / "checkpoints" / "last.ckpt"
         checkpoint = load_checkpoint(path)
         require_training_state(checkpoint, f"checkpoint {path}")
+        _require_same_config(config, checkpoint, resume_dir / "config.yaml")
         return Start("resumed", path, checkpoint, resume_dir)
     if config.ckpt_path is None:
         return Start("fresh")
@@ -117,6 +119,13 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
         return Start("weights", path, checkpoint)
     require_training_state(checkpoint, f"checkpoint {path}")
     return Start("continued", path, checkpoint)
+
+
+def _require_same_config(config: RunConfig, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Refuse a config.yaml that was edited after the checkpoint was written: some of it would hold and some not."""
+    stored = to_mapping(from_mapping(RunConfig, checkpoint["hyper_parameters"]["config"]))
+    here = ("resume", "run_dir", "ckpt_path", "output_dir", "data.cache_dir", "data.path", "trainer")
+    require_same(f"{path}: changed since the checkpoint was written", stored, to_mapping(config), here)
 
 
 def find_run(config: Mapping[str, Any]) -> Found:
@@ -219,3 +228,11 @@ def is_finished(run_dir: Path) -> bool:
     except InputError:
         return False
     return metrics.get("status") == "finished" and "pending" not in metrics
+
+
+def has_score(run_dir: Path) -> bool:
+    """Whether a run has its numbers already, though pictures and text may be pending."""
+    try:
+        return "pending" in read_json(run_dir / "metrics.json")
+    except InputError:
+        return False

@@ -104,7 +104,8 @@ def _require_callbacks(callbacks: Mapping[str, Any]) -> None:
             _of(state, key, kind, f"callbacks.{name}.")
         paths = [value for key, value in state.items() if key.endswith("path") and isinstance(value, str)]
         for path in [*paths, *state["best_k_models"]]:  # such a file is removed once there is a better one
-            if ".." in PurePath(path).parts:
+            inside = PurePath(path).parent == PurePath(state["dirpath"]) or path in ("", state["dirpath"])
+            if ".." in PurePath(path).parts or "://" in path or not inside:
                 raise InputError(f"callbacks.{name}: names {path}; must be a file in the folder of the checkpoints")
 
 

@@ -72,7 +72,7 @@ def print_summary(
         f"optimiser at most {_bytes(account.optimizer_bytes())}, activations {_bytes(activations)} per step"
     )
     source = escape(str(facts.get("source", config.data.source)))
-    files = f", {facts['train_files']} files" if "train_files" in facts else ""
+    files = f", {facts['train_files']} + {facts['validation_files']} files" if "train_files" in facts else ""
     if left_out := facts.get("left_out"):
         files += f" (left out: {', '.join(f'{count:,} {why}' for why, count in left_out.items())})"
     console.print(
