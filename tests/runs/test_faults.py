@@ -1,6 +1,8 @@
 """What happens to a run from outside: signals, full disks, other processes, schedulers, other checkpoints."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import resource
@@ -19,6 +21,8 @@ from small_runs import BPE, SMOKE, holding, kill_in_call
 
 from moesaic.checkpoints import load_checkpoint, load_model, write_checkpoint
 from moesaic.cli import main, train
+from moesaic.config import from_mapping
+from moesaic.data import DataConfig, load_data
 from moesaic.errors import CannotWrite, InputError
 from moesaic.files import atomic, is_locked, lock
 from moesaic.imports import trusting
@@ -119,16 +123,15 @@ def test_the_warning_of_a_scheduler_ends_with_a_verdict(composed: Composed, tmp_
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_the_exit_status_of_a_process_is_that_of_its_signal(corpus: Path, tmp_path: Path, signum: int) -> None:
     arguments = [*SMOKE, f"data.path={corpus}", f"data.cache_dir={tmp_path}", "run_dir=run", "training.steps=100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moesaic", "train", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step "):  # it trains
-            break
-    process.send_signal(signum)
-    said = process.stdout.read()
-    assert process.wait() == 128 + signum
+    command = [sys.executable, "-m", "moesaic", "train", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):  # it trains
+                break
+        process.send_signal(signum)
+        said = process.stdout.read()
+        assert process.wait() == 128 + signum
     assert "moesaic train resume=true run_dir=run" in said
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
 
@@ -243,7 +246,7 @@ def file_size_limit() -> Iterator[Callable[[int], None]]:
     "size",
     [
         pytest.param(size, marks=[] if size == 400_000 else pytest.mark.slow)
-        for size in (200, 1_000, 1_700, 2_500, 4_000, 10_000, 100_000, 400_000, 1_000_000, 2_000_000)
+        for size in (200, 1_000, 1_700, 2_500, 4_000, 10_000, 100_000, 400_000, 700_000, 1_000_000)
     ],
 )
 def test_where_no_file_may_grow_any_more_nothing_is_lost(
@@ -251,9 +254,11 @@ def test_where_no_file_may_grow_any_more_nothing_is_lost(
 ) -> None:
     overrides = (*STEPS, f"run_dir={tmp_path / 'full'}", "training.checkpoint_every=4")
     config, again = composed(*overrides), composed("resume=true", f"run_dir={tmp_path / 'full'}")
+    load_data(from_mapping(DataConfig, config["data"], "data"))  # the cache of tokens is another test's
     file_size_limit(size)
     try:
-        with pytest.raises(CannotWrite, match=r"cannot be written \(File too large\); what was there is intact"):
+        said = contextlib.redirect_stdout(io.StringIO())  # pytest keeps it in a file, which may not grow either
+        with said, pytest.raises(CannotWrite, match=r"cannot be written \(File too large\); what was there is intact"):
             run(config)
     finally:
         file_size_limit(resource.RLIM_INFINITY)

@@ -180,11 +180,11 @@ def test_from_nothing_to_a_verdict_and_again(
 @pytest.mark.usefixtures("in_this_process")
 def test_learning_rates_are_tuned(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {"arms": {"dense": {}}, "seeds": [0]}
-    tiny["study"]["tune"] = {"seed": 9, "factors": [1e-6, 1.0, 1e6], "keys": ["optimizer.learning_rate"]}
+    tiny["study"]["tune"] = {"seed": 9, "factors": [1e-6, 1.0, 6e4], "keys": ["optimizer.learning_rate"]}
     status, printed = call({**tiny, "workers": 3})
     assert status == 0, printed
     *tuned, measured = rows(tiny)
-    assert {row["factor"]: row["purpose"] for row in tuned} == dict.fromkeys([1e-6, 1.0, 1e6], "tune")
+    assert {row["factor"]: row["purpose"] for row in tuned} == dict.fromkeys([1e-6, 1.0, 6e4], "tune")
     assert (measured["purpose"], measured["factor"], measured["seed"]) == ("measure", 1.0, 0)
     assert {row["seed"] for row in tuned} == {9}
     kept = [path.parents[1].name for path in Path(tiny["output_dir"], "study_tiny").glob("*/run/checkpoints")]
@@ -455,12 +455,13 @@ DRIVER = """
 import json, os, signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 from moesaic.cli import study
+from moesaic.cli.common import exit_on_bad_input
 from moesaic.studies import runner
 config, worker, hold = sys.argv[1:]
 def start_worker(folder):
     return start(folder, [sys.executable, "-c", worker, str(folder), hold])
 start, runner.start_worker = runner.start_worker, start_worker
-sys.exit(study.study(json.load(open(config)), "moesaic study ..."))
+sys.exit(exit_on_bad_input(lambda: study.study(json.load(open(config)), "moesaic study ...")))
 """
 
 

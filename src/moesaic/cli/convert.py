@@ -44,6 +44,8 @@ def convert(
             decoder = from_hf(source, dtype=dtype, progress=tell)
             with reading(source / "tokenizer.json"):
                 tokenizer = _read_tokenizer(decoder.foreign_files.get("tokenizer.json"))
+                if tokenizer is not None and tokenizer.vocab_size > decoder.vocab_size:
+                    raise InputError(f"it has {tokenizer.vocab_size} ids, the model {decoder.vocab_size}")
         else:
             if to_checkpoint:
                 raise InputError(f"{source}: a checkpoint already; a destination that ends in .ckpt takes a directory")

@@ -71,7 +71,9 @@ class BPETokenizer:
         self._json = json
         try:
             self._inner = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:  # its own errors have no other class
+        except BaseException as error:  # its own errors have no class but Exception, a panic of Rust not even that
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise InputError(f"tokenizer of kind bpe: damaged ({error})") from error
         self.vocab_size: int = self._inner.get_vocab_size()
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32

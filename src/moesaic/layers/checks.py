@@ -35,8 +35,15 @@ def require_numbers(least: float = 0.0, above: bool = False, **values: Any) -> N
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}: must be {allowed}")
-        if not math.isfinite(value) or value < least or (above and value == least):
+        if not _is_finite(value) or value < least or (above and value == least):
             raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def require_flags(**flags: Any) -> None:

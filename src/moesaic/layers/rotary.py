@@ -58,7 +58,7 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"head_dim={head_dim}: rotary embedding needs an even head_dim")
         require_numbers(above=True, theta=theta)
         self.head_dim = head_dim
-        self.theta = theta
+        self.theta = float(theta)
         self.scaling = scaling
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:

@@ -36,7 +36,9 @@ def defining(config: Mapping[str, Any]) -> dict[str, Any]:
 
     How many devices there are is one of them, because every process has a batch of its own; which ones is not.
     """
-    callbacks = {name: each for name, each in (config.get("callbacks") or {}).items() if not _only_watches(each)}
+    callbacks = config.get("callbacks")
+    if isinstance(callbacks, Mapping):
+        callbacks = {name: each for name, each in callbacks.items() if not _only_watches(each)}
     flat = flatten({**config, "callbacks": callbacks} if "callbacks" in config else config)
     if isinstance(devices := flat.get("trainer.devices"), (list, tuple)):
         flat["trainer.devices"] = len(devices)
