@@ -249,6 +249,7 @@ def file_size_limit() -> Iterator[Callable[[int], None]]:
         for size in (200, 1_000, 1_700, 2_500, 4_000, 10_000, 100_000, 400_000, 700_000, 1_000_000)
     ],
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_where_no_file_may_grow_any_more_nothing_is_lost(
     composed: Composed, tmp_path: Path, whole: Path, file_size_limit: Callable[[int], None], size: int
 ) -> None:

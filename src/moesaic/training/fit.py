@@ -1,6 +1,7 @@
 """Training itself: module and Trainer of a prepared run, and how it ended."""
 
 import dataclasses
+import errno
 import sys
 import warnings
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from moesaic.checkpoints import decoder_weights
 from moesaic.config import to_mapping
 from moesaic.data import token_bytes
-from moesaic.errors import InputError
+from moesaic.errors import CannotWrite, InputError
 from moesaic.evaluation.extension import keep_start
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
 from moesaic.training.checkpoint_io import RunCheckpointIO
@@ -123,12 +124,23 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, OSError) as error:
+        if (full := _disk_error(error)) is not None and not isinstance(error, CannotWrite):
+            raise CannotWrite(full.filename or run_dir, full) from error
         last = next(each for each in trainer.callbacks if isinstance(each, LastCheckpoint))  # type: ignore[attr-defined]
-        if isinstance(error, InputError) or start.fit_path is None or last.began:
+        if isinstance(error, (InputError, OSError)) or start.fit_path is None or last.began:
             raise
         raise InputError(f"checkpoint {start.path}: its training state cannot be restored ({error!r})") from error
     return Fitted(prepared, module, trainer, monitor.warnings, status)
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The full or read-only disk behind an error: loggers of others hide it in one of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _ended(trainer: pl.Trainer, prepared: Prepared) -> dict[str, Any]:
