@@ -12,7 +12,8 @@ from moesaic.layers.attention import (
     causal_attention,
     masked_attention,
 )
-from moesaic.layers.backends import BACKENDS, choose_backend, run_experts
+from moesaic.layers.backend_choice import choose_backend
+from moesaic.layers.backends import BACKENDS, run_experts
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.backends import BACKENDS, choose_backend, run_experts
+from moesaic.layers.backend_choice import choose_backend
+from moesaic.layers.backends import BACKENDS, run_experts
 from moesaic.layers.checks import require_dtype, require_last, require_sizes
 from moesaic.layers.feed_forward import ACTIVATIONS
 from moesaic.layers.part import Parametrization

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.layers.backends import BACKENDS, CASTING_BACKENDS, choose_backend, run_experts
+from moesaic.layers.backend_choice import CASTING_BACKENDS, choose_backend
+from moesaic.layers.backends import BACKENDS, run_experts
 from moesaic.layers.checks import require_dtype, require_last, require_sizes
 
 __all__ = ["ACTIVATIONS", "FeedForward", "runs_lean"]
