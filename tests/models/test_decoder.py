@@ -348,3 +348,9 @@ def test_padding_changes_no_logit_and_counts_nowhere(pieces: list[int] | None) -
         assert_close(torch.cat(logits, dim=1)[:1, padding:], alone, 1e-6, "logits")
         mate = decoder(tokens[1:]).routing["layers.1.ffn"].tokens_per_expert
         assert counts.tolist() == (routing["layers.1.ffn"].tokens_per_expert + mate).tolist()
+
+
+def test_a_custom_module_of_ours_is_counted_before_it_takes_memory() -> None:
+    part = {"type": "moesaic.layers.FeedForward", "hidden_dim": 10**12}
+    with pytest.raises(InputError, match=r"moesaic.layers.FeedForward needs .* of memory, but"):
+        build_decoder(config(**pattern(("rope", part))))

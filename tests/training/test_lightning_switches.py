@@ -92,6 +92,8 @@ def test_callbacks_and_loggers_are_made(tmp_path: Path) -> None:
     first, second = make_callbacks({"early_stopping": stopping, "mine": mine})
     assert isinstance(first, EarlyStopping) and first.patience == 2
     assert isinstance(second, Mine) and second.amount == 4
+    with pytest.raises(InputError, match=r"callbacks.stop.monitor='validation/los': must be validation/loss, "):
+        make_callbacks({"stop": {**stopping, "monitor": "validation/los"}})
     csv = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(tmp_path / "elsewhere")}
     board, table = make_loggers({"tensorboard": TENSORBOARD, "csv": csv}, tmp_path)
     assert isinstance(board, TensorBoardLogger) and Path(board.log_dir) == tmp_path / "tensorboard"

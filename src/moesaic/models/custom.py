@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.imports import PARTS, is_own_code, require_trusted, resolve
 from moesaic.layers.part import remember_marks
@@ -88,8 +89,13 @@ def build_custom(
     """`construct`, for a torch.nn.Module; it is moved to device and dtype, so it needs no such arguments.
 
     Raises:
-        InputError: as `construct`, or it is no module.
+        InputError: as `construct`, it is no module, or one of ours that is larger than the memory.
     """
+    if custom["type"].startswith(PARTS):  # it needs no trust, so its size may be a stranger's
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            sized = construct(custom, where, dispatches=False, **known)
+        if isinstance(sized, nn.Module):
+            require_memory(f"{where}: {custom['type']}", sum(p.numel() * p.itemsize for p in sized.parameters()))
     module = construct(custom, where, dispatches=False, **known)
     if not isinstance(module, nn.Module):
         raise InputError(f"{where}: {custom['type']} made a {type(module).__name__}; it must be a torch.nn.Module")

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 
 from moesaic.errors import InputError
@@ -31,9 +32,24 @@ def make_callbacks(config: Mapping[str, Any]) -> list[Callback]:
     """Make the callbacks of `callbacks`, a mapping of {name: {_target_: dotted path, argument: value}}.
 
     Raises:
-        InputError: no such class, not a Callback, an unknown argument, or one that the class refuses.
+        InputError: no such class, not a Callback, an unknown argument, one that the class refuses, or early stopping by
+            what no validation logs.
     """
-    return [_make(each, f"callbacks.{name}", Callback) for name, each in config.items()]
+    made = {name: _make(each, f"callbacks.{name}", Callback) for name, each in config.items()}
+    for name, callback in made.items():
+        if isinstance(callback, EarlyStopping) and not _is_validated(callback.monitor):
+            raise InputError(
+                f"callbacks.{name}.monitor={callback.monitor!r}: must be {', '.join(VALIDATED)} or router/LAYER/drift"
+            )
+    return list(made.values())
+
+
+VALIDATED = ("validation/loss", "validation/bits_per_byte", "validation/teacher_loss")
+"""What a validation logs for callbacks, beside the drift of each routed layer."""
+
+
+def _is_validated(name: str) -> bool:
+    return name in VALIDATED or (name.startswith("router/") and name.endswith("/drift"))
 
 
 def require_loggers(config: Mapping[str, Any]) -> None:
