@@ -121,7 +121,7 @@ def test_dry_run_of_a_checkpoint_says_what_llama4_has_not(trained: Path, tmp_pat
         (["empty", "out"], "empty: no config.json in this directory"),
         (["taken.ckpt", "new.ckpt"], "taken.ckpt: a checkpoint already"),
         (["taken.ckpt", "out"], "checkpoint taken.ckpt: truncated or not a checkpoint"),
-        (["hf", "out", "max_shard_gb=0"], "max_shard_bytes=0: must be a number >= 1"),
+        (["hf", "out", "max_shard_gb=0"], "max_shard_gb=0: must be a number > 0 and < 1e9"),
     ],
     ids=str,
 )

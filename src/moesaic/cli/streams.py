@@ -34,7 +34,7 @@ def keep_going() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # a shell closed it
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: PTH123, SIM115
         elif stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _surviving(stream))
 
