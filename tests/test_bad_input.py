@@ -242,7 +242,7 @@ def test_there_are_enough_rows() -> None:
     assert len(lines) == len(ROWS) + len(VALUES) >= 80
 
 
-@pytest.mark.slow_but_for("conformance")
+@pytest.mark.slow
 @pytest.mark.parametrize("line", AS_PROCESSES)
 def test_the_same_as_a_process(line: str, inside: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -125,7 +125,7 @@ def test_coactivation_padding_and_batches_that_add_up() -> None:
 
 
 @pytest.mark.slow_but_for("strings")
-@pytest.mark.slow_but_for("mathtext")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strings", "top_k"), [(STRINGS, 1), ([b"$\\", *STRINGS[1:]], 2), (None, 1)], ids=["strings", "mathtext", "ids"]
 )

@@ -21,7 +21,7 @@ def build(kind: str) -> Attention:
     return Attention(16, num_heads=4, num_kv_heads=2, **KINDS[kind])  # type: ignore[arg-type]
 
 
-@pytest.mark.slow_but_for("rope")
+@pytest.mark.slow
 @every_kind
 def test_whole_graphs_over_five_lengths(kind: str) -> None:
     torch.compiler.reset()

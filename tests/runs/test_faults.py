@@ -110,6 +110,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_equal(
     require_equal_runs(tmp_path / "cut", whole)
 
 
+@pytest.mark.slow
 def test_the_warning_of_a_scheduler_ends_with_a_verdict(composed: Composed, tmp_path: Path) -> None:
     metrics = run(composed(*STEPS, f"run_dir={tmp_path / 'run'}", signalled(3, signal.SIGUSR1)))
     assert metrics["status"] == "stopped"
@@ -476,10 +477,9 @@ def test_a_signal_after_the_score_leaves_the_numbers(
     def ended(run: object) -> dict[str, float]:
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr("moesaic.training.run.FINISHERS", (finish.loss_and_load, ended))
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr("moesaic.training.run.FINISHERS", (finish.loss_and_load, ended))
         run(composed("training.steps=2", f"run_dir={tmp_path / 'run'}"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["status"] == "finished" and "validation/loss" in metrics and "pending" in metrics
-    monkeypatch.undo()
     assert "pending" not in run(composed("resume=true", f"run_dir={tmp_path / 'run'}"))

@@ -121,6 +121,7 @@ def test_several_loggers_and_none(composed: Composed, tmp_path: Path) -> None:
     assert not (tmp_path / "none" / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_options_of_lightning_reach_it(composed: Composed, tmp_path: Path) -> None:
     run(composed("++trainer.profiler=simple", "training.steps=2", f"run_dir={tmp_path / 'profiled'}"))
     assert "run_training_batch" in next((tmp_path / "profiled").glob("*profile*")).read_text()

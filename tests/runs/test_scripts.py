@@ -173,6 +173,7 @@ def test_evaluate_agrees_with_the_end_of_training(trained: Path, composed: Compo
     assert evaluate.evaluate(config)["bits_per_byte"] > numbers["bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_specialization_and_drift(trained: Path, composed: Composed, tmp_path: Path) -> None:
     final = json.loads((trained.parents[1] / "metrics.json").read_text())
     asked = ["data=files", f"checkpoint={trained}", "task=specialization", f"output={tmp_path / 'seen'}"]

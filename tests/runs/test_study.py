@@ -288,6 +288,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) ->
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.slow
 def test_a_variant_is_compared_with_the_run_that_it_evaluates(tiny: dict[str, Any]) -> None:
     """Where a row came from a machine that rounds otherwise, and its variant is missing, both are made here."""
     variants = {"hot": {"arm": "moe", "overrides": {"model.norm_eps": 1e-6}}}

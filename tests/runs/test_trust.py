@@ -182,6 +182,7 @@ def test_the_refusal_lists_all_and_says_the_words(trained: Path, folder: Path) -
             load_model(ckpt, trust=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_resume_runs_nothing_that_the_stored_config_names(
     train_once: Callable[..., Path], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +226,7 @@ def test_the_stored_config_of_a_study_runs_nothing(
     assert not (folder / "EXECUTED").exists()
 
 
-@pytest.mark.slow_but_for("Part")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Part", "make", "made"])
 def test_what_was_typed_here_is_trusted_and_loads_elsewhere(
     composed: Callable[..., dict[str, Any]], folder: Path, name: str, capsys: pytest.CaptureFixture[str]
