@@ -1,11 +1,15 @@
 """The exceptions that people see: commands print them without a traceback."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["CannotWrite", "InputError", "UnknownKey", "naming"]
+__all__ = ["DISK_ERRORS", "CannotWrite", "InputError", "UnknownKey", "naming"]
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Numbers of the system's errors about a full or read-only disk."""
 
 
 class InputError(ValueError):

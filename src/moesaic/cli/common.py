@@ -1,6 +1,5 @@
 """What the commands share: Hydra around a command, plain mappings, and bad input reported without a traceback."""
 
-import errno
 import functools
 import os
 import sys
@@ -24,7 +23,7 @@ from moesaic.cli.arguments import (
     require_single_values,
 )
 from moesaic.cli.config_files import config_groups
-from moesaic.errors import CannotWrite, InputError
+from moesaic.errors import DISK_ERRORS, CannotWrite, InputError
 from moesaic.imports import trusting
 from moesaic.interrupts import exit_status
 
@@ -151,7 +150,7 @@ def exit_on_bad_input(action: Callable[[], Any]) -> Any:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         print(f"error: {CannotWrite(error.filename or 'a file', error)}", file=sys.stderr)
         sys.exit(1)

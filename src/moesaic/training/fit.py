@@ -1,7 +1,6 @@
 """Training itself: module and Trainer of a prepared run, and how it ended."""
 
 import dataclasses
-import errno
 import sys
 import warnings
 from typing import Any
@@ -16,7 +15,7 @@ from rich.console import Console
 from moesaic.checkpoints import decoder_weights
 from moesaic.config import to_mapping
 from moesaic.data import token_bytes
-from moesaic.errors import CannotWrite, InputError
+from moesaic.errors import DISK_ERRORS, CannotWrite, InputError
 from moesaic.evaluation.extension import keep_start
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
 from moesaic.training.checkpoint_io import RunCheckpointIO
@@ -137,7 +136,7 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
 def _disk_error(error: BaseException | None) -> OSError | None:
     """The full or read-only disk behind an error: loggers of others hide it in one of their own."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error
         error = error.__cause__ or error.__context__
     return None
