@@ -14,6 +14,7 @@ from moesaic.layers.attention import (
 )
 from moesaic.layers.backend_choice import choose_backend
 from moesaic.layers.backends import BACKENDS, run_experts
+from moesaic.layers.control_routers import UniformRouter
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
@@ -27,7 +28,7 @@ from moesaic.layers.part import (
     parameter_kinds,
 )
 from moesaic.layers.rotary import Llama3RopeScaling, RotaryEmbedding
-from moesaic.layers.router import Routing, TopKRouter, UniformRouter, count_tokens
+from moesaic.layers.router import Routing, TopKRouter, count_tokens
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,13 +1,16 @@
 """Which backend runs the experts here, and why: by device, dtype, sizes, compiler and vmap."""
 
-from collections.abc import Callable
+import functools
+import logging
 
 import torch
 from torch import Tensor
 
-from moesaic.layers.sliced import cannot_repeat
+from moesaic.layers.sliced import Activation, cannot_repeat
 
-__all__ = ["CASTING_BACKENDS", "backend_under_vmap", "choose_backend", "find_obstacle", "is_batched"]
+__all__ = ["CASTING_BACKENDS", "backend_for", "choose_backend"]
+
+warn_once = functools.cache(logging.getLogger("moesaic.layers").warning)
 
 CASTING_BACKENDS = {"sliced", "sliced_recompute"}
 """Backends that cast weights themselves, one expert at a time."""
@@ -17,13 +20,34 @@ STRENGTHS = {
 }
 
 
+def backend_for(rows: Tensor, hidden_dim: int, backend: str, activation: Activation) -> str:
+    """What runs for rows (R, D), also under vmap. A backend asked for by name that gives way is logged once.
+
+    Raises:
+        ValueError: under vmap, which can map one backend only, another is asked for, or that one cannot run here.
+    """
+    sizes = (rows.device, rows.dtype, rows.size(1), hidden_dim)
+    if not torch.compiler.is_compiling() and is_batched(rows):
+        obstacle = find_obstacle("grouped", *sizes)
+        if backend not in ("auto", "grouped") or obstacle is not None:
+            raise ValueError(
+                f"backend={backend!r}: under vmap it must be auto or grouped, as the others ask for numbers of rows"
+                + (f"; and {obstacle}" if obstacle else "")
+            )
+        return "grouped"
+    name, reason = choose_backend(*sizes, backend, activation if torch.is_grad_enabled() else None)
+    if backend not in ("auto", name) and not torch.compiler.is_compiling():
+        warn_once(f"backend={backend!r} gives way to {name!r}: {reason}")
+    return name
+
+
 def choose_backend(
     device: torch.device,
     dtype: torch.dtype,
     dim: int,
     hidden_dim: int,
     backend: str = "auto",
-    activation: Callable[[Tensor], Tensor] | None = None,
+    activation: Activation | None = None,
 ) -> tuple[str, str]:
     """What really runs for rows of this dtype when `backend` is asked for, and why: (name, reason).
 
@@ -53,7 +77,7 @@ def find_obstacle(
     dtype: torch.dtype,
     dim: int,
     hidden_dim: int,
-    activation: Callable[[Tensor], Tensor] | None,
+    activation: Activation | None = None,
 ) -> str | None:
     """Why a backend cannot do it, None if it can."""
     if backend == "grouped":
@@ -85,18 +109,3 @@ def is_batched(x: Tensor) -> bool:
             return True
         x = functorch.get_unwrapped(x)
     return False
-
-
-def backend_under_vmap(backend: str, device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int) -> str:
-    """The one backend that vmap can map.
-
-    Raises:
-        ValueError: another one is asked for, or it cannot run here.
-    """
-    obstacle = find_obstacle("grouped", device, dtype, dim, hidden_dim, None)
-    if backend not in ("auto", "grouped") or obstacle is not None:
-        raise ValueError(
-            f"backend={backend!r}: under vmap it must be auto or grouped, as the others ask for numbers of rows"
-            + (f"; and {obstacle}" if obstacle else "")
-        )
-    return "grouped"

@@ -1,24 +1,20 @@
 """Backends of the routed experts: pure functions of rows sorted by expert, stacked weights and row counts.
 
-All take rows (R, D), gate_up (E, D, 2F) with the gate first, down (E, F, D), rows_per_expert (E,) int64 that sums to R
-and the activation of the gate, and return (R, D). All agree with `loop`, the oracle, in outputs and every gradient.
-To add one, write the function and register it in `BACKENDS`.
+All take what `run_experts` takes, and agree with `loop`, the oracle, in outputs and every gradient. To add one, write
+the function and register it in `BACKENDS`.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.layers.backend_choice import CASTING_BACKENDS, backend_under_vmap, choose_backend, is_batched
+from moesaic.layers.backend_choice import CASTING_BACKENDS, backend_for
+from moesaic.layers.checks import require_one_dtype
 from moesaic.layers.sliced import Activation, sliced, sliced_recompute
 
 __all__ = ["BACKENDS", "grouped", "loop", "padded", "run_experts"]
-
-warn_once = functools.cache(logging.getLogger("moesaic.layers").warning)
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 
@@ -74,7 +70,7 @@ def run_experts(
     gate_up: Tensor,
     down: Tensor,
     rows_per_expert: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     backend: str = "auto",
 ) -> Tensor:
     """The experts as a function of their weights, on a backend by name, or on another that can: see `choose_backend`.
@@ -87,6 +83,7 @@ def run_experts(
         gate_up: (E, D, 2F), gate first; views such as a transposed (E, 2F, D) are fine.
         down: (E, F, D).
         rows_per_expert: (E,) int64 that sums to R.
+        activation: of the gate.
 
     Returns:
         (R, D).
@@ -97,18 +94,9 @@ def run_experts(
     device = rows.device
     if torch.is_autocast_enabled(device.type):
         rows = rows.to(torch.get_autocast_dtype(device.type))
-    elif not rows.dtype == gate_up.dtype == down.dtype:
-        raise ValueError(
-            f"rows are {rows.dtype}, gate_up {gate_up.dtype}, down {down.dtype}: only under autocast may they differ"
-        )
-    asked = backend
-    backend, reason = choose_backend(
-        device, rows.dtype, rows.size(1), down.size(1), backend, activation if torch.is_grad_enabled() else None
-    )
-    if not torch.compiler.is_compiling() and is_batched(rows):
-        backend = backend_under_vmap(asked, device, rows.dtype, rows.size(1), down.size(1))
-    elif asked not in ("auto", backend) and not torch.compiler.is_compiling():
-        warn_once(f"backend={asked!r} gives way to {backend!r}: {reason}")
+    else:
+        require_one_dtype(" unless under autocast", rows=rows, gate_up=gate_up, down=down)
+    backend = backend_for(rows, down.size(1), backend, activation)
     if backend not in CASTING_BACKENDS:
         gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)
         if rows.size(0) == 0:

@@ -2,12 +2,23 @@
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["require_dtype", "require_flags", "require_last", "require_numbers", "require_sizes"]
+__all__ = [
+    "require_choice",
+    "require_dtype",
+    "require_expert_ids",
+    "require_flags",
+    "require_last",
+    "require_numbers",
+    "require_one_dtype",
+    "require_routing",
+    "require_sizes",
+]
 
 
 def require_sizes(least: int = 1, **sizes: Any) -> None:
@@ -53,6 +64,14 @@ def require_flags(**flags: Any) -> None:
             raise TypeError(f"{name}={value!r}: must be True or False")
 
 
+def require_choice(allowed: Iterable[str], **words: Any) -> None:
+    """Raise ValueError unless each is one of the allowed words."""
+    allowed = tuple(allowed)
+    for name, value in words.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+
+
 def require_dtype(dtype: Any) -> None:
     """Raise unless `dtype` is None or a floating-point dtype of torch."""
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -65,3 +84,35 @@ def require_last(x: Tensor, dim: int, owner: str) -> None:
     """Raise ValueError unless x is (..., dim)."""
     if x.dim() == 0 or x.size(-1) != dim:
         raise ValueError(f"{owner}: x of shape {tuple(x.shape)}; its last dimension must be {dim}")
+
+
+def require_one_dtype(why: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless all have the same dtype."""
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+        raise ValueError(f"{found}: must be of one dtype{why}")
+
+
+def require_routing(
+    router: str, logits: Tensor, scores: Tensor, expert_ids: Tensor, num_tokens: int, num_experts: int
+) -> None:
+    """Raise ValueError unless logits are (T, E), scores (T, K) and expert_ids (T, K)."""
+    slots = (num_tokens, scores.size(-1))
+    if logits.shape != (num_tokens, num_experts) or scores.shape != slots or expert_ids.shape != slots:
+        raise ValueError(
+            f"{router} returned logits {tuple(logits.shape)}, scores {tuple(scores.shape)} and expert_ids "
+            f"{tuple(expert_ids.shape)} for {num_tokens} tokens and {num_experts} experts; they must be "
+            "(tokens, experts), (tokens, K) and (tokens, K)"
+        )
+
+
+def require_expert_ids(router: str, expert_ids: Tensor, num_experts: int) -> None:
+    """Raise ValueError unless all are 0 to E, where E is no expert. It waits for a GPU."""
+    if not expert_ids.numel():
+        return
+    lowest, highest = (int(each) for each in expert_ids.aminmax())
+    if lowest < 0 or highest > num_experts:
+        raise ValueError(
+            f"{router} chose expert_ids from {lowest} to {highest}; they must be 0 to {num_experts - 1}, or "
+            f"{num_experts} for no expert"
+        )

@@ -67,33 +67,35 @@ class LocalDispatcher:
         return y
 
 
-class TakeRows(torch.autograd.Function):
-    """x (T, D) -> rows (R, D), row i from token slot_of_row[i] // top_k.
+class Reordering(torch.autograd.Function):
+    """What `TakeRows` and `SumRows` share: each is the transpose, and so the backward, of the other.
 
-    `SumRows` is its transpose, so each is the backward of the other: a gather both ways, where autograd's own backward
-    of a gather adds into zeros, row by row, and on CUDA in any order.
+    That makes a gather of both, where autograd's own backward of a gather adds into zeros, row by row, and on CUDA in
+    any order.
     """
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
-        return x.index_select(0, slot_of_row if top_k == 1 else slot_of_row // top_k)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *order, ctx.top_k = inputs
         ctx.save_for_backward(*order)
 
+
+class TakeRows(Reordering):
+    """x (T, D) -> rows (R, D), row i from token slot_of_row[i] // top_k."""
+
+    @staticmethod
+    def forward(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
+        return x.index_select(0, slot_of_row if top_k == 1 else slot_of_row // top_k)
+
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return SumRows.apply(gradient, *ctx.saved_tensors, ctx.top_k), None, None, None
 
 
-class SumRows(torch.autograd.Function):
+class SumRows(Reordering):
     """rows (R, D) -> (T, D), the sum of each token's top_k rows."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(rows: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
@@ -107,11 +109,6 @@ class SumRows(torch.autograd.Function):
         if top_k > 2 and rows.dtype in (torch.bfloat16, torch.float16):
             return slots.sum(dim=1)  # rounds once
         return functools.reduce(torch.add, slots.unbind(1))  # on a CPU up to 10 times faster than sum
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *order, ctx.top_k = inputs
-        ctx.save_for_backward(*order)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

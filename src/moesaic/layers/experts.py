@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.backend_choice import choose_backend
 from moesaic.layers.backends import BACKENDS, run_experts
-from moesaic.layers.checks import require_dtype, require_last, require_sizes
+from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
 from moesaic.layers.feed_forward import ACTIVATIONS
 from moesaic.layers.part import Parametrization
 
@@ -40,10 +40,8 @@ class Experts(nn.Module):
         super().__init__()
         require_sizes(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         require_dtype(dtype)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: must be one of auto, {', '.join(BACKENDS)}")
+        require_choice(ACTIVATIONS, activation=activation)
+        require_choice(("auto", *BACKENDS), backend=backend)
         self.num_experts = num_experts
         self.dim = dim
         self.hidden_dim = hidden_dim

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.backend_choice import CASTING_BACKENDS, choose_backend
 from moesaic.layers.backends import BACKENDS, run_experts
-from moesaic.layers.checks import require_dtype, require_last, require_sizes
+from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
 
 __all__ = ["ACTIVATIONS", "FeedForward", "runs_lean"]
 
@@ -73,10 +73,8 @@ class FeedForward(nn.Module):
         super().__init__()
         require_sizes(dim=dim, hidden_dim=hidden_dim)
         require_dtype(dtype)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: must be auto or one of {', '.join(BACKENDS)}")
+        require_choice(ACTIVATIONS, activation=activation)
+        require_choice(("auto", *BACKENDS), backend=backend)
         self.activation = activation
         self.backend = backend
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)

@@ -7,18 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.checks import require_flags, require_last, require_sizes
+from moesaic.layers.checks import require_expert_ids, require_flags, require_last, require_routing, require_sizes
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import FeedForward
-from moesaic.layers.part import (
-    ParameterKind,
-    declared_kinds,
-    experts_per_token,
-    flops_per_token,
-    num_parameters,
-    parameter_kinds,
-)
+from moesaic.layers.part import ParameterKind, declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
@@ -178,23 +171,12 @@ class MoE(nn.Module):
     def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
         """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""
         logits, scores, expert_ids = decided[:3]
-        num_experts = getattr(self.experts, "num_experts", logits.size(-1))
-        slots = (num_tokens, scores.size(-1))
-        if logits.shape != (num_tokens, num_experts) or scores.shape != slots or expert_ids.shape != slots:
-            raise ValueError(
-                f"{type(self.router).__name__} returned logits {tuple(logits.shape)}, scores {tuple(scores.shape)} and "
-                f"expert_ids {tuple(expert_ids.shape)} for {num_tokens} tokens and {num_experts} experts; they must be "
-                "(tokens, experts), (tokens, K) and (tokens, K)"
-            )
+        name, num_experts = type(self.router).__name__, getattr(self.experts, "num_experts", logits.size(-1))
+        require_routing(name, logits, scores, expert_ids, num_tokens, num_experts)
         expert_ids, num_rows = expert_ids.long(), None
         may_skip = (replayed or getattr(self.router, "may_skip", True)) and not self.assume_full
-        if may_skip and not torch.compiler.is_compiling() and expert_ids.numel():
-            lowest, highest = (int(each) for each in expert_ids.aminmax())
-            if lowest < 0 or highest > num_experts:
-                raise ValueError(
-                    f"{type(self.router).__name__} chose expert_ids from {lowest} to {highest}; they must be 0 to "
-                    f"{num_experts - 1}, or {num_experts} for no expert"
-                )
+        if may_skip and not torch.compiler.is_compiling():
+            require_expert_ids(name, expert_ids, num_experts)
         counts = count_tokens(expert_ids, num_experts)
         if may_skip and (found := int(counts.sum())) < expert_ids.numel():
             scores, num_rows = scores.masked_fill(expert_ids == num_experts, 0), found
@@ -210,23 +192,11 @@ class MoE(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> float:
         """Router, shared expert, and as many experts as the router gives a token."""
-        shape = (seq_len, int(self.experts.dim))  # type: ignore[arg-type]
-        always = [part for part in (self.router, self.shared_expert) if part is not None]
-        routed = flops_per_token(self.experts, seq_len, *shape)
-        num_experts, chosen = self._experts_per_token()
-        of_one = routed.per_token / (1 if routed.source == "declared" else num_experts)
-        return sum(flops_per_token(part, seq_len, *shape).per_token for part in always) + chosen * of_one
+        return mixture_flops(self.router, self.experts, self.shared_expert, seq_len)
 
     def active_parameters(self) -> int:
         """All but those of the experts that a token does not meet."""
-        num_experts, chosen = self._experts_per_token()
-        return num_parameters(self) - round((1 - chosen / num_experts) * num_parameters(self.experts))
-
-    def _experts_per_token(self) -> tuple[int, float]:
-        """E, and how many of them a token meets; of a router that cannot be asked, its top_k or 1."""
-        num_experts, dim = (int(getattr(self.experts, name)) for name in ("num_experts", "dim"))
-        default = float(getattr(self.router, "top_k", 1))
-        return num_experts, experts_per_token(self.router, num_experts, dim, default)
+        return mixture_parameters(self, self.router, self.experts)
 
     def extra_repr(self) -> str:
         return f"score_before_experts={self.score_before_experts}"

@@ -23,6 +23,8 @@ __all__ = [
     "experts_per_token",
     "flops_per_token",
     "initialize",
+    "mixture_flops",
+    "mixture_parameters",
     "num_parameters",
     "parameter_kinds",
     "remember_marks",
@@ -228,6 +230,27 @@ def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: fl
         torch.manual_seed(0)
         expert_ids = router(noise.normal_())[2]
     return float((expert_ids < num_experts).sum()) / _SOME_TOKENS
+
+
+def mixture_flops(router: nn.Module, experts: nn.Module, shared_expert: nn.Module | None, seq_len: int) -> float:
+    """Forward FLOPs of one token of a mixture: router, shared expert, and as many experts as the router gives it."""
+    num_experts, dim, chosen = _chosen(router, experts)
+    routed = flops_per_token(experts, seq_len, seq_len, dim)
+    of_one = routed.per_token / (1 if routed.source == "declared" else num_experts)
+    always = [flops_per_token(part, seq_len, seq_len, dim) for part in (router, shared_expert) if part is not None]
+    return sum(flops.per_token for flops in always) + chosen * of_one
+
+
+def mixture_parameters(mixture: nn.Module, router: nn.Module, experts: nn.Module) -> int:
+    """Parameters that one token meets in a mixture: all but those of the experts that the router does not give it."""
+    num_experts, _, chosen = _chosen(router, experts)
+    return num_parameters(mixture) - round((1 - chosen / num_experts) * num_parameters(experts))
+
+
+def _chosen(router: nn.Module, experts: nn.Module) -> tuple[int, int, float]:
+    """E, D, and how many experts a token meets; of a router that cannot be asked, its top_k or 1."""
+    num_experts, dim = (int(getattr(experts, name)) for name in ("num_experts", "dim"))
+    return num_experts, dim, experts_per_token(router, num_experts, dim, float(getattr(router, "top_k", 1)))
 
 
 _SOME_TOKENS = 256
