@@ -66,3 +66,56 @@ class Refusing(nn.Module):
 
 def not_a_module(dim: int) -> list[int]:
     return [dim]
+
+
+class Reversing(nn.Module):
+    """A mixer that says so by its signature."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, cache: None = None, attention_mask: Tensor | None = None) -> Tensor:
+        return self.out(x.flip(1))
+
+
+class UnsaidRouter(LinearRouter):
+    """A router that says so by what it returns only."""
+
+    def forward(self, x: Tensor):  # type: ignore[no-untyped-def,override]
+        return tuple(super().forward(x))
+
+
+class BothWays(nn.Module):
+    """Fits two seams."""
+
+    def forward(self, x: Tensor, cache: None = None, expert_ids: Tensor | None = None) -> Tensor:
+        return x
+
+
+class EachAlone(nn.Module):
+    """Experts."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, dim, dim) * dim**-0.5)
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        pieces = rows.split(rows_per_expert.tolist())
+        return torch.cat([piece @ weight for piece, weight in zip(pieces, self.weight, strict=True)])
+
+
+class InOrder:
+    """A dispatcher, in name."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> None: ...
+
+    def combine(self, rows: Tensor, context: None) -> None: ...
+
+
+def make_router(dim: int, num_experts: int, top_k: int) -> LinearRouter:
+    return LinearRouter(dim, num_experts, top_k)
+
+
+def make_unsaid(dim: int):  # type: ignore[no-untyped-def]
+    return Reversing(dim)

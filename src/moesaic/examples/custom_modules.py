@@ -3,8 +3,8 @@
     moesaic train experiment=custom_modules
 
 A custom module is a torch.nn.Module. Its constructor is given by name what it asks for (dim, layer_index, num_layers,
-norm_eps, num_experts, top_k, score_function, normalize_scores), and what its YAML entry says beside `type`. Your own
-modules are found in the working folder. What they may say of themselves is in `moesaic.layers.Part`.
+norm_eps, num_experts, top_k, score_function, normalize_scores, expert_bias), and what its YAML entry says beside
+`type`. Your own modules are found in the working folder. What they may say of themselves is in `moesaic.layers.Part`.
 """
 
 import torch

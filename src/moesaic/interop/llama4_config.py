@@ -162,7 +162,7 @@ def config_from_hf(text: Mapping[str, Any]) -> DecoderConfig:
         values["attn_temperature_tuning"] = bool(values["attn_temperature_tuning"])
     fields = from_mapping(_TextFields, values, "config.json")
     try:
-        return _decoder_config(fields, text.get("pad_token_id"), text.get("max_position_embeddings", 131072))
+        return _decoder_config(fields, text.get("pad_token_id"), _max_length(text))
     except InputError:
         raise
     except ValueError as error:
@@ -262,15 +262,27 @@ def config_to_hf(config: DecoderConfig, carried: Mapping[str, Any], dtype: str) 
         InputError: the decoder computes what Llama 4 does not; the message names every such key.
     """
     _refuse_what_llama4_has_not(config)
-    attention, moe = config.attention, config.moe
-    layers = config.layers
+    fields = _text_fields_of(config, carried)
+    written = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(fields).items()}
+    for legacy in ("rope_theta", "rope_scaling"):
+        del written[legacy]
+    inert = {key: value for key, value in carried.items() if key in INERT}
+    own = {"max_position_embeddings": _max_length(carried), "pad_token_id": config.padding_token}
+    if not carried:  # transformers' defaults are ids of Llama's tokeniser
+        own |= {"bos_token_id": None, "eos_token_id": None}
+    identity = {"architectures": [TEXT_ONLY], "model_type": "llama4_text", "dtype": dtype}
+    inert.pop("torch_dtype", None)  # dtype's old name
+    return {**inert, **written, **own, **identity}
+
+
+def _text_fields_of(config: DecoderConfig, carried: Mapping[str, Any]) -> _TextFields:
+    """The inverse of `_decoder_config`."""
+    attention, moe, layers = config.attention, config.moe, config.layers
     chunked = [x.mixer in ("chunked_rope", "chunked_nope") for x in layers]
     # what is switched off keeps the values it came with
     unused = AttentionTemperature(carried.get("attn_scale", 0.1), int(carried.get("floor_scale", 8192)))
     temperature = attention.temperature or unused
-    scaling = attention.rope_scaling
-    max_length = carried.get("max_position_embeddings", 131072)
-    fields = _TextFields(
+    return _TextFields(
         vocab_size=config.vocab_size,
         hidden_size=config.dim,
         intermediate_size=moe.hidden_dim if moe else config.hidden_dim,
@@ -293,27 +305,27 @@ def config_to_hf(config: DecoderConfig, carried: Mapping[str, Any], dtype: str) 
         no_rope_layers=tuple(int(layer.mixer in ("rope", "chunked_rope")) for layer in layers),
         no_rope_layer_interval=config.nope_layer_interval or carried.get("no_rope_layer_interval") or 4,
         # transformers wants a number even where no layer is chunked
-        attention_chunk_size=attention.attention_chunk_size or max_length,
+        attention_chunk_size=attention.attention_chunk_size or _max_length(carried),
         layer_types=tuple("chunked_attention" if chunk else "full_attention" for chunk in chunked),
         attn_temperature_tuning=attention.temperature is not None,
         floor_scale=temperature.floor_scale,
         attn_scale=temperature.attn_scale,
-        rope_parameters={"rope_theta": attention.rope_theta, "rope_type": "default"},
+        rope_parameters=_rope_parameters(attention),
     )
-    if scaling is not None:
-        rope = {"rope_theta": attention.rope_theta, "rope_type": "llama3", **dataclasses.asdict(scaling)}
-        rope["original_max_position_embeddings"] = rope.pop("original_length")
-        fields = dataclasses.replace(fields, rope_parameters=rope)
-    written = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(fields).items()}
-    for legacy in ("rope_theta", "rope_scaling"):
-        del written[legacy]
-    inert = {key: value for key, value in carried.items() if key in INERT}
-    own = {"max_position_embeddings": max_length, "pad_token_id": config.padding_token}
-    if not carried:  # transformers' defaults are ids of Llama's tokeniser
-        own |= {"bos_token_id": None, "eos_token_id": None}
-    identity = {"architectures": [TEXT_ONLY], "model_type": "llama4_text", "dtype": dtype}
-    inert.pop("torch_dtype", None)  # dtype's old name
-    return {**inert, **written, **own, **identity}
+
+
+def _rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
+    """The inverse of `_rope`, as transformers 5 spells it."""
+    if attention.rope_scaling is None:
+        return {"rope_theta": attention.rope_theta, "rope_type": "default"}
+    rope = {"rope_theta": attention.rope_theta, "rope_type": "llama3", **dataclasses.asdict(attention.rope_scaling)}
+    rope["original_max_position_embeddings"] = rope.pop("original_length")
+    return rope
+
+
+def _max_length(carried: Mapping[str, Any]) -> int:
+    """Positions that a model says it was made for; Llama 4's default where nothing says so."""
+    return carried.get("max_position_embeddings", 131072)
 
 
 def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:

@@ -211,44 +211,14 @@ def to_hf(
     target = Path(directory)
     if decoder.config is None:
         raise InputError("this decoder has no config: only decoders of build_decoder can be written")
-    parameters = {hf_name(name): p for name, p in decoder.named_parameters(remove_duplicate=False)}
-    for name, p in parameters.items():
-        if p.is_meta:
-            raise InputError(f"{name}: on the meta device, it has no data to write")
-        if (dtype or p.dtype) not in DTYPES.values():
-            raise InputError(
-                f"{name}: found dtype {dtype or p.dtype}; must be one of {', '.join(map(str, DTYPES.values()))}"
-            )
-    if decoder.config.tie_embeddings:
-        head, embedding = parameters.pop(hf_name("head.weight")), parameters[hf_name("embedding.weight")]
-        if head is not embedding and not torch.equal(head, embedding):
-            raise InputError("head.weight differs from embedding.weight, but the config says tie_embeddings=true")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target}: a file, not a directory")
-    for pattern in ("config.json", "*.safetensors", INDEX):
-        if found := sorted(target.glob(pattern)):
-            raise InputError(f"{found[0]}: there is already a model in this directory; choose another one")
+    parameters = _parameters_to_write(decoder, decoder.config.tie_embeddings, dtype)
+    _require_free(target)
     written_dtype = str(dtype or decoder.embedding.weight.dtype).removeprefix("torch.")
     config = config_to_hf(decoder.config, json.loads(decoder.foreign_files.get("config.json", "{}")), written_dtype)
-
-    shards = _shards(parameters, dtype, max_shard_bytes)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(target) as staging:
-        done = 0
-        for file_name, names in shards.items():
-
-            def tell(name: str) -> None:
-                nonlocal done
-                done += 1
-                if progress is not None:
-                    progress(done, len(parameters), name)
-
-            _write_safetensors(staging / file_name, {name: parameters[name] for name in names}, dtype, tell)
-        if len(shards) > 1:
-            total = sum(_bytes(p, dtype) for p in parameters.values())
-            weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-            write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_weights(staging, parameters, dtype, max_shard_bytes, progress)
         for file_name in FOREIGN_FILES[1:]:  # by our names: a checkpoint may come from anybody
             if file_name in decoder.foreign_files:
                 write_atomically(staging / file_name, decoder.foreign_files[file_name])
@@ -258,6 +228,61 @@ def to_hf(
             if file.name != LOCK:
                 file.replace(target / file.name)
         sync(target)
+
+
+def _parameters_to_write(decoder: Decoder, tied: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """By transformers' names, without the head of a tied decoder.
+
+    Raises:
+        InputError: one without data, of a dtype that files do not have, or two that should be tied and differ.
+    """
+    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in decoder.named_parameters(remove_duplicate=False)}
+    for name, p in parameters.items():
+        if p.is_meta:
+            raise InputError(f"{name}: on the meta device, it has no data to write")
+        if (dtype or p.dtype) not in DTYPES.values():
+            raise InputError(
+                f"{name}: found dtype {dtype or p.dtype}; must be one of {', '.join(map(str, DTYPES.values()))}"
+            )
+    if tied:
+        head, embedding = parameters.pop(hf_name("head.weight")), parameters[hf_name("embedding.weight")]
+        if head is not embedding and not torch.equal(head, embedding):
+            raise InputError("head.weight differs from embedding.weight, but the config says tie_embeddings=true")
+    return parameters
+
+
+def _require_free(target: Path) -> None:
+    """Raise InputError unless `target` is a directory without a model, or does not exist."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: a file, not a directory")
+    for pattern in ("config.json", "*.safetensors", INDEX):
+        if found := sorted(target.glob(pattern)):
+            raise InputError(f"{found[0]}: there is already a model in this directory; choose another one")
+
+
+def _write_weights(
+    directory: Path,
+    parameters: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    progress: Progress | None,
+) -> None:
+    """The shards, and their index if there are several."""
+    done = 0
+
+    def tell(name: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(parameters), name)
+
+    shards = _shards(parameters, dtype, max_shard_bytes)
+    for file_name, names in shards.items():
+        _write_safetensors(directory / file_name, {name: parameters[name] for name in names}, dtype, tell)
+    if len(shards) > 1:
+        total = sum(_bytes(p, dtype) for p in parameters.values())
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 # ---- matching names

@@ -454,31 +454,14 @@ def trace_memory(
         )
     with torch.device("meta"):
         decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, dtype=dtype)
-    for module in decoder.modules():
-        if isinstance(module, Experts):
-            if module.backend == "grouped" and dtype != torch.bfloat16:
-                raise InputError(f"backend='grouped', dtype={dtype}: fake tensors know grouped_mm in bfloat16 only")
-            module.register_forward_pre_hook(_route_evenly)
-        elif isinstance(module, MoE):
-            module.assume_full = True
+    _balance(decoder, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), _RealWhereKnown():
         _move_to_fake_cpu(decoder)
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         labels = torch.zeros(batch_size * seq_len, dtype=torch.int64)
         parameters = list(decoder.parameters())
-        if config.tie_embeddings:  # fake gradients are not added in place, so two leaves share the weight until then
-            decoder.head.weight = nn.Parameter(decoder.embedding.weight.detach())
         with LiveBytes([tokens, labels, *parameters]) as live:
-            hidden = decoder.hidden_states(tokens)[0]
-            activations, forward_peak, live.peak = live.current, live.peak, live.current
-            loss = linear_cross_entropy(hidden.flatten(0, 1), decoder.head.weight, labels)
-            loss_bytes = live.peak - activations
-            del hidden
-            loss.backward()
-            del loss
-            if config.tie_embeddings:
-                decoder.head.weight = decoder.embedding.weight
-            step = max(forward_peak, live.peak)
+            activations, loss, step = _trace_step(decoder, tokens, labels, live)
             gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
             state = optimizer_step = 0
             if make_optimizer is not None:
@@ -489,11 +472,42 @@ def trace_memory(
         gradients=gradients,
         optimizer=state,
         activations=activations,
-        loss=loss_bytes,
+        loss=loss,
         step=step,
         optimizer_step=optimizer_step,
         kv_cache=kv_cache,
     )
+
+
+def _balance(decoder: Decoder, dtype: torch.dtype) -> None:
+    """Spread the rows of every MoE layer evenly, as fake tensors cannot say where they go.
+
+    Raises:
+        InputError: a backend that fake tensors do not know in this dtype.
+    """
+    for module in decoder.modules():
+        if isinstance(module, Experts):
+            if module.backend == "grouped" and dtype != torch.bfloat16:
+                raise InputError(f"backend='grouped', dtype={dtype}: fake tensors know grouped_mm in bfloat16 only")
+            module.register_forward_pre_hook(_route_evenly)
+        elif isinstance(module, MoE):
+            module.assume_full = True
+
+
+def _trace_step(decoder: Decoder, tokens: Tensor, labels: Tensor, live: LiveBytes) -> tuple[int, int, int]:
+    """Forward and backward: bytes of the activations, what the loss adds to them, and the highest of all."""
+    if decoder.tie_embeddings:  # fake gradients are not added in place, so two leaves share the weight until then
+        decoder.head.weight = nn.Parameter(decoder.embedding.weight.detach())
+    hidden = decoder.hidden_states(tokens)[0]
+    activations, forward_peak, live.peak = live.current, live.peak, live.current
+    loss = linear_cross_entropy(hidden.flatten(0, 1), decoder.head.weight, labels)
+    loss_bytes = live.peak - activations
+    del hidden
+    loss.backward()
+    del loss
+    if decoder.tie_embeddings:
+        decoder.head.weight = decoder.embedding.weight
+    return activations, loss_bytes, max(forward_peak, live.peak)
 
 
 def _move_to_fake_cpu(decoder: Decoder) -> None:

@@ -7,6 +7,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,7 +176,6 @@ def torchtitan(num_experts: int = 4) -> MoEUnderTest:
     """Sigmoid top-2 with a selection bias. Its experts compute in bfloat16 whatever their dtype."""
     requirement = "torchtitan==0.3.0 and what it imports, triton included"
     moe = _load("torchtitan.models.common.moe", requirement)
-    optimizer = _load("torchtitan.components.optimizer.optimizer", requirement)
     top_k = min(2, num_experts)
     linear = _load("torchtitan.models.common.linear", requirement).Linear.Config(
         in_features=DIM, out_features=num_experts
@@ -191,49 +191,48 @@ def torchtitan(num_experts: int = 4) -> MoEUnderTest:
         ),
         router=moe.TokenChoiceTopKRouter.Config(num_experts=num_experts, gate=linear, top_k=top_k),
     ).build()
-    experts = "routed_experts.inner_experts"
-
-    def reference(w: Weights, x: Tensor) -> Tensor:
-        gate_up = torch.cat([w[f"{experts}.w1_EFD"], w[f"{experts}.w3_EFD"]], dim=1).transpose(1, 2)
-        expert = gated_expert(gate_up, w[f"{experts}.w2_EDF"].transpose(1, 2))
-        return dense_moe(
-            x,
-            w["router.gate.weight"],
-            expert,
-            top_k=top_k,
-            score_function="sigmoid",
-            expert_bias=w["expert_bias_E"],
-        )
-
-    def bias_step(module: Any, micro_batches: Sequence[Tensor], run: Run) -> None:
-        """With its own hook, on a model of one block; the block says whether it is recomputed, as theirs do."""
-        hooks: list[Callable[[], None]] = []
-        block: Any = nn.Module()
-        block.moe, block.moe_enabled = module, True
-        model: Any = nn.Module()
-        model.layers = nn.ModuleDict({"0": block})
-        if run.recomputes:
-            block.checkpoint_impl = optimizer.CheckpointImpl.NO_REENTRANT
-        optimizer.register_moe_load_balancing_hook(
-            SimpleNamespace(register_step_pre_hook=hooks.append),
-            [model],
-            SimpleNamespace(get_optional_mesh=lambda name: None, ep_enabled=False, tp=1),
-        )
-        for x in micro_batches:
-            run(module, x).square().mean().backward()
-        for hook in hooks:
-            hook()
-
     return MoEUnderTest(
         module,
         dim=DIM,
-        reference=reference,
+        reference=partial(_torchtitan_reference, top_k),
         router_weight=lambda module: module.router.gate.weight,
         top_k=top_k,
         expert_bias=lambda module: module.expert_bias_E,
-        bias_step=bias_step,
+        bias_step=partial(_torchtitan_bias_step, _load("torchtitan.components.optimizer.optimizer", requirement)),
         compute_dtype=torch.bfloat16,
     )
+
+
+def _torchtitan_reference(top_k: int, weights: Weights, x: Tensor) -> Tensor:
+    gate, up, down = (weights[f"routed_experts.inner_experts.{name}"] for name in ("w1_EFD", "w3_EFD", "w2_EDF"))
+    return dense_moe(
+        x,
+        weights["router.gate.weight"],
+        gated_expert(torch.cat([gate, up], dim=1).transpose(1, 2), down.transpose(1, 2)),
+        top_k=top_k,
+        score_function="sigmoid",
+        expert_bias=weights["expert_bias_E"],
+    )
+
+
+def _torchtitan_bias_step(optimizer: Any, module: Any, micro_batches: Sequence[Tensor], run: Run) -> None:
+    """With its own hook, on a model of one block; the block says whether it is recomputed, as theirs do."""
+    hooks: list[Callable[[], None]] = []
+    block: Any = nn.Module()
+    block.moe, block.moe_enabled = module, True
+    model: Any = nn.Module()
+    model.layers = nn.ModuleDict({"0": block})
+    if run.recomputes:
+        block.checkpoint_impl = optimizer.CheckpointImpl.NO_REENTRANT
+    optimizer.register_moe_load_balancing_hook(
+        SimpleNamespace(register_step_pre_hook=hooks.append),
+        [model],
+        SimpleNamespace(get_optional_mesh=lambda name: None, ep_enabled=False, tp=1),
+    )
+    for x in micro_batches:
+        run(module, x).square().mean().backward()
+    for hook in hooks:
+        hook()
 
 
 def st_moe_pytorch() -> MoEUnderTest:

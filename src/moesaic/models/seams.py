@@ -1,0 +1,140 @@
+"""Seams by name: where in a model a part of a user's own belongs, as its signature says or as the user says."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import InputError
+from moesaic.imports import resolve
+from moesaic.layers import Attention, Experts, FeedForward, MoE, Routing, TopKRouter
+from moesaic.models.custom import construct
+
+__all__ = ["SEAMS", "FoundPart", "Seam", "find_part", "known_by", "seam_of", "split_seam"]
+
+Seam = Literal["router", "mixer", "ffn", "expert", "dispatcher"]
+"""Where a part belongs. "expert" is the stack of all experts of a MoE layer."""
+
+SEAMS: tuple[Seam, ...] = get_args(Seam)
+
+_OURS: dict[type, Seam] = {TopKRouter: "router", Attention: "mixer", FeedForward: "ffn", MoE: "ffn", Experts: "expert"}
+
+_TRIAL = {"dim": 32, "num_experts": 4, "top_k": 2, "num_layers": 2, "layer_index": 0, "norm_eps": 1e-5}
+_TRIAL_SCORES = {"score_function": "sigmoid", "normalize_scores": False, "expert_bias": False}
+
+
+class FoundPart(NamedTuple):
+    """A part as the words of a command name it."""
+
+    seam: Seam
+    path: str
+    """Dotted: package.module.Name."""
+
+
+def find_part(text: str) -> FoundPart:
+    """The seam and the dotted path that a word such as `my.parts:Router` or `mixer:my.parts.Mine` stands for.
+
+    Dots and colon both name a part. The seam before a colon counts before what the signature says.
+
+    Raises:
+        InputError: it cannot be imported, or its signature fits several seams or none.
+    """
+    given, path = split_seam(text)
+    found = resolve(path, "part")
+    if given is not None:
+        return FoundPart(given, path)
+    fitting = seam_of(found) or _tried_out(path)
+    if len(fitting) == 1:
+        return FoundPart(fitting[0], path)
+    listed = " or ".join(f"{seam}:{path}" for seam in fitting or SEAMS)
+    fits = f"fits the seams {', '.join(fitting)}" if fitting else "fits no seam"
+    raise InputError(f"{text}: {_signature(found)} {fits}; must be given as {listed}")
+
+
+def split_seam(text: str) -> tuple[Seam | None, str]:
+    """The seam that a word begins with, None if it begins with none, and the dotted path that it names.
+
+    `router:Mine` names Mine of a module `router`: a seam stands before a path of at least a module and a name.
+    """
+    first, colon, rest = text.partition(":")
+    for seam in SEAMS:
+        if colon and first == seam and ("." in rest or ":" in rest):
+            return seam, rest.replace(":", ".")
+    return None, text.replace(":", ".")
+
+
+def seam_of(found: Any) -> tuple[Seam, ...]:
+    """The seams that a class, a module or a function fits, as far as its signature says; () where it says nothing.
+
+    A router returns a `Routing` or takes `expert_ids`. A mixer takes a cache, an attention mask or positions. Experts
+    take rows and rows_per_expert. A `forward(x)` that says no more fits mixer and ffn alike.
+    """
+    if not inspect.isclass(found) and not isinstance(found, nn.Module) and callable(found):
+        found = _return_type(found)
+    cls = found if inspect.isclass(found) else type(found)
+    for ours, seam in _OURS.items():
+        if issubclass(cls, ours):
+            return (seam,)
+    if callable(getattr(cls, "dispatch", None)) and callable(getattr(cls, "combine", None)):
+        return ("dispatcher",)
+    if not issubclass(cls, nn.Module) or cls.forward is nn.Module.forward:
+        return ()
+    return _by_forward(cls)
+
+
+def _by_forward(cls: type[nn.Module]) -> tuple[Seam, ...]:
+    taken = list(inspect.signature(cls.forward).parameters)[1:]
+    said = {
+        "router": "expert_ids" in taken or _names_routing(cls.forward),
+        "mixer": hasattr(cls, "make_cache") or bool({"cache", "attention_mask", "positions", "rotary"} & set(taken)),
+        "ffn": hasattr(cls, "forward_with_routing"),
+        "expert": "rows_per_expert" in taken or taken[:1] == ["rows"],
+    }
+    return tuple(seam for seam in SEAMS if said.get(seam))
+
+
+def _names_routing(forward: Any) -> bool:
+    """Whether `forward` is annotated to return a `Routing`, in whatever spelling."""
+    annotation = inspect.signature(forward).return_annotation
+    return annotation is Routing or (
+        isinstance(annotation, str) and annotation.split(".")[-1].strip("'\"") == "Routing"
+    )
+
+
+def _return_type(function: Any) -> Any:
+    """The class that a function says it returns, itself if it says none."""
+    try:
+        annotation = inspect.signature(function, eval_str=True).return_annotation
+    except (TypeError, ValueError, NameError):
+        return function
+    return annotation if inspect.isclass(annotation) else function
+
+
+def _signature(found: Any) -> str:
+    """What was looked at, for messages."""
+    if inspect.isclass(found) and issubclass(found, nn.Module):
+        return f"forward{inspect.signature(found.forward)}"
+    return f"a {type(found).__name__}" if not callable(found) else f"{getattr(found, '__name__', found)}, once called,"
+
+
+def known_by(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part can ask for by name, of a small model; `sizes` count before."""
+    return {**_TRIAL, **_TRIAL_SCORES, **sizes}
+
+
+def _tried_out(path: str) -> tuple[Seam, ...]:
+    """The seams that a part fits which its signature does not say: it is made small, and run where it takes x alone."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            made = construct({"type": path}, "part", **known_by({}))
+            said = seam_of(made)
+            if said or not isinstance(made, nn.Module):
+                return said
+            answer = made(torch.randn(6, _TRIAL["dim"]))
+    except Exception:  # it needs arguments of its own, or other inputs: what it raises has no common base
+        return ("mixer", "ffn")
+    if isinstance(answer, tuple) and len(answer) >= 3 and all(isinstance(each, Tensor) for each in answer[:3]):
+        return ("router",)
+    return ("mixer", "ffn")
