@@ -1,5 +1,6 @@
 """One batch of n is n micro-batches of 1: every label of an optimizer step counts the same."""
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from moesaic.data import Data, DataConfig, TokenStream, load_data
 from moesaic.distillation import FrozenTeacher
 from moesaic.distillation.config import DistillationConfig
 from moesaic.errors import InputError
-from moesaic.losses import SoftWeightConfig
+from moesaic.losses import SoftWeightConfig, linear_cross_entropy, load_balance_loss
 from moesaic.models import DecoderConfig, build_decoder, llama4_toy
 from moesaic.training.batches import RunBatches
 from moesaic.training.config import BalanceConfig, RunConfig, TrainingConfig
@@ -51,7 +52,14 @@ TEACHERS = {
 class Fitted:
     """Gradients of every step by name, and the logged rows."""
 
-    def __init__(self, data: Data, distillation: DistillationConfig | None, accumulate: int, **options: Any) -> None:
+    def __init__(
+        self,
+        data: Data,
+        distillation: DistillationConfig | None,
+        accumulate: int,
+        balance: BalanceConfig | None = None,
+        **options: Any,
+    ) -> None:
         self.gradients: list[dict[str, Tensor]] = []
         self.rows: list[dict[str, float]] = []
         model: DecoderConfig = llama4_toy(vocab_size=data.vocab_size, num_layers=2)
@@ -68,7 +76,7 @@ class Fitted:
                 validation_batches=1,
                 validation_seq_len=None,
             ),
-            balance=BalanceConfig(load_balance_loss_weight=0.0, router_z_loss_weight=0.1),
+            balance=balance or BalanceConfig(load_balance_loss_weight=0.0, router_z_loss_weight=0.1),
             distillation=distillation,
             seed=3,
         )
@@ -76,6 +84,7 @@ class Fitted:
         teacher = FrozenTeacher(build_decoder(model, dtype=torch.float64))
         torch.manual_seed(3)
         module = LanguageModel(to_mapping(config), to_mapping(model), targets=teacher)
+        self.config, self.decoder = config, copy.deepcopy(module.decoder).double()
         fitted = self
 
         class Logger(DummyLogger):
@@ -121,6 +130,37 @@ def test_gradients_and_rows_of_a_batch_are_those_of_its_micro_batches(source: st
         for name in wanted:
             if name.startswith(("train/loss", "distillation/", "train/grad_norm")):  # the log keeps fp32
                 assert row[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-7), name
+
+
+def test_a_balance_loss_over_the_global_batch_sees_the_counts_so_far() -> None:
+    """That of the last micro-batch is exact, and so is a step of one."""
+    data = DATA["text"]()
+    balance = BalanceConfig(load_balance_loss_weight=1.0, load_balance_scope="global_batch")
+    parts, whole = (Fitted(data, None, accumulate, balance) for accumulate in (2, 1))
+    batches = [RunBatches(parts.config, data).training().batch(i) for i in range(2)]
+    everything = {key: torch.cat([batch[key] for batch in batches]) for key in ("tokens", "labels")}
+    num_valid = everything["labels"].numel()
+
+    def gradients(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        decoder, seen = copy.deepcopy(parts.decoder), dict[str, Tensor]()
+        for batch in steps:
+            hidden, routing = decoder.hidden_states(batch["tokens"])
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1), decoder.head.weight, batch["labels"].flatten(), num_valid=num_valid
+            )
+            for name, decided in routing.items():
+                seen[name] = seen.get(name, 0) + decided.tokens_per_expert
+                balance_loss = load_balance_loss(
+                    decided.logits, decided.expert_ids, load=seen[name], num_valid=num_valid
+                )
+                loss = loss + balance_loss / len(routing)
+            loss.backward()
+        return {f"decoder.{name}": p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+
+    for fitted, steps in ((parts, batches), (whole, [everything])):
+        torch.testing.assert_close(fitted.gradients[0], gradients(steps), atol=1e-11, rtol=1e-7)
+    found, exact = (each.gradients[0]["decoder.layers.1.ffn.router.weight"] for each in (parts, whole))
+    assert (found - exact).norm() > 0.01 * exact.norm(), "they are not the same, as the config says"
 
 
 def test_micro_batches_differ_in_their_labels() -> None:

@@ -63,7 +63,13 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """What keeps experts in use; a weight or rate of 0 switches a term off. Losses are means over the MoE layers."""
+    """What keeps experts in use; a weight or rate of 0 switches a term off. Losses are means over the MoE layers.
+
+    With load_balance_scope=global_batch the loss takes its counts from all ranks and from the micro-batches of the step
+    so far, as Qiu et al. 2025 (arXiv 2501.11873) do. Only the last micro-batch sees the counts of the whole step. With
+    training.accumulate > 1 the gradient therefore differs from that of one batch of the same sequences; with 1 it is
+    exact. Exact counts would cost a forward pass over the whole step before its first backward pass.
+    """
 
     load_balance_loss_weight: float = 0.01
     load_balance_scope: Literal["micro_batch", "global_batch"] = "micro_batch"

@@ -15,7 +15,7 @@ from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
 from moesaic.evaluation.drift import RunningDrift
 from moesaic.evaluation.language_modeling import LanguageModelScore
-from moesaic.evaluation.routing import no_expert_share, routing_health
+from moesaic.evaluation.routing import RoutingSums, routing_sums
 from moesaic.layers import Routing, count_tokens
 from moesaic.losses import (
     SoftWeight,
@@ -109,6 +109,8 @@ class LanguageModel(pl.LightningModule):
         """Valid tokens per expert and MoE layer since the last optimiser step."""
         self.logged_load: dict[str, Tensor] = {}
         """The same since the last logged step, for the routing monitor."""
+        self.step_routing: dict[str, RoutingSums] = {}
+        """What the routers did in all micro-batches of a logged step."""
         self.teacher_step_load: dict[str, Tensor] = {}
         """`step_load` of a teacher that trains along."""
         self._step_counts: StepCounts | None = None
@@ -119,6 +121,8 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         valid = batch["valid"].flatten() if "valid" in batch else None
+        if self._step_counts is None:
+            self.step_routing = {}
         counts = self._step_counts = self._step_counts or self._count_step(batch)
         hidden, routing = self.decoder.hidden_states(batch["tokens"])
         if self.codistillation is None:
@@ -135,12 +139,8 @@ class LanguageModel(pl.LightningModule):
             self.step_load[name] = load + self.step_load.get(name, 0)
             self.logged_load[name] = load + self.logged_load.get(name, 0)
         if self._is_logged(self.trainer.global_step + 1):
-            self.log_book.health = {name: routing_health(decided, valid) for name, decided in routing.items()}
-            self.log_book.no_expert = {
-                name: no_expert_share(decided, valid)
-                for name, decided in routing.items()
-                if getattr(getattr(self.decoder.get_submodule(name), "router", None), "may_skip", True)
-            }
+            for name, decided in routing.items():
+                self.step_routing[name] = routing_sums(decided, valid).plus(self.step_routing.get(name))
         return loss + self._balance_loss("train", routing, valid, self.step_load, counts)
 
     def _count_step(self, batch: Batch) -> StepCounts:
@@ -285,9 +285,21 @@ class LanguageModel(pl.LightningModule):
             return False
         distillation = {} if self.codistillation is None else self.codistillation.row(book.micro_batches)
         row = book.row(self.progress.tokens(step), self.trainer.optimizers[0].param_groups[0]["lr"], distillation)
+        row |= self._router_row()
         self.log_row(row)
         self.log_dict({"loss": row["train/loss"], "tokens/s": book.tokens_per_second}, prog_bar=True, logger=False)
         return True
+
+    def _router_row(self) -> dict[str, float]:
+        """Router health of the step, of all its micro-batches on all ranks."""
+        row: dict[str, float] = {}
+        shares: dict[str, float] = {}
+        for name, sums in self.step_routing.items():
+            sums = RoutingSums(*(self._over_ranks(each) for each in sums))
+            row |= {f"router/{name}/{measure}": value for measure, value in dataclasses.asdict(sums.health()).items()}
+            if getattr(getattr(self.decoder.get_submodule(name), "router", None), "may_skip", True):
+                shares[f"router/{name}/no_expert_share"] = sums.no_expert_share()
+        return row | shares
 
     def log_row(self, row: dict[str, float]) -> None:
         """Write one row to every logger, with what it is plotted against."""

@@ -1,13 +1,10 @@
 """What is measured between two logged steps, and how long training took."""
 
-import dataclasses
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from moesaic.evaluation.routing import RoutingHealth
 
 __all__ = ["StepLog"]
 
@@ -22,10 +19,6 @@ class StepLog:
         """Tokens per second of training since this process began."""
         self.auxiliary: dict[str, Tensor] = {}
         """Latest value of what is logged as it is: balance losses and gradient norms."""
-        self.health: dict[str, RoutingHealth] = {}
-        """Router health on the last micro-batch of a logged step."""
-        self.no_expert: dict[str, float] = {}
-        """Share of its tokens without any expert, in layers whose router may leave some."""
         self.nats = torch.zeros(())
         self.micro_batches = 0
 
@@ -58,9 +51,6 @@ class StepLog:
             "learning_rate": learning_rate,
         }
         row |= {name: value.item() for name, value in self.auxiliary.items()} | distillation
-        for name, health in self.health.items():
-            row |= {f"router/{name}/{measure}": value for measure, value in dataclasses.asdict(health).items()}
-        row |= {f"router/{name}/no_expert_share": share for name, share in self.no_expert.items()}
         self.nats = torch.zeros_like(self.nats)
         self.micro_batches = 0
         return row
