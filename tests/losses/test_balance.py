@@ -156,3 +156,15 @@ def test_the_bias_moves_towards_balance(counts: list[int], rate: float) -> None:
     for moved, count in zip(bias.tolist(), counts, strict=True):
         if abs(count - mean) > 1:  # nearer, fp32 cannot tell
             assert moved == pytest.approx(math.copysign(rate, mean - count))
+
+
+def test_what_stands_in_padding_reaches_no_gradient() -> None:
+    mask = torch.tensor([True, False, True])
+    found = []
+    for content in (0.0, math.inf, math.nan):
+        logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).masked_fill(~mask[:, None], content)
+        logits.requires_grad_()
+        loss = load_balance_loss(logits, torch.tensor([[0], [1], [2]]), mask) + router_z_loss(logits, mask)
+        found.append((loss, torch.autograd.grad(loss, logits)[0]))
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], atol=0, rtol=0)

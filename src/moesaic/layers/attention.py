@@ -154,6 +154,8 @@ class ShortConvolution(nn.Module):
                 stands, and the next tail is of each row's last real tokens. What comes out for padding means nothing.
         """
         before, length = self.width - 1, x.size(1)
+        if mask is not None:
+            x = x.masked_fill(~mask[:, :, None], 0)
         if tail is None:
             tail = x.new_zeros(x.size(0), before, x.size(2))
         known = torch.cat((tail, x), dim=1)
@@ -218,11 +220,11 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int |
 
     A row's chunks are counted from its first real token, so they begin at different places in different rows. Queries
     are taken a chunk at a time, because each sees at most the chunk - 1 keys before it: no (L, S) mask is built for
-    chunk-local attention. What comes out for a query that sees no key (left padding) means nothing.
+    chunk-local attention. Padding sees itself, so that no row of weights is empty; what comes out for it means nothing.
 
     Args:
-        q: (B, N, L, H), the last L of the S positions.
-        k, v: (B, G, S', H), the last S' <= S positions.
+        q: (B, N, L, H), the last L of the S positions; finite, padding too.
+        k, v: (B, G, S', H), the last S' <= S positions; finite, padding too.
         mask: (B, S) bool, False for padding.
         chunk: tokens per chunk; None lets every query see all earlier real keys.
 
@@ -242,6 +244,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int |
         if chunk is not None:
             begin = first_real[:, None, None]
             visible = visible & ((key_at - begin) // chunk == (query_at[:, None] - begin) // chunk)
+        visible = visible | (key_at == query_at[:, None])
         keys = slice(first - first_held, past + end - first_held)
         piece = _attend(q[:, :, start:end], k[:, :, keys], v[:, :, keys], visible[:, None])
         pieces.append(piece)
@@ -388,6 +391,8 @@ class Attention(nn.Module):
                 raise ValueError("attention_mask: give it to all calls on one cache, or to none")
             cache.masked = attention_mask is not None
         is_real = None if attention_mask is None else attention_mask[:, start:]
+        if is_real is not None:  # a weight of 0 would not hide inf and nan; 1, because no norm divides by it
+            x = x.masked_fill(~is_real[:, :, None], 1)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             tail = None if cache is None else cache.convolution_tail
@@ -405,8 +410,6 @@ class Attention(nn.Module):
         if self.temperature is not None:
             q = (q * self.temperature(positions)[:, None, None]).to(q.dtype)
         q, k, v = (rearrange(y, "b l n h -> b n l h") for y in (q, k, v))
-        if is_real is not None:  # a weight of 0 would not hide inf and nan
-            k, v = (y.masked_fill(~is_real[:, None, :, None], 0) for y in (k, v))
         if cache is not None:
             k, v = cache.append(k, v)
         if attention_mask is None:

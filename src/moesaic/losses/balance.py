@@ -37,7 +37,7 @@ def load_balance_loss(
     num_experts = logits.size(-1)
     counts = (count_tokens(expert_ids, num_experts, valid) if load is None else load).to(at_least_fp32(logits).dtype)
     fraction = counts / counts.sum().clamp(min=1)
-    logits = at_least_fp32(logits)
+    logits = _of_valid(at_least_fp32(logits), valid)
     probabilities = (logits - logits.logsumexp(dim=-1, keepdim=True)).exp()  # on CPUs softmax over 8 is 4 times slower
     return num_experts * (fraction * _mean_over_valid(probabilities, valid, num_valid)).sum()
 
@@ -54,7 +54,8 @@ def router_z_loss(logits: Tensor, valid: Tensor | None = None, *, num_valid: Ten
     Returns:
         Scalar in fp32 (fp64 for fp64).
     """
-    return _mean_over_valid(at_least_fp32(logits).logsumexp(dim=-1).square(), valid, num_valid)
+    logits = _of_valid(at_least_fp32(logits), valid)
+    return _mean_over_valid(logits.logsumexp(dim=-1).square(), valid, num_valid)
 
 
 @torch.no_grad()
@@ -66,6 +67,11 @@ def update_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: flo
     """
     load = tokens_per_expert.float()
     expert_bias += rate * torch.sign(load.mean() - load)
+
+
+def _of_valid(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """`logits` (T, E) with 0 for padding: a weight of 0 would not hide inf and nan."""
+    return logits if valid is None else logits.masked_fill(~valid[:, None], 0)
 
 
 def _mean_over_valid(x: Tensor, valid: Tensor | None, num_valid: Tensor | int | None) -> Tensor:

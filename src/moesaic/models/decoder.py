@@ -64,10 +64,16 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """x (B, L, D) -> (B, L, D), and the routing if the channel mixer is a MoE."""
+        """x (B, L, D) -> (B, L, D), and the routing if the channel mixer is a MoE.
+
+        What stands in padding reaches no real token and no gradient, whatever it is.
+        """
+        if attention_mask is not None:  # finite: a gradient of 0 times inf or nan would be nan
+            is_padding = ~attention_mask[:, attention_mask.size(1) - x.size(1) :, None]
+            x = x.masked_fill(is_padding, 1)  # no norm divides by it
         y = self.mixer_norm(x)
         if attention_mask is not None:
-            y = self.mixer(y, cache, attention_mask)
+            y = self.mixer(y, cache, attention_mask).masked_fill(is_padding, 0)
         elif cache is not None:
             y = self.mixer(y, cache)
         else:
