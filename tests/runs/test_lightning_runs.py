@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from small_runs import SMOKE
+from small_runs import BPE, SMOKE
 
 from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.config import from_mapping
@@ -139,6 +140,9 @@ def test_options_of_lightning_reach_it(composed: Composed, tmp_path: Path) -> No
     ("override", "message"),
     [
         ("++trainer.max_steps=3", r"trainer\.max_steps=3: it must be set as training\.steps"),
+        ("++trainer.limit_train_batches=3", r"trainer\.limit_train_batches=3: it must be set as training\.steps"),
+        ("++trainer.reload_dataloaders_every_n_epochs=1", r"trainer\.reload_dataloaders_every_n_epochs=1: it must be"),
+        ("++trainer.overfit_batches=0.5", r"trainer\.overfit_batches=0\.5.*: must be an integer number of batches"),
         ("++trainer.limit_val_batches=-2", r"trainer\.limit_val_batches=-2.*: Lightning refuses this"),
         ("++callbacks.it._target_=os.system", r"callbacks\.it\._target_='os.system': must be the dotted path"),
     ],
@@ -148,6 +152,43 @@ def test_refusals_write_nothing(composed: Composed, override: str, message: str)
     with pytest.raises(InputError, match=message):
         run(config)
     assert not list(Path(config["output_dir"]).glob("*/*"))
+
+
+@pytest.mark.parametrize("option", ["overfit_batches=2", "fast_dev_run=true"])
+def test_a_run_that_goes_on_takes_more_than_the_first_batches(
+    composed: Composed, trained: Path, tmp_path: Path, option: str
+) -> None:
+    begun = (*BPE, f"ckpt_path={trained}", "training.steps=30", f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(
+        InputError, match=r"^trainer\.(overfit_batches|fast_dev_run)=.*is further than the first batches"
+    ):
+        run(composed(*begun, f"++trainer.{option}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_batches_come_again_in_a_resumed_run(composed: Composed, tmp_path: Path) -> None:
+    same = ["++trainer.overfit_batches=2", "training.steps=4", "training.log_every=1"]
+    run(composed(*same, f"run_dir={tmp_path / 'whole'}"))
+    resume = ["resume=true", f"run_dir={tmp_path / 'stopped'}"]
+    while run(composed(*same, *resume, "trainer.max_time=00:00:00:00"))["status"] == "stopped":
+        pass
+    assert column(tmp_path / "stopped", "train/loss") == column(tmp_path / "whole", "train/loss")
+
+
+def test_without_validation_there_are_checkpoints_too(composed: Composed, tmp_path: Path) -> None:
+    """Where steps are validated, the state is saved after that; here nothing comes after."""
+    saved = []
+
+    class Watch(pl.Callback):
+        def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
+            saved.append(trainer.global_step)
+
+    every = ["training.validate_every=2", "training.checkpoint_every=2", "training.steps=6"]
+    config = composed(*every, "++trainer.limit_val_batches=0", f"run_dir={tmp_path / 'run'}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesaic.training.prepare.make_callbacks", lambda _: [Watch()])
+        run(config)
+    assert {2, 4, 6} <= set(saved)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from moesaic.distillation.config import DistillationConfig
 from moesaic.errors import InputError
 from moesaic.losses import SoftWeightConfig, linear_cross_entropy, load_balance_loss
 from moesaic.models import DecoderConfig, build_decoder, llama4_toy
-from moesaic.training.batches import RunBatches
-from moesaic.training.config import BalanceConfig, RunConfig, TrainingConfig
+from moesaic.training.batches import RunBatches, require_same_batches
+from moesaic.training.config import BalanceConfig, RunConfig, TrainerConfig, TrainingConfig
 from moesaic.training.module import LanguageModel
 
 pytestmark = [
@@ -171,15 +171,9 @@ def test_micro_batches_differ_in_their_labels() -> None:
         assert len(counts) > 1, source
 
 
-def test_the_last_micro_batches_of_an_epoch_that_is_cut_short() -> None:
-    """Lightning steps at the end of an epoch of the same few batches, whatever accumulates."""
-    few = Fitted(DATA["associative_recall"](), None, accumulate=MANY, overfit_batches=2)
-    pair = Fitted(DATA["associative_recall"](), None, accumulate=MANY // 2, overfit_batches=1)
-    torch.testing.assert_close(few.gradients[0], pair.gradients[0], atol=1e-11, rtol=1e-7)
-
-
-def test_an_epoch_that_cuts_a_step_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"trainer.limit_train_batches=3: .*must be a multiple of training.accumulate=2"
-    ):
-        Fitted(DATA["text"](), None, accumulate=2, limit_train_batches=3)
+@pytest.mark.parametrize(("count", "accumulate"), [(3, 2), (4, 2), (0.5, 1)])
+def test_the_same_batches_are_a_number_of_whole_steps(count: float, accumulate: int) -> None:
+    options = TrainerConfig(lightning={"overfit_batches": count})
+    config = RunConfig(training=TrainingConfig(accumulate=accumulate), trainer=options)
+    with pytest.raises(InputError, match=rf"trainer\.overfit_batches={count}, training\.accumulate={accumulate}: must"):
+        require_same_batches(config)

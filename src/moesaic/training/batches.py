@@ -12,12 +12,12 @@ from moesaic.data import (
     Data,
     evaluation_loader,
     training_loader,
-    with_step_counts,
 )
+from moesaic.data.loaders import ResumableLoader
 from moesaic.errors import InputError
 from moesaic.training.config import RunConfig, TrainingConfig
 
-__all__ = ["RunBatches", "Sizes", "evaluation_sizes"]
+__all__ = ["RunBatches", "Sizes", "evaluation_sizes", "require_same_batches"]
 
 
 class Sizes(TypedDict):
@@ -33,17 +33,38 @@ def evaluation_sizes(training: TrainingConfig) -> Sizes:
     return {"seq_len": seq_len, "batch_size": max(1, training.batch_size * training.seq_len // seq_len)}
 
 
-class _Same:
-    """The same few batches in every epoch; not a list, which Lightning would take for several loaders."""
+class _Same(ResumableLoader):
+    """The first few batches of a loader, the same ones in every epoch."""
 
-    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
-        self.batches = batches
+    def __init__(self, loader: AnyTrainingLoader, num_batches: int) -> None:
+        super().__init__(
+            batch_size=loader.batch_size, num_batches=num_batches, rank=loader.rank, world_size=loader.world_size
+        )
+        self.loader = loader
+        self.accumulate = loader.accumulate
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return iter(self.batches)
+        self._next_batch %= self.num_batches
+        return super().__iter__()
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    def batch(self, i: int) -> dict[str, Tensor]:
+        return self.loader.batch(i)
+
+
+def require_same_batches(config: RunConfig) -> None:
+    """Refuse trainer.overfit_batches where it is no number of batches, or where an epoch could end within a step.
+
+    Lightning makes a step of what is left of an epoch, and in a resumed run of what is left of the step.
+
+    Raises:
+        InputError: it names the option.
+    """
+    count, accumulate = config.trainer.lightning.get("overfit_batches"), config.training.accumulate
+    if count and (type(count) is not int or accumulate > 1):
+        raise InputError(
+            f"trainer.overfit_batches={count!r}, training.accumulate={accumulate}: must be an integer number of "
+            "batches, and training.accumulate=1"
+        )
 
 
 class RunBatches(pl.LightningDataModule):
@@ -76,22 +97,11 @@ class RunBatches(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         trainer = self.trainer
         assert trainer is not None
-        accumulate = trainer.accumulate_grad_batches
         loader = self.training(trainer.global_rank, trainer.world_size)
-        loader.accumulate = accumulate
+        loader.accumulate = trainer.accumulate_grad_batches
         # our loaders go on in every epoch; these are the same batches in each
-        if share := trainer.overfit_batches:  # type: ignore[attr-defined]
-            count = share if isinstance(share, int) else max(1, int(share * len(loader)))
-            batches = [loader.batch(i) for i in range(count)]
-            steps = [batches[i : i + accumulate] for i in range(0, count, accumulate)]
-            return _Same([batch for step in steps for batch in with_step_counts(step)])
-        limit = trainer.limit_train_batches
-        per_epoch = limit if isinstance(limit, int) else int(limit * len(loader))
-        if per_epoch % accumulate:  # Lightning ends an optimizer step where it takes an epoch to end
-            raise InputError(
-                f"trainer.limit_train_batches={limit}: {per_epoch} batches; must be a multiple of "
-                f"training.accumulate={accumulate}"
-            )
+        if same := trainer.overfit_batches:  # type: ignore[attr-defined]
+            return _Same(loader, same)
         return loader
 
     def val_dataloader(self) -> AnyEvaluationLoader:

@@ -118,7 +118,8 @@ class LastCheckpoint(Checkpoint):
         if (batch_index + 1) % trainer.accumulate_grad_batches:
             return  # not the end of a step
         self._agree(trainer)
-        if trainer.global_step % self.validate_every or trainer.should_stop:
+        is_validated = trainer.global_step % self.validate_every == 0 and trainer.enable_validation
+        if not is_validated or trainer.should_stop:
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -15,6 +15,7 @@ from moesaic.reading import read_json, reading
 from moesaic.training.config import RunConfig
 
 __all__ = [
+    "require_all_batches",
     "require_same_data",
     "require_same_distillation",
     "require_same_optimizer",
@@ -104,6 +105,16 @@ def require_steps_left(path: str, checkpoint: dict[str, Any], config: RunConfig)
             f"training.steps={config.training.steps}: checkpoint {path} is at step {checkpoint['global_step']}; must "
             "be more, because steps count from the beginning"
         )
+
+
+def require_all_batches(path: str, config: RunConfig) -> None:
+    """Raise InputError if a run that goes on from a checkpoint should take the first few batches only."""
+    for name in ("overfit_batches", "fast_dev_run"):
+        if value := config.trainer.lightning.get(name):
+            raise InputError(
+                f"trainer.{name}={value}: checkpoint {path} is further than the first batches; must be left out, or "
+                "start a run without ckpt_path"
+            )
 
 
 def require_same_distillation(path: str, checkpoint: dict[str, Any], config: RunConfig, model: DecoderConfig) -> None:

@@ -21,12 +21,14 @@ DOUBLES = {
     "gradient_clip_val": "training.gradient_clip",
     "gradient_clip_algorithm": "training.gradient_clip, which is a norm",
     "val_check_interval": "training.validate_every",
+    "limit_train_batches": "training.steps",
     "check_val_every_n_epoch": "training.validate_every",
     "log_every_n_steps": "training.log_every",
     "enable_checkpointing": "training.checkpoint_every",
     "default_root_dir": "output_dir, or run_dir",
     "callbacks": "the group callbacks=NAME",
     "logger": "the group logger=NAME",
+    "reload_dataloaders_every_n_epochs": "nothing: a run is one epoch",
     "use_distributed_sampler": "nothing: the loaders share the batches among processes themselves",
 }
 """Names of Lightning's Trainer, and names that people type for them, that double a key of ours."""

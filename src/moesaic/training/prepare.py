@@ -30,10 +30,11 @@ from moesaic.files import lock, remove_partials, require_disk_space, write_atomi
 from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
-from moesaic.training.batches import RunBatches
+from moesaic.training.batches import RunBatches, require_same_batches
 from moesaic.training.components import make_callbacks, require_loggers
 from moesaic.training.config import RunConfig, TrainerConfig
 from moesaic.training.continuing import (
+    require_all_batches,
     require_same_data,
     require_same_distillation,
     require_same_optimizer,
@@ -153,6 +154,7 @@ def _require_sound(config: RunConfig) -> None:
     require_loggers(config.logger)
     if to_mapping(config.trainer) != to_mapping(TrainerConfig()):
         require_options({**trainer_options(config), "accelerator": config.trainer.accelerator})
+    require_same_batches(config)
 
 
 def _settle(config: RunConfig) -> None:
@@ -193,6 +195,7 @@ def _require_fitting(config: RunConfig, model: DecoderConfig, start: Start, data
         require_same_optimizer(path, checkpoint, config)
         if start.kind == "continued":
             require_steps_left(path, checkpoint, config)
+            require_all_batches(path, config)
         return None
     require_extendable(path, checkpoint, model)
     first = checkpoint if start.run_dir is None else load_checkpoint(start_of(start.run_dir))
