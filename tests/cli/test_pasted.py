@@ -90,6 +90,7 @@ def test_next_commands_of_a_run(text: str) -> None:
     assert Path(given["checkpoint"]) == run_dir / "checkpoints" / "last.ckpt"
     assert given["prompt"] == "import os"
     assert shlex.split(board) == ["tensorboard", "--logdir", text]
+    assert next_commands(run_dir, config, {"status": "diverged"})[0] == board, "before the first checkpoint"
     resume, _ = next_commands(run_dir, config, {"status": "stopped"})
     assert pasted(resume) == {"resume": True, "run_dir": str(run_dir)}
 

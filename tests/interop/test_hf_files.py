@@ -302,6 +302,15 @@ BAD_CONFIGS = [
     ({"no_rope_layer_interval": 0}, r"no_rope_layer_interval=0: must be a number >= 1"),
     ({"interleave_moe_layer_step": 0}, r"interleave_moe_layer_step=0: must be a number >= 1"),
     ({"num_key_value_heads": 3}, r"num_heads=4: must be a multiple of num_kv_heads=3"),
+    ({"attn_scale": 1e308}, r"config\.json\.attn_scale=1e\+308: must be a number that is at most 1000000"),
+    ({"rms_norm_eps": 1e-300}, r"config\.json\.rms_norm_eps=1e-300: must be a number from 1e-20 to 1"),
+    ({"rope_theta": 1e300}, r"config\.json: rope_theta=1e\+300: must be a number from 1 to 1e15"),
+    ({"rope_parameters": {**BAND, "rope_theta": "x"}}, r"config\.json: rope_theta='x': must be a number"),
+    (
+        {"rope_parameters": {**BAND, "factor": 1e308}},
+        r"rope_parameters\.factor=1e\+308: must be a number that is at most",
+    ),
+    ({"initializer_range": 0}, r"config\.json\.initializer_range=0\.0: must be a number > 0"),
     ({"head_dim": 7}, r"head_dim=7: RoPE rotates pairs"),
 ]
 

@@ -235,11 +235,17 @@ def test_the_teacher_is_validated_and_its_passes_are_counted() -> None:
 def test_a_teacher_that_diverges_is_named() -> None:
     both = make(STUDENT, joint(teacher_learning_rate=0.5))
     assert both.teacher is not None
+    layer = both.teacher.layers[1]
     with torch.no_grad():
-        both.teacher.layers[1].ffn_norm.weight.fill_(math.inf)
-    why = r"the loss of the teacher that trains along is nan; layers.1 is the .* distillation.teacher_learning_rate=0.5"
-    with pytest.raises(Diverged, match=why):
+        layer.ffn_norm.weight.fill_(math.inf)
+    why = r"the loss of the teacher that trains along is nan; layers.1 is the .* "
+    with pytest.raises(Diverged, match=why + "Likely cause: the model itself: .* no step was made"):
         fit(both, batches(1))
+    both = make(STUDENT, joint(teacher_learning_rate=1e30))
+    with pytest.raises(
+        Diverged, match=r"teacher that trains along.*Likely cause: distillation.teacher_learning_rate=1e"
+    ):
+        fit(both, batches(4))
     broken = some_teacher()
     with torch.no_grad():
         broken.layers[1].ffn_norm.weight.fill_(math.inf)

@@ -71,7 +71,7 @@ class _TextFields:
     head_dim: int | None = dataclasses.field(default=128, metadata={"most": 2**16})
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    initializer_range: float = dataclasses.field(default=0.02, metadata={"most": 100.0})
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_dropout: float = 0.0
@@ -86,7 +86,7 @@ class _TextFields:
     layer_types: tuple[Literal["chunked_attention", "full_attention"], ...] | None = None
     attn_temperature_tuning: bool = True
     floor_scale: int = dataclasses.field(default=8192, metadata={"most": 2**40})
-    attn_scale: float = 0.1
+    attn_scale: float = dataclasses.field(default=0.1, metadata={"most": 1e6})
     rope_theta: float | None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
@@ -96,6 +96,10 @@ class _TextFields:
             raise ValueError(f"attention_dropout={self.attention_dropout}: must be 0, there is no dropout here")
         if self.hidden_act not in ACTIVATION_OF:
             raise ValueError(f"hidden_act={self.hidden_act!r}: must be one of {', '.join(ACTIVATION_OF)}")
+        if not 1e-20 <= self.rms_norm_eps <= 1:
+            raise ValueError(f"rms_norm_eps={self.rms_norm_eps}: must be a number from 1e-20 to 1")
+        if self.initializer_range <= 0:
+            raise ValueError(f"initializer_range={self.initializer_range}: must be a number > 0")
         if self.no_rope_layer_interval < 1:
             raise ValueError(f"no_rope_layer_interval={self.no_rope_layer_interval}: must be a number >= 1")
         if self.moe_layers is None and self.interleave_moe_layer_step < 1:
@@ -236,6 +240,8 @@ def _rope(fields: _TextFields, max_length: int) -> tuple[float, Llama3RopeScalin
     given = dict(fields.rope_scaling or fields.rope_parameters or {})
     theta = given.pop("rope_theta", fields.rope_theta)
     theta = 500000.0 if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
+        raise InputError(f"config.json: rope_theta={theta!r}: must be a number from 1 to 1e15")
     legacy = given.pop("type", None)
     kind = given.pop("rope_type", legacy) or "default"
     if kind not in ("default", "llama3"):

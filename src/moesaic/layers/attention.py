@@ -34,9 +34,9 @@ class AttentionTemperature:
     Its s is learned per head; here s is a constant, and the query projection can learn any factor on top of it.
     """
 
-    attn_scale: float = 0.1
+    attn_scale: float = dataclasses.field(default=0.1, metadata={"most": 1e6})
     floor_scale: int = dataclasses.field(default=8192, metadata={"most": 2**40})
-    scalable_softmax: float | None = None
+    scalable_softmax: float | None = dataclasses.field(default=None, metadata={"most": 1e6})
 
     def __post_init__(self) -> None:
         require_sizes(floor_scale=self.floor_scale)

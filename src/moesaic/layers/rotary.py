@@ -19,9 +19,9 @@ class Llama3RopeScaling:
     than `low_freq_factor` times is slowed down by `factor`, and between the two the frequency is interpolated.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
+    factor: float = dataclasses.field(metadata={"most": 1e9})
+    low_freq_factor: float = dataclasses.field(metadata={"most": 1e9})
+    high_freq_factor: float = dataclasses.field(metadata={"most": 1e9})
     original_length: int = dataclasses.field(metadata={"most": 2**40})
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta")
+        _within(self, "rope_theta", 1.0, 1e15)
         if self.conv_width < 0:
             raise ValueError(f"conv_width={self.conv_width}: must be a number >= 0")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
@@ -137,6 +138,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "dim", "num_layers", "hidden_dim", "norm_eps", "init_std")
+        _within(self, "norm_eps", 1e-20, 1.0)
         if self.padding_token is not None and not 0 <= self.padding_token < self.vocab_size:
             raise ValueError(f"padding_token={self.padding_token}: must be a token id below {self.vocab_size}")
         intervals = {"interleave_moe_layer_step": self.interleave_moe_layer_step}
@@ -233,6 +235,12 @@ def _positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value}: must be a number > 0")
+
+
+def _within(config: Any, name: str, least: float, most: float) -> None:
+    """Refuse what fp32 turns into zero or infinity: nobody trains with it, and what breaks then blames other keys."""
+    if not least <= (value := getattr(config, name)) <= most:
+        raise ValueError(f"{name}={value}: must be a number from {least:g} to {most:g}")
 
 
 BUILT_IN = {

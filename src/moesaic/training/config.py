@@ -33,10 +33,10 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "muon"
     learning_rate: float = dataclasses.field(default=1.6e-2, metadata={"most": 1000.0})
     muon_learning_rate: float = dataclasses.field(default=4e-3, metadata={"most": 1000.0})  # on AdamW's scale
-    weight_decay: float = 0.1
+    weight_decay: float = dataclasses.field(default=0.1, metadata={"most": 1000.0})
     beta1: float = 0.9
     beta2: float = 0.95
-    eps: float = 1e-8
+    eps: float = dataclasses.field(default=1e-8, metadata={"most": 1.0})
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_learning_rate", "eps"):
@@ -71,9 +71,9 @@ class BalanceConfig:
     exact. Exact counts would cost a forward pass over the whole step before its first backward pass.
     """
 
-    load_balance_loss_weight: float = 0.01
+    load_balance_loss_weight: float = dataclasses.field(default=0.01, metadata={"most": 1e6})
     load_balance_scope: Literal["micro_batch", "global_batch"] = "micro_batch"
-    router_z_loss_weight: float = 0.0
+    router_z_loss_weight: float = dataclasses.field(default=0.0, metadata={"most": 1e6})
     # needs model.moe.expert_bias=true
     expert_bias_update_rate: float = dataclasses.field(default=0.0, metadata={"most": 100.0})
 

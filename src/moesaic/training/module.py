@@ -218,6 +218,7 @@ class LanguageModel(pl.LightningModule):
         self.log_book.auxiliary[name] = self._sums[name]
 
     def on_train_start(self) -> None:
+        self._began_at = self.trainer.global_step
         if self._continues:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)  # see `configure_optimizers`
@@ -270,10 +271,13 @@ class LanguageModel(pl.LightningModule):
             key = "distillation.teacher_learning_rate"
         elif codistillation is not None and not codistillation.teacher_loss.isfinite():
             place = f"the loss of the teacher is {float(codistillation.teacher_loss):.4g}"
+        if self.trainer.global_step == self._began_at:  # no rate has moved anything yet
+            cause = "the model itself: its weights, its config or a custom module; no step was made"
+        else:
+            cause = f"{key}={rate} is too high"
         return (
-            f"step {self.trainer.global_step}: {whose} is {float(loss):.4g}; {place}. Likely cause: "
-            f"{key}={rate} is too high, or the weights of a "
-            "checkpoint were already broken. Training stops before this step; the last checkpoint is good."
+            f"step {self.trainer.global_step}: {whose} is {float(loss):.4g}; {place}. Likely cause: {cause}. Training "
+            "stops before this step, which no checkpoint holds."
         )
 
     # ---- rows

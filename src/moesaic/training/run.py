@@ -254,5 +254,6 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
         return [f"{sweep}   # positions in all layers, in none, in every second", board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
     generate = command_line("generate", checkpoint, "import os") + trust_of(names_in(config.model))
+    there = metrics["status"] != "diverged" or checkpoint.is_file()
     is_default = (config.name, config.data.source) == ("default", "stdlib")  # that line would run another experiment
-    return [generate, board, *([f"{twins}   # is the mixture worth it?"] if is_default else [])]
+    return [*([generate] if there else []), board, *([f"{twins}   # is the mixture worth it?"] if is_default else [])]
