@@ -21,7 +21,7 @@ from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.custom import require_trusted_modules, source_hashes
 from moesaic.models.decoder import FOREIGN_FILES
 from moesaic.models.shapes import num_parameters
-from moesaic.reading import reading, require_finite
+from moesaic.reading import reading, require_file, require_finite
 
 __all__ = [
     "TrainedModel",
@@ -59,10 +59,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         InputError: no such file, a damaged file, one of a newer version, or not a checkpoint of this project.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"checkpoint {path}: a directory; give a file, such as its checkpoints/last.ckpt")
-    if not path.is_file():
-        raise InputError(f"checkpoint {path}: no such file")
+    with reading(f"checkpoint {path}"):
+        require_file(path, "a file, such as its checkpoints/last.ckpt")
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
@@ -97,14 +95,17 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
         trust: packages whose code the checkpoint may name as its custom modules, see `moesaic.imports`.
 
     Raises:
-        InputError: as `load_checkpoint`, custom modules that are not trusted, or weights that do not fit the config.
+        InputError: as `load_checkpoint`, custom modules that are not trusted, or weights that do not fit the config or
+            are not finite.
     """
     checkpoint = load_checkpoint(path)
     stored = checkpoint["hyper_parameters"]
     config = from_mapping(DecoderConfig, stored["model"], "model")
     with reading(f"checkpoint {path}"), trusting(trust):
         require_trusted_modules(config, f"checkpoint {path}")
-        decoder = _filled(config, decoder_weights(checkpoint))
+        weights = decoder_weights(checkpoint)
+        decoder = _filled(config, weights)
+        require_finite_weights(weights)
         for changed in _changed_sources(checkpoint, config):
             logger.warning("checkpoint %s: the source file of %s has changed since it was written", path, changed)
         decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
@@ -123,11 +124,11 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
     )
 
 
-def require_finite_weights(decoder: Decoder, where: object) -> None:
+def require_finite_weights(weights: Mapping[str, torch.Tensor]) -> None:
     """Raise InputError that names the first weight with a number that is nan or infinite."""
-    for name, parameter in decoder.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise InputError(f"{where}: {name} holds numbers that are not finite; the model has diverged")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{name} holds numbers that are not finite; the model has diverged")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ import contextlib
 import csv
 import json
 import math
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moesaic.errors import InputError, UnknownKey
 
-__all__ = ["read_csv", "read_json", "read_yaml", "reading", "require_finite"]
+__all__ = ["read_csv", "read_json", "read_yaml", "reading", "require_file", "require_finite"]
 
 
 @contextlib.contextmanager
@@ -37,6 +38,23 @@ def reading(file: object) -> Iterator[None]:
         raise InputError(f"{file}: damaged ({type(error).__name__}: {what})") from error
 
 
+def require_file(path: Path, wanted: str = "a file") -> None:
+    """Raise InputError where there is no regular file: opening a pipe or a device may wait for ever.
+
+    Raises:
+        InputError: what is there instead.
+        OSError: the folder cannot be looked into.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        broken = f"; a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
+        raise InputError(f"no such file{broken}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
+        raise InputError(f"{kind}; must be {wanted}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -44,6 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is no JSON, or holds something else.
     """
     with reading(path):
+        require_file(path)
         return _mapping(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -56,6 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml  # an optional package
 
     with reading(path):
+        require_file(path)
         return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
@@ -65,8 +85,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     Raises:
         InputError: it cannot be read as text.
     """
-    with reading(path), path.open(newline="", encoding="utf-8") as file:
-        return [{name: value or "" for name, value in row.items() if name is not None} for row in csv.DictReader(file)]
+    with reading(path):
+        require_file(path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            return [{name: value or "" for name, value in row.items() if name is not None} for row in rows]
 
 
 def require_finite(value: Any, key: str) -> None:

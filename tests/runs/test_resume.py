@@ -69,4 +69,13 @@ def test_contradicting_overrides_are_refused_on_resume(composed: Composed, tmp_p
     overrides = ["resume=true", f"run_dir={tmp_path / 'run'}", "training.steps=20"]
     with pytest.raises(InputError) as refusal:
         train.train(composed(*overrides), overrides)
-    assert str(refusal.value) == "training.steps=20: the run to resume has 10; resume continues it unchanged"
+    assert str(refusal.value) == (
+        "training.steps=20: the run to resume has 10; resume continues it unchanged. For another value start a new "
+        f"run, with ckpt_path={tmp_path / 'run'}/checkpoints/last.ckpt"
+    )
+    overrides = [*overrides[:2], "training.checkpoint_every=7", "logger=none", "trainer.threads=1"]
+    train.train(composed(*overrides), overrides)
+    stored = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["hyper_parameters"]["config"]
+    assert (stored["training"]["checkpoint_every"], stored["logger"], stored["trainer"]["threads"]) == (7, {}, 1)
+    (tmp_path / "run" / "metrics.json").unlink()
+    train.train(composed(*overrides[:2]), overrides[:2])  # as it began

@@ -108,7 +108,7 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         diverged.head.weight[3, 0] = float("nan")
     save_model(tmp_path / "diverged.ckpt", diverged, BPE)
-    with pytest.raises(InputError, match=r"diverged.ckpt': head.weight holds numbers that are not finite"):
+    with pytest.raises(InputError, match=r"diverged.ckpt: head.weight holds numbers that are not finite"):
         load_teacher(tmp_path / "diverged.ckpt", BPE, 270)
     teacher = decoder()
     teacher.foreign_files = {"config.json": "{}", "tokenizer.json": "{"}

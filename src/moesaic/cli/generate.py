@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from moesaic.checkpoints import load_model, require_finite_weights
+from moesaic.checkpoints import load_model
 from moesaic.cli.common import launch, plain
 from moesaic.config import LARGEST_SEED, from_mapping
 from moesaic.errors import InputError
@@ -16,7 +16,6 @@ __all__ = ["generate_text", "main"]
 def generate_text(checkpoint: str, sampling: SampleConfig, seed: int = 0) -> str:
     """The prompt and its continuation by the model of a checkpoint."""
     model = load_model(checkpoint)
-    require_finite_weights(model.decoder, f"checkpoint {checkpoint}")
     if model.tokenizer is None:
         raise InputError(f"checkpoint {checkpoint}: it has no tokeniser, it was trained on token ids")
     return sample_text(model.decoder, model.tokenizer, sampling, seed)

@@ -1,9 +1,10 @@
 """Train a model: moesaic train [experiment=NAME] [key=value ...]; -m for a sweep. See conf/train.yaml."""
 
 import contextlib
+import dataclasses
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from moesaic.cli.common import launch, plain
 from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.files import write_json, write_yaml
+from moesaic.overrides import for_shell, override
 from moesaic.studies.sweep import write_report
 from moesaic.training.fit import WARNED
-from moesaic.training.run import find_run, run
-from moesaic.training.starting import Found, is_finished
+from moesaic.training.run import run_found
+from moesaic.training.starting import Found, find_run, free_part, is_finished
 
 __all__ = ["main", "train", "train_in_sweep"]
 
@@ -34,24 +36,40 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
     if "study" in config:
         raise InputError(f"this is a study: moesaic study experiment=study_{config['name']}")
     found = find_run(config)
-    if found.run_dir is not None:
-        _require_unchanged(found, config, overrides)
-        config = {**config, "run_dir": str(found.run_dir)}
-    return run(config)
+    return run_found(found if found.run_dir is None else _with_free_keys(found, config, overrides))
 
 
-def _require_unchanged(found: Found, config: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse overrides that contradict the run that is there."""
-    stored = {**found.config, "ckpt_path": found.ckpt_path}
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+def _with_free_keys(found: Found, config: dict[str, Any], overrides: Sequence[str]) -> Found:
+    """The run that is there, under overrides that do not change what it trains; others than its own are refused."""
+    stored, changed = {**found.config, "ckpt_path": found.ckpt_path}, found.config
+    for typed in overrides:
+        key, _, value = typed.lstrip("+~").partition("=")
         if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug", "trust"):
+            continue
+        if (free := free_part(key)) is not None:
+            changed = _with(changed, free.split("."), _at(config, free))
             continue
         for name, asked in flatten({key: _at(config, key)}).items():  # of an option such as model=small every key
             before = _at(stored, name)
             if str(before) != str(asked) and (name, asked) != ("trainer.precision", "auto"):  # chosen when it began
                 found_there = repr(before) if name == key else f"{name}={before!r}"
-                raise InputError(f"{key}={value}: the run to resume has {found_there}; resume continues it unchanged")
+                raise InputError(
+                    f"{key}={value}: the run to resume has {found_there}; resume continues it unchanged. For another "
+                    f"value start a new run{_from(found, key)}"
+                )
+    return dataclasses.replace(found, config=changed)
+
+
+def _from(found: Found, key: str) -> str:
+    """What a new run may begin with where this key is another one."""
+    last = found.config["run_dir"] + "/checkpoints/last.ckpt"
+    goes_on = key.split(".")[0] in ("training", "optimizer", "schedule", "balance", "callbacks", "seed", "trainer")
+    return f", with {for_shell(override('ckpt_path', last))}" if goes_on and found.kind != "begun" else ""
+
+
+def _with(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    below = value if len(path) == 1 else _with(config.get(path[0]) or {}, path[1:], value)
+    return {**config, path[0]: below}
 
 
 def _at(config: Any, key: str) -> Any:

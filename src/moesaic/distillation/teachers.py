@@ -7,7 +7,7 @@ from typing import Any
 
 from moesaic.checkpoints import load_checkpoint, load_model, require_finite_weights
 from moesaic.data import DataConfig, Tokenizer, tokenizer_from_dict
-from moesaic.errors import InputError
+from moesaic.errors import InputError, naming
 from moesaic.models import Decoder
 
 __all__ = ["load_teacher", "require_teacher", "teacher_tokenizer"]
@@ -70,12 +70,13 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
         except ImportError as error:
             raise InputError(f"teacher={str(path)!r}: a directory needs the [hf] extra ({error})") from error
         decoder = from_hf(path)
+        with naming(f"teacher={str(path)!r}"):
+            require_finite_weights(decoder.state_dict())
         text = decoder.foreign_files.get("tokenizer.json")
         theirs = None if text is None else {"kind": "bpe", "json": text}
     else:
         model = load_model(path)
         decoder, theirs = model.decoder, None if model.tokenizer is None else model.tokenizer.to_dict()
-    require_finite_weights(decoder, f"teacher={str(path)!r}")
     if decoder.vocab_size != vocab_size:
         raise InputError(
             f"teacher={str(path)!r}: a vocabulary of {decoder.vocab_size}, the student's has {vocab_size}; soft "

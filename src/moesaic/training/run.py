@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from moesaic.config import to_mapping
 from moesaic.data import Data
-from moesaic.errors import CannotWrite
+from moesaic.errors import CannotWrite, InputError
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
 from moesaic.imports import names_in, trust_argument, trusting
@@ -31,11 +31,16 @@ from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
 from moesaic.training.starting import COMPONENTS, Found, find_run, has_score, is_finished
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
-__all__ = ["find_run", "fit_vocabulary", "next_commands", "run"]
+__all__ = ["find_run", "fit_vocabulary", "next_commands", "run", "run_found"]
 
 
 def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
-    """Train as `config` (a plain mapping, see `RunConfig`) says; returns what metrics.json holds.
+    """Train as `config` (a plain mapping, see `RunConfig`) says; see `run_found`."""
+    return run_found(find_run(config), console)
+
+
+def run_found(found: Found, console: Console | None = None) -> dict[str, Any]:
+    """Train what `find_run` found; returns what metrics.json holds.
 
     Everything that can be refused is refused before the run directory exists. Where Lightning starts more processes,
     the one of rank 0 evaluates and writes; the others return their status alone.
@@ -45,7 +50,6 @@ def run(config: Mapping[str, Any], console: Console | None = None) -> dict[str, 
         CannotWrite: a full or read-only disk.
         Interrupted: a signal. The state is saved if it came during training.
     """
-    found = find_run(config)
     trainer = found.config.get("trainer")
     settle_rank(trainer if isinstance(trainer, Mapping) else {})
     console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
@@ -85,7 +89,9 @@ def _recorded(run_dir: Path, config: RunConfig, console: Console) -> Iterator[No
             raise
         was_interrupted = isinstance(error, KeyboardInterrupt)
         status = {"status": "interrupted" if was_interrupted else "failed", "error": f"{type(error).__name__}: {error}"}
-        if not has_score(run_dir):  # resume=true makes what is pending
+        # what is refused leaves what is there; resume=true makes what is pending
+        is_refused = isinstance(error, InputError) and (run_dir / "metrics.json").exists()
+        if not is_refused and not has_score(run_dir):
             with contextlib.suppress(CannotWrite):
                 write_json(run_dir / "metrics.json", status)
         saved = (run_dir / "checkpoints" / "last.ckpt").exists()

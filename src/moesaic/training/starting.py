@@ -1,19 +1,20 @@
 """What a run starts from: nothing, its own last checkpoint, or another run's."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.checkpoints import load_checkpoint
-from moesaic.config import from_mapping, require_same, to_mapping
+from moesaic.config import flatten, from_mapping, require_same, to_mapping
 from moesaic.errors import InputError
 from moesaic.files import LOCK, find_all, is_locked
 from moesaic.formats import translate_run, version_of
 from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models import DecoderConfig
-from moesaic.reading import read_json, read_yaml, reading, require_finite
+from moesaic.reading import read_json, read_yaml, reading, require_file, require_finite
 from moesaic.training.config import RunConfig
 from moesaic.training.stored_state import require_training_state
 
@@ -23,6 +24,7 @@ __all__ = [
     "busy",
     "clear_unstarted",
     "find_run",
+    "free_part",
     "has_score",
     "is_finished",
     "read_start",
@@ -74,6 +76,24 @@ COMPONENTS = (
 """Callbacks and loggers that a stored run may have without trust: those of conf/ that tell nobody outside."""
 
 
+FREE = (
+    "data.cache_dir",
+    "logger",
+    "sample",
+    "trainer.enable_progress_bar",
+    "trainer.keep_freed_memory",
+    "trainer.max_time",
+    "trainer.threads",
+    "training.checkpoint_every",
+)
+"""Keys that a resumed run may have otherwise than it began: what it trains does not depend on them."""
+
+
+def free_part(key: str) -> str | None:
+    """The member of `FREE` that a dotted key is, or is below."""
+    return next((name for name in FREE if key == name or key.startswith(f"{name}.")), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where the weights of a run come from.
@@ -123,9 +143,10 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
 
 def _require_same_config(config: RunConfig, checkpoint: Mapping[str, Any], path: Path) -> None:
     """Refuse a config.yaml that was edited after the checkpoint was written: some of it would hold and some not."""
-    stored = to_mapping(from_mapping(RunConfig, checkpoint["hyper_parameters"]["config"]))
-    here = ("resume", "run_dir", "ckpt_path", "output_dir", "data.cache_dir", "data.path", "trainer")
-    require_same(f"{path}: changed since the checkpoint was written", stored, to_mapping(config), here)
+    stored, now = to_mapping(from_mapping(RunConfig, checkpoint["hyper_parameters"]["config"])), to_mapping(config)
+    here = ("resume", "run_dir", "ckpt_path", "output_dir", "data.path")
+    free = [key for key in {**flatten(stored), **flatten(now)} if free_part(key) is not None]
+    require_same(f"{path}: changed since the checkpoint was written", stored, now, (*here, *free))
 
 
 def find_run(config: Mapping[str, Any]) -> Found:
@@ -179,11 +200,29 @@ def _existing(run_dir: Path, typed: Mapping[str, Any]) -> Found:
     with trusting(names_in(typed)):
         require_trusted(names_in(stored), run_dir / "config.yaml", free=COMPONENTS)
     config = {**stored, "run_dir": str(run_dir)}
-    if not (run_dir / "checkpoints" / "last.ckpt").is_file():
+    finished, last = is_finished(run_dir), run_dir / "checkpoints" / "last.ckpt"
+    if not finished and not _is_there(last):
+        if has_score(run_dir):
+            raise InputError(f"{last}: missing, and {run_dir / 'metrics.json'} has a score; put the checkpoint back")
         return Found("begun", {**config, "resume": False}, run_dir, config.get("ckpt_path"))
     resumed = {**config, "resume": True, "ckpt_path": None}
-    kind: Literal["finished", "unfinished"] = "finished" if is_finished(run_dir) else "unfinished"
-    return Found(kind, resumed, run_dir, config.get("ckpt_path"))
+    return Found("finished" if finished else "unfinished", resumed, run_dir, config.get("ckpt_path"))
+
+
+def _is_there(checkpoint: Path) -> bool:
+    """Whether a run has its checkpoint; what stands in its place is no reason to begin again, which clears the folder.
+
+    Raises:
+        InputError: something else is there, such as a folder or a link to nowhere.
+    """
+    with reading(checkpoint.parent):
+        if os.path.lexists(checkpoint.parent) and not checkpoint.parent.is_dir():
+            raise InputError("must be a directory")
+    with reading(f"checkpoint {checkpoint}"):
+        if os.path.lexists(checkpoint):
+            require_file(checkpoint)
+            return True
+    return False
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
@@ -210,7 +249,7 @@ def _newest_unfinished(root: Path) -> Path:
     unfinished = [path for path in candidates if not is_finished(path)]
     free = [path for path in unfinished if not is_locked(path)]
     if free:
-        return max(free, key=lambda path: (path / "checkpoints" / "last.ckpt").stat().st_mtime)
+        return max(free, key=lambda path: (path / "checkpoints" / "last.ckpt").lstat().st_mtime)
     training = f"; another process trains in {unfinished[0]}" if unfinished else ""
     raise InputError(
         f"resume=true: no unfinished run with a checkpoint under {root}{training}; give run_dir=<directory of a run>"
