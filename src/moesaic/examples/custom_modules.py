@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.layers import Routing
 
-__all__ = ["CosineRouter", "GatedAverage", "ReluSquared"]
+__all__ = ["CosineRouter", "GatedAverage", "ReluSquared", "ReluSquaredExperts"]
 
 
 class GatedAverage(nn.Module):
@@ -41,6 +41,25 @@ class ReluSquared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.down(torch.relu(self.up(x)).square())
+
+
+class ReluSquaredExperts(nn.Module):
+    """The experts of a MoE layer: `ReluSquared` for each, without a gate."""
+
+    def __init__(self, dim: int, hidden_dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.dim, self.num_experts = dim, num_experts
+        self.up = nn.Parameter(torch.randn(num_experts, dim, hidden_dim) * dim**-0.5)
+        self.down = nn.Parameter(torch.randn(num_experts, hidden_dim, dim) * hidden_dim**-0.5)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one row in one expert."""
+        return 2 * (self.up.numel() + self.down.numel()) / self.num_experts
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """rows (R, D) sorted by expert, rows_per_expert (E,) -> (R, D)."""
+        parts = rows.split(rows_per_expert.tolist())
+        return torch.cat([torch.relu(x @ up).square() @ down for x, up, down in zip(parts, self.up, self.down, strict=True)])
 
 
 class CosineRouter(nn.Module):

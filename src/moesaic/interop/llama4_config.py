@@ -344,6 +344,7 @@ def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:
     if moe is not None and any(layer.ffn == "moe" for layer in config.layers):
         allowed = {
             "router": "top_k",
+            "experts": "swiglu",
             "score_function": "sigmoid",
             "normalize_scores": False,
             "score_before_experts": True,

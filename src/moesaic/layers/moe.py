@@ -97,6 +97,7 @@ class MoE(nn.Module):
         activation: str = "silu",
         backend: str = "auto",
         router: nn.Module | None = None,
+        experts: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -107,6 +108,7 @@ class MoE(nn.Module):
             hidden_dim: width F of each routed expert.
             shared_hidden_dim: width of the shared expert; None means `hidden_dim`, 0 means no shared expert.
             router: takes the place of the `TopKRouter`, and with it of all arguments about choice and scores.
+            experts: takes the place of the SwiGLU `Experts`; a shared expert still has `hidden_dim`.
         """
         if shared_hidden_dim is not None:
             require_sizes(0, shared_hidden_dim=shared_hidden_dim)
@@ -126,7 +128,7 @@ class MoE(nn.Module):
         where: dict[str, Any] = {"activation": activation, "backend": backend, "device": device, "dtype": dtype}
         return cls(
             router=router,
-            experts=Experts(num_experts, dim, hidden_dim, **where),
+            experts=Experts(num_experts, dim, hidden_dim, **where) if experts is None else experts,
             shared_expert=FeedForward(dim, shared_width, **where) if shared_width else None,
             dispatcher=dispatcher,
             score_before_experts=score_before_experts,

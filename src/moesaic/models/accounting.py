@@ -159,7 +159,8 @@ def _describe_ffn(config: DecoderConfig, ffn: FFN) -> str:
         if moe.router == "top_k"
         else f", router {moe.router['type'] if isinstance(moe.router, dict) else moe.router}"
     )
-    return f"MoE {moe.num_experts} x {moe.hidden_dim}, top {moe.top_k}{shared}{router}"
+    experts = f" {moe.experts['type']}" if isinstance(moe.experts, dict) else ""
+    return f"MoE {moe.num_experts} x {moe.hidden_dim}{experts}, top {moe.top_k}{shared}{router}"
 
 
 def _describe_mixer(config: DecoderConfig, mixer: Mixer) -> str:

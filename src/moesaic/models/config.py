@@ -70,6 +70,7 @@ class MoEConfig:
     expert_bias: bool = False
     backend: str = "auto"
     dispatcher: Literal["local"] | CustomModule = "local"
+    experts: Literal["swiglu"] | CustomModule = "swiglu"
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "hidden_dim")
@@ -83,6 +84,7 @@ class MoEConfig:
             raise ValueError(f"backend={self.backend!r}: must be one of auto, {', '.join(BACKENDS)}")
         _check_part("router", self.router)
         _check_part("dispatcher", self.dispatcher)
+        _check_part("experts", self.experts)
         if self.expert_bias and self.router == "uniform":
             raise ValueError(
                 "expert_bias=True: router=uniform has no selection bias; it must be top_k or a custom module"
@@ -248,6 +250,7 @@ BUILT_IN = {
     "ffn": get_args(FFN),
     "router": ("top_k", "uniform"),
     "dispatcher": ("local",),
+    "experts": ("swiglu",),
 }
 
 

@@ -372,6 +372,7 @@ def _build_ffn(
         activation=config.activation,
         backend=moe.backend,
         router=_build_router(config, moe, i, device, dtype),
+        experts=_build_experts(config, moe, i, device, dtype),
         dispatcher=_build_dispatcher(config, moe, i),
         device=device,
         dtype=dtype,
@@ -400,6 +401,15 @@ def _build_router(
         device=device,
         dtype=dtype,
     )
+
+
+def _build_experts(
+    config: DecoderConfig, moe: MoEConfig, i: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Module | None:
+    if not isinstance(moe.experts, dict):
+        return None
+    known = {"hidden_dim": moe.hidden_dim, "activation": config.activation, "backend": moe.backend}
+    return build_custom(moe.experts, f"layer {i} experts", device, dtype, **_known(config, i), **known)
 
 
 def _build_dispatcher(config: DecoderConfig, moe: MoEConfig, i: int) -> Dispatcher | None:

@@ -67,10 +67,10 @@ def feed_forward_shapes(dim: int, width: int) -> list[Shape]:
 def _moe_shapes(config: DecoderConfig) -> list[Shape]:
     moe, dim = config.moe, config.dim
     assert moe is not None  # checked by the config
-    shapes = [
-        Shape((moe.num_experts, dim, 2 * moe.hidden_dim), "matrix"),
-        Shape((moe.num_experts, moe.hidden_dim, dim), "matrix"),
-    ]
+    shapes = []
+    if isinstance(moe.experts, str):
+        shapes.append(Shape((moe.num_experts, dim, 2 * moe.hidden_dim), "matrix"))
+        shapes.append(Shape((moe.num_experts, moe.hidden_dim, dim), "matrix"))
     if moe.shared_width:
         shapes += feed_forward_shapes(dim, moe.shared_width)
     if isinstance(moe.router, str):
@@ -87,5 +87,5 @@ def uncounted(config: DecoderConfig) -> tuple[str, ...]:
     """Dotted paths of the custom modules whose parameters only building them can tell."""
     parts: list[Any] = [part for layer in config.layers for part in (layer.mixer, layer.ffn)]
     if config.moe is not None and any(layer.ffn == "moe" for layer in config.layers):
-        parts.append(config.moe.router)
+        parts += [config.moe.router, config.moe.experts]
     return tuple(dict.fromkeys(part["type"] for part in parts if isinstance(part, dict)))
