@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from moesaic.checkout import CONFIG_DIR
 from moesaic.cli import COMMANDS
 from moesaic.cli.config_files import config_groups
+from moesaic.cli.synonyms import OPTIONS, key_known_as
 from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.overrides import for_shell, quoted
@@ -28,7 +30,7 @@ __all__ = ["as_additions", "check_overrides", "complete", "compose_with", "read_
 OVERRIDE = re.compile(r"(?:\+{0,2}|~)(?:[\w.$@:-]*|hydra/[\w/@]+)=|~[\w.]+$")
 """An argument that is not a word: key=value, also of hydra/launcher, or ~key. Other paths with = in them are words."""
 
-TEXT = {"a", "b", "prompt"}
+TEXT = {"new", "baseline", "prompt"}
 """Keys whose value is text to the end, whatever signs are in it; so are the keys that words fill."""
 
 SIGNS = re.compile(r"""[][(){}'",]""")
@@ -153,12 +155,18 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
         if override.key_or_group in groups and not override.is_delete():
             _check_options(override, groups[override.key_or_group])
     chosen = [str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]
-    try:  # an experiment may give keys to a section that is null by default
-        config = compose_with(config_dir, config_name, chosen)
-    except HydraException:  # Hydra itself says well what is wrong
-        config = compose_with(config_dir, config_name, [])
+    config = _with_options(config_dir, config_name, tuple(chosen))
     for override in overrides:
         _check_key(override, config, groups)
+
+
+@functools.cache
+def _with_options(config_dir: str | Path | None, config_name: str, chosen: tuple[str, ...]) -> DictConfig:
+    """The keys of a command with these options of groups; an experiment may fill a section that is null by default."""
+    try:
+        return compose_with(config_dir, config_name, chosen)
+    except HydraException:  # Hydra itself says well what is wrong
+        return compose_with(config_dir, config_name, [])
 
 
 def _refuse_double_names(folder: Path) -> None:
@@ -193,7 +201,8 @@ def _check_options(override: Override, options: Sequence[str]) -> None:
         name = option.text if isinstance(option, QuotedString) else option
         if str(name) in options:
             continue
-        hint = _did_you_mean(difflib.get_close_matches(str(name), options, n=1))
+        elsewhere = OPTIONS.get(f"{override.key_or_group}={str(name).lower()}")
+        hint = _did_you_mean([elsewhere] if elsewhere else difflib.get_close_matches(str(name), options, n=1))
         raise InputError(f"{override.input_line}: no such option{hint}; must be one of {', '.join(options)}")
 
 
@@ -233,6 +242,9 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
             f"{key}: unknown key{_did_you_mean(_close(key, known, at_top))}; must be one of {', '.join(at_top)}"
         )
     if override.is_add() or override.is_force_add():
+        ours = key_known_as(key) if root == "trainer" else None
+        if ours is not None and ours.startswith("trainer.") and ours != key:
+            raise InputError(f"{key}: unknown key (did you mean {ours}?)")
         return
     section, path, name = config, "", key
     while "." in name and isinstance(section, DictConfig) and name.split(".")[0] in section:
@@ -253,8 +265,10 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
 
 
 def _close(key: str, known: Sequence[str], siblings: Sequence[str]) -> list[str]:
-    """The likeliest key: one of nearly the same path, a sibling of nearly the same name, or this name elsewhere."""
+    """The likeliest key: what other tools call so, nearly this path, nearly a sibling, or this name elsewhere."""
     last = key.rpartition(".")[2]
+    if (ours := key_known_as(key)) in known:
+        return [str(ours)]
     by_name = {name.rpartition(".")[2]: name for name in known}
     beside = {name.rpartition(".")[2]: name for name in siblings}
     by_path = {name: name for name in known}
