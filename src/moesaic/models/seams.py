@@ -1,7 +1,6 @@
 """Seams by name: where in a model a part of a user's own belongs, as its signature says or as the user says."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -12,7 +11,7 @@ from moesaic.imports import resolve
 from moesaic.layers import Attention, Experts, FeedForward, MoE, Routing, TopKRouter
 from moesaic.models.custom import construct
 
-__all__ = ["SEAMS", "FoundPart", "Seam", "find_part", "known_by", "seam_of", "split_seam"]
+__all__ = ["SEAMS", "SMALL", "FoundPart", "Seam", "find_part", "seam_of", "split_seam"]
 
 Seam = Literal["router", "mixer", "ffn", "expert", "dispatcher"]
 """Where a part belongs. "expert" is the stack of all experts of a MoE layer."""
@@ -21,8 +20,18 @@ SEAMS: tuple[Seam, ...] = get_args(Seam)
 
 _OURS: dict[type, Seam] = {TopKRouter: "router", Attention: "mixer", FeedForward: "ffn", MoE: "ffn", Experts: "expert"}
 
-_TRIAL = {"dim": 32, "num_experts": 4, "top_k": 2, "num_layers": 2, "layer_index": 0, "norm_eps": 1e-5}
-_TRIAL_SCORES = {"score_function": "sigmoid", "normalize_scores": False, "expert_bias": False}
+SMALL: dict[str, Any] = {
+    "dim": 32,
+    "layer_index": 0,
+    "num_layers": 2,
+    "norm_eps": 1e-5,
+    "num_experts": 4,
+    "top_k": 2,
+    "score_function": "sigmoid",
+    "normalize_scores": False,
+    "expert_bias": False,
+}
+"""What a part is given that asks for it by name, where it is made outside a model."""
 
 
 class FoundPart(NamedTuple):
@@ -119,20 +128,15 @@ def _signature(found: Any) -> str:
     return f"a {type(found).__name__}" if not callable(found) else f"{getattr(found, '__name__', found)}, once called,"
 
 
-def known_by(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a part can ask for by name, of a small model; `sizes` count before."""
-    return {**_TRIAL, **_TRIAL_SCORES, **sizes}
-
-
 def _tried_out(path: str) -> tuple[Seam, ...]:
     """The seams that a part fits which its signature does not say: it is made small, and run where it takes x alone."""
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            made = construct({"type": path}, "part", **known_by({}))
+            made = construct({"type": path}, "part", **SMALL)
             said = seam_of(made)
             if said or not isinstance(made, nn.Module):
                 return said
-            answer = made(torch.randn(6, _TRIAL["dim"]))
+            answer = made(torch.randn(6, SMALL["dim"]))
     except Exception:  # it needs arguments of its own, or other inputs: what it raises has no common base
         return ("mixer", "ffn")
     if isinstance(answer, tuple) and len(answer) >= 3 and all(isinstance(each, Tensor) for each in answer[:3]):

@@ -7,6 +7,7 @@ Needs torch only. Hugging Face's blocks and other packages are recognised withou
 from moesaic.testing.adapter import MoEUnderTest, Run
 from moesaic.testing.conformance import check_moe, moe_checks
 from moesaic.testing.harness import Check
+from moesaic.testing.parts import check_decoder_parts, check_named_part, check_part
 from moesaic.testing.reference import dense_moe, gated_expert
 from moesaic.testing.report import CheckResult, Report, comparison_table
 
@@ -16,7 +17,10 @@ __all__ = [
     "MoEUnderTest",
     "Report",
     "Run",
+    "check_decoder_parts",
     "check_moe",
+    "check_named_part",
+    "check_part",
     "comparison_table",
     "dense_moe",
     "gated_expert",

@@ -30,6 +30,7 @@ __all__ = [
     "compare",
     "compare_gradients",
     "deterministic_layer",
+    "outcome",
     "relative_error",
     "try_out",
 ]
@@ -182,15 +183,7 @@ class Check:
     def run(self, factory: Factory) -> CheckResult:
         """The outcome as a row; an exception in the layer is a failure, not a crash."""
         row = CheckResult(self.name, "pass", "", self.statement, self.bug)
-        with undisturbed():
-            try:
-                return replace(row, detail=self.function(Subject(factory)) or "")
-            except NotApplicable as reason:
-                return replace(row, status="not applicable", detail=str(reason))
-            except Failed as failure:
-                return replace(row, status="fail", detail=str(failure))
-            except Exception as error:
-                return replace(row, status="fail", detail=f"{type(error).__name__}: {_first_lines(str(error))}")
+        return outcome(row, lambda: self.function(Subject(factory)))
 
     def __call__(self, factory: Factory) -> None:
         row = self.run(factory)
@@ -201,6 +194,19 @@ class Check:
 
     def __str__(self) -> str:
         return self.name
+
+
+def outcome(row: CheckResult, measure: Callable[[], str | None]) -> CheckResult:
+    """`row` with the status and the detail that come of `measure`: what it returns, or what it raises."""
+    with undisturbed():
+        try:
+            return replace(row, detail=measure() or "")
+        except NotApplicable as reason:
+            return replace(row, status="not applicable", detail=str(reason))
+        except Failed as failure:
+            return replace(row, status="fail", detail=str(failure))
+        except Exception as error:
+            return replace(row, status="fail", detail=f"{type(error).__name__}: {_first_lines(str(error))}")
 
 
 @contextmanager

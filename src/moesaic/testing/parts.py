@@ -1,0 +1,137 @@
+"""`check_part` and `check_decoder_parts`: whether a router, a mixer, a channel mixer or experts alone are valid."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesaic.errors import InputError
+from moesaic.models.config import DecoderConfig
+from moesaic.models.custom import construct, custom_modules
+from moesaic.models.decoder import build_block
+from moesaic.models.seams import SMALL, Seam
+from moesaic.testing.part_checks import PART_CHECKS
+from moesaic.testing.placing import Place, Placed, put
+from moesaic.testing.report import CheckResult, Report
+
+__all__ = ["check_decoder_parts", "check_named_part", "check_part"]
+
+DIM: int = SMALL["dim"]
+
+
+def check_part(part: nn.Module | Callable[[], Any], seam: Seam, *, dim: int | None = None) -> Report:
+    """Run every check of parts on one part, in the place where a decoder would put it.
+
+    Args:
+        part: a module, which is copied and never changed; or a function without arguments that makes one. Only with a
+            function can it be seen what the constructor draws and the state dict does not keep.
+        seam: "router", "mixer", "ffn" (a channel mixer), "expert" (the stack of all experts) or "dispatcher".
+        dim: width D of its inputs (B, L, D); None means that it is found by trial.
+
+    Returns:
+        A `Report`; its rows are in the order of the checks, "causality" first.
+
+    Raises:
+        InputError: it cannot be made, or maps inputs of no width, or of several.
+    """
+    make = (lambda: copy.deepcopy(part)) if isinstance(part, nn.Module) else part
+    made = make()
+    width = _width(seam, make) if dim is None else dim
+    return _report(type(made).__name__, Place(lambda: put(seam, make(), width)))
+
+
+def check_named_part(seam: Seam, path: str) -> Report:
+    """`check_part` of what a dotted path names, made of a small size: dim 32, 4 experts, top 2.
+
+    Raises:
+        InputError: it cannot be imported, or made from what a decoder gives it by name.
+    """
+
+    def make() -> Any:
+        return construct({"type": path}, seam, **SMALL)
+
+    make()
+    return _report(path, Place(lambda: put(seam, make(), DIM)))
+
+
+def check_decoder_parts(config: DecoderConfig) -> list[CheckResult]:
+    """The checks of every custom module of a model, each once, where it stands in the model.
+
+    Everything is made small, with dim 32, unless a module wants the model's own width. The number of experts and top_k
+    are the model's.
+
+    Raises:
+        InputError: a module that cannot be imported or made.
+    """
+    distinct: dict[str, str] = {}
+    for where, custom in custom_modules(config).items():
+        distinct.setdefault(f"{where.rpartition('.')[2]}: {custom}", where)
+    rows = []
+    for where in distinct.values():
+        place = Place(_maker(config, where, where.rpartition(".")[2]))
+        rows += [_at(where, row) if len(distinct) > 1 else row for row in _report(where, place).rows]
+    return rows
+
+
+def _at(where: str, row: CheckResult) -> CheckResult:
+    return dataclasses.replace(row, detail=f"{where}: {row.detail}")
+
+
+def _report(name: str, place: Place) -> Report:
+    return Report(name, tuple(check.run(place) for check in PART_CHECKS))
+
+
+def _maker(config: DecoderConfig, where: str, seam: str) -> Callable[[], Placed]:
+    """What makes a custom module of a model, in its block: a small one if that can be built and run."""
+    index = int(where.split(".")[1]) if where.startswith("layers.") else _first_moe(config)
+
+    def make(config: DecoderConfig) -> Placed:
+        block = build_block(config, index)
+        whole = block.mixer if seam == "mixer" else block.ffn
+        part = whole.router if seam == "router" else whole
+        assert isinstance(part, nn.Module)
+        return Placed(part, whole, config.dim)
+
+    small = _small(config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            placed = make(small)
+            placed.run(placed.random(2, 3))
+    except Exception:  # what a foreign module raises has no common base; at the model's own size the rows will name it
+        return lambda: make(config)
+    return lambda: make(small)
+
+
+def _small(config: DecoderConfig) -> DecoderConfig:
+    attention = dataclasses.replace(config.attention, num_heads=2, num_kv_heads=1, head_dim=None)
+    moe = config.moe and dataclasses.replace(config.moe, hidden_dim=16, shared_hidden_dim=0)
+    return dataclasses.replace(config, dim=DIM, hidden_dim=2 * DIM, attention=attention, moe=moe)
+
+
+def _first_moe(config: DecoderConfig) -> int:
+    for i, layer in enumerate(config.layers):
+        if layer.ffn == "moe":
+            return i
+    raise InputError("moe: the depth pattern has no MoE layer, so nothing can be said of its router")
+
+
+def _width(seam: Seam, make: Callable[[], Any]) -> int:
+    """The one width of inputs that a part takes, tried among the sizes of its parameters."""
+    part = make()
+    if seam == "dispatcher":
+        return DIM
+    sizes = {size for p in part.parameters() for size in p.shape} if isinstance(part, nn.Module) else set()
+    fitting = []
+    for size in sorted(sizes):
+        try:
+            placed = put(seam, make(), size)
+            placed.run(torch.randn(2, 3, size, dtype=placed.dtype))
+        except Exception:  # what a foreign module raises at a wrong width has no common base
+            continue
+        fitting.append(size)
+    if len(fitting) != 1:
+        raise InputError(f"{type(part).__name__}: inputs of the widths {fitting} fit; dim must be given")
+    return fitting[0]

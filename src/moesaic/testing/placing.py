@@ -1,0 +1,142 @@
+"""A part in its place: a mixer or a channel mixer as a block calls it, a router or experts within a MoE layer."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import InputError
+from moesaic.layers import Experts, LocalDispatcher, MoE, TopKRouter
+from moesaic.models.seams import Seam
+
+__all__ = ["LENGTH", "Place", "Placed", "put"]
+
+LENGTH = 24
+HIDDEN = 16
+
+
+class Placed:
+    """One fresh instance of a part, and the whole that it is called in."""
+
+    def __init__(self, part: nn.Module, whole: nn.Module, dim: int) -> None:
+        self.part = part
+        self.whole = whole
+        self.dim = dim
+        self.dtype = next((p.dtype for p in whole.parameters() if p.is_floating_point()), torch.float32)
+        try:
+            inspect.signature(whole.forward).bind(x := None, x, x)
+            self.takes_mask = True
+        except TypeError:
+            self.takes_mask = False
+
+    def random(self, batch: int, length: int, seed: int = 0) -> Tensor:
+        """Noise (B, L, D) of scale 1, as a norm hands it to a part."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, length, self.dim, generator=generator, dtype=torch.float64).to(self.dtype)
+
+    def call(self, x: Tensor, *state: Any, seed: int = 0) -> Tensor:
+        """The part as a block calls it, here and now. Noise of its own is drawn from `seed`."""
+        torch.manual_seed(seed)
+        y = self.whole(x, *state)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise InputError(
+                f"found {found} for an input of shape {tuple(x.shape)}; must be a tensor of the same shape"
+            )
+        return y
+
+    def run(
+        self, x: Tensor, *, training: bool = False, mask: Tensor | None = None, seed: int = 0, with_graph: bool = False
+    ) -> Tensor:
+        """The output of a copy, so that nothing that a call leaves behind meets the next one."""
+        with torch.set_grad_enabled(with_graph):
+            return self._copy(training).call(x, *(() if mask is None else (None, mask)), seed=seed)
+
+    @torch.no_grad()
+    def in_pieces(self, x: Tensor, pieces: list[int], mask: Tensor | None) -> Tensor:
+        """The outputs of pieces of x that come one after the other, with a cache."""
+        placed = self._copy(training=False)
+        cache = placed.whole.make_cache()  # type: ignore[operator]
+        outputs, end = [], 0
+        for piece in pieces:
+            begin, end = end, end + piece
+            outputs.append(placed.call(x[:, begin:end], cache, *(() if mask is None else (mask[:, :end],))))
+        return torch.cat(outputs, dim=1)
+
+    def _copy(self, training: bool) -> "Placed":
+        part, whole = copy.deepcopy((self.part, self.whole))
+        return Placed(part, whole.train(training), self.dim)
+
+
+class Place:
+    """A source of fresh instances of one part.
+
+    Args:
+        make: a new part in its place, drawn from torch's generator.
+    """
+
+    def __init__(self, make: Callable[[], Placed]) -> None:
+        self.make = make
+        self._dtype = torch.float64
+        self._deterministic: dict[bool, bool] = {}
+
+    def fresh(self, dtype: torch.dtype | None = None, seed: int = 0) -> Placed:
+        """In float64, which tells a leak from rounding, or in float32 where the part cannot do that."""
+        torch.manual_seed(seed)
+        placed = self.make()
+        _stir(placed.part)
+        dtype = dtype or self._dtype
+        placed = Placed(placed.part, placed.whole.to(dtype), placed.dim)
+        if dtype == torch.float64:
+            try:
+                placed.run(placed.random(2, 3))
+            except Exception:  # what a foreign module raises at another dtype has no common base
+                self._dtype = torch.float32
+                return self.fresh(seed=seed)
+        return placed
+
+    def is_deterministic(self, training: bool) -> bool:
+        """Whether it draws no random numbers."""
+        if training not in self._deterministic:
+            placed = self.fresh()
+            x = placed.random(2, LENGTH)
+            first, second = (placed.run(x, training=training, seed=seed) for seed in (0, 1))
+            self._deterministic[training] = torch.equal(first, second)
+        return self._deterministic[training]
+
+
+def put(seam: Seam, part: Any, dim: int) -> Placed:
+    """A part in its place. A router and experts are called within a MoE layer without a shared expert.
+
+    Raises:
+        InputError: what is in the way of it.
+    """
+    if seam == "dispatcher":
+        layer = MoE.build(dim, HIDDEN, 4, top_k=2, shared_hidden_dim=0, dispatcher=part)
+        return Placed(layer, layer, dim)
+    if not isinstance(part, nn.Module):
+        raise InputError(f"found a {type(part).__name__}; a {seam} must be a torch.nn.Module")
+    if seam == "router":
+        with torch.no_grad():
+            decided = copy.deepcopy(part)(torch.randn(8, dim))
+        if not isinstance(decided, tuple) or not isinstance(decided[0], Tensor):
+            raise InputError(f"{type(part).__name__} returned {type(decided).__name__}; a router must return a Routing")
+        experts = Experts(decided[0].size(-1), dim, HIDDEN, backend="loop")
+        return Placed(part, MoE(router=part, experts=experts, dispatcher=LocalDispatcher()), dim)
+    if seam == "expert":
+        num_experts = getattr(part, "num_experts", 4)
+        return Placed(part, MoE(router=TopKRouter(dim, num_experts, top_k=min(2, num_experts)), experts=part), dim)
+    return Placed(part, part, dim)
+
+
+@torch.no_grad()
+def _stir(part: nn.Module) -> None:
+    """Move parameters that are constant, such as zeros: a product with them would hide what stands behind it."""
+    generator = torch.Generator().manual_seed(11)
+    for p in part.parameters():
+        if p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
+            scale = p.size(-1) ** -0.5 if p.dim() > 1 else 0.1
+            p += scale * torch.randn(p.shape, generator=generator).to(p)

@@ -1,0 +1,294 @@
+"""Parts alone in which nothing is wrong, and relatives of them with one bug each."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.layers import Routing
+
+DIM, EXPERTS = 32, 4
+
+
+class LinearRouter(nn.Module):
+    """Nothing is wrong: softmax top-2."""
+
+    def __init__(self, dim: int = DIM, num_experts: int = EXPERTS) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = x @ self.weight.T
+        scores, expert_ids = logits.softmax(dim=-1).topk(2, dim=-1)
+        return Routing(logits, scores.to(x.dtype), expert_ids)
+
+
+class ExpertChoice(LinearRouter):
+    """Each expert takes the half of all tokens that it likes best: later ones push earlier ones out."""
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = x @ self.weight.T
+        scores = logits.softmax(dim=-1)
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        chosen.scatter_(0, scores.topk(max(1, x.size(0) // 2), dim=0).indices, True)
+        experts = torch.arange(EXPERTS).expand_as(chosen)
+        return Routing(logits, scores, torch.where(chosen, experts, EXPERTS))
+
+
+class UnusedParameter(LinearRouter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(EXPERTS))
+
+
+class NormalizedTop1(LinearRouter):
+    """The one score is divided by itself, so that the router learns nothing."""
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = x @ self.weight.T
+        scores, expert_ids = logits.softmax(dim=-1).topk(1, dim=-1)
+        return Routing(logits, scores / scores.sum(dim=-1, keepdim=True), expert_ids)
+
+
+class NoisyRouter(LinearRouter):
+    """Nothing is wrong: in training it adds noise, the same for a token whatever stands beside it."""
+
+    def forward(self, x: Tensor) -> Routing:
+        return super().forward(x + 0.1 * torch.randn_like(x) if self.training else x)
+
+
+class RunningLoad(LinearRouter):
+    """Prefers experts that had little load, which it counts outside the state dict."""
+
+    load: Tensor
+
+    def __init__(self, persistent: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(EXPERTS), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = x @ self.weight.T
+        expert_ids = (logits.softmax(dim=-1) - 0.01 * self.load).topk(2, dim=-1).indices
+        scores = logits.sigmoid().gather(1, expert_ids)
+        if self.training:
+            with torch.no_grad():
+                self.load.lerp_(expert_ids.flatten().bincount(minlength=EXPERTS).to(self.load), 0.1)
+        return Routing(logits, scores, expert_ids)
+
+
+class Average(nn.Module):
+    """Nothing is wrong: the mean of all real tokens so far, with a cache, a mask and dropout."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.dropout = nn.Dropout(0.1)
+        nn.init.zeros_(self.out.weight)
+
+    def make_cache(self) -> dict[str, Tensor]:
+        return {}
+
+    def forward(
+        self, x: Tensor, cache: dict[str, Tensor] | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        return self.out(self.dropout(self.average(self.value(x), cache, attention_mask)))
+
+    def average(self, x: Tensor, cache: dict[str, Tensor] | None, mask: Tensor | None) -> Tensor:
+        real = torch.ones(x.shape[:2]) if mask is None else mask[:, -x.size(1) :].float()
+        weights = real.to(x)[:, :, None]
+        before = {} if cache is None else cache
+        total = (weights * x).cumsum(dim=1) + before.get("total", 0)
+        count = weights.cumsum(dim=1) + before.get("count", 0)
+        if cache is not None:
+            cache["total"], cache["count"] = total[:, -1:], count[:, -1:]
+        return total / count.clamp(min=1)
+
+
+class Centered(Average):
+    """The mean of the whole sequence is taken off."""
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x - 0.01 * x.mean(dim=1, keepdim=True), cache, attention_mask)
+
+
+class SeesOneBeyondItsChunk(nn.Module):
+    """The last token of every chunk of 8 adds a thousandth of the first one of the next."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        following = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+        is_last = (torch.arange(1, x.size(1) + 1) % 8 == 0)[None, :, None]
+        return self.out(x + 0.001 * following * is_last)
+
+
+class BatchNorm(nn.Module):
+    """Normalizes over the batch in training; in evaluation nothing shows."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x.flatten(0, 1)).view_as(x))
+
+
+class BatchMean(nn.Module):
+    """Takes off the mean over the batch, each position apart: causal, but not independent."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x - 0.01 * x.mean(dim=0))
+
+
+class TimesZero(Average):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(DIM))
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, cache, attention_mask) + 0 * self.gate
+
+
+class Exponential(Average):
+    """Weights tokens by exp without taking off the largest."""
+
+    def average(self, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        return super().average(x.exp(), cache, mask)
+
+
+class ByDeviation(Average):
+    """Divides by a deviation, which is zero for a constant."""
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x / x.std(dim=-1, keepdim=True), cache, attention_mask)
+
+
+class Counts(Average):
+    """Grows with the number of training steps, which it keeps as a number or as a buffer that is not saved."""
+
+    steps: Any
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        if how == "number":
+            self.steps = 0
+        else:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=how == "saved")
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        if self.training:
+            self.steps = self.steps + 1
+        return super().forward(x, cache, attention_mask)
+
+
+class BeginsAnew(Average):
+    """The first batch in training sets the scale; the flag that says so is not saved."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(DIM))
+        self.is_set = False
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        if self.training and not self.is_set:
+            self.is_set = True
+            with torch.no_grad():
+                self.scale.copy_(x.abs().mean(dim=(0, 1)))
+        return super().forward(x * self.scale, cache, attention_mask)
+
+
+class RandomProjection(Average):
+    """Draws a matrix in its constructor and keeps it as a plain tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = torch.randn(DIM, DIM)
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x @ self.projection.to(x), cache, attention_mask)
+
+
+class KeepsATable(Average):
+    """Nothing is wrong: what it keeps can be made again, and what it notes comes of the last call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: dict[int, Tensor] = {}
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        if cache is None:
+            self.table.setdefault(x.size(1), torch.linspace(0, 1, x.size(1)))
+            x = x + self.table[x.size(1)].to(x)[:, None]
+        y = super().forward(x, cache, attention_mask)
+        self.last = y.mean()
+        return y
+
+    def make_cache(self) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+
+class ForgetsTheMask(Average):
+    def average(self, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        return super().average(x, cache, None)
+
+
+class ForgetsTheCount(Average):
+    """Decodes as if every token were the first, as far as the divisor goes."""
+
+    def average(self, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        if cache:
+            cache["count"] = torch.zeros_like(cache["count"])
+        return super().average(x, cache, mask)
+
+
+class OnlySingle(Average):
+    """Nothing is wrong: it can do float32 alone."""
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("float32 only")
+        return super().forward(x, cache, attention_mask)
+
+
+class Stacked(nn.Module):
+    """Nothing is wrong: one matrix per expert."""
+
+    num_experts = EXPERTS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, DIM, DIM) * DIM**-0.5)
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        pieces = rows.split(rows_per_expert.tolist())
+        return torch.cat([self.expert(piece) @ w for piece, w in zip(pieces, self.weight, strict=True)])
+
+    def expert(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+class CenteredExperts(Stacked):
+    """Takes off the mean of an expert's rows, which are tokens of the whole batch."""
+
+    def expert(self, rows: Tensor) -> Tensor:
+        return rows - 0.01 * rows.mean(dim=0)
+
+
+class Broken(nn.Module):
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x)

@@ -1,0 +1,96 @@
+"""Parts in which nothing is wrong pass every check of parts; each rigged one fails the check that is meant for it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import rigged_parts as parts
+from torch import nn
+
+from moesaic.errors import InputError
+from moesaic.layers import Attention, MoE, RotaryEmbedding
+from moesaic.models.seams import Seam
+from moesaic.testing import check_part
+
+ORDER = [
+    "causality",
+    "batch independence",
+    "gradients",
+    "finite numbers",
+    "state in the checkpoint",
+    "padding",
+    "cached decoding",
+]
+CAUSAL, BATCH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
+
+
+@pytest.mark.parametrize(
+    ("seam", "make", "applies"),
+    [
+        ("router", parts.LinearRouter, 5),
+        ("router", parts.NoisyRouter, 5),
+        ("router", partial(parts.RunningLoad, persistent=True), 5),
+        ("mixer", parts.Average, 7),
+        ("mixer", parts.OnlySingle, 7),
+        ("mixer", partial(parts.Counts, "saved"), 7),
+        ("expert", parts.Stacked, 5),
+        ("mixer", lambda: Attention(32, num_heads=4, rotary=RotaryEmbedding(8), attention_chunk_size=8), 7),
+        ("ffn", lambda: MoE.build(32, 16, 4, top_k=2, expert_bias=True), 5),
+    ],
+)
+def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: int) -> None:
+    report = check_part(make, seam, dim=32)
+    assert [row.check for row in report.rows] == ORDER
+    assert not report.failures, str(report)
+    assert sum(row.status == "pass" for row in report.rows) == applies
+    for row in report.rows:
+        assert row.detail and row.statement and "#" in row.bug
+
+
+@pytest.mark.parametrize(
+    ("seam", "make", "fails", "said"),
+    [
+        ("router", parts.ExpertChoice, {CAUSAL, BATCH}, "when later tokens are"),
+        ("router", parts.UnusedParameter, {GRADIENTS}, "bias get none"),
+        ("router", parts.NormalizedTop1, {GRADIENTS}, "weight only zeros"),
+        ("router", parts.RunningLoad, {STATE}, "not in the state dict: router.load"),
+        ("mixer", parts.Centered, {CAUSAL, PADDING, CACHE}, "the output of token 0 depends on later tokens"),
+        ("mixer", parts.SeesOneBeyondItsChunk, {CAUSAL}, "the output of token 7 depends on later tokens"),
+        ("mixer", parts.BatchNorm, {CAUSAL, BATCH}, "depends on other sequences"),
+        ("ffn", parts.BatchMean, {BATCH}, "depends on other sequences"),
+        ("mixer", parts.TimesZero, {GRADIENTS}, "gate only zeros"),
+        ("mixer", parts.Exponential, {FINITE}, "inputs of scale 1000: not finite: output"),
+        ("mixer", parts.ByDeviation, {FINITE}, "inputs that are all 0: not finite"),
+        ("mixer", partial(parts.Counts, "number"), {STATE}, "not in the state dict: steps"),
+        ("mixer", partial(parts.Counts, "buffer"), {STATE}, "not in the state dict: steps"),
+        ("mixer", parts.BeginsAnew, {STATE}, "the output two steps after loading"),
+        ("mixer", parts.RandomProjection, {STATE}, "not in the state dict: projection"),
+        ("mixer", parts.ForgetsTheMask, {PADDING, CACHE}, "real tokens with padding on the left and alone"),
+        ("mixer", parts.ForgetsTheCount, {CACHE}, "tokens one by one and at once"),
+        ("expert", parts.CenteredExperts, {CAUSAL, BATCH}, "depends on later tokens"),
+    ],
+)
+def test_each_check_catches_its_own(seam: Seam, make: Callable[[], nn.Module], fails: set[str], said: str) -> None:
+    report = check_part(make, seam, dim=32)
+    assert {row.check for row in report.failures} == fails, str(report)
+    assert any(said in row.detail for row in report.failures), str(report)
+
+
+def test_what_can_be_made_again_is_no_state() -> None:
+    report = check_part(parts.KeepsATable, "mixer", dim=32)
+    assert report[STATE].status == "pass", report[STATE].detail
+
+
+def test_a_module_is_copied_and_its_width_found() -> None:
+    part = parts.Average(24)
+    before = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    assert check_part(part, "mixer").ok
+    assert all(bool((tensor == before[name]).all()) for name, tensor in part.state_dict().items())
+    with pytest.raises(InputError, match=r"Broken: inputs of the widths \[\] fit; dim must be given"):
+        check_part(parts.Broken(), "mixer")
+
+
+def test_a_part_that_cannot_run_fails_in_words() -> None:
+    report = check_part(parts.Broken, "mixer", dim=32)
+    assert len(report.failures) == 5
+    assert "found (2, 24, 64) for an input of (2, 24, 32); must be a tensor of the same shape" in report.rows[0].detail
