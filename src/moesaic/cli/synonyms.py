@@ -15,8 +15,8 @@ _KEYS = {
     "model.moe.top_k": "k topk num_experts_per_tok num_experts_per_token experts_per_token",
     "model.moe.router": "routing gate gating",
     "model.tie_embeddings": "tie_word_embeddings weight_tying",
-    "training.steps": "max_steps num_steps train_steps total_steps iterations iters max_iters n_steps epochs num_epochs "
-    "max_epochs num_train_epochs",
+    "training.steps": "max_steps num_steps train_steps total_steps iterations iters max_iters n_steps epochs "
+    "num_epochs max_epochs num_train_epochs",
     "training.batch_size": "per_device_train_batch_size micro_batch_size train_batch_size bs",
     "training.seq_len": "block_size context_length max_seq_len max_length sequence_length seq_length ctx_len "
     "max_position_embeddings",

@@ -59,7 +59,9 @@ class ReluSquaredExperts(nn.Module):
     def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
         """rows (R, D) sorted by expert, rows_per_expert (E,) -> (R, D)."""
         parts = rows.split(rows_per_expert.tolist())
-        return torch.cat([torch.relu(x @ up).square() @ down for x, up, down in zip(parts, self.up, self.down, strict=True)])
+        return torch.cat(
+            [torch.relu(x @ up).square() @ down for x, up, down in zip(parts, self.up, self.down, strict=True)]
+        )
 
 
 class CosineRouter(nn.Module):

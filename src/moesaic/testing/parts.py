@@ -91,7 +91,7 @@ def _maker(config: DecoderConfig, where: str, seam: str) -> Callable[[], Placed]
     def make(config: DecoderConfig) -> Placed:
         block = build_block(config, index)
         whole = block.mixer if seam == "mixer" else block.ffn
-        part = whole.router if seam == "router" else whole
+        part = getattr(whole, seam) if seam in ("router", "experts") else whole
         assert isinstance(part, nn.Module)
         return Placed(part, whole, config.dim)
 
