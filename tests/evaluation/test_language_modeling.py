@@ -2,11 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_language_model
+from moesaic.data import Data, TokenStream
+from moesaic.evaluation.language_modeling import (
+    LanguageModelScore,
+    evaluate_language_model,
+    evaluate_split,
+    on_windows,
+    sampled_windows,
+)
 from moesaic.models import build_decoder, llama4_toy
 
 
@@ -72,3 +80,58 @@ def test_all_logits_at_once_are_never_built_and_the_loss_is_the_same_to_the_bit(
     score = evaluate_language_model(decoder, [batch])
     assert torch.equal(score.nats_by_position, whole.nats_by_position)
     assert score.num_tokens == whole.num_tokens
+
+
+def test_sampled_windows_are_different_and_at_the_same_places_of_the_text() -> None:
+    found = sampled_windows(10_001, 100, 20)
+    assert len(set(found.tolist())) == 20
+    assert found.tolist() == sorted(found.tolist())
+    assert set(found.tolist()) < set(range(100))
+    assert np.array_equal(found, sampled_windows(10_001, 100, 20)), "a fixed seed"
+    assert set(sampled_windows(10_001, 100, 10)) < set(found), "a smaller sample is part of a larger one"
+    longer = sampled_windows(10_001, 400, 10)
+    assert set(longer) <= set(sampled_windows(10_001, 100, 25) // 4), "longer windows hold the same places"
+    for count in (100, 101, 10**6):
+        assert sampled_windows(10_001, 100, count).tolist() == list(range(100)), "the whole split"
+    assert sampled_windows(10_002, 100, 101).tolist() == list(range(101)), "the last one is short"
+    assert sampled_windows(50, 100, 3).tolist() == [0]
+    assert len(set(sampled_windows(10_001, 100, 99).tolist())) == 99
+
+
+def test_the_standard_error_is_that_of_many_samples() -> None:
+    """Of windows of unlike bytes: the spread of the scores of random samples is what one sample says on average."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (200, 8), generator=draw)
+    nats = torch.rand(200, 8, generator=draw) * (1 + torch.arange(200).view(-1, 1) / 50)
+
+    def score_of(rows: torch.Tensor) -> LanguageModelScore:
+        score = LanguageModelScore(token_bytes=torch.tensor([1, 2, 5]), windows_in_split=200)
+        for part in rows.split(7):
+            score.update(nats[part], labels[part])
+        return score
+
+    whole = score_of(torch.arange(200)).numbers()
+    assert (whole["validation/windows"], whole["validation/windows_in_split"]) == (200, 200)
+    assert "validation/loss_standard_error" not in whole
+    assert on_windows(whole) == on_windows({}) == ""
+    samples = [score_of(torch.randperm(200, generator=draw)[:50]).numbers() for _ in range(300)]
+    assert on_windows(samples[0]) == "on 50 of 200 windows"
+    for name in ("validation/loss", "validation/bits_per_byte"):
+        found = np.array([sample[name] for sample in samples])
+        said = np.array([sample[f"{name}_standard_error"] for sample in samples])
+        assert found.mean() == pytest.approx(whole[name], rel=0.01)
+        assert said.mean() == pytest.approx(found.std(), rel=0.1)
+
+
+def test_a_sample_of_the_split_is_scored_and_a_large_one_is_all_of_it() -> None:
+    decoder = build_decoder(llama4_toy())
+    stream = TokenStream(np.random.default_rng(0).integers(0, 512, 330, dtype=np.uint16), None, ())
+    data = Data(stream, stream, None, 512, {})
+    sizes = {"seq_len": 16, "batch_size": 3}
+    whole, large, sample = (evaluate_split(decoder, data, **sizes, windows=n) for n in (None, 21, 5))
+    assert whole.num_windows == whole.windows_in_split == 21
+    assert (large.loss, large.num_tokens) == (whole.loss, 329)
+    assert (sample.num_windows, sample.windows_in_split) == (5, 21)
+    chosen = sampled_windows(330, 16, 5)
+    parts = torch.cat(whole.sums_of_windows, dim=1)[:, chosen]
+    assert sample.loss == pytest.approx(float(parts[0].sum() / parts[1].sum()), rel=1e-6)

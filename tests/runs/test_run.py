@@ -77,6 +77,24 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
         assert words in shown, words
 
 
+@pytest.mark.usefixtures("with_pictures")
+@pytest.mark.usefixtures("with_plots")
+def test_a_run_that_only_scores_draws_nothing_and_says_on_what(
+    composed: Composed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed("finish=score", "training.score_windows=3", "training.validation_seq_len=null")
+    metrics = run(config)
+    run_dir = only_run(config)
+    assert not list(run_dir.rglob("*.png")) + list(run_dir.rglob("sample.txt")) + list(run_dir.rglob("tensorboard"))
+    assert metrics.keys() >= {"validation/bits_per_byte", "validation/loss_standard_error", "tokens_per_second"}
+    assert any(name.endswith("/max_violation") for name in metrics)
+    of = metrics["validation/windows_in_split"]
+    assert (metrics["validation/windows"], of > 3) == (3, True)
+    assert f"on 3 of {of} windows of the validation split" in " ".join(capsys.readouterr().out.split())
+    other = run({**config, "seed": 5, "finish": "all", "logger": {}, "sample": {**config["sample"], "prompt": "x"}})
+    assert (other["validation/windows"], other["validation/windows_in_split"]) == (3, of)
+
+
 @pytest.mark.slow
 def test_it_learns(composed: Composed) -> None:
     config = composed("training.steps=80", "training.batch_size=8", "training.validate_every=80")

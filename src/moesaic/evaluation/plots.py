@@ -35,10 +35,16 @@ def read_columns(path: Path, *names: str) -> tuple[Floats, ...]:
         return tuple(np.array([float(row[name]) for row in rows]) for name in names)
 
 
-def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], final: float | None = None) -> None:
+def plot_loss(
+    metrics_csv: Path,
+    out: Path,
+    baselines: Mapping[str, float],
+    final: float | None = None,
+    scored: str = "all of it",
+) -> None:
     """Training loss in nats per token, and validation bits per byte beside the baselines (name -> bits per byte).
 
-    The checks during a run see a part of the validation split; `final` is the value on all of it, at the end.
+    The checks during a run see a part of the validation split; `final` is the value at the end, on what `scored` says.
     """
     figure, (left, right) = new_figure(1, 2, width=11, height=4)
     steps, loss = read_columns(metrics_csv, "step", "train/loss")
@@ -58,7 +64,7 @@ def plot_loss(metrics_csv: Path, out: Path, baselines: Mapping[str, float], fina
         low, high = min(bits), max(bits)
         if final is not None:
             low, high = min(low, final), max(high, final)
-            label = f"all of it, at the end: {final:.3f}"
+            label = f"{scored}, at the end: {final:.3f}"
             right.plot(last, final, color=BLUE, marker="*", markersize=13, linestyle="", label=label)
         right.legend(frameon=False, loc="lower left")
         for name, value in baselines.items():

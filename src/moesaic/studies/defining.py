@@ -9,7 +9,7 @@ __all__ = ["defining"]
 
 KEYS = frozenset(
     {
-        *("name", "output_dir", "run_dir", "resume", "data.cache_dir"),
+        *("name", "output_dir", "run_dir", "resume", "finish", "data.cache_dir"),
         *("training.log_every", "training.checkpoint_every"),
         *("trainer.accelerator", "trainer.strategy", "trainer.threads", "trainer.keep_freed_memory"),
         *("trainer.profiler", "trainer.detect_anomaly", "trainer.num_sanity_val_steps"),

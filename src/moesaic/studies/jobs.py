@@ -50,6 +50,10 @@ Evaluation = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str,
 """(checkpoint, run config, study.evaluation_options) -> numbers that join the metrics of the row."""
 
 
+YOUNGER: dict[str, Any] = {"training.score_windows": None}
+"""Keys that are younger than rows, and the value that was meant before: with it the hash of a config is as it was."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One training run, or a cache."""
@@ -155,6 +159,7 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     whole = {**to_mapping(run_config), "model": to_mapping(from_mapping(DecoderConfig, model, "model"))}
     compared = defining(whole)
     del compared["data.path"]  # data are compared by their content hash
+    compared = {key: value for key, value in compared.items() if key not in YOUNGER or value != YOUNGER[key]}
     return compared | {f"sources.{path}": digest for path, digest in sources_of(config).items()}
 
 

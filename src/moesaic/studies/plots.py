@@ -15,7 +15,7 @@ from moesaic.evaluation.plotting import COLORS, GRAY, Floats, label_axes, new_fi
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, prepared_names
-from moesaic.studies.results import ArmResult, processors
+from moesaic.studies.results import ArmResult, processors, scored_windows
 
 __all__ = ["plot_by_position", "plot_curves", "plot_effects", "plot_parameters", "plot_total_flops", "total_flops"]
 
@@ -52,7 +52,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
         panel.invert_yaxis()
         panel.margins(y=0.5 / len(names))
         panel.grid(axis="y", visible=False)
-        label_axes(panel, title, f"{study.metric} ({better})", "")
+        label_axes(panel, title, f"{_metric(study, arms)} ({better})", "")
         return figure
     widths = [max(4.0, 1.0 + 1.1 * len(axis.values)) for axis in study.axes.values()]
     figure, panels = new_figure(1, len(study.axes), width=max(6.0, sum(widths)), height=4.2)
@@ -75,9 +75,14 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
         panel.margins(y=0.15)
         panel.grid(axis="x", visible=False)
         label_axes(panel, title, axis, "")
-    panels[0].set_ylabel(f"{study.metric}\n({better})")
+    panels[0].set_ylabel(f"{_metric(study, arms)}\n({better})")
     _legend(study, figure, panels[0], names)
     return figure
+
+
+def _metric(study: StudyConfig, arms: Sequence[ArmResult]) -> str:
+    """The metric, and on how many windows of how many if that is not all."""
+    return " ".join(filter(None, [study.metric, scored_windows(row for arm in arms for row in arm.rows)]))
 
 
 def plot_curves(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
@@ -132,7 +137,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
         _log_scale(panel)
         panel.set_xlabel("parameters")
         panel.set_title("at the end of training" if axis is None else f"over {axis}", fontsize=11)
-    panels[0].set_ylabel(f"{study.metric}\n({'higher' if study.higher_is_better else 'lower'} is better)")
+    panels[0].set_ylabel(f"{_metric(study, arms)}\n({'higher' if study.higher_is_better else 'lower'} is better)")
     _legend_of_levels(study, figure, panels[0], arms, columns=4)
     return figure
 
@@ -252,7 +257,7 @@ def plot_total_flops(
         _log_scale(panel)
         panel.set_xlabel("FLOPs per student")
         panel.set_title(title, fontsize=11)
-    panels[0].set_ylabel(study.metric)
+    panels[0].set_ylabel(_metric(study, arms))
     _legend_of_levels(study, figure, panels[0], shown, columns=5)
     return figure
 

@@ -17,7 +17,7 @@ from moesaic.statistics import Interval
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, row_key
 from moesaic.studies.plots import plot_by_position, plot_curves, plot_effects, plot_parameters, plot_total_flops
-from moesaic.studies.results import ArmResult, processors, summarize_study
+from moesaic.studies.results import ArmResult, processors, scored_windows, summarize_study
 from moesaic.studies.tables import bounds, markdown_table, number
 
 __all__ = ["PICTURES", "write_study_report"]
@@ -45,7 +45,9 @@ def write_study_report(
     measured = {row["seed"] for row in rows.values() if row["purpose"] == "measure" and row["arm"] in study.arms}
     study = dataclasses.replace(study, seeds=tuple(sorted({*study.seeds, *measured})))
     arms = summarize_study(study, rows)
-    title = f"{base['name']}: {study.metric}, {'higher' if study.higher_is_better else 'lower'} is better"
+    better = f"{'higher' if study.higher_is_better else 'lower'} is better"
+    metric = " ".join(filter(None, [study.metric, scored_windows(rows.values())]))
+    title = f"{base['name']}: {metric}, {better}"
     columns, lines = _table(study, base, arms)
     table = Table(*map(escape, columns), title=escape(title))
     for line in lines:
@@ -61,7 +63,7 @@ def write_study_report(
         f"**Held equal.** {study.equal}",
         f"**Command.** `{command}`",
         "\n".join(["**Verdict**, made from the numbers:", "", *(f"- {text}" for text in verdicts)]),
-        f"{study.metric}, {title.rpartition(', ')[2]}:",
+        f"{metric}, {better}:",
         markdown_table(columns, lines),
         "\n".join(f"- {note}" for note in notes),
     ]
@@ -130,6 +132,11 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
     ]
     if len(study.seeds) < 2:
         notes.append("One seed: no interval.")
+    if scored := scored_windows(rows.values()):
+        notes.append(
+            f"Scores are {scored} of the validation split, drawn with a fixed seed, the same for all arms. Intervals "
+            "are over seeds, on these windows."
+        )
     notes += [_preparation(row) for row in rows.values() if row["purpose"] == "prepare"]
     compared = sum((arm.difference is not None) + (arm.switched is not None) for arm in arms)
     if compared > 2:

@@ -6,12 +6,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 
+from moesaic.evaluation.language_modeling import on_windows
 from moesaic.statistics import Interval, interval
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, row_key
 from moesaic.studies.plan import Tuning, tuning
 
-__all__ = ["ArmResult", "paired_difference", "processors", "summarize_study", "verdict"]
+__all__ = ["ArmResult", "paired_difference", "processors", "scored_windows", "summarize_study", "verdict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +149,8 @@ def _diverged(row: Row) -> bool:
 def processors(rows: Iterable[Row]) -> list[str]:
     """Return the kinds of processor, by instruction set, that rows were made on; old rows do not say."""
     return sorted({row["processor"] for row in rows if row.get("processor") is not None})
+
+
+def scored_windows(rows: Iterable[Row]) -> str:
+    """On how many windows of how many these rows are scored; "" where all are scored on the whole split."""
+    return ", ".join(sorted({found for row in rows if (found := on_windows(row["metrics"]))}))

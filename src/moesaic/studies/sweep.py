@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import InputError
+from moesaic.evaluation.language_modeling import on_windows
 from moesaic.evaluation.plots import plot_curves, read_columns
 from moesaic.files import find_all, write_atomically
 from moesaic.formats import translate_run
@@ -74,8 +75,10 @@ class SweepArm:
         return [float(value) for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
 
     def windows(self) -> str:
-        """Lengths of the windows of validation, without which scores of two runs cannot be compared."""
-        return ", ".join(f"{length:g}" for length in sorted(set(self.values("validation/seq_len"))))
+        """Lengths of the windows of validation, on which scores depend; and how many were scored, if not all."""
+        lengths = ", ".join(f"{length:g}" for length in sorted(set(self.values("validation/seq_len"))))
+        scored = sorted({found for run in self.finished if (found := on_windows(run.metrics))})
+        return " ".join([lengths, *scored])
 
     def mean(self, metric: str) -> float:
         values = self.values(metric)
@@ -227,7 +230,8 @@ def _read(directory: Path) -> Run:
 
 
 def _arm(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in defining(run.config).items() if key not in NOT_AN_ARM and value != {}}
+    config = defining(run.config)  # of an older run it lacks the keys that have been added, which are null by default
+    return {key: value for key, value in config.items() if key not in NOT_AN_ARM and value not in ({}, None)}
 
 
 def _plain(value: Any) -> str:

@@ -97,13 +97,15 @@ class TrainingConfig:
     validation_batches: int | None = dataclasses.field(default=16, metadata={"most": 2**20})
     # beyond the training length, which iRoPE is for; null: seq_len
     validation_seq_len: int | None = dataclasses.field(default=1024, metadata={"most": 2**24})
+    # of the final score, drawn with a fixed seed, the same for every run; null: the whole validation split
+    score_windows: int | None = dataclasses.field(default=None, metadata={"most": 10**9})
     log_every: int = 10
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "validate_every", "log_every", "checkpoint_every"):
             require(self, name, getattr(self, name) >= 1, "a number >= 1")
-        for name in ("validation_batches", "validation_seq_len"):
+        for name in ("validation_batches", "validation_seq_len", "score_windows"):
             require(self, name, (getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, "numbers >= 1, or null")
         require(self, "gradient_clip", self.gradient_clip >= 0, "a number >= 0 (0: off)")
 
@@ -159,6 +161,7 @@ class RunConfig:
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     distillation: DistillationConfig | None = None  # null: labels only
+    finish: Literal["all", "score"] = "all"  # score: numbers alone, without pictures, sample and TensorBoard
     seed: int = dataclasses.field(default=0, metadata={"most": LARGEST_SEED})
     output_dir: str = "outputs"
     run_dir: str | None = None  # null: a new directory under output_dir

@@ -14,7 +14,7 @@ from moesaic.checkpoints import save_model
 from moesaic.config import flatten, to_mapping
 from moesaic.data import token_bytes, token_strings
 from moesaic.evaluation.extension import compare_with_start, extension_numbers, extension_table, start_of
-from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_split
+from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_split, on_windows
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.evaluation.plots import (
     plot_distillation,
@@ -32,17 +32,22 @@ from moesaic.files import write_atomically
 from moesaic.training.batches import evaluation_sizes
 from moesaic.training.fit import Fitted
 
-__all__ = ["FINISHERS", "Finished", "Finisher", "score_run"]
+__all__ = ["FINISHERS", "PRESENTING", "Finished", "Finisher", "score_run"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A run that ended well, with the score of its student on the whole validation split."""
+    """A run that ended well, with the score of its student on the validation split."""
 
     fitted: Fitted
     score: LanguageModelScore
     specialization: Specialization
     console: Console
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are asked for."""
+        return self.fitted.prepared.config.finish == "all"
 
     @property
     def plots(self) -> Path:
@@ -62,7 +67,7 @@ Finisher = Callable[[Finished], dict[str, float]]
 
 
 def score_run(fitted: Fitted, console: Console) -> Finished:
-    """Score the student on the whole validation split, and count in the same pass what each expert takes."""
+    """Score the student on the validation split, and count in the same pass what each expert takes."""
     prepared = fitted.prepared
     data = prepared.data
     specialization = Specialization(
@@ -72,6 +77,7 @@ def score_run(fitted: Fitted, console: Console) -> Finished:
         fitted.module.decoder,
         data,
         **evaluation_sizes(prepared.config.training),
+        windows=prepared.config.training.score_windows,
         token_bytes=_token_bytes(fitted),
         watch=specialization.update,
     )
@@ -86,9 +92,7 @@ def _token_bytes(fitted: Fitted) -> Tensor | None:
 def loss_and_load(run: Finished) -> dict[str, float]:
     """Loss, bits per byte, and how evenly the experts of each layer are used."""
     score, data = run.score, run.fitted.prepared.data
-    numbers = {"validation/loss": score.loss}
-    if score.bits_per_byte is not None:
-        numbers["validation/bits_per_byte"] = score.bits_per_byte
+    numbers = score.numbers()
     for name, counts in score.tokens_per_expert.items():
         max_violation, dead_share = load_health(counts)
         numbers[f"router/{name}/max_violation"] = max_violation
@@ -105,8 +109,9 @@ def teacher_score(run: Finished) -> dict[str, float]:
     teacher = run.fitted.module.teacher or (None if targets is None else targets.decoder)
     if teacher is None:
         return {}
-    sizes = evaluation_sizes(prepared.config.training)
-    theirs = evaluate_split(teacher, prepared.data, **sizes, token_bytes=run.token_bytes)
+    training = prepared.config.training
+    sizes, windows = evaluation_sizes(training), training.score_windows
+    theirs = evaluate_split(teacher, prepared.data, **sizes, windows=windows, token_bytes=run.token_bytes)
     numbers = {"validation/teacher_loss": theirs.loss}
     if theirs.bits_per_byte is not None:
         numbers["validation/teacher_bits_per_byte"] = theirs.bits_per_byte
@@ -134,7 +139,11 @@ def curves(run: Finished) -> dict[str, float]:
     config = prepared.config
     if run.metrics_csv.exists():
         plot_loss(
-            run.metrics_csv, plots / "loss.png", prepared.data.facts.get("baselines", {}), run.score.bits_per_byte
+            run.metrics_csv,
+            plots / "loss.png",
+            prepared.data.facts.get("baselines", {}),
+            run.score.bits_per_byte,
+            on_windows(run.score.numbers()) or "all of it",
         )
     if (prepared.run_dir / "routing.csv").exists():
         plot_expert_load(prepared.run_dir / "routing.csv", plots / "expert_load.png")
@@ -155,7 +164,8 @@ def context_extension(run: Finished) -> dict[str, float]:
         return {}
     start = start_of(prepared.run_dir)
     found = compare_with_start(start, run.fitted.module.decoder, stretches, extends, run.token_bytes)
-    plot_variants_by_position(found, run.plots / "extend_context.png", prepared.config.training.seq_len)
+    if run.draws:
+        plot_variants_by_position(found, run.plots / "extend_context.png", prepared.config.training.seq_len)
     run.console.print(extension_table(found, stretches))
     return extension_numbers(found, stretches)
 
@@ -179,7 +189,8 @@ def recall(run: Finished) -> dict[str, float]:
     if task is None:
         return {}
     scores = score_recall(run.fitted.module.decoder, task, training.seq_len, training.batch_size)
-    plot_recall(scores, run.plots / "recall.png", training.seq_len, task.chance)
+    if run.draws:
+        plot_recall(scores, run.plots / "recall.png", training.seq_len, task.chance)
     shown = ", ".join(f"{score.accuracy:.1%} at {multiple}x" for multiple, score in sorted(scores.items()))
     run.console.print(
         f"[bold]recall[/]  accuracy {shown} the training length; chance {task.chance:.1%}", highlight=False
@@ -222,3 +233,6 @@ FINISHERS: tuple[Finisher, ...] = (
     hyper_parameters,
 )
 """In this order."""
+
+PRESENTING: tuple[Finisher, ...] = (curves, expert_pictures, sample, hyper_parameters)
+"""Those that add no number, left out where finish=score."""

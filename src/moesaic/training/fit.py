@@ -20,7 +20,8 @@ from moesaic.evaluation.extension import keep_start
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
 from moesaic.training.checkpoint_io import RunCheckpointIO
 from moesaic.training.components import make_loggers
-from moesaic.training.lightning_options import quiet_lightning
+from moesaic.training.config import RunConfig
+from moesaic.training.lightning_options import TENSORBOARD, quiet_lightning
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
 from moesaic.training.rate_finder import LearningRateFinder
@@ -31,6 +32,8 @@ __all__ = ["WARNED", "Fitted", "build", "fit"]
 
 WARNED = "the scheduler's warning (SIGUSR1)"
 """Why a run stopped that a scheduler warned."""
+
+BOARD = TENSORBOARD["_target_"]
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -109,7 +112,7 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
         for table in (own.table, monitor.table):
             table.keep_until(start.checkpoint["global_step"])
     step = start.checkpoint["global_step"] if start.kind == "resumed" else 0
-    trainer = _trainer(prepared, [own, *make_loggers(prepared.config.logger, run_dir, step)], monitor)
+    trainer = _trainer(prepared, [own, *make_loggers(_shown_loggers(prepared.config), run_dir, step)], monitor)
     try:
         with warnings.catch_warnings():
             _ignore_lightning_advice()
@@ -131,6 +134,12 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
             raise
         raise InputError(f"checkpoint {start.path}: its training state cannot be restored ({error!r})") from error
     return Fitted(prepared, module, trainer, monitor.warnings, status)
+
+
+def _shown_loggers(config: RunConfig) -> dict[str, Any]:
+    """The loggers of a run; TensorBoard is for runs that somebody looks at."""
+    presents = config.finish == "all"
+    return {name: each for name, each in config.logger.items() if presents or each["_target_"] != BOARD}
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

@@ -21,7 +21,7 @@ from moesaic.interrupts import ignoring_warnings
 from moesaic.overrides import command_line, for_shell, override
 from moesaic.reading import read_json
 from moesaic.training.config import RunConfig
-from moesaic.training.finish import FINISHERS, score_run
+from moesaic.training.finish import FINISHERS, PRESENTING, score_run
 from moesaic.training.fit import Fitted, build, fit
 from moesaic.training.launched import rank, settle_rank
 from moesaic.training.module import LanguageModel
@@ -113,7 +113,8 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
     metrics = _cost(fitted) | _suggested_rates(fitted, console)
     if fitted.has_verdict:
         finished = score_run(fitted, console)
-        for finisher in FINISHERS:
+        presents = prepared.config.finish == "all"
+        for finisher in (each for each in FINISHERS if presents or each not in PRESENTING):
             with _surviving(finisher.__name__, metrics):
                 metrics |= finisher(finished)
             write_json(run_dir / "metrics.json", {**metrics, "pending": "pictures and text"})

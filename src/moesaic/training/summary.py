@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moesaic.distillation.opened import OpenedTargets
+from moesaic.evaluation.language_modeling import on_windows
 from moesaic.models import Account, Decoder, DecoderConfig
 from moesaic.models.memory import LiveBytes
 from moesaic.training.config import RunConfig
@@ -113,7 +114,8 @@ def print_verdict(
 ) -> None:
     bits, loss = metrics.get("validation/bits_per_byte"), metrics.get("validation/loss")
     if bits is not None:
-        table = Table(title="Held-out text, bits per byte (lower is better)", show_header=False, title_justify="left")
+        title = ", ".join(filter(None, ["Held-out text", on_windows(metrics), "bits per byte (lower is better)"]))
+        table = Table(title=title, show_header=False, title_justify="left")
         table.add_column("what", min_width=36)
         table.add_column("bits per byte", justify="right")
         rows = {**baselines, "this model": bits}
@@ -124,11 +126,11 @@ def print_verdict(
         console.print(table)
     if loss is not None:
         theirs = metrics.get("validation/teacher_loss")
+        where = f"{scored} of the" if (scored := on_windows(metrics)) else "on the whole"
         its_teacher = "" if theirs is None else f"; its teacher {theirs:.4f}"
         console.print(
-            f"[bold]loss[/]    {loss:.4f} nats per token on the whole validation split, in windows of "
-            f"{metrics['validation/seq_len']}"
-            f"{its_teacher}"
+            f"[bold]loss[/]    {loss:.4f} nats per token {where} validation split, in windows of "
+            f"{metrics['validation/seq_len']}{its_teacher}"
         )
     if sample is not None:
         console.print("[bold]sample[/]")
