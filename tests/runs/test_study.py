@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from small_runs import holding
@@ -27,6 +28,7 @@ from moesaic.files import write_json
 from moesaic.studies import runner
 from moesaic.studies.config import Cell, StudyConfig
 from moesaic.studies.jobs import job_of, read_row, run_config_of, validate
+from moesaic.studies.serving import FORKS
 from moesaic.studies.worker import work
 from moesaic.training.run import run
 
@@ -67,34 +69,33 @@ def call(config: dict[str, Any]) -> tuple[int, str]:
     return status, console.file.getvalue()
 
 
-class Finished:
-    """What the runner needs of a worker's process, of one that has ended."""
+class InThisProcess:
+    """What the runner needs of a worker; each job is done at once."""
 
-    def __init__(self, returncode: int) -> None:
-        self.returncode, self.stdin = returncode, io.BytesIO()
+    takes_more, import_seconds = True, 0.0
+
+    def __init__(self, log: Path) -> None:
+        self.status = 0
+
+    def begin(self, folder: Path) -> None:
+        self.status = 0
+        try:
+            write_json(folder / "rows.json", work(folder))
+        except InputError as error:
+            (folder / "log.txt").write_text(f"error: {error}\n")
+            self.status = 2
 
     def poll(self) -> int:
-        return self.returncode
+        return self.status
 
-    def kill(self) -> None:
+    def end(self) -> None:
         pass
-
-    wait = kill
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without processes of their own, which take seconds to start; some tests are there for the processes."""
-
-    def start(folder: Path) -> Finished:
-        try:
-            write_json(folder / "rows.json", work(folder))
-        except InputError as error:
-            (folder / "log.txt").write_text(f"error: {error}\n")
-            return Finished(2)
-        return Finished(0)
-
-    monkeypatch.setattr(runner, "start_worker", start)
+    monkeypatch.setattr(runner, "Worker", InThisProcess)
 
 
 def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -440,28 +441,28 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from moesaic.data import TrainingLoader
-from moesaic.studies import worker
-folder, hold = Path(sys.argv[1]), Path(sys.argv[2])
+from moesaic.studies import serving, worker
+hold = Path(sys.argv[1])
 batch = TrainingLoader.batch
-def held(self, i):
-    while hold.exists() and i >= int(hold.read_text()):
-        (folder / "held").touch()
-        time.sleep(0.02)
-    return batch(self, i)
-TrainingLoader.batch = held
-worker.main(folder)
+def work(folder):
+    def held(self, i):
+        while hold.exists() and i >= int(hold.read_text()):
+            (folder / "held").touch()
+            time.sleep(0.02)
+        return batch(self, i)
+    TrainingLoader.batch = held
+    worker.main(folder)
+serving.serve(work)
 """
 
 DRIVER = """
-import json, os, signal, subprocess, sys
+import functools, json, os, signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 from moesaic.cli import study
 from moesaic.cli.common import exit_on_bad_input
 from moesaic.studies import runner
 config, worker, hold = sys.argv[1:]
-def start_worker(folder):
-    return start(folder, [sys.executable, "-c", worker, str(folder), hold])
-start, runner.start_worker = runner.start_worker, start_worker
+runner.Worker = functools.partial(runner.Worker, command=[sys.executable, "-c", worker, hold])
 sys.exit(exit_on_bad_input(lambda: study.study(json.load(open(config)), "moesaic study ...")))
 """
 
@@ -489,12 +490,13 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.stdout.close()
 
 
-def workers_in(folder: Path) -> list[int]:
-    found = []
+def processes_of(hold: Path) -> dict[int, int]:
+    """The processes of workers that wait for this file, and their parents; a job is one whose parent is another."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if "worker.main(folder)\n\0" + str(folder) in path.read_text():
-                found.append(int(path.parent.name))
+            if path.read_text(errors="replace").split("\0")[2:4] == [WORKER, str(hold)]:
+                found[int(path.parent.name)] = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
     return found
 
 
@@ -506,9 +508,10 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
-def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp_path: Path) -> None:
-    outputs = Path(long_run["output_dir"])
+@pytest.mark.skipif(not FORKS, reason="finds workers through /proc")
+@pytest.mark.parametrize("dies", ["its job", "the worker"])
+def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp_path: Path, dies: str) -> None:
+    outputs, hold = Path(long_run["output_dir"]), tmp_path / "hold"
 
     def stopped_at() -> int:
         [checkpoint] = outputs.glob("study_tiny/*/run/checkpoints/last.ckpt")
@@ -519,20 +522,22 @@ def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp
         wait_for(lambda: list(outputs.glob("study_tiny/*/held")), "step 15")
         process.send_signal(signal.SIGKILL)
         process.wait()
-    wait_for(lambda: not workers_in(outputs), "the worker's end after that of the study")
+    wait_for(lambda: not processes_of(hold), "the end of the worker and its job after that of the study")
     assert stopped_at() == 10
     assert not Path(long_run["results_dir"], "rows.jsonl").exists()
 
-    (tmp_path / "hold").write_text("25")
+    hold.write_text("25")
     [held] = outputs.glob("study_tiny/*/held")
     held.unlink()
     with started(tmp_path) as process:
         wait_for(held.exists, "step 25 of the continued run")
-        [worker] = workers_in(outputs)
-        os.kill(worker, signal.SIGKILL)
+        processes = processes_of(hold)
+        [job] = [pid for pid, parent in processes.items() if parent in processes]
+        os.kill(job if dies == "its job" else processes[job], signal.SIGKILL)
         printed, _ = process.communicate()
     assert process.returncode == 1
     assert "failed: killed by signal 9" in printed
+    assert processes_of(hold) == {}
     assert stopped_at() == 20
 
     status, printed = call(long_run)
@@ -546,11 +551,11 @@ def test_killed_and_continued_equals_uninterrupted(long_run: dict[str, Any], tmp
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers through /proc")
+@pytest.mark.skipif(not FORKS, reason="finds workers through /proc")
 def test_interrupt_ends_the_workers_and_says_how_to_continue(long_run: dict[str, Any], tmp_path: Path) -> None:
-    outputs = Path(long_run["output_dir"])
+    hold = tmp_path / "hold"
     with started(tmp_path) as process:
-        wait_for(lambda: workers_in(outputs), "a worker")
+        wait_for(lambda: len(processes_of(hold)) == 2, "a worker and its job")
         with pytest.raises(InputError, match=r"another process is running this study"):
             call(long_run)
         process.send_signal(signal.SIGINT)
@@ -558,4 +563,33 @@ def test_interrupt_ends_the_workers_and_says_how_to_continue(long_run: dict[str,
     assert process.returncode == 130
     assert "continue from their last checkpoints with\n  moesaic study ..." in printed
     assert "Traceback" not in printed
-    assert workers_in(outputs) == []
+    assert processes_of(hold) == {}
+
+
+@pytest.mark.slow
+def test_rows_of_one_worker_are_those_of_fresh_processes(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """To the bit, but for clocks and memory, though the worker did other runs before."""
+    tiny["workers"] = 1
+    assert call(tiny)[0] == 0
+    folders = sorted(path.parent for path in Path(tiny["output_dir"]).glob("study_tiny/*/rows.json"))
+    assert len(folders) == 4
+    measured = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+    def row_in(folder: Path) -> dict[str, Any]:
+        [row] = json.loads((folder / "rows.json").read_text())
+        curve = {key: values for key, values in row["curve"].items() if key != "seconds"}
+        metrics = {key: value for key, value in row["metrics"].items() if key not in measured}
+        return {**row, "curve": curve, "metrics": metrics, "cpu_seconds": 0}
+
+    for folder in folders:
+        alone = tmp_path / "alone" / folder.name
+        alone.mkdir(parents=True)
+        shutil.copy(folder / "job.json", alone)
+        code = "import sys, pathlib; from moesaic.studies import worker; worker.main(pathlib.Path(sys.argv[1]))"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code, str(alone)], env=environment, check=True, capture_output=True)
+        assert row_in(alone) == row_in(folder)
+        weights = [load_checkpoint(path / "run" / "checkpoints" / "last.ckpt") for path in (alone, folder)]
+        first, second = (checkpoint["state_dict"] for checkpoint in weights)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)

@@ -5,11 +5,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +20,7 @@ from moesaic.data import DataConfig, load_data
 from moesaic.errors import InputError
 from moesaic.files import lock, write_atomically, write_json, write_yaml
 from moesaic.formats import translate_overrides, translate_run, translate_study, version_of
-from moesaic.imports import VARIABLE, names_in, require_trusted, trusted, trusting
+from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models.config import FORMAT
 from moesaic.overrides import apply_overrides
 from moesaic.reading import read_yaml, reading, require_finite
@@ -45,8 +42,9 @@ from moesaic.studies.jobs import (
     write_row,
 )
 from moesaic.studies.plan import Plan, plan
+from moesaic.studies.slots import Worker
 
-__all__ = ["read_rows", "run_study", "start_worker"]
+__all__ = ["read_rows", "run_study"]
 
 
 def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
@@ -234,7 +232,11 @@ class _Running:
         """Content hashes of the data that are in the cache."""
         self.prepared = {name: self.folder_of(prepare_job(study, base, name)) for name in study.prepare}
         self.failed: dict[str, str] = {}
-        self.processes: dict[subprocess.Popen[bytes], tuple[Job, Path]] = {}
+        self.workers: list[Worker] = []
+        """Those that have a job, and those that can have one."""
+        self.jobs: dict[Worker, tuple[Job, Path]] = {}
+        self.sources: dict[str, str] = {}
+        """Hashes of the source files of custom modules, as they were when the first run with them started."""
 
     def until_done(self, workers: int) -> dict[str, str]:
         """Run so many at a time until nothing is missing, or too much fails; returns what failed and why."""
@@ -243,17 +245,25 @@ class _Running:
                 while True:
                     todo = self.plan()
                     hopeless = len(self.failed) > workers and not self.progress.here
-                    busy = self.failed.keys() | {job.key for job, _ in self.processes.values()}
+                    busy = self.failed.keys() | {job.key for job, _ in self.jobs.values()}
                     waiting = [] if hopeless else [job for job in todo.missing if job.key not in busy]
-                    for job in waiting[: workers - len(self.processes)]:
+                    for job in waiting[: workers - len(self.jobs)]:
                         self.start(job)
-                    self.progress.show([job.key for job, _ in self.processes.values()], todo)
-                    if not self.processes:
+                    self.progress.show([job.key for job, _ in self.jobs.values()], todo)
+                    if not self.jobs:
                         return self.failed
-                    self.finish(_next_to_end(self.processes))
+                    self.finish(*self.next_to_end())
         finally:
-            for process in self.processes:
-                _end(process)
+            for worker in self.workers:
+                worker.end()
+
+    def next_to_end(self) -> tuple[Worker, int]:
+        """Wait for a job to end; returns its worker and its exit status."""
+        while True:
+            for worker in self.jobs:
+                if (status := worker.poll()) is not None:
+                    return worker, status
+            time.sleep(0.05)
 
     def plan(self) -> Plan:
         return plan(self.study, self.base, self.rows, _at_hand(self.study, self.prepared))
@@ -267,16 +277,29 @@ class _Running:
 
     def start(self, job: Job) -> None:
         folder = self.folder_of(job)
-        _describe(self.study, self.base, job, folder, self.loaded[_data_of(job.overrides)], self.prepared)
-        self.processes[start_worker(folder)] = (job, folder)
+        sources = _describe(self.study, self.base, job, folder, self.loaded[_data_of(job.overrides)], self.prepared)
+        for path, digest in sources.items():
+            if self.sources.setdefault(path, digest) != digest:
+                raise InputError(
+                    f"{path}: its source file has changed while the study ran; put it back, or choose another "
+                    "results_dir, and start the study again"
+                )
+        idle = [worker for worker in self.workers if worker not in self.jobs]
+        worker = idle[0] if idle else Worker(folder / "log.txt")
+        if not idle:
+            self.workers.append(worker)
+        worker.begin(folder)
+        self.jobs[worker] = (job, folder)
 
-    def finish(self, process: subprocess.Popen[bytes]) -> None:
-        """Keep the rows of a process that has ended, or why it failed."""
-        job, folder = self.processes.pop(process)
-        _end(process)
+    def finish(self, worker: Worker, status: int) -> None:
+        """Keep the rows of a job that has ended, or why it failed."""
+        job, folder = self.jobs.pop(worker)
+        if not worker.takes_more:
+            worker.end()
+            self.workers.remove(worker)
         console = self.progress.bar.console
-        if process.returncode:
-            self.failed[job.key] = _reason(process.returncode, folder / "log.txt")
+        if status:
+            self.failed[job.key] = _reason(status, folder / "log.txt")
             console.print(f"failed: {job.key}: {self.failed[job.key]}", markup=False, soft_wrap=True)
             return
         new = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
@@ -329,8 +352,8 @@ def _describe(
     folder: Path,
     data_hash: str | None,
     prepared: Mapping[str, Path],
-) -> None:
-    """Write job.json into the folder of a run."""
+) -> dict[str, str]:
+    """Write job.json into the folder of a run; returns the hashes of its custom modules' source files."""
     folder.mkdir(exist_ok=True)
     (folder / "rows.json").unlink(missing_ok=True)
     config = run_config_of(study, base, job)
@@ -338,7 +361,8 @@ def _describe(
     digest = job_hash(study, base, job)
     row = {"format": FORMAT, "study": config["name"], **dataclasses.asdict(job)}
     row |= {"config_hash": digest, "data_hash": data_hash}
-    if written := sources_of(config):
+    written = sources_of(config)
+    if written:
         row["sources"] = written
     threads = {"trainer.threads": 1}
     variants = {n: v.overrides for n, v in study.variants.items() if v.arm == job.arm and job.purpose == "measure"}
@@ -356,31 +380,7 @@ def _describe(
         },
     }
     write_json(folder / "job.json", description)
-
-
-def start_worker(folder: Path, command: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """A worker on one thread. Its own session keeps Ctrl-C from it; the pipe ends it when this process is gone.
-
-    Args:
-        command: in place of python -m moesaic.studies.worker FOLDER.
-    """
-    with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            command or [sys.executable, "-m", "moesaic.studies.worker", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", VARIABLE: ",".join(sorted(trusted()))},
-            start_new_session=True,
-        )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Safe at any time: a run continues from its last checkpoint."""
-    process.kill()
-    process.wait()
-    assert process.stdin is not None  # see `start_worker`
-    process.stdin.close()
+    return written
 
 
 def _tell_again(console: Console, row: Row, again: Row) -> bool:
@@ -402,14 +402,6 @@ def _reason(returncode: int, log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     last = f"killed by signal {-returncode}" if returncode < 0 or not lines else lines[-1].removeprefix("error: ")
     return f"{last} (see {log})"
-
-
-def _next_to_end(running: Mapping[subprocess.Popen[bytes], Any]) -> subprocess.Popen[bytes]:
-    while True:
-        for process in running:
-            if process.poll() is not None:
-                return process
-        time.sleep(0.05)
 
 
 def _data_of(overrides: Mapping[str, Any]) -> str:

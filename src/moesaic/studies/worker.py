@@ -1,13 +1,13 @@
-"""One run of a study in a process of its own: python -m moesaic.studies.worker FOLDER
+"""The runs of a study, one after the other: python -m moesaic.studies.worker reads their folders, see `serving`.
 
-FOLDER holds job.json; the worker adds run/ (an ordinary run directory), cpu_seconds and, at the end, rows.json. It may
-be killed at any time and started again. It ends when its standard input does, so that it never outlives the study.
+A folder holds job.json; a run adds run/ (an ordinary run directory), cpu_seconds and, at the end, rows.json. It may be
+killed at any time and begun again. The CPU seconds of a row are those of its run; what a worker takes to import
+everything, once for all its runs, is in no row.
 """
 
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import threading
@@ -33,7 +33,8 @@ from moesaic.models import DecoderConfig, account
 from moesaic.overrides import apply_overrides
 from moesaic.reading import read_json
 from moesaic.studies.config import VariantConfig
-from moesaic.studies.jobs import Row, import_evaluation, variant_options
+from moesaic.studies.jobs import Row, import_evaluation, sources_of, variant_options
+from moesaic.studies.serving import serve
 from moesaic.training.records import environment
 from moesaic.training.run import run
 
@@ -51,6 +52,7 @@ def work(folder: Path) -> list[Row]:
 def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config, run_dir = job["config"], folder / "run"
+    _require_same_code(job["row"].get("sources", {}), config)
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     prepares = job["row"]["purpose"] == "prepare"
     if cache := job.get("cache"):
@@ -106,6 +108,14 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
     return rows
 
 
+def _require_same_code(planned: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Refuse code that is not the one in the row that the study has planned."""
+    now = sources_of(config) if planned else {}
+    for path, digest in planned.items():
+        if now.get(path) != digest:
+            raise InputError(f"{path}: its source file has changed since the study planned this run; start it again")
+
+
 def _fill_cache(cache: Mapping[str, Any], config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Fill a cache for the data and windows of `config`; it continues what was killed."""
     seq_len = config["training"]["seq_len"]
@@ -151,10 +161,15 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
     data = load_data(from_mapping(DataConfig, config["data"], "data"))
     seq_len = training["validation_seq_len"] or training["seq_len"]
     batch_size = max(1, training["batch_size"] * training["seq_len"] // seq_len)
-    score = evaluate_split(decoder, data, seq_len=seq_len, batch_size=batch_size, token_bytes=trained.token_bytes)
-    numbers = {"validation/loss": score.loss, "validation/seq_len": seq_len}
-    if score.bits_per_byte is not None:
-        numbers["validation/bits_per_byte"] = score.bits_per_byte
+    score = evaluate_split(
+        decoder,
+        data,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        windows=training.get("score_windows"),  # runs of older versions have no such key
+        token_bytes=trained.token_bytes,
+    )
+    numbers = {**score.numbers(), "validation/seq_len": seq_len}
     if data.task is not None:
         numbers |= recall_numbers(score_recall(decoder, data.task, training["seq_len"], training["batch_size"]))
         numbers["recall/chance"] = data.task.chance
@@ -199,10 +214,11 @@ def _is_number(value: Any) -> bool:
 
 
 class _CpuClock:
-    """CPU seconds of this process and of those that were killed before it in the same folder."""
+    """CPU seconds of this process from now on, and of those that were killed before it in the same folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.began = time.process_time()
         self.before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
         self.done = threading.Event()
 
@@ -214,21 +230,19 @@ class _CpuClock:
         self.done.set()
 
     def read(self) -> float:
-        return round(self.before + time.process_time(), 2)
+        return round(self.before + time.process_time() - self.began, 2)
 
     def _tick(self) -> None:
         while not self.done.wait(1.0):
             write_atomically(self.path, str(self.read()))
 
 
-def _end_with_the_study() -> None:
-    while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: its lock would be held at the interpreter's end
-        pass
-    os._exit(1)
-
-
 def main(folder: Path) -> None:
-    threading.Thread(target=_end_with_the_study, daemon=True).start()
+    """Do the job of a folder in this process.
+
+    Raises:
+        SystemExit: 2 for bad input, which is printed.
+    """
     try:
         write_json(folder / "rows.json", work(folder))
     except InputError as error:
@@ -237,4 +251,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    serve(main)

@@ -1,0 +1,96 @@
+"""The processes that do the runs of a study, as the study sees them."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesaic.imports import VARIABLE, trusted
+from moesaic.studies.serving import FORKS, READY
+
+__all__ = ["Worker"]
+
+
+class Worker:
+    """A process on one thread that does the jobs of one folder after another, see `moesaic.studies.serving`.
+
+    Its own session keeps Ctrl-C from it; the pipe of its standard input ends it when this process is gone.
+
+    Args:
+        log: gets what the process says outside its jobs, such as why it cannot start.
+        command: in place of python -m moesaic.studies.worker.
+    """
+
+    def __init__(self, log: Path, command: Sequence[str] = ()) -> None:
+        self.import_seconds = 0.0
+        """CPU seconds until it was ready, which are in no row."""
+        self._status: int | None = None
+        self._reports: queue.SimpleQueue[str] = queue.SimpleQueue()
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                command or [sys.executable, "-m", "moesaic.studies.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "MKL_NUM_THREADS": "1",
+                    VARIABLE: ",".join(sorted(trusted())),
+                },
+                start_new_session=True,
+            )
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def begin(self, folder: Path) -> None:
+        """Let it do the job of a folder, when it has none."""
+        assert self.process.stdin is not None
+        self._status = None
+        with contextlib.suppress(BrokenPipeError):  # `poll` finds that it is gone
+            self.process.stdin.write(f"{json.dumps(str(folder))}\n")
+            self.process.stdin.flush()
+
+    def poll(self) -> int | None:
+        """The exit status of its job, -N where signal N ended it or the process; None while it runs."""
+        while self._status is None and not self._reports.empty():
+            report = self._reports.get()
+            if not report:
+                self.end()
+                self._status = self.process.returncode or 1
+            elif report.startswith(READY):
+                self.import_seconds = float(report.split()[1])
+            else:
+                self._status = int(report)
+        return self._status
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether it can do another job after one that has ended."""
+        return FORKS and self.process.returncode is None
+
+    def end(self) -> None:
+        """Kill the process and its job, which is safe at any time: a run continues from its last checkpoint."""
+        if self.process.returncode is None:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        with contextlib.suppress(ValueError):  # `end` has closed it
+            for line in self.process.stdout:
+                self._reports.put(line.strip())
+        self._reports.put("")
