@@ -14,6 +14,7 @@ from moesaic.layers import (
     FeedForward,
     Llama3RopeScaling,
     MoE,
+    Parametrization,
     RMSNorm,
     RotaryEmbedding,
     ShortConvolution,
@@ -101,6 +102,19 @@ def test_dtypes(make: Callable[..., Any], dtype: Any) -> None:
         (attention, {"conv_width": 2.0}, r"conv_width=2.0: must be an integer >= 0"),
         (attention, {"bias": "no"}, r"bias='no': must be True or False"),
         (router, {"expert_bias": 1}, r"expert_bias=1: must be True or False"),
+        (router, {"score_function": 3}, r"score_function=3: must be one of sigmoid, softmax"),
+        (attention, {"temperature": 3}, r"temperature=3: must be of type AttentionTemperature, or None"),
+        (attention, {"rotary": "x"}, r"rotary='x': must be of type RotaryEmbedding, or None"),
+        (
+            lambda **given: RotaryEmbedding(8, **given),
+            {"scaling": 5},
+            r"scaling=5: must be of type Llama3RopeScaling, or",
+        ),
+        (feed_forward, {"activation": None}, r"activation=None: must be one of silu, gelu"),
+        (feed_forward, {"backend": ["loop"]}, r"backend=\['loop'\]: must be one of auto, loop"),
+        (moe, {"activation": 1}, r"activation=1: must be one of silu, gelu"),
+        (moe, {"backend": 1}, r"backend=1: must be one of auto, loop"),
+        (Parametrization, {"init_std": NAN}, r"init_std=nan: must be a number > 0"),
     ],
 )
 def test_others(make: Callable[..., Any], arguments: Any, message: str) -> None:
@@ -123,6 +137,79 @@ def test_others(make: Callable[..., Any], arguments: Any, message: str) -> None:
 def test_inputs_of_another_width(layer: Any, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(torch.randn(shape))
+
+
+LAYERS: dict[str, Callable[[Any], Any]] = {
+    "Attention": attention(),
+    "FeedForward": feed_forward(),
+    "MoE": moe(),
+    "TopKRouter": router(),
+    "RMSNorm": RMSNorm(16),
+    "ShortConvolution": ShortConvolution(16, 2),
+    "Experts": lambda x: Experts(2, 16, 8)(x, torch.tensor([1, 2])),
+    "RotaryEmbedding": lambda x: RotaryEmbedding(16)(x, torch.arange(3)),
+}
+
+
+@pytest.mark.parametrize("owner", LAYERS)
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (None, "type NoneType"),
+        ([[1.0] * 16], "type list"),
+        (torch.ones(1, 3, 16, dtype=torch.int64), "torch.int64"),
+        (torch.ones(1, 3, 16, dtype=torch.complex64), "torch.complex64"),
+        (torch.ones(1, 3, 16, dtype=torch.bool), "torch.bool"),
+    ],
+    ids=["None", "list", "int64", "complex64", "bool"],
+)
+def test_inputs_that_are_no_floating_point_tensors(owner: str, x: Any, found: str) -> None:
+    with pytest.raises(TypeError, match=f"^{owner}: x of {found}; must be a floating-point tensor"):
+        LAYERS[owner](x)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attention()(torch.randn(1, 2, 16), None, torch.ones(1, 2)), r"attention_mask of torch.float32; must"),
+        (lambda: attention()(torch.randn(1, 2, 16), None, "x"), r"attention_mask of type str; must be a tensor"),
+        (lambda: RotaryEmbedding(4)(torch.randn(1, 3, 4), torch.arange(3)), r"x of shape \(1, 3, 4\); must be \(any"),
+        (lambda: RotaryEmbedding(4)(torch.randn(1, 3, 1, 4), torch.arange(2)), r"positions of shape \(2,\); must be"),
+        (lambda: RotaryEmbedding(4)(torch.randn(1, 3, 1, 4), None), r"positions of type NoneType; must be a tensor"),
+        (lambda: ShortConvolution(4, 3)(torch.randn(1, 3, 4), torch.zeros(1, 1, 4)), r"tail of shape .*\(1, 2, 4\)"),
+    ],
+)
+def test_other_inputs(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+DECODER = build_decoder(llama4_toy(vocab_size=32, num_layers=2))
+TOKENS = torch.ones(1, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DECODER(None), r"give either tokens or embeddings"),
+        (lambda: DECODER([[1, 2]]), r"tokens of type list: must be a tensor"),
+        (lambda: DECODER.hidden_states(TOKENS, embeddings=torch.ones(1)), r"give either tokens or embeddings"),
+        (lambda: DECODER.hidden_states(embeddings=TOKENS), r"embeddings of torch.int64; must be a floating-point"),
+        (lambda: DECODER.hidden_states(embeddings=torch.ones(3, 32)), r"embeddings of shape \(3, 32\); must be"),
+        (lambda: DECODER.hidden_states(embeddings=torch.ones(1, 3, 4)), r"embeddings of .* \(any, any, 32\)"),
+        (lambda: DECODER(TOKENS, []), r"cache of 0 entries: must be one for each of the 2 layers"),
+        (
+            lambda: DECODER(TOKENS, None, TOKENS[:, 1:]),
+            r"attention_mask of shape \(1, 2\): must be \(1, 3 new tokens\)",
+        ),
+        (lambda: DECODER(TOKENS, None, [1, 1, 0]), r"attention_mask of type list: must be a tensor"),
+        (lambda: DECODER(TOKENS, None, torch.tensor([[0, -INF, 0]])), r"attention_mask has -inf: must be 1 for tokens"),
+        (lambda: DECODER(TOKENS, None, 2 * TOKENS), r"attention_mask has 2: must be 1 for tokens and 0 for padding"),
+    ],
+)
+def test_inputs_of_a_decoder(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 def test_rows_of_another_width() -> None:

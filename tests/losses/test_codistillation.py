@@ -757,11 +757,3 @@ def test_bad_settings_are_refused(match: str, settings: dict[str, Any]) -> None:
 
 def test_only_a_teacher_with_a_head_can_train() -> None:
     refuse("train_teacher=True: found DenseTargets", DenseTargets(torch.randn(TOKENS, VOCAB)), train_teacher=True)
-
-
-def test_a_token_outside_the_vocabulary_is_refused() -> None:
-    hidden, weight, t_hidden, t_weight = networks()
-    targets = make("top_k", t_hidden, t_weight)
-    targets = targets._replace(ids=targets.ids + VOCAB)
-    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
-        linear_codistillation_loss(hidden, weight, LABELS, targets, soft_weight=0.5)

@@ -88,9 +88,9 @@ def test_in_range(
     assert bounds[0] - 1e-6 <= float(policy.weight(progress)) <= bounds[1] + 1e-6
 
 
-@pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan])
+@pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan, "0.5", None])
 def test_progress_outside_the_run_is_refused(progress: float) -> None:
-    with pytest.raises(ValueError, match="progress="):
+    with pytest.raises((TypeError, ValueError), match="progress="):
         weight(progress)
 
 
@@ -204,6 +204,12 @@ def test_no_gate() -> None:
         ("gate", {"gate": "magic"}),
         ("value", {"value": 1.1}),
         ("value", {"value": math.nan}),
+        ("value", {"value": "0.5"}),
+        ("gap", {"gap": True}),
+        ("gate_slope", {"gate_slope": None}),
+        ("points", {"points": (("0", 1),)}),
+        ("points", {"points": 3}),
+        ("gate", {"gate": 3}),
         ("start", {"start": -0.1}),
         ("end", {"end": 2.0}),
         ("warmup_fraction", {"warmup_fraction": -0.1}),

@@ -101,6 +101,27 @@ def test_weights_that_came_apart_are_refused(assign: bool) -> None:
         build().load_state_dict(state, assign=assign)
 
 
+APART: dict[str, Callable[[Decoder], object]] = {
+    "load, assign": lambda d: d.embedding.load_state_dict({"weight": torch.ones(32, d.norm.dim)}, assign=True),
+    "load of the head, assign": lambda d: d.head.load_state_dict({"weight": torch.ones(32, d.norm.dim)}, assign=True),
+    "another parameter": lambda d: setattr(d.embedding, "weight", nn.Parameter(torch.ones(32, d.norm.dim))),
+    "another head": lambda d: setattr(d, "head", nn.Linear(d.norm.dim, 32, bias=False)),
+    "to_empty": lambda d: d.embedding.to_empty(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("way", APART)
+def test_what_parts_them_below_the_decoder_is_said_and_mended_above(way: str) -> None:
+    decoder, tokens = on_meta() if way == "to_empty" else build(), torch.randint(32, (1, 5))
+    APART[way](decoder)
+    for call in (decoder, decoder.hidden_states):
+        with pytest.raises(ValueError, match=r"embedding.weight and head.weight are no longer one parameter"):
+            call(tokens)
+    decoder = loaded(decoder, saved(build()), assign=True)
+    assert decoder(tokens).logits.isfinite().all()
+    assert decoder.head.weight is decoder.embedding.weight
+
+
 @pytest.mark.parametrize("way", ["built", "load into meta, assign", "deepcopy"])
 def test_to_hf_writes_what_from_hf_reads(way: str, tmp_path: Path) -> None:
     decoder = WAYS[way]()

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moesaic.layers.checks import require_dtype, require_flags, require_last, require_numbers, require_sizes
+from moesaic.layers.checks import (
+    require_dtype,
+    require_flags,
+    require_kinds,
+    require_last,
+    require_numbers,
+    require_sizes,
+    require_tensor,
+)
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.part import ParameterKind
 from moesaic.layers.rotary import RotaryEmbedding
@@ -152,7 +160,17 @@ class ShortConvolution(nn.Module):
         Args:
             mask: (B, L) bool, False for padding. A real token then meets the real tokens before it, wherever padding
                 stands, and the next tail is of each row's last real tokens. What comes out for padding means nothing.
+
+        Raises:
+            TypeError: x is no floating-point tensor, or the mask not of bool.
+            ValueError: another shape.
         """
+        require_last(x, self.weight.size(1), "ShortConvolution")
+        require_tensor("ShortConvolution", "x", x, (None, None, None))
+        if tail is not None:
+            require_tensor("ShortConvolution", "tail", tail, (x.size(0), self.width - 1, x.size(2)))
+        if mask is not None:
+            require_tensor("ShortConvolution", "mask", mask, (x.size(0), x.size(1)), torch.bool)
         before, length = self.width - 1, x.size(1)
         if mask is not None:
             x = x.masked_fill(~mask[:, :, None], 0)
@@ -322,6 +340,8 @@ class Attention(nn.Module):
         require_sizes(0, conv_width=conv_width)
         require_flags(qk_norm=qk_norm, bias=bias)
         require_numbers(norm_eps=norm_eps)
+        require_kinds(RotaryEmbedding, rotary=rotary)
+        require_kinds(AttentionTemperature, temperature=temperature)
         require_dtype(dtype)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads={num_heads}: must be a positive multiple of num_kv_heads={num_kv_heads}")
@@ -375,12 +395,16 @@ class Attention(nn.Module):
                 Llama 4. The short convolution does not: it takes the real tokens as if they stood side by side.
 
         Raises:
-            ValueError: a mask of another shape, or given to some but not all of the calls on one cache.
+            TypeError: x is no floating-point tensor, or the mask not of bool.
+            ValueError: another shape, or a mask that is given to some but not all of the calls on one cache.
         """
+        require_last(x, None, "Attention")
         if x.dim() != 3:
             raise ValueError(f"Attention: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
         require_last(x, self.q_proj.in_features, "Attention")
         start = 0 if cache is None else cache.length
+        if attention_mask is not None:
+            require_tensor("Attention", "attention_mask", attention_mask, (None, None), torch.bool)
         if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, tokens so far and new) = "

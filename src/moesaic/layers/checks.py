@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "has_values",
     "require_choice",
     "require_dtype",
     "require_expert_ids",
     "require_flags",
+    "require_floating",
+    "require_ids",
+    "require_kinds",
     "require_last",
     "require_numbers",
     "require_one_dtype",
     "require_routing",
     "require_sizes",
+    "require_tensor",
 ]
 
 
@@ -64,14 +69,6 @@ def require_flags(**flags: Any) -> None:
             raise TypeError(f"{name}={value!r}: must be True or False")
 
 
-def require_choice(allowed: Iterable[str], **words: Any) -> None:
-    """Raise ValueError unless each is one of the allowed words."""
-    allowed = tuple(allowed)
-    for name, value in words.items():
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
-
-
 def require_dtype(dtype: Any) -> None:
     """Raise unless `dtype` is None or a floating-point dtype of torch."""
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -80,10 +77,82 @@ def require_dtype(dtype: Any) -> None:
     raise kind(f"dtype={dtype!r}: must be a floating-point torch.dtype such as torch.float32, or None")
 
 
-def require_last(x: Tensor, dim: int, owner: str) -> None:
-    """Raise ValueError unless x is (..., dim)."""
-    if x.dim() == 0 or x.size(-1) != dim:
-        raise ValueError(f"{owner}: x of shape {tuple(x.shape)}; its last dimension must be {dim}")
+def require_kinds(kind: type, **values: Any) -> None:
+    """Raise TypeError unless each is a `kind` or None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}={value!r}: must be of type {kind.__name__}, or None")
+
+
+def require_choice(allowed: Iterable[str], **values: Any) -> None:
+    """Raise unless each is one of the allowed names.
+
+    Raises:
+        TypeError: no string.
+        ValueError: another string.
+    """
+    names = tuple(allowed)
+    for name, value in values.items():
+        if not isinstance(value, str) or value not in names:
+            kind = ValueError if isinstance(value, str) else TypeError
+            raise kind(f"{name}={value!r}: must be one of {', '.join(names)}")
+
+
+def require_last(x: Any, dim: int | None, owner: str) -> None:
+    """Raise unless x is a floating-point tensor (..., dim); a `dim` of None is any.
+
+    Raises:
+        TypeError: no tensor, or one of integers or complex numbers.
+        ValueError: another width.
+    """
+    require_floating(owner, x=x)
+    if x.dim() == 0 or (dim is not None and x.size(-1) != dim):
+        raise ValueError(f"{owner}: x of shape {tuple(x.shape)}; its last dimension must be {dim or 'the width'}")
+
+
+def require_floating(owner: str, **tensors: Any) -> None:
+    """Raise TypeError unless each is a floating-point tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{owner}: {name} of type {type(x).__name__}; must be a floating-point tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"{owner}: {name} of {x.dtype}; must be a floating-point tensor")
+
+
+def require_tensor(owner: str, name: str, x: Any, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
+    """Raise unless x is a tensor of this shape, None being any size, and of one of these dtypes.
+
+    Raises:
+        TypeError: no tensor, or another dtype.
+        ValueError: another shape.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: {name} of type {type(x).__name__}; must be a tensor")
+    if dtypes and x.dtype not in dtypes:
+        raise TypeError(f"{owner}: {name} of {x.dtype}; must be {' or '.join(str(dtype) for dtype in dtypes)}")
+    if x.dim() != len(shape) or any(
+        wanted is not None and found != wanted for found, wanted in zip(x.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{owner}: {name} of shape {tuple(x.shape)}; must be ({wanted})")
+
+
+def require_ids(owner: str, name: str, ids: Tensor, end: int, ignore: int | None = None) -> None:
+    """Raise ValueError for an id below 0, or of `end` or more, but for `ignore`; where looking costs nothing."""
+    if not has_values(ids):
+        return
+    wrong = (ids < 0) | (ids >= end)
+    if ignore is not None:
+        wrong &= ids != ignore
+    if wrong.any():
+        but = "" if ignore is None else f", or {ignore} for none"
+        raise ValueError(f"{owner}: {name} has {int(ids[wrong][0])}; must be 0 to {end - 1}{but}")
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether looking at them costs nothing: no wait for a GPU, no break in a graph."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and type(x) is Tensor and not traced
 
 
 def require_one_dtype(why: str, **tensors: Tensor) -> None:

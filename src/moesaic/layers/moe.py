@@ -151,7 +151,7 @@ class MoE(nn.Module):
         Raises:
             ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
         """
-        require_last(x, getattr(self.experts, "dim", x.size(-1) if x.dim() else 0), "MoE")
+        require_last(x, getattr(self.experts, "dim", None), "MoE")
         tokens = x.reshape(-1, x.size(-1))
         decided = self._count(self._route(tokens, routing), tokens.size(0), replayed=routing is not None)
         y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)

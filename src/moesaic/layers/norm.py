@@ -49,7 +49,12 @@ class RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim), same dtype."""
+        """(..., dim) -> (..., dim), same dtype.
+
+        Raises:
+            TypeError: x is no floating-point tensor.
+            ValueError: another width.
+        """
         require_last(x, self.dim, "RMSNorm")
         statistics_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = F.rms_norm(x.to(statistics_dtype), (self.dim,), None, self.eps).to(x.dtype)

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moesaic.layers.checks import require_numbers
+
 __all__ = [
     "Flops",
     "ParameterKind",
@@ -47,6 +49,10 @@ class Parametrization:
     """
 
     init_std: float | None = 0.02
+
+    def __post_init__(self) -> None:
+        if self.init_std is not None:
+            require_numbers(above=True, init_std=self.init_std)
 
     def std(self, kind: ParameterKind, fan_in: int) -> float:
         """Standard deviation of a new weight; `fan_in` of an embedding is its width."""

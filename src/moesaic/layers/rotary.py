@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.checks import require_numbers, require_sizes
+from moesaic.layers.checks import require_kinds, require_last, require_numbers, require_sizes, require_tensor
 
 __all__ = ["Llama3RopeScaling", "RotaryEmbedding"]
 
@@ -57,6 +57,7 @@ class RotaryEmbedding(nn.Module):
         if head_dim % 2:
             raise ValueError(f"head_dim={head_dim}: rotary embedding needs an even head_dim")
         require_numbers(above=True, theta=theta)
+        require_kinds(Llama3RopeScaling, scaling=scaling)
         self.head_dim = head_dim
         self.theta = float(theta)
         self.scaling = scaling
@@ -68,7 +69,15 @@ class RotaryEmbedding(nn.Module):
         return frequencies if self.scaling is None else self.scaling.apply(frequencies)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate x (B, L, heads, head_dim) by positions (L,); fp32 inside, returned in x's dtype."""
+        """Rotate x (B, L, heads, head_dim) by positions (L,); fp32 inside, returned in x's dtype.
+
+        Raises:
+            TypeError: x is no floating-point tensor.
+            ValueError: another shape.
+        """
+        require_last(x, self.head_dim, "RotaryEmbedding")
+        require_tensor("RotaryEmbedding", "x", x, (None, None, None, None))
+        require_tensor("RotaryEmbedding", "positions", positions, (x.size(1),))
         rotation_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         angles = positions.float()[:, None, None] * self.frequencies(x.device)  # (L, 1, H/2)
         cos, sin = angles.cos().to(rotation_dtype), angles.sin().to(rotation_dtype)

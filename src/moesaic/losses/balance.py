@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moesaic.layers.checks import require_floating, require_numbers, require_tensor
 from moesaic.layers.router import at_least_fp32, count_tokens
 
 __all__ = ["load_balance_loss", "router_z_loss", "update_expert_bias"]
@@ -33,7 +34,15 @@ def load_balance_loss(
 
     Returns:
         Scalar in fp32 (fp64 for fp64); 0 (with a graph) if no token is valid.
+
+    Raises:
+        TypeError: what is given is no tensor of the right dtype.
+        ValueError: another shape.
     """
+    _require_logits("load_balance_loss", logits, valid)
+    require_tensor("load_balance_loss", "expert_ids", expert_ids, (logits.size(0), None), torch.int64)
+    if load is not None:
+        require_tensor("load_balance_loss", "load", load, (logits.size(1),))
     num_experts = logits.size(-1)
     counts = (count_tokens(expert_ids, num_experts, valid) if load is None else load).to(at_least_fp32(logits).dtype)
     fraction = counts / counts.sum().clamp(min=1)
@@ -53,7 +62,12 @@ def router_z_loss(logits: Tensor, valid: Tensor | None = None, *, num_valid: Ten
 
     Returns:
         Scalar in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: what is given is no tensor of the right dtype.
+        ValueError: another shape.
     """
+    _require_logits("router_z_loss", logits, valid)
     logits = _of_valid(at_least_fp32(logits), valid)
     return _mean_over_valid(logits.logsumexp(dim=-1).square(), valid, num_valid)
 
@@ -65,8 +79,18 @@ def update_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: flo
     Wang et al. 2024, arXiv 2408.15664, algorithm 1. Call it once per optimiser step, with the counts (E,) of all valid
     training tokens of that step (all micro-batches and ranks), between backward and step.
     """
+    require_floating("update_expert_bias", expert_bias=expert_bias)
+    require_tensor("update_expert_bias", "tokens_per_expert", tokens_per_expert, tuple(expert_bias.shape))
+    require_numbers(rate=rate)
     load = tokens_per_expert.float()
     expert_bias += rate * torch.sign(load.mean() - load)
+
+
+def _require_logits(owner: str, logits: Tensor, valid: Tensor | None) -> None:
+    require_floating(owner, logits=logits)
+    require_tensor(owner, "logits", logits, (None, None))
+    if valid is not None:
+        require_tensor(owner, "valid", valid, (logits.size(0),), torch.bool)
 
 
 def _of_valid(logits: Tensor, valid: Tensor | None) -> Tensor:

@@ -10,14 +10,24 @@ target (1 - a) one_hot(label) + a p, up to a constant (Hinton et al. 2015, arXiv
 
 import dataclasses
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import InputError
+from moesaic.layers.checks import has_values, require_floating, require_ids, require_tensor
 from moesaic.layers.router import at_least_fp32
-from moesaic.losses.cross_entropy import IGNORE_INDEX, ChunkedHead, rows_per_chunk, tokens_to_divide_by
+from moesaic.losses.cross_entropy import (
+    IGNORE_INDEX,
+    ChunkedHead,
+    require_counts,
+    require_head,
+    require_labels,
+    rows_per_chunk,
+    tokens_to_divide_by,
+)
 from moesaic.losses.divergences import DIVERGENCES, WITH_COEFFICIENT
 from moesaic.losses.kept_gradients import (
     Wanted,
@@ -86,8 +96,14 @@ def codistillation_loss(
 
     Raises:
         InputError: a setting out of range, another vocabulary, or sparse targets that cannot serve this loss.
+        TypeError: what is given is no tensor of the right dtype.
+        ValueError: another shape, or on a CPU a label or a token of the targets outside the vocabulary.
     """
+    owner = "codistillation_loss"
     terms = _Terms(soft_weight, divergence, coefficient, temperature, gate)
+    require_floating(owner, student_logits=student_logits)
+    require_tensor(owner, "student_logits", student_logits, (None, None))
+    _check_call(owner, labels, targets, student_logits.shape, ignore_index, num_valid, None)
     _check_targets(targets, student_logits.size(0), student_logits.size(1), terms)
     if isinstance(targets, HeadTargets):
         targets = DenseTargets(targets.hidden.detach() @ targets.weight.detach().T)
@@ -128,8 +144,12 @@ def linear_codistillation_loss(
 
     The other arguments, the result and errors are those of `codistillation_loss`.
     """
+    owner = "linear_codistillation_loss"
     terms = _Terms(soft_weight, divergence, coefficient, temperature, gate)
-    _check_targets(targets, hidden.size(0), weight.size(0), terms)
+    require_head(owner, hidden, weight)
+    shape = torch.Size((hidden.size(0), weight.size(0)))
+    _check_call(owner, labels, targets, shape, ignore_index, num_valid, chunk_tokens)
+    _check_targets(targets, *shape, terms)
     if train_teacher and not isinstance(targets, HeadTargets):
         raise InputError(f"train_teacher=True: found {type(targets).__name__}; must be HeadTargets")
     if chunk_tokens is None:
@@ -158,17 +178,23 @@ class _Terms:
     gate: Gate | None
 
     def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
+        if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
             raise InputError(f"divergence={self.divergence!r}: must be one of {', '.join(DIVERGENCES)}")
-        if self.divergence in WITH_COEFFICIENT and not 0 < self.coefficient < 1:
+        if self.divergence in WITH_COEFFICIENT and not (_is_number(self.coefficient) and 0 < self.coefficient < 1):
             raise InputError(f"coefficient={self.coefficient!r}: {self.divergence} allows 0 < coefficient < 1")
-        if not 0 < self.temperature < math.inf:
+        if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
             raise InputError(f"temperature={self.temperature!r}: must be a number > 0")
-        if isinstance(self.soft_weight, Tensor):
-            if self.soft_weight.numel() != 1:
-                raise InputError(f"soft_weight: found shape {tuple(self.soft_weight.shape)}; must be a scalar")
-        elif not 0 <= self.soft_weight <= 1:
-            raise InputError(f"soft_weight={self.soft_weight!r}: must be 0 <= soft_weight <= 1")
+        if self.gate is not None and not callable(self.gate):
+            raise InputError(f"gate={self.gate!r}: must be a function of TokenStatistics, or None")
+        weight = self.soft_weight
+        if isinstance(weight, Tensor):
+            if weight.numel() != 1:
+                raise InputError(f"soft_weight: found shape {tuple(weight.shape)}; must be a scalar")
+            if not has_values(weight):
+                return
+            weight = weight.item()
+        if not (_is_number(weight) and 0 <= weight <= 1):
+            raise InputError(f"soft_weight={weight!r}: must be 0 <= soft_weight <= 1")
 
     def __call__(self, z: Tensor, target: Tensor, valid: Tensor, targets: _TokenTargets) -> list[Tensor]:
         """The terms (C,) in the order of `CodistillationOutput`, 0 where not valid; a graph from the first to z.
@@ -287,6 +313,37 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -(p * log_p.masked_fill(p == 0, 0)).sum(dim=1)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_call(
+    owner: str, labels: Any, targets: Any, shape: torch.Size, ignore_index: Any, num_valid: Any, chunk_tokens: Any
+) -> None:
+    """Raise TypeError or ValueError for tensors that do not belong to logits of this shape (N, V)."""
+    tokens, vocab_size = shape
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index={ignore_index!r}: must be an integer")
+    require_labels(owner, labels, tokens, vocab_size, ignore_index)
+    require_counts(owner, num_valid, chunk_tokens)
+    if isinstance(targets, DenseTargets):
+        require_floating(owner, **{"targets.logits": targets.logits})
+        require_tensor(owner, "targets.logits", targets.logits, (None, None))
+    elif isinstance(targets, HeadTargets):
+        require_head(owner, targets.hidden, targets.weight, "targets.hidden", "targets.weight")
+    elif isinstance(targets, (TopKTargets, SampledTargets)):
+        require_tensor(owner, "targets.ids", targets.ids, (None, None), torch.int64)
+        rows, width = targets.ids.shape
+        for name, size in ((targets._fields[1], (rows, width)), ("entropy", (rows,)), ("label_log_prob", (rows,))):
+            require_floating(owner, **{f"targets.{name}": getattr(targets, name)})
+            require_tensor(owner, f"targets.{name}", getattr(targets, name), size)
+    else:
+        raise TypeError(
+            f"{owner}: targets of type {type(targets).__name__}; must be DenseTargets, HeadTargets, TopKTargets or "
+            "SampledTargets"
+        )
+
+
 def _check_targets(targets: Targets, tokens: int, vocab: int, terms: _Terms) -> None:
     name = type(targets).__name__
     if isinstance(targets, (DenseTargets, HeadTargets)):
@@ -310,6 +367,8 @@ def _check_targets(targets: Targets, tokens: int, vocab: int, terms: _Terms) -> 
             raise InputError(f"{name}: {width} tokens; must be at most {vocab}, the vocabulary")
     if rows != tokens:
         raise InputError(f"{name}: {rows} rows for {tokens} tokens; must be one row per token")
+    if isinstance(targets, (TopKTargets, SampledTargets)):
+        require_ids(name, "ids", targets.ids, vocab)
 
 
 class _Call(NamedTuple):

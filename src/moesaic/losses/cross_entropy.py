@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.layers.checks import require_floating, require_ids, require_sizes, require_tensor
 from moesaic.losses.kept_gradients import (
     Wanted,
     first_derivative,
@@ -53,7 +54,14 @@ def linear_cross_entropy(
 
     Returns:
         Scalar, fp32 (fp64 for fp64 input); 0 with zero gradients if every label is ignored.
+
+    Raises:
+        TypeError: what is given is no tensor of the right dtype.
+        ValueError: another shape, or on a CPU a label outside the vocabulary.
     """
+    require_head("linear_cross_entropy", hidden, weight)
+    require_labels("linear_cross_entropy", labels, hidden.size(0), weight.size(0), IGNORE_INDEX)
+    require_counts("linear_cross_entropy", num_valid, chunk_tokens)
     if chunk_tokens is None:
         chunk_tokens = rows_per_chunk(weight.size(0))
     wanted = wanted_gradients(hidden, weight)
@@ -75,7 +83,14 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
 
     Returns:
         (T,) fp32 nats; 0 where the label is ignored.
+
+    Raises:
+        TypeError: what is given is no tensor of the right dtype.
+        ValueError: another shape, or on a CPU a label outside the vocabulary.
     """
+    require_head("token_cross_entropy", hidden, weight)
+    require_labels("token_cross_entropy", labels, hidden.size(0), weight.size(0), IGNORE_INDEX)
+    require_counts("token_cross_entropy", None, chunk_tokens)
     chunk = max(1, min(chunk_tokens or rows_per_chunk(weight.size(0)), hidden.size(0)))
     head = ChunkedHead(hidden, weight, (False, False), torch.float32, chunk)
     nats = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
@@ -84,6 +99,41 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
             rows = slice(start, start + chunk)
             nats[rows] = F.cross_entropy(head.logits(rows), labels[rows], reduction="none")
     return nats
+
+
+def require_head(owner: str, hidden: Any, weight: Any, *names: str) -> None:
+    """Raise unless hidden is (T, D) and weight (V, D), both of floating point.
+
+    Raises:
+        TypeError: no floating-point tensor.
+        ValueError: another shape.
+    """
+    hidden_name, weight_name = names or ("hidden", "weight")
+    require_floating(owner, **{hidden_name: hidden, weight_name: weight})
+    require_tensor(owner, hidden_name, hidden, (None, None))
+    require_tensor(owner, weight_name, weight, (None, hidden.size(1)))
+
+
+def require_labels(owner: str, labels: Any, tokens: int, vocab_size: int, ignore: int) -> None:
+    """Raise unless labels are (T,) int64.
+
+    Raises:
+        TypeError: no tensor of int64.
+        ValueError: another shape, or on a CPU a label that is neither in the vocabulary nor `ignore`.
+    """
+    require_tensor(owner, "labels", labels, (tokens,), torch.int64)
+    require_ids(owner, "labels", labels, vocab_size, ignore)
+
+
+def require_counts(owner: str, num_valid: Any, chunk_tokens: Any) -> None:
+    """Raise TypeError or ValueError unless each is None or a number of tokens; num_valid may be a tensor of one."""
+    if isinstance(num_valid, Tensor):
+        if num_valid.numel() != 1:
+            raise ValueError(f"{owner}: num_valid of shape {tuple(num_valid.shape)}; must be one number")
+    elif num_valid is not None:
+        require_sizes(0, num_valid=num_valid)
+    if chunk_tokens is not None:
+        require_sizes(chunk_tokens=chunk_tokens)
 
 
 def tokens_to_divide_by(num_valid: Tensor | int | None, valid: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from moesaic.layers.checks import require_numbers
 
 __all__ = ["Gate", "SoftWeight", "SoftWeightConfig", "TokenStatistics"]
 
@@ -68,11 +71,17 @@ class SoftWeightConfig:
             ("gate", ("none", "entropy", "confidence", "agreement", "student_uncertainty")),
         ):
             self._check(name, getattr(self, name) in allowed, ", ".join(allowed))
+        for field in dataclasses.fields(self):
+            if field.type in (float, float | None) and not (field.name == "gap" and self.gap is None):
+                self._check(field.name, _is_number(getattr(self, field.name)), "a number")
         for name in ("value", "start", "end", "warmup_fraction", "decay_fraction", "minimum", "maximum"):
             self._check(name, 0 <= getattr(self, name) <= 1, "0 <= value <= 1")
         self._check("decay_fraction", self.warmup_fraction + self.decay_fraction <= 1, "1 - warmup_fraction or less")
         self._check("maximum", self.minimum <= self.maximum, f"a number >= minimum={self.minimum}")
-        pairs = all(len(point) == 2 and all(0 <= number <= 1 for number in point) for point in self.points)
+        pairs = isinstance(self.points, (tuple, list)) and all(
+            isinstance(point, (tuple, list)) and len(point) == 2 and all(_is_number(x) and 0 <= x <= 1 for x in point)
+            for point in self.points
+        )
         rising = pairs and all(a[0] < b[0] for a, b in itertools.pairwise(self.points))
         needed = self.schedule == "piecewise" and not self.points
         self._check("points", rising and not needed, "pairs (progress, weight) within 0 to 1, progress rising")
@@ -158,7 +167,12 @@ class SoftWeight(nn.Module):
         return (tokens.student_entropy / math.log(max(tokens.vocab_size, 2))).clamp(0, 1)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _scheduled(config: SoftWeightConfig, progress: float) -> float:
+    require_numbers(progress=progress)
     if not 0 <= progress <= 1:
         raise ValueError(f"progress={progress!r}: must be 0 <= progress <= 1")
     if config.schedule == "constant":

@@ -24,7 +24,14 @@ from moesaic.layers import (
     UniformRouter,
     count_tokens,
 )
-from moesaic.layers.checks import require_dtype, require_flags, require_sizes
+from moesaic.layers.checks import (
+    has_values,
+    require_dtype,
+    require_flags,
+    require_floating,
+    require_sizes,
+    require_tensor,
+)
 from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
@@ -184,13 +191,16 @@ class Decoder(nn.Module):
         """tokens (B, L) int64 -> (B, L, D), what `hidden_states` takes as `embeddings`.
 
         Raises:
+            TypeError: no tensor.
             ValueError: another shape or dtype, or on a CPU an id outside the vocabulary.
         """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens of type {type(tokens).__name__}: must be a tensor (batch, tokens) of torch.int64")
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}: must be (batch, tokens) of torch.int64"
             )
-        if tokens.numel() and _has_values(tokens):
+        if tokens.numel() and has_values(tokens):
             low, high = (int(each) for each in tokens.aminmax())
             if low < 0 or high >= self.vocab_size:
                 wrong = low if low < 0 else high
@@ -212,15 +222,24 @@ class Decoder(nn.Module):
             embeddings: (B, L, D) in place of tokens, for inputs that are not all text.
 
         Raises:
-            ValueError: both of them, or neither; tokens that `embed` refuses.
+            TypeError: what is given is no tensor of the right kind.
+            ValueError: both of them, or neither; tokens that `embed` refuses; another shape; tied weights that came
+                apart.
             InputError: padding, where a custom mixer cannot hide it.
         """
         if (tokens is None) == (embeddings is None):
             raise ValueError("hidden_states: give either tokens or embeddings")
-        x = self.embed(tokens) if tokens is not None else embeddings
-        assert x is not None
+        self._require_tied()
+        if tokens is not None:
+            x = self.embed(tokens)
+        else:
+            require_floating("hidden_states", embeddings=embeddings)
+            require_tensor("hidden_states", "embeddings", embeddings, (None, None, self.embedding.embedding_dim))
+            x = cast(Tensor, embeddings)
+        if cache is not None and len(cache) != len(self.layers):
+            raise ValueError(f"cache of {len(cache)} entries: must be one for each of the {len(self.layers)} layers")
         if attention_mask is not None:
-            attention_mask = attention_mask.bool()
+            attention_mask = _as_mask(attention_mask, x, cache is not None)
             if cache is None and attention_mask.shape == x.shape[:2] and bool(attention_mask.all()):
                 attention_mask = None  # nothing to hide: the faster path
         is_real = None
@@ -237,6 +256,15 @@ class Decoder(nn.Module):
                 routing[f"layers.{i}.ffn"] = decided if is_real is None else _count_real(decided, is_real)
         return self.norm(x), routing
 
+    def _require_tied(self) -> None:
+        """Raise ValueError if something has given one of the two tied modules a weight of its own."""
+        if self.tie_embeddings and self.head.weight is not self.embedding.weight:
+            raise ValueError(
+                "embedding.weight and head.weight are no longer one parameter, but tie_embeddings=True: something "
+                "replaced one of them alone, such as load_state_dict(assign=True) or to_empty; call that on the "
+                "decoder, or set decoder.head.weight = decoder.embedding.weight afterwards"
+            )
+
     def _require_padding_support(self) -> None:
         for i, block in enumerate(self.layers):
             assert isinstance(block, Block)
@@ -252,10 +280,25 @@ class Decoder(nn.Module):
         return None if None in makers else [make_cache() for make_cache in makers if make_cache]
 
 
-def _has_values(tokens: Tensor) -> bool:
-    """Whether looking at them costs nothing: no wait for a GPU, no break in a graph."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return tokens.device.type == "cpu" and type(tokens) is Tensor and not traced
+def _as_mask(mask: Any, x: Tensor, has_cache: bool) -> Tensor:
+    """The attention mask of x (B, L, D) as bool.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape, or on a CPU other numbers than 1 and 0, as in masks that are added to the weights.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask of type {type(mask).__name__}: must be a tensor (batch, tokens)")
+    batch, new = x.shape[:2]
+    fits = mask.dim() == 2 and mask.size(0) == batch and (mask.size(1) >= new if has_cache else mask.size(1) == new)
+    if not fits:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: must be ({batch}, {new} new tokens"
+            f"{' and those in the cache' if has_cache else ''})"
+        )
+    if mask.dtype != torch.bool and has_values(mask) and (wrong := mask[(mask != 0) & (mask != 1)]).numel():
+        raise ValueError(f"attention_mask has {wrong[0].item():g}: must be 1 for tokens and 0 for padding")
+    return mask.bool()
 
 
 def _tie(decoder: Decoder, *_: Any) -> None:
