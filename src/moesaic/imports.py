@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import sysconfig
+import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from typing import Any
 from moesaic.errors import InputError
 
 __all__ = [
+    "HANDED_IN",
     "PARTS",
     "VARIABLE",
+    "handing_in",
     "is_own_code",
     "names_in",
     "require_trusted",
@@ -39,6 +42,13 @@ PARTS = ("moesaic.layers", "moesaic.examples")
 NAMING_KEYS = ("type", "_target_")
 """Keys whose value is a dotted path."""
 
+HANDED_IN = "handed_in"
+"""The package that objects handed in from Python seem to be in."""
+
+_handed_in: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "handed_in", default=types.MappingProxyType({})
+)
+
 _trusted: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("trusted", default=frozenset())
 
 
@@ -54,6 +64,13 @@ def resolve(path: str, where: str) -> Any:
     module, _, name = _dotted(path).rpartition(".")
     if not _is_path(path) or not module:
         raise InputError(f"{where}={path!r}: must be package.module.name")
+    if module == HANDED_IN:
+        if name in _handed_in.get():
+            return _handed_in.get()[name]
+        raise InputError(
+            f"{where}={path!r}: this was handed in from Python as an object; hand it in again: "
+            f"with moesaic.imports.handing_in({name}=...)"
+        )
     try:
         with _working_directory(module):
             return getattr(importlib.import_module(module), name)
@@ -61,6 +78,20 @@ def resolve(path: str, where: str) -> Any:
         raise InputError(
             f"{where}={path!r} cannot be imported ({error}); it must be package.module.name, importable from here"
         ) from error
+
+
+@contextlib.contextmanager
+def handing_in(**objects: Any) -> Iterator[None]:
+    """Let handed_in.NAME stand for these objects within: parts that no file can name, such as a function in a notebook.
+
+    A checkpoint with such a part says so by this name, and can be read only where it is handed in again.
+    """
+    token = _handed_in.set({**_handed_in.get(), **objects})
+    try:
+        with trusting([f"{HANDED_IN}.{name}" for name in objects]):
+            yield
+    finally:
+        _handed_in.reset(token)
 
 
 @contextlib.contextmanager

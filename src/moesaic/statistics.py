@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["Interval", "half_width", "interval", "mean_and_error"]
+__all__ = ["Interval", "half_width", "interval", "mean_and_error", "student_t"]
 
 STUDENT_T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -31,13 +31,15 @@ class Interval:
         return f"{self.mean:.4f} ± {self.high - self.mean:.4f}"
 
 
+def student_t(n: int) -> float:
+    """Return the 97.5% quantile of Student's t for n >= 2 values."""
+    return STUDENT_T[n - 2] if n <= len(STUDENT_T) + 1 else 1.96
+
+
 def half_width(values: Sequence[float]) -> float:
     """Return t(0.975, n - 1) * s / sqrt(n), s the sample's standard deviation; nan for n < 2."""
     n = len(values)
-    if n < 2:
-        return math.nan
-    quantile = STUDENT_T[n - 2] if n <= len(STUDENT_T) + 1 else 1.96
-    return quantile * statistics.stdev(values) / math.sqrt(n)
+    return math.nan if n < 2 else student_t(n) * statistics.stdev(values) / math.sqrt(n)
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -1,107 +1,218 @@
-"""moesaic compare as a person uses it."""
+"""moesaic compare as a person uses it: from words to rows, a verdict and a directory that goes on."""
 
 import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import Tensor, nn
 
+import moesaic
+from moesaic.checkpoints import load_model
 from moesaic.cli import compare
+from moesaic.comparison.python import Comparison
 from moesaic.errors import InputError
+from moesaic.imports import handing_in
+from moesaic.layers import Routing, TopKRouter
+
+PARTS = '''
+"""Parts of a user's own."""
+import torch
+from torch import nn
+from moesaic.layers import Routing, TopKRouter
+
+class Softmax(TopKRouter):
+    def __init__(self, dim, num_experts, top_k):
+        super().__init__(dim, num_experts, top_k=top_k, score_function="softmax")
+
+class QuadraticMixer(nn.Module):
+    """Linear attention with an (L, L) product."""
+    def __init__(self, dim):
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+    def forward(self, x, cache=None, attention_mask=None):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if attention_mask is not None:
+            k = k * attention_mask[..., None]
+        return torch.tril(torch.relu(q) @ torch.relu(k).transpose(-1, -2)) @ v / x.size(1)
+'''
+
+
+class ExpertChoice(nn.Module):
+    """Every expert takes the tokens it likes best, later ones among them."""
+
+    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+        self.weight = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = x @ self.weight.T
+        best = logits.topk(max(1, x.size(0) * self.top_k // self.num_experts), dim=0).indices
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(0, best, True)
+        ids = torch.arange(self.num_experts).expand_as(logits).masked_fill(~chosen, self.num_experts)
+        return Routing(logits, torch.sigmoid(logits) * chosen, ids)
 
 
 @pytest.fixture
-def common(corpus: Path, tmp_path: Path) -> list[str]:
-    tiny = ["debug=smoke", "training.steps=4", "model.dim=16", "model.attention.head_dim=4", "model.moe.hidden_dim=24"]
-    data = ["data=files", "data.tokenizer=bytes", f"data.path={corpus}", f"++data.cache_dir={tmp_path / 'cache'}"]
-    return [*tiny, *data, f"output_dir={tmp_path / 'outputs'}", "rounds=2"]
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    (tmp_path / "mine" / "parts.py").write_text(PARTS)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
+        del sys.modules[name]
 
 
-def compared(*arguments: str) -> tuple[dict[str, Any], str]:
-    shown = io.StringIO()
-    return compare.compare(arguments, Console(file=shown, width=140)), shown.getvalue()
+@pytest.fixture
+def common(corpus: Path, folder: Path) -> list[str]:
+    tiny = ["debug=smoke", "model.dim=16", "model.attention.head_dim=4", "model.moe.hidden_dim=24", "rounds=1"]
+    return [*tiny, "training.steps=4", "data=files", "data.tokenizer=bytes", f"data.path={corpus}", "seeds=2"]
 
 
-def test_equal_active_flops_within_one_step_of_width(common: list[str]) -> None:
-    a, b = "a=model.dense_twin=true model.moe.hidden_dim=88", "b=model.moe.num_experts=16 model.moe.top_k=2"
-    result, shown = compared(a, b, "solve=active_flops", *common)
-    assert result["width"] == "model.moe.hidden_dim"
-    assert result["found"] % 8 == 0
-    # per step of width: top 2 and a shared expert in 2 layers, three matrices each
-    step = 2 * 2 * 3 * 3 * 16 * 8
-    assert abs(result["solved"]["forward_flops"] - result["a"]["forward_flops"]) <= step
-    assert abs(result["b"]["forward_flops"] - result["a"]["forward_flops"]) > step
-    assert all(result[name]["step_seconds"] > 0 for name in ("a", "b", "solved"))
-    for words in ("active parameters", "ms per step", f"solve=active_flops: model.moe.hidden_dim={result['found']}"):
-        assert words in shown, words
-    [first, second] = [line for line in shown.splitlines() if line.startswith("moesaic train")]
-    assert first.endswith("model.dense_twin=true model.moe.hidden_dim=88")
-    assert second.endswith(f"model.moe.num_experts=16 model.moe.top_k=2 model.moe.hidden_dim={result['found']}")
+def tiny_config(corpus: Path) -> dict[str, Any]:
+    return {
+        "model.dim": 16,
+        "model.attention.head_dim": 4,
+        "model.moe.hidden_dim": 24,
+        "training": {"steps": 4, "batch_size": 2, "seq_len": 32, "validation_seq_len": 32, "validation_batches": 1},
+        "data": {"source": "files", "path": str(corpus), "tokenizer": "bytes"},
+        "trainer.accelerator": "cpu",
+    }
 
 
-@pytest.mark.parametrize("width", ["model.hidden_dim", "model.moe.hidden_dim"])
-def test_equal_parameters_at_either_width(common: list[str], width: str) -> None:
-    a, b = "a=model.moe.num_experts=16", "b=model.moe.num_experts=4"
-    result, _ = compared(a, b, "solve=parameters", f"width={width}", "rounds=0", *common[:-1])
-    assert result["solved"]["parameters"] == pytest.approx(result["a"]["parameters"], rel=0.05)
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
 
 
-@pytest.mark.slow
-def test_equal_seconds(common: list[str]) -> None:
-    result, shown = compared("a=model.hidden_dim=512", "b=model.hidden_dim=64", "solve=seconds", *common)
-    assert result["found"] % 8 == 0
-    assert "where b / a is" in shown
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(list(arguments))
+    shown = capsys.readouterr()
+    return int(stopped.value.code or 0), shown.out + shown.err
 
 
-@pytest.mark.slow
+def test_costs_alone_tell_validity_costs_and_fairness(common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown = run("new=mine.parts:Softmax", "new=model.moe.top_k=2", "only=costs", *common, capsys=capsys)
+    assert status == 0
+    assert "Softmax (mine.parts.Softmax): 5 of 5 checks pass" in shown
+    assert "MFLOP per token, training" in shown
+    assert "top_k=2: Changes the width of each expert" in shown
+    assert "4. Run" not in shown
+
+
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 4 steps are no time to balance in
-def test_launch_trains_both_and_ends_in_a_table(common: list[str]) -> None:
-    arguments = ["a=model.dense_twin=true", "b=model.moe.num_experts=4", "solve=active_flops", "launch=true"]
-    result, shown = compared(*arguments, *common)
-    directory = Path(result["directory"])
-    assert sorted(path.name for path in directory.iterdir() if path.is_dir()) == ["a", "solved"]
-    table = (directory / "report.md").read_text()
-    assert table.count("1 of 1") == 2
-    assert "model.dense_twin=True" in table or "model.dense_twin=true" in table
-    assert "report.md" in shown
+def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(corpus: Path, folder: Path) -> None:
+    def leaking(dim: int, num_experts: int, top_k: int) -> nn.Module:
+        return ExpertChoice(dim, num_experts, top_k)
+
+    def asked() -> Comparison:
+        return moesaic.compare(new=leaking, config=tiny_config(corpus), seeds=2, rates=[1.0], rounds=1, console=quiet())
+
+    found = asked()
+    assert found.failed == {}
+    [verdict] = found.verdicts
+    assert "leaking (sees later tokens and sees other sequences)" in verdict
+    assert "does not count" in verdict
+    assert len(found.rows) == 4
+    marks = {row["arm"]: row.get("mark") for row in found.rows}
+    assert marks == {"baseline": None, "leaking": "sees later tokens and sees other sequences"}
+    assert found.directory == Path("comparisons/leaking")
+    text = (found.directory / "table.md").read_text()
+    assert text.count("leaking (sees later tokens and sees other sequences)") >= 2
+    rows = (found.directory / "rows.jsonl").read_text()
+    assert asked().rows == found.rows
+    assert (found.directory / "rows.jsonl").read_text() == rows
+    checkpoint = next(found.directory.rglob("leaking*/run/checkpoints/last.ckpt"))
+    with pytest.raises(InputError, match="handed_in.leaking"):
+        load_model(checkpoint)
+    with handing_in(leaking=leaking):
+        load_model(checkpoint)
+    with pytest.raises(InputError, match=r"another comparison, nothing was changed.*equal"):
+        moesaic.compare(
+            new=leaking, config=tiny_config(corpus), equal="none", seeds=2, rates=[1.0], rounds=1, console=quiet()
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
+def test_a_module_is_copied_and_drawn_anew_for_every_run(corpus: Path, folder: Path) -> None:
+    router = TopKRouter(16, 8, score_function="softmax")
+    before = router.weight.detach().clone()
+    found = moesaic.compare(
+        new=["model.moe.top_k=2", router], config=tiny_config(corpus), seeds=1, rates=[1.0], rounds=1, console=quiet()
+    )
+    assert [row["arm"] for row in found.rows] == ["baseline", "top_k=2", "TopKRouter"]
+    assert torch.equal(router.weight, before)
+    assert "no verdict" in found.verdicts[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a=model.dim=16"], r"b: missing; it needs a string"),
-        (["a=", "b=model.dimm=3"], r"b: model.dimm: unknown key \(did you mean model.dim\?\)"),
-        (["a=", "b='name=x"], r"b=.*: No closing quotation; must be key=value, separated by spaces"),
-        (["a=", "b=", "solve=watts"], r"solve: found 'watts' \(str\); must be active_flops \| parameters \| seconds"),
-        (["a=", "b=", "width=model.hidden_dim"], r"nothing to solve; give solve="),
-        (["a=", "b=", "rounds=0", "solve=seconds"], r"rounds=0: solve=seconds needs measured steps"),
-        (["a=", "b=model.moe.top_k=9"], r"b: model.moe.top_k=9: must be 1 to num_experts=8"),
-        (
-            ["a=", "b=model.interleave_moe_layer_step=0", "solve=parameters", "width=model.moe.hidden_dim"],
-            r"solve=parameters: width=model.moe.hidden_dim: nothing to solve",
-        ),
-        (["a=", "b=model.dim=640", "solve=parameters"], r"solve=parameters: out of range: b has .* even at width 8"),
-        (["a=", "b=", "model=enormous"], r"enormous"),
-        (["a=trainer.threads=1", "b=trainer.threads=2"], r"b: trainer.threads=2: a has 1; .* give one for both"),
-        (["a=", "b=trainer.accelerator=tpu"], r"b: trainer.accelerator"),
-        (
-            ["a=", "b=model.vocab_size=9", "launch=true"],
-            r"b: model.vocab_size=9: the data have token ids up to \d+; must be",
-        ),
+        ([], r"new: missing"),
+        (["new="], r"is the baseline itself; must differ"),
+        (["new=model.dimm=3"], r"new: model.dimm: unknown key \(did you mean model.dim\?\)"),
+        (["new='name=x"], r"No closing quotation"),
+        (["new=mine.parts:Nothing"], r"cannot be imported"),
+        (["new=nowhere.parts:X"], r"cannot be imported"),
+        (["new=model.moe.top_k=9"], r"top_k=9: .*must be 1 to num_experts=8"),
+        (["new=model.dense_twin=true", "equal=watts"], r"equal: found 'watts'"),
+        (["new=model.dense_twin=true", "budget=soon"], r"budget='soon': must be a duration such as"),
+        (["new=model.dense_twin=true", "seeds=0"], r"seeds=0: must be a number from 1"),
+        (["new=model.dense_twin=true", "seeds=[1,1]"], r"seeds=\[1, 1\]: must be one or more different"),
+        (["new=model.dense_twin=true", "new=model.dense_twin=true"], r"two arms are called dense_twin=true"),
+        (["new=seed=3"], r"seed: must be the same in all arms"),
+        (["new=data.path=elsewhere"], r"data.path: scores would be of different texts"),
+        (["new=training.validation_seq_len=16"], r"validation_seq_len: scores would be of different"),
+        (["new=model=enormous"], r"enormous"),
+        (["new=mine.parts:Softmax", "model.interleave_moe_layer_step=0"], r"has no MoE layer"),
+        (["new=mine.parts:Softmax", "rounds=-1"], r"rounds=-1"),
+        (["new=mine.parts:Softmax", "workers=0"], r"workers=0"),
+        (["new=mine.parts:Softmax", "rates=[]"], r"rates=\[\]"),
+        (["new=mine.parts:Softmax", "rates=[-1,1]"], r"rates="),
+        (["new=model.vocab_size=9"], r"model.vocab_size=9: the data have token ids up to \d+"),
     ],
 )
-def test_bad_input(common: list[str], arguments: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        compared(*common[:-1], *arguments)
+def test_bad_input(common: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown = run(*common, *arguments, capsys=capsys)
+    assert status == 2
+    assert re.search(message, shown), shown
+    assert not Path("comparisons").exists()
 
 
-def test_the_command(common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    compare.main(["a=", "b=model.dense_twin=true", *common])
-    shown = capsys.readouterr().out
-    assert "MFLOP per token, training" in shown
-    assert shown.count("moesaic train debug=smoke") == 2
-    with pytest.raises(SystemExit) as stopped:
-        compare.main(["a=", *common])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: b: missing; it needs a string\n"
+@pytest.mark.slow
+def test_the_command_is_killed_and_goes_on_in_its_directory(common: list[str], folder: Path) -> None:
+    words = ["new=mine.parts:Softmax", "new=mixer:mine.parts.QuadraticMixer", *common, "workers=2", "rates=[1.0,2.0]"]
+    command = [sys.executable, "-m", "moesaic", "compare", *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(moesaic.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    rows = folder / "comparisons" / "Softmax_QuadraticMixer" / "rows.jsonl"
+    first = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not rows.exists() and first.poll() is None:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert first.stdout is not None
+    first.stdout.close()
+    kept = rows.read_text().splitlines()
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows.read_text().splitlines()[: len(kept)] == kept
+    assert len(rows.read_text().splitlines()) >= 3 * (2 + 2)
+    assert "pairs of runs" in done.stdout
+    summary = json.loads((rows.parent / "summary.json").read_text())
+    assert summary["complete"]
+    assert (rows.parent / "parts" / "mine" / "parts.py").read_text() == PARTS
+    for picture in ("effect.png", "curves.png"):
+        assert (rows.parent / picture).stat().st_size > 1000

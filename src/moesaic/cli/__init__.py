@@ -34,7 +34,7 @@ COMMANDS = {
     "generate": Command("Continue a prompt with a trained model.", ("checkpoint", "prompt"), "CHECKPOINT [PROMPT]"),
     "study": Command("Run arms over seeds, with tuned learning rates, and report intervals and a verdict."),
     "report": Command("Turn a tree of runs into one table and one plot.", ("directory",), "DIRECTORY"),
-    "compare": Command("Put two models side by side, or find the width that makes them cost the same."),
+    "compare": Command("Ask whether an idea beats the baseline: checked, made fair, run on several seeds."),
     "convert": Command(
         "Convert between transformers' Llama 4 directories and checkpoints.",
         ("source", "destination"),

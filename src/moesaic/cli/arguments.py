@@ -155,13 +155,12 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
         if override.key_or_group in groups and not override.is_delete():
             _check_options(override, groups[override.key_or_group])
     chosen = [str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]
-    config = _with_options(config_dir, config_name, tuple(chosen))
+    config = _with_options(config_dir, config_name, chosen)
     for override in overrides:
         _check_key(override, config, groups)
 
 
-@functools.cache
-def _with_options(config_dir: str | Path | None, config_name: str, chosen: tuple[str, ...]) -> DictConfig:
+def _with_options(config_dir: str | Path | None, config_name: str, chosen: Sequence[str]) -> DictConfig:
     """The keys of a command with these options of groups; an experiment may fill a section that is null by default."""
     try:
         return compose_with(config_dir, config_name, chosen)
@@ -213,14 +212,26 @@ def compose_with(folder: str | Path | None, config_name: str, overrides: Sequenc
         InputError: one of these files is no YAML.
         HydraException: it cannot be composed.
     """
-    more = [f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]"] if folder else []
+    if folder is None:
+        return _composed(config_name, tuple(overrides))
+    try:
+        return _compose(config_name, [f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]", *overrides])
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config-dir {folder}: a file must be YAML: {' '.join(str(error).split())}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _composed(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
+    """Our own files do not change; a comparison asks for the same arm several times."""
+    return _compose(config_name, overrides)
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     outer = GlobalHydra.instance().hydra  # of the command that asks
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose(config_name, [*more, *overrides])
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config-dir {folder}: a file must be YAML: {' '.join(str(error).split())}") from error
+            return compose(config_name, [*overrides])
     finally:
         GlobalHydra.instance().hydra = outer
 

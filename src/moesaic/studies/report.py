@@ -36,11 +36,22 @@ EDGE = "†"
 
 
 def write_study_report(
-    study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], results: Path, command: str, console: Console
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    rows: Mapping[str, Row],
+    results: Path,
+    command: str,
+    console: Console,
+    verdicts: Sequence[str] = (),
+    then: Sequence[str] = (),
 ) -> None:
     """Print table and verdict, and write table.md, summary.json and plots into `results`.
 
     They are of every seed that was asked for or has a row: a run of fewer seeds must not hide what is known.
+
+    Args:
+        verdicts: sentences in place of those that the numbers alone make.
+        then: what to try next, a sentence each.
     """
     measured = {row["seed"] for row in rows.values() if row["purpose"] == "measure" and row["arm"] in study.arms}
     study = dataclasses.replace(study, seeds=tuple(sorted({*study.seeds, *measured})))
@@ -53,9 +64,9 @@ def write_study_report(
     for line in lines:
         table.add_row(*map(escape, line))
     console.print(table)
-    verdicts = [arm.verdict for arm in arms if arm.verdict]
+    verdicts = list(verdicts) or [arm.verdict for arm in arms if arm.verdict]
     notes = _notes(study, arms, rows)
-    for text in [*verdicts, *notes]:
+    for text in [*verdicts, *then, *notes]:
         console.print(f"- {text}", markup=False, highlight=False, soft_wrap=True)
     paragraphs = [
         f"# {base['name']}",
@@ -63,6 +74,7 @@ def write_study_report(
         f"**Held equal.** {study.equal}",
         f"**Command.** `{command}`",
         "\n".join(["**Verdict**, made from the numbers:", "", *(f"- {text}" for text in verdicts)]),
+        *(["\n".join(["**What to try next**", "", *(f"- {text}" for text in then)])] if then else []),
         f"{metric}, {better}:",
         markdown_table(columns, lines),
         "\n".join(f"- {note}" for note in notes),

@@ -42,7 +42,7 @@ from moesaic.studies.jobs import (
     write_row,
 )
 from moesaic.studies.plan import Plan, plan
-from moesaic.studies.slots import Worker
+from moesaic.studies.slots import InProcess, Worker
 
 __all__ = ["read_rows", "run_study"]
 
@@ -176,7 +176,14 @@ def _evaluations(study: StudyConfig) -> dict[str, Any]:
 
 
 def run_study(
-    study: StudyConfig, base: Mapping[str, Any], *, results: Path, runs: Path, workers: int, console: Console
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    *,
+    results: Path,
+    runs: Path,
+    workers: int,
+    console: Console,
+    in_process: bool = False,
 ) -> dict[str, str]:
     """Run what has no row in `results` yet, until nothing is missing; returns the runs that failed and why.
 
@@ -186,17 +193,24 @@ def run_study(
         base: the run config that all arms start from.
         results: keeps rows.jsonl and config.yaml; they are enough to continue elsewhere.
         runs: keeps the run directories; a killed run continues from its last checkpoint there.
+        in_process: do the runs in this process, one after another, where parts exist that no file can name.
 
     Raises:
         InputError: bad configuration, or results of another configuration or data.
         KeyboardInterrupt: Ctrl-C; no worker is left behind.
     """
     with trusting(names_in([base, dataclasses.asdict(study)])):
-        return _run_study(study, base, results, runs, workers, console)
+        return _run_study(study, base, results, runs, 1 if in_process else workers, console, in_process)
 
 
 def _run_study(
-    study: StudyConfig, base: Mapping[str, Any], results: Path, runs: Path, workers: int, console: Console
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    results: Path,
+    runs: Path,
+    workers: int,
+    console: Console,
+    in_process: bool,
 ) -> dict[str, str]:
     validate(study, base)
     with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
@@ -208,7 +222,9 @@ def _run_study(
             return {}
         if not rows:  # there may be the config of a study that was stopped before its first row
             write_yaml(results / "config.yaml", {**base, "study": _evaluations(study)})
-        return _Running(study, base, results, runs, rows, _Progress(console)).until_done(workers)
+        running = _Running(study, base, results, runs, rows, _Progress(console))
+        running.make_worker = InProcess if in_process else Worker
+        return running.until_done(workers)
 
 
 class _Running:
@@ -232,9 +248,10 @@ class _Running:
         """Content hashes of the data that are in the cache."""
         self.prepared = {name: self.folder_of(prepare_job(study, base, name)) for name in study.prepare}
         self.failed: dict[str, str] = {}
-        self.workers: list[Worker] = []
+        self.make_worker: type[Worker] | type[InProcess] = Worker
+        self.workers: list[Worker | InProcess] = []
         """Those that have a job, and those that can have one."""
-        self.jobs: dict[Worker, tuple[Job, Path]] = {}
+        self.jobs: dict[Worker | InProcess, tuple[Job, Path]] = {}
         self.sources: dict[str, str] = {}
         """Hashes of the source files of custom modules, as they were when the first run with them started."""
 
@@ -257,7 +274,7 @@ class _Running:
             for worker in self.workers:
                 worker.end()
 
-    def next_to_end(self) -> tuple[Worker, int]:
+    def next_to_end(self) -> tuple[Worker | InProcess, int]:
         """Wait for a job to end; returns its worker and its exit status."""
         while True:
             for worker in self.jobs:
@@ -285,13 +302,13 @@ class _Running:
                     "results_dir, and start the study again"
                 )
         idle = [worker for worker in self.workers if worker not in self.jobs]
-        worker = idle[0] if idle else Worker(folder / "log.txt")
+        worker = idle[0] if idle else self.make_worker(folder / "log.txt")
         if not idle:
             self.workers.append(worker)
         worker.begin(folder)
         self.jobs[worker] = (job, folder)
 
-    def finish(self, worker: Worker, status: int) -> None:
+    def finish(self, worker: Worker | InProcess, status: int) -> None:
         """Keep the rows of a job that has ended, or why it failed."""
         job, folder = self.jobs.pop(worker)
         if not worker.takes_more:

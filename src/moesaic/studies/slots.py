@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from moesaic.imports import VARIABLE, trusted
 from moesaic.studies.serving import FORKS, READY
 
-__all__ = ["Worker"]
+__all__ = ["InProcess", "Worker"]
 
 
 class Worker:
@@ -94,3 +97,46 @@ class Worker:
             for line in self.process.stdout:
                 self._reports.put(line.strip())
         self._reports.put("")
+
+
+class InProcess:
+    """Does its jobs in this process, each as soon as it is given."""
+
+    takes_more = True
+
+    def __init__(self, log: Path) -> None:
+        del log  # each job has its own
+        self._status: int | None = None
+
+    def begin(self, folder: Path) -> None:
+        """Do the job of a folder; what it prints goes to its log.txt."""
+        from moesaic.studies.worker import main  # here, because it needs Lightning
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with contextlib.ExitStack() as within:
+                log = within.enter_context((folder / "log.txt").open("a", encoding="utf-8"))
+                within.enter_context(contextlib.redirect_stdout(log))
+                within.enter_context(contextlib.redirect_stderr(log))
+                self._status = _status_of(main, folder)
+        finally:
+            torch.set_num_threads(threads)
+
+    def poll(self) -> int | None:
+        """The exit status of its last job."""
+        return self._status
+
+    def end(self) -> None:
+        """Nothing is left to end."""
+
+
+def _status_of(main: Callable[[Path], None], folder: Path) -> int:
+    try:
+        main(folder)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except Exception:  # as a process of its own would end with it
+        traceback.print_exc()
+        return 1
+    return 0

@@ -1,0 +1,131 @@
+"""The arms of a comparison: what each is called, and how its run config differs from the baseline's."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesaic.errors import InputError
+from moesaic.models import DecoderConfig
+from moesaic.models.custom import custom_modules
+from moesaic.studies.config import Overrides
+
+__all__ = [
+    "Arm",
+    "differences",
+    "folder_name",
+    "is_assignment",
+    "name_of",
+    "own_parts",
+    "part_overrides",
+    "split_words",
+]
+
+LONGEST_NAME = 40
+
+ASSIGNMENT = re.compile(r"(?:\+{0,2}|~)[\w./@-]+=|~[\w.]+$")
+"""A word that is an override; any other names a part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One side of a comparison."""
+
+    name: str
+    config: dict[str, Any]
+    """A whole run config, see `moesaic.training.config.RunConfig`."""
+    given: frozenset[str] = frozenset()
+    """Dotted keys that the person set for this arm alone. Nothing solves them."""
+
+
+def split_words(key: str, text: str) -> list[str]:
+    """The words of a candidate, split like a shell's.
+
+    Raises:
+        InputError: a quotation without an end; it names `key`.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{key}={text!r}: {error}; must be words with spaces between them") from error
+
+
+def is_assignment(word: str) -> bool:
+    """Whether a word of a candidate is key=value; otherwise it names a part."""
+    return ASSIGNMENT.match(word) is not None
+
+
+def name_of(words: Sequence[str]) -> str:
+    """What an arm is called: its parts, experiments and values, shortly. "baseline" without any words."""
+    names = []
+    for word in words:
+        key, equals, value = word.lstrip("+~").partition("=")
+        path = re.search(r"type:\s*['\"]?([\w.:]+)", value)
+        if not equals or not is_assignment(word):
+            names.append(_last(key))
+        elif path:
+            names.append(_last(path[1]))
+        elif key == "experiment":
+            names.append(value)
+        else:
+            names.append(f"{key.rpartition('.')[2]}={value}")
+    name = ", ".join(names) or "baseline"
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+
+
+def _last(path: str) -> str:
+    return re.split(r"[.:]", path)[-1]
+
+
+def part_overrides(seam: str, path: str, model: DecoderConfig) -> Overrides:
+    """The keys that put a part into a model: a router into every MoE layer, a mixer into every layer.
+
+    A channel mixer ("ffn") takes the place of the MoE layers, or of all FFNs where there is none.
+
+    Raises:
+        InputError: the model has no place for it.
+    """
+    custom = {"type": path}
+    if seam in ("router", "dispatcher", "expert"):
+        if model.moe is None or not any(layer.ffn == "moe" for layer in model.layers):
+            raise InputError(f"{path}: is a {seam}, and the baseline has no MoE layer")
+        return {f"model.moe.{'experts' if seam == 'expert' else seam}": custom}
+    if seam not in ("mixer", "ffn"):
+        raise InputError(f"{path}: found a part of kind {seam!r}; must be a router, experts, dispatcher, mixer or ffn")
+    has_moe = any(layer.ffn == "moe" for layer in model.layers)
+    layers = []
+    for layer in model.layers:
+        entry: dict[str, Any] = {"mixer": layer.mixer, "ffn": layer.ffn}
+        if seam == "mixer" or not has_moe or layer.ffn == "moe":
+            entry[seam] = custom
+        layers.append(entry)
+    return {
+        "model.pattern": layers,
+        "model.interleave_moe_layer_step": None,
+        "model.nope_layer_interval": None,
+    }
+
+
+def differences(base: Mapping[str, Any], config: Mapping[str, Any], prefix: str = "") -> Overrides:
+    """The overrides that turn one run config into another; a section whose keys are others is replaced as a whole."""
+    found: Overrides = {}
+    for key in base:
+        old, new = base[key], config[key]
+        path = f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
+            found |= differences(old, new, f"{path}.")
+        elif old != new:
+            found[path] = new
+    return found
+
+
+def own_parts(model: DecoderConfig) -> list[str]:
+    """The dotted paths of the custom modules of a model, each once."""
+    return list(dict.fromkeys(custom["type"] for custom in custom_modules(model).values()))
+
+
+def folder_name(new: Sequence[str], baseline: str) -> str:
+    """What the directory of a comparison is called."""
+    words = [*new, *([] if baseline == "baseline" else ["against", baseline])]
+    return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.") or "comparison"

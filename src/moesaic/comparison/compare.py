@@ -1,0 +1,478 @@
+"""A comparison from its arms to its verdict, in five steps; what is decided on the way is kept in comparison.json."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic.comparison.arms import Arm, differences, own_parts
+from moesaic.comparison.budget import Plan, Workload, choose_plan, told
+from moesaic.comparison.costs import Candidate
+from moesaic.comparison.fairness import Equal, make_fair
+from moesaic.comparison.verdict import next_steps, sentence
+from moesaic.config import from_mapping, require_same
+from moesaic.data import Data, DataConfig, load_data
+from moesaic.errors import InputError, naming
+from moesaic.files import lock, write_json
+from moesaic.imports import names_in, trusting
+from moesaic.models import DecoderConfig
+from moesaic.models.custom import sources
+from moesaic.overrides import apply_overrides
+from moesaic.reading import read_json, reading
+from moesaic.studies.config import StudyConfig, TuneConfig
+from moesaic.studies.jobs import canonical
+from moesaic.studies.report import write_study_report
+from moesaic.studies.results import summarize_study
+from moesaic.studies.runner import read_rows, run_study
+from moesaic.testing import check_decoder_parts
+from moesaic.training.config import RunConfig
+from moesaic.training.optimizers import build_optimizer
+from moesaic.training.run import fit_vocabulary
+
+__all__ = ["Request", "compare"]
+
+FORMAT = 1
+
+SAME = ("seed", "name", "output_dir", "run_dir", "resume", "ckpt_path")
+"""Keys that belong to the comparison and not to an arm."""
+
+SCORED = ("training.validation_seq_len", "training.score_windows")
+"""Keys that decide what a score means."""
+
+OF_DATA = ("data.tokenizer", "data.vocab_size", "data.cache_dir")
+"""Keys of the data under which bits per byte are still of the same text."""
+
+SCORE_WINDOWS = 64
+
+CHECKS_DURING_A_RUN = 6
+
+TUNE_SEED = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked."""
+
+    baseline: Arm
+    new: tuple[Arm, ...]
+    directory: Path
+    """Keeps everything: what was decided, rows, report, and the folders of the runs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: float = 1200.0
+    """Seconds that all runs may take together; nothing if `fixed` has training.steps."""
+    equal: Equal = "active_flops"
+    rates: tuple[float, ...] | None = None
+    """Factors on the learning rates that are tried; None: as the budget allows."""
+    workers: int = 2
+    rounds: int = 5
+    """Steps that are timed of each arm."""
+    only: Literal["costs"] | None = None
+    """Where to stop: after the costs, without training."""
+    in_process: bool = False
+    """Whether runs take place in this process, one after another: parts that were handed in exist nowhere else."""
+    fixed: frozenset[str] = frozenset()
+    """Dotted keys that the person set for all arms. The budget leaves them."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds={list(self.seeds)}: must be one or more different integers >= 0")
+        if self.rates is not None and (
+            not self.rates or min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates)
+        ):
+            raise InputError(f"rates={list(self.rates)}: must be one or more different factors > 0")
+        if self.workers < 1:
+            raise InputError(f"workers={self.workers}: must be a number >= 1")
+        if self.rounds < (self.only is None):
+            raise InputError(f"rounds={self.rounds}: must be a number >= 1, or >= 0 with only=costs")
+        for arm in self.new:
+            if not differences(self.baseline.config, arm.config):
+                raise InputError(f"new: {arm.name} is the baseline itself; must differ from it")
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise InputError(f"new: two arms are called {max(names, key=names.count)}; must have different names")
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return (self.baseline, *self.new)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """An arm, read and checked."""
+
+    arm: Arm
+    run: RunConfig
+    candidate: Candidate
+
+
+def compare(request: Request, console: Console, command: str) -> dict[str, Any]:
+    """Run a comparison, or go on with it; returns what summary.json and comparison.json hold.
+
+    Args:
+        command: the line that goes on, for people.
+
+    Raises:
+        InputError: what cannot be compared, or a directory of another comparison.
+    """
+    with trusting(names_in([arm.config for arm in request.arms])):
+        subjects, data = _read(request)
+        request.directory.mkdir(parents=True, exist_ok=True)
+        with lock(request.directory, f"{request.directory}: another process is running this comparison"):
+            decided = _Decided(request, subjects)
+            say = _Teller(console)
+            _check(request, subjects, decided, say)
+            _make_fair(request, subjects, decided, say)
+            if request.only == "costs":
+                return decided.stored
+            plan = _plan(request, subjects, data, decided, say)
+        return _run(request, decided, plan, say, command)
+
+
+class _Teller:
+    """The console, with a heading for each step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def step(self, title: str, why: str) -> None:
+        self.console.print(f"\n[bold]{title}[/] {why}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True, style=style)
+
+
+class _Decided:
+    """What comparison.json holds: decisions, kept so that the next start or another machine goes on."""
+
+    def __init__(self, request: Request, subjects: Mapping[str, _Subject]) -> None:
+        self.path = request.directory / "comparison.json"
+        question = {name: canonical(subject.arm.config) for name, subject in subjects.items()}
+        settings = {"equal": request.equal, "baseline": request.baseline.name}
+        settings |= {"budget": request.budget, "rates": None if request.rates is None else list(request.rates)}
+        wanted = {"format": FORMAT, "settings": settings, "arms": question}
+        self.stored: dict[str, Any] = {}
+        if self.path.exists():
+            with reading(self.path):
+                self.stored = read_json(self.path)
+                advice = "nothing was changed; choose another results_dir, or put it back"
+                found = {key: self.stored[key] for key in wanted}
+                require_same(f"another comparison, {advice}", found, wanted)
+        else:
+            self.stored = wanted
+            self._keep_sources(request, subjects)
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """What was decided under this key; `make` decides it, once."""
+        if key not in self.stored:
+            self.stored[key] = make()
+            write_json(self.path, self.stored)
+        return self.stored[key]
+
+    def _keep_sources(self, request: Request, subjects: Mapping[str, _Subject]) -> None:
+        """Copy the code of custom parts, for whoever gets the directory."""
+        for subject in subjects.values():
+            for source in sources(subject.candidate.model).values():
+                for module, file in source.files.items():
+                    place = request.directory / "parts" / Path(*module.split(".")).with_suffix(".py")
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, place)
+
+
+def _read(request: Request) -> tuple[dict[str, _Subject], Data]:
+    """Every arm as a config of its own, with the vocabulary of its data; and the baseline's data."""
+    base = request.baseline.config
+    subjects, loaded = {}, {}
+    for arm in request.arms:
+        with naming(arm.name):
+            _require_comparable(base, arm.config)
+            run = from_mapping(RunConfig, arm.config)
+            # what the model says wrongly is refused before any data is read
+            model = {**run.model, "vocab_size": run.model["vocab_size"] or 1}
+            canonical({**arm.config, "model": model})
+            key = repr(run.data)
+            if key not in loaded:
+                loaded[key] = load_data(run.data)
+            subjects[arm.name] = _Subject(arm, run, candidate_of(run, fit_vocabulary(run, loaded[key])))
+    first = from_mapping(DataConfig, base["data"], "data")
+    return subjects, loaded[repr(first)]
+
+
+def candidate_of(run: RunConfig, model: DecoderConfig) -> Candidate:
+    """What is counted and timed of a run."""
+    return Candidate(
+        model=model,
+        batch_size=run.training.batch_size,
+        seq_len=run.training.seq_len,
+        optimizer=run.optimizer.name,
+        make_optimizer=functools.partial(build_optimizer, config=run.optimizer),
+        checkpoint_activations=run.trainer.checkpoint_activations,
+    )
+
+
+def _require_comparable(base: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    for key in differences(base, config):
+        root = key.split(".")[0]
+        if key in SAME or root in ("logger", "sample"):
+            raise InputError(f"{key}: must be the same in all arms; give it beside new= and baseline=")
+        if key in SCORED or (root == "data" and key not in OF_DATA):
+            raise InputError(f"{key}: scores would be of different texts or lengths; must be the same in all arms")
+
+
+def _check(request: Request, subjects: Mapping[str, _Subject], decided: _Decided, say: _Teller) -> None:
+    """Step 1."""
+    parts = {name: own_parts(subject.candidate.model) for name, subject in subjects.items()}
+    if not any(parts.values()):
+        say.step("1. Is it valid?", "All parts are ours, and our tests hold them.")
+        return
+    say.step("1. Is it valid?", "A part that sees the future, or other sequences, has a score that means nothing.")
+    for name, subject in subjects.items():
+        if not parts[name]:
+            continue
+        rows = decided.get(
+            f"checks of {name}",
+            lambda model=subject.candidate.model: [  # type: ignore[misc]
+                {"check": row.check, "status": row.status, "detail": row.detail} for row in check_decoder_parts(model)
+            ],
+        )
+        failed = [row for row in rows if row["status"] == "fail"]
+        passed = [row["check"] for row in rows if row["status"] == "pass"]
+        say.say(f"{name} ({', '.join(parts[name])}): {len(passed)} of {len(passed) + len(failed)} checks pass")
+        for row in failed:
+            say.say(f"FAILS {row['check']}: {row['detail']}", "bold red")
+
+
+LEAKS = {"causality": "sees later tokens", "batch independence": "sees other sequences"}
+"""Checks whose failure makes a score meaningless, and the mark that follows it."""
+
+
+def _failed_checks(decided: _Decided) -> dict[str, list[str]]:
+    prefix = "checks of "
+    return {
+        key.removeprefix(prefix): [row["check"] for row in rows if row["status"] == "fail"]
+        for key, rows in decided.stored.items()
+        if key.startswith(prefix)
+    }
+
+
+def _marks(decided: _Decided) -> dict[str, str]:
+    failed = _failed_checks(decided)
+    marks = {name: " and ".join(LEAKS[check] for check in checks if check in LEAKS) for name, checks in failed.items()}
+    return {name: mark for name, mark in marks.items() if mark}
+
+
+def _make_fair(request: Request, subjects: Mapping[str, _Subject], decided: _Decided, say: _Teller) -> None:
+    """Steps 2 and 3."""
+    say.step("2. What does it cost?", "A training step is counted by torch, and steps of all arms are timed in turn.")
+    baseline = subjects[request.baseline.name].candidate
+    fairs: dict[str, Any] = {}
+    for arm in request.new:
+
+        def solve(arm: Arm = arm) -> dict[str, Any]:
+            with _one_thread():
+                fair = make_fair(
+                    baseline, subjects[arm.name].candidate, request.equal, given=arm.given, rounds=request.rounds
+                )
+            return dataclasses.asdict(fair)
+
+        fairs[arm.name] = decided.get(f"fair {arm.name}", solve)
+    say.console.print(costs_table(request.baseline.name, fairs))
+    for name, fair in fairs.items():
+        for note in fair["notes"]:
+            say.say(f"{name}: {note}")
+    say.step("3. Make it fair:", f"equal={request.equal}.")
+    for name, fair in fairs.items():
+        say.say(f"{name}: {fair['reason']}")
+        if fair["unequal"]:
+            say.say(f"{name}: not equal: {', '.join(fair['unequal'])}")
+
+
+SHOWN = {
+    "parameters": ("parameters", 1, ",.0f"),
+    "active_parameters": ("active parameters", 1, ",.0f"),
+    "forward_flops": ("MFLOP per token, forward", 1e6, ",.3f"),
+    "training_flops": ("MFLOP per token, training", 1e6, ",.3f"),
+    "weight_bytes": ("MB of weights", 1e6, ",.2f"),
+    "optimizer_bytes": ("MB of optimizer state", 1e6, ",.2f"),
+    "activation_bytes": ("MB of activations", 1e6, ",.2f"),
+    "step_seconds": ("ms per step, one thread", 1e-3, ",.1f"),
+}
+
+
+def costs_table(baseline: str, fairs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The costs of the baseline and of the new arms as they run, with ratios."""
+    table = Table(box=None, pad_edge=True)
+    for heading in ("", baseline, *(word for name in fairs for word in (name, "ratio"))):
+        table.add_column(heading, justify="right" if heading else "left")
+    [first, *_] = fairs.values()
+    for key, (label, unit, form) in SHOWN.items():
+        theirs = first["baseline"].get(key)
+        if not theirs or math.isnan(theirs):
+            continue
+        cells = [label, format(theirs / unit, form)]
+        for fair in fairs.values():
+            ours = fair["after"].get(key) or math.nan
+            cells += [format(ours / unit, form), f"{ours / theirs:.3f}"]
+        table.add_row(*map(escape, cells))
+    return table
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As the workers of a study run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _plan(
+    request: Request, subjects: Mapping[str, _Subject], data: Data, decided: _Decided, say: _Teller
+) -> dict[str, Any]:
+    """Step 4 before its runs: how long they are."""
+    say.step("4. Run:", "every arm gets its own learning rate, and seeds are paired by the order of the data.")
+
+    def decide() -> dict[str, Any]:
+        tuned = request.rates
+        keys = [key for key in _rate_keys(request) if any(key in arm.given for arm in request.new)]
+        if keys:
+            say.say(f"{', '.join(keys)}: is what is compared, so no learning rate is tuned")
+            tuned = (1.0,)
+        plan = choose_plan(
+            _workloads(request, subjects, data, decided),
+            budget=request.budget,
+            num_seeds=len(request.seeds),
+            workers=request.workers,
+            steps=subjects[request.baseline.name].run.training.steps if "training.steps" in request.fixed else None,
+            rates=tuned,
+        )
+        return {**dataclasses.asdict(plan), "rates": list(plan.rates), "overrides": _lengths(request, plan)}
+
+    plan: dict[str, Any] = decided.get("plan", decide)
+    rates = plan["rates"]
+    tuning = f"{len(rates)} learning rates on seed {_tune_seed(request)}, then " if len(rates) > 1 else ""
+    tokens = plan["steps"] * _tokens_per_step(subjects[request.baseline.name].run)
+    say.say(
+        f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "
+        f"{tokens / 1e6:.2f}M tokens in every run"
+    )
+    more = "" if plan["at_most"] <= plan["seconds"] else f", {told(plan['at_most'])} if rates at the edge are best"
+    say.say(f"about {told(plan['seconds'])} with {request.workers} runs at a time{more}")
+    return plan
+
+
+def _tokens_per_step(run: RunConfig) -> int:
+    return run.training.batch_size * run.training.seq_len * run.training.accumulate
+
+
+def _rate_keys(request: Request) -> list[str]:
+    muon = request.baseline.config["optimizer"]["name"] == "muon"
+    return ["optimizer.learning_rate", *(["optimizer.muon_learning_rate"] if muon else [])]
+
+
+def _tune_seed(request: Request) -> int:
+    return TUNE_SEED if TUNE_SEED not in request.seeds else max(request.seeds) + 1
+
+
+def _workloads(
+    request: Request, subjects: Mapping[str, _Subject], data: Data, decided: _Decided
+) -> dict[str, Workload]:
+    """What the runs of each arm take, by the steps that were timed beside the baseline's."""
+    fairs = {arm.name: decided.stored[f"fair {arm.name}"] for arm in request.new}
+    baseline = statistics.median(fair["baseline"]["step_seconds"] for fair in fairs.values())
+    ratios = {name: fair["after"]["step_seconds"] / fair["baseline"]["step_seconds"] for name, fair in fairs.items()}
+    found = {}
+    for name, subject in subjects.items():
+        training = subject.run.training
+        step = _tokens_per_step(subject.run)
+        seq_len = training.validation_seq_len or training.seq_len
+        whole = len(data.validation.tokens) if data.task is None else data.task.test_sequences * seq_len
+        check = min(whole, (training.validation_batches or whole) * training.batch_size * training.seq_len)
+        score = min(whole, (training.score_windows or SCORE_WINDOWS) * seq_len)
+        # a forward pass is a third of a step
+        found[name] = Workload(
+            step_seconds=baseline * ratios.get(name, 1.0) * training.accumulate,
+            score_steps=score / step / 3,
+            check_steps=CHECKS_DURING_A_RUN * check / step / 3,
+        )
+    return found
+
+
+def _lengths(request: Request, plan: Plan) -> dict[str, Any]:
+    """Keys of all runs that follow from their number of steps, but for those that the person set."""
+    steps = plan.steps
+    wanted = {
+        "training.steps": steps,
+        "training.validate_every": max(1, steps // CHECKS_DURING_A_RUN),
+        "training.checkpoint_every": max(1, steps // 4),
+        "training.score_windows": SCORE_WINDOWS,
+        "schedule.warmup_steps": min(request.baseline.config["schedule"]["warmup_steps"], max(1, steps // 10)),
+        "finish": "score",
+    }
+    return {key: value for key, value in wanted.items() if key not in request.fixed}
+
+
+def _run(request: Request, decided: _Decided, plan: Mapping[str, Any], say: _Teller, command: str) -> dict[str, Any]:
+    """Step 4, and step 5."""
+    fair = {arm.name: decided.stored[f"fair {arm.name}"] for arm in request.new}
+    base = apply_overrides(request.baseline.config, {**plan["overrides"], "name": request.directory.name}, "budget")
+    arms = {request.baseline.name: {}} | {
+        arm.name: {**differences(request.baseline.config, arm.config), **fair[arm.name]["overrides"]}
+        for arm in request.new
+    }
+    tuned = len(plan["rates"]) > 1
+    task = from_mapping(DataConfig, base["data"], "data").make_task() is not None
+    study = StudyConfig(
+        question=f"Is {' or '.join(arm.name for arm in request.new)} better than {request.baseline.name}?",
+        equal=_equal(fair),
+        baseline=request.baseline.name,
+        arms=arms,
+        seeds=request.seeds,
+        metric="recall/accuracy" if task else "validation/bits_per_byte",
+        higher_is_better=task,
+        tune=TuneConfig(_tune_seed(request), tuple(plan["rates"]), tuple(_rate_keys(request))) if tuned else None,
+        marks=_marks(decided),
+    )
+    results = request.directory
+    try:
+        failed = run_study(
+            study,
+            base,
+            results=results,
+            runs=results / "runs",
+            workers=1 if request.in_process else request.workers,
+            console=say.console,
+            in_process=request.in_process,
+        )
+    except KeyboardInterrupt:
+        say.console.print("interrupted; finished runs are kept, the others continue with")
+        say.console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        raise
+    rows = read_rows(results, study, base)
+    say.step("5. Verdict", "")
+    found = [arm for arm in summarize_study(study, rows) if arm.difference is not None]
+    sentences = [sentence(study, arm, fair[arm.arm]["unequal"]) for arm in found]
+    then = next_steps(study, found, _failed_checks(decided), tuned)
+    if rows:
+        write_study_report(study, base, rows, results, command, say.console, sentences, then)
+    for run, reason in failed.items():
+        say.say(f"failed: {run}: {reason}")
+    say.say(f"written: {results}/table.md, summary.json, effect.png, curves.png")
+    return {**decided.stored, "verdict": sentences, "next": then, "failed": failed, "rows": list(rows.values())}
+
+
+def _equal(fair: Mapping[str, Any]) -> str:
+    unequal = [f"{name}: {', '.join(each['unequal'])}" for name, each in fair.items() if each["unequal"]]
+    text = "text, order of the data, tokens, and what the arms share"
+    return f"{text}. Not equal: {'; '.join(unequal)}" if unequal else text

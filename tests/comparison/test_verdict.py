@@ -1,0 +1,99 @@
+"""The sentences of a comparison, from numbers that are known."""
+
+import dataclasses
+
+import pytest
+
+from moesaic.comparison.verdict import next_steps, seeds_to_see, sentence
+from moesaic.statistics import Interval, interval, student_t
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.plan import Tuning
+from moesaic.studies.results import ArmResult, paired_difference
+
+
+def study(**changed: object) -> StudyConfig:
+    arms = {"baseline": {}, "Mine": {"model.moe.top_k": 2}}
+    whole = StudyConfig(question="?", equal="tokens", baseline="baseline", arms=arms, seeds=(0, 1, 2))
+    return dataclasses.replace(whole, **changed)
+
+
+def result(values: list[float], baseline: list[float], *, at_edge: bool = False) -> ArmResult:
+    ours, theirs = dict(enumerate(values)), dict(enumerate(baseline))
+    return ArmResult(
+        arm="Mine",
+        axis=None,
+        baseline="baseline",
+        rows=(),
+        values=ours,
+        missing=(),
+        tuning=Tuning((0.5, 1.0, 2.0), 1.0, at_edge),
+        tuning_cpu_seconds=0.0,
+        level=interval(values),
+        difference=paired_difference(ours, theirs),
+        switched=None,
+        verdict="",
+    )
+
+
+BETTER = result([1.40, 1.41, 1.42], [1.45, 1.462, 1.468])
+UNKNOWN = result([1.40, 1.45, 1.50], [1.44, 1.43, 1.50])
+
+
+def test_a_difference_is_told_with_its_interval_unit_and_price() -> None:
+    text = sentence(study(), BETTER, ["22% fewer parameters", "1.30 times the seconds per step"])
+    assert text == (
+        "Mine is better than baseline by 0.0500 bits per byte (95% interval 0.0450 to 0.0550, 3 pairs of runs), "
+        "with 22% fewer parameters and 1.30 times the seconds per step."
+    )
+
+
+def test_where_higher_is_better_a_higher_mean_wins() -> None:
+    assert "Mine is worse" in sentence(study(higher_is_better=True), BETTER, [])
+    assert "accuracy" in sentence(study(metric="recall/accuracy", higher_is_better=True), BETTER, [])
+
+
+def test_an_interval_that_holds_zero_is_no_difference() -> None:
+    text = sentence(study(), UNKNOWN, [])
+    assert text.startswith("No difference seen between Mine and baseline: 95% interval -0.0")
+    assert text.endswith("bits per byte, 3 pairs of runs.")
+
+
+def test_one_seed_is_no_verdict() -> None:
+    assert "so there is no verdict" in sentence(study(), result([1.4], [1.5]), [])
+
+
+def test_a_leak_follows_the_name_and_takes_the_verdict_back() -> None:
+    text = sentence(study(marks={"Mine": "sees later tokens"}), BETTER, [])
+    assert text.startswith("Mine (sees later tokens) is better")
+    assert text.endswith("It does not count: Mine sees later tokens, which no honest language model can.")
+
+
+def test_seeds_to_see_are_as_many_as_make_the_interval_leave_zero_out() -> None:
+    # two values one deviation around their mean; n = 4 such values have 1.155 / sqrt(4) * 3.182 = 1.84 deviations
+    def two(mean: float) -> Interval:
+        return interval([mean - 1, mean + 1])
+
+    needed = {mean: seeds_to_see(two(mean)) for mean in (3.0, 2.0, 1.0, 0.1)}
+    for mean, n in needed.items():
+        if n is None:
+            assert mean == 0.1
+            continue
+        assert student_t(n) * 2**0.5 / n**0.5 < mean
+        assert n == 3 or student_t(n - 1) * 2**0.5 / (n - 1) ** 0.5 >= mean
+
+
+def test_next_steps_name_seeds_checks_edges_and_untuned_rates() -> None:
+    assert any("seeds=" in text or "more than 30 seeds" in text for text in next_steps(study(), [UNKNOWN], {}, True))
+    assert next_steps(study(), [BETTER], {"Mine": ["causality"]}, True) == ["Mend Mine first: it fails causality."]
+    assert any(
+        "at the edge" in text
+        for text in next_steps(study(), [dataclasses.replace(BETTER, tuning=Tuning((1, 2), 2, True))], {}, True)
+    )
+    assert any("not tuned" in text for text in next_steps(study(), [BETTER], {}, False))
+    assert "Give seeds=3 for an interval." in next_steps(study(), [result([1.4], [1.5])], {}, True)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_sentence_and_the_interval_agree(higher: bool) -> None:
+    worse = result([1.6, 1.7, 1.65], [1.4, 1.49, 1.45])
+    assert ("better" in sentence(study(higher_is_better=higher), worse, [])) == higher
