@@ -41,8 +41,9 @@ TIERS = {
     "distillation": 4,
     "training": 5,
     "studies": 6,
-    "cli": 7,
-    "__main__": 8,
+    "comparison": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 ALLOWED_WITHIN_TIER = {("config", "errors"), ("devices", "errors"), ("imports", "errors"), ("models", "losses")}
 CORE = {"layers", "losses", "models"}

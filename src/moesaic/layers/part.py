@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.checks import require_numbers
+from moesaic.layers.work import Work
 
 __all__ = [
     "Flops",
@@ -275,39 +276,24 @@ def _default_kind(module: nn.Module, name: str, parameter: nn.Parameter) -> Para
 
 
 def _measure_flops(part: nn.Module, shape: tuple[int, ...]) -> float | None:
-    """FLOPs of one call, counted without memory, or on real numbers where the part looks at them; None if neither."""
-    from torch.utils.flop_counter import FlopCounterMode  # here, because it loads a lot
+    """FLOPs of one call, counted on real numbers, or without memory where the part is large; None if neither."""
 
     def count(module: nn.Module, x: Tensor) -> float:
-        with FlopCounterMode(display=False, custom_mapping=_uncounted()) as counter, torch.no_grad():
+        with Work() as work, torch.no_grad():
             module(x)
-        return float(counter.get_total_flops())
+        return float(work.flops)
 
     weights = list(part.parameters())
     dtype = weights[0].dtype if weights else torch.float32
+    tokens = torch.Size(shape[:-1]).numel()
+    if not any(p.is_meta for p in weights) and num_parameters(part) * tokens <= _MOST_WORK:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return count(part, torch.randn(shape, dtype=dtype))
     try:
         return count(copy.deepcopy(part).to("meta"), torch.empty(shape, dtype=dtype, device="meta"))
     except Exception:  # what a foreign module raises on tensors without memory has no common base
-        tokens = torch.Size(shape[:-1]).numel()
-        if any(p.is_meta for p in weights) or num_parameters(part) * tokens > _MOST_WORK:
-            return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return count(part, torch.randn(shape, dtype=dtype))
-
-
-def _uncounted() -> dict[Any, Any]:
-    """Formulas for the operators that torch's counter does not know."""
-    from torch.utils.flop_counter import sdpa_flop_count
-
-    def grouped(rows: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return 2 * torch.Size(out_shape).numel() * int(rows[-1])
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
-
-    aten = torch.ops.aten
-    return {aten._grouped_mm: grouped, aten._scaled_dot_product_flash_attention_for_cpu: attention}
+        return None
 
 
 def _stated(part: nn.Module, name: str) -> Any:

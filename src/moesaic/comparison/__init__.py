@@ -1,0 +1,1 @@
+"""From an idea to a verdict: one comparison against a baseline, made fair and run over several seeds."""
