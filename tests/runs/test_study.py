@@ -24,8 +24,7 @@ from moesaic.checkpoints import load_checkpoint
 from moesaic.cli import study, train
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.files import write_json
-from moesaic.studies import runner
+from moesaic.studies import runner, slots
 from moesaic.studies.config import Cell, StudyConfig
 from moesaic.studies.jobs import job_of, read_row, run_config_of, validate
 from moesaic.studies.serving import FORKS
@@ -69,33 +68,10 @@ def call(config: dict[str, Any]) -> tuple[int, str]:
     return status, console.file.getvalue()
 
 
-class InThisProcess:
-    """What the runner needs of a worker; each job is done at once."""
-
-    takes_more, import_seconds = True, 0.0
-
-    def __init__(self, log: Path) -> None:
-        self.status = 0
-
-    def begin(self, folder: Path) -> None:
-        self.status = 0
-        try:
-            write_json(folder / "rows.json", work(folder))
-        except InputError as error:
-            (folder / "log.txt").write_text(f"error: {error}\n")
-            self.status = 2
-
-    def poll(self) -> int:
-        return self.status
-
-    def end(self) -> None:
-        pass
-
-
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without processes of their own, which take seconds to start; some tests are there for the processes."""
-    monkeypatch.setattr(runner, "Worker", InThisProcess)
+    monkeypatch.setattr(runner, "Worker", slots.InThisProcess)
 
 
 def rows(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -460,7 +436,7 @@ import functools, json, os, signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 from moesaic.cli import study
 from moesaic.cli.common import exit_on_bad_input
-from moesaic.studies import runner
+from moesaic.studies import runner, slots
 config, worker, hold = sys.argv[1:]
 runner.Worker = functools.partial(runner.Worker, command=[sys.executable, "-c", worker, hold])
 sys.exit(exit_on_bad_input(lambda: study.study(json.load(open(config)), "moesaic study ...")))

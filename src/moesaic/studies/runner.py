@@ -8,12 +8,11 @@ import math
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moesaic.config import from_mapping, require_same
 from moesaic.data import DataConfig, load_data
@@ -42,9 +41,14 @@ from moesaic.studies.jobs import (
     write_row,
 )
 from moesaic.studies.plan import Plan, plan
-from moesaic.studies.slots import InProcess, Worker
+from moesaic.studies.progress import FORWARD, StudyProgress, Work
+from moesaic.studies.slots import InThisProcess, Worker
+from moesaic.training.config import TrainingConfig
 
 __all__ = ["read_rows", "run_study"]
+
+POLL_SECONDS = 0.1
+"""How often the study looks at its workers."""
 
 
 def read_rows(results: Path, study: StudyConfig, base: Mapping[str, Any]) -> dict[str, Row]:
@@ -183,6 +187,7 @@ def run_study(
     runs: Path,
     workers: int,
     console: Console,
+    estimate: float | None = None,
     in_process: bool = False,
 ) -> dict[str, str]:
     """Run what has no row in `results` yet, until nothing is missing; returns the runs that failed and why.
@@ -193,14 +198,16 @@ def run_study(
         base: the run config that all arms start from.
         results: keeps rows.jsonl and config.yaml; they are enough to continue elsewhere.
         runs: keeps the run directories; a killed run continues from its last checkpoint there.
-        in_process: do the runs in this process, one after another, where parts exist that no file can name.
+        estimate: seconds that it should take, shown until runs tell better.
+        in_process: do the runs here, one after the other; for parts that exist in no other process.
 
     Raises:
         InputError: bad configuration, or results of another configuration or data.
         KeyboardInterrupt: Ctrl-C; no worker is left behind.
     """
     with trusting(names_in([base, dataclasses.asdict(study)])):
-        return _run_study(study, base, results, runs, 1 if in_process else workers, console, in_process)
+        progress = StudyProgress(console, 1 if in_process else workers, estimate)
+        return _run_study(study, base, results, runs, progress, InThisProcess if in_process else Worker)
 
 
 def _run_study(
@@ -208,23 +215,22 @@ def _run_study(
     base: Mapping[str, Any],
     results: Path,
     runs: Path,
-    workers: int,
-    console: Console,
-    in_process: bool,
+    progress: StudyProgress,
+    make_worker: Callable[[Path], Worker | InThisProcess],
 ) -> dict[str, str]:
     validate(study, base)
     with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
         rows = read_rows(results, study, base)
-        if not plan(study, base, rows).missing:
+        todo = plan(study, base, rows)
+        if not todo.missing:
             if base["data"].get("path") is not None:  # named on the command line, which the report shows
                 known = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
                 _load(base, results / "rows.jsonl", known.get(_data_of({})))
             return {}
         if not rows:  # there may be the config of a study that was stopped before its first row
             write_yaml(results / "config.yaml", {**base, "study": _evaluations(study)})
-        running = _Running(study, base, results, runs, rows, _Progress(console))
-        running.make_worker = InProcess if in_process else Worker
-        return running.until_done(workers)
+        progress.begin(base["name"], todo.done, todo.total)
+        return _Running(study, base, results, runs, rows, progress, make_worker).until_done()
 
 
 class _Running:
@@ -237,50 +243,75 @@ class _Running:
         results: Path,
         runs: Path,
         rows: dict[str, Row],
-        progress: "_Progress",
+        progress: StudyProgress,
+        make_worker: Callable[[Path], Worker | InThisProcess],
     ) -> None:
         self.study, self.base, self.runs, self.rows, self.progress = study, base, runs, rows, progress
+        self.make_worker = make_worker
         self.path = results / "rows.jsonl"
         self.lines = _lines(self.path) if rows else {}
         self.known = {_data_of(row["overrides"]): row["data_hash"] for row in rows.values()}
         """Content hashes of the data of the rows that were there."""
-        self.loaded: dict[str, str | None] = {}
-        """Content hashes of the data that are in the cache."""
+        self.loaded: dict[str, _Loaded] = {}
+        """The data that are in the cache."""
         self.prepared = {name: self.folder_of(prepare_job(study, base, name)) for name in study.prepare}
         self.failed: dict[str, str] = {}
-        self.make_worker: type[Worker] | type[InProcess] = Worker
-        self.workers: list[Worker | InProcess] = []
+        self.workers: list[Worker | InThisProcess] = []
         """Those that have a job, and those that can have one."""
-        self.jobs: dict[Worker | InProcess, tuple[Job, Path]] = {}
+        self.jobs: dict[Worker | InThisProcess, tuple[Job, Path]] = {}
         self.sources: dict[str, str] = {}
         """Hashes of the source files of custom modules, as they were when the first run with them started."""
 
-    def until_done(self, workers: int) -> dict[str, str]:
-        """Run so many at a time until nothing is missing, or too much fails; returns what failed and why."""
+    def until_done(self) -> dict[str, str]:
+        """Run until nothing is missing or too much fails; returns what failed and why."""
         try:
             with self.progress.bar:
                 while True:
-                    todo = self.plan()
-                    hopeless = len(self.failed) > workers and not self.progress.here
+                    todo, workers = self.plan(), self.progress.workers
+                    hopeless = len(self.failed) > workers and not self.progress.ended_here
                     busy = self.failed.keys() | {job.key for job, _ in self.jobs.values()}
                     waiting = [] if hopeless else [job for job in todo.missing if job.key not in busy]
                     for job in waiting[: workers - len(self.jobs)]:
                         self.start(job)
-                    self.progress.show([job.key for job, _ in self.jobs.values()], todo)
+                    self.tell(todo)
                     if not self.jobs:
+                        self.say_imports()
                         return self.failed
                     self.finish(*self.next_to_end())
         finally:
             for worker in self.workers:
                 worker.end()
 
-    def next_to_end(self) -> tuple[Worker | InProcess, int]:
+    def say_imports(self) -> None:
+        seconds = sum(worker.import_seconds for worker in self.workers)
+        if seconds:
+            text = f"workers: {seconds:.0f} CPU s to import what all runs need, in no row"
+            self.progress.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def next_to_end(self) -> tuple[Worker | InThisProcess, int]:
         """Wait for a job to end; returns its worker and its exit status."""
         while True:
+            self.progress.tick()
             for worker in self.jobs:
                 if (status := worker.poll()) is not None:
                     return worker, status
-            time.sleep(0.05)
+            time.sleep(POLL_SECONDS)
+
+    def tell(self, todo: Plan) -> None:
+        """Tell the progress what is done and what is left."""
+        busy = self.failed.keys() | {job.key for job, _ in self.jobs.values()}
+        planned = [(_kind(job), self.work_of(job)) for job in todo.missing if job.key not in busy]
+        self.progress.plan(todo.done, todo.total, planned)
+
+    def work_of(self, job: Job) -> Work:
+        """What a run does; of data that have not been read yet, as with those that have."""
+        config = run_config_of(self.study, self.base, job)
+        training = from_mapping(TrainingConfig, config["training"], "training")
+        data = self.loaded.get(_data_of(job.overrides), next(iter(self.loaded.values()), _Loaded(None, 0, 0)))
+        if any(key.startswith("cache.") for key in job.overrides):  # a pass of the teacher over the training split
+            steps = data.training_tokens / (training.batch_size * training.seq_len * training.accumulate)
+            return Work(0, 1, 0.0, FORWARD * steps)
+        return Work.of(training, data.validation_tokens)
 
     def plan(self) -> Plan:
         return plan(self.study, self.base, self.rows, _at_hand(self.study, self.prepared))
@@ -290,11 +321,12 @@ class _Running:
         data = _data_of(job.overrides)
         if data not in self.loaded:
             self.loaded[data] = _load(run_config_of(self.study, self.base, job), self.path, self.known.get(data))
-        return _folder(self.study, self.base, job, self.loaded[data], self.runs)
+        return _folder(self.study, self.base, job, self.loaded[data].content_hash, self.runs)
 
     def start(self, job: Job) -> None:
         folder = self.folder_of(job)
-        sources = _describe(self.study, self.base, job, folder, self.loaded[_data_of(job.overrides)], self.prepared)
+        data_hash = self.loaded[_data_of(job.overrides)].content_hash
+        sources = _describe(self.study, self.base, job, folder, data_hash, self.prepared)
         for path, digest in sources.items():
             if self.sources.setdefault(path, digest) != digest:
                 raise InputError(
@@ -305,12 +337,14 @@ class _Running:
         worker = idle[0] if idle else self.make_worker(folder / "log.txt")
         if not idle:
             self.workers.append(worker)
-        worker.begin(folder)
         self.jobs[worker] = (job, folder)
+        self.progress.started(job.key, _kind(job), job.key, self.work_of(job), folder / "run" / "metrics.csv")
+        worker.begin(folder)
 
-    def finish(self, worker: Worker | InProcess, status: int) -> None:
+    def finish(self, worker: Worker | InThisProcess, status: int) -> None:
         """Keep the rows of a job that has ended, or why it failed."""
         job, folder = self.jobs.pop(worker)
+        self.progress.ended(job.key)
         if not worker.takes_more:
             worker.end()
             self.workers.remove(worker)
@@ -327,17 +361,29 @@ class _Running:
         self.rows |= made
         self.lines |= {key: write_row(row) for key, row in made.items()}
         write_atomically(self.path, "".join(f"{line}\n" for line in self.lines.values()))
-        self.progress.finished(self.rows[job.key], self.study.metric, self.plan())
+        self.tell(self.plan())
+        self.progress.say_result(job.key, self.rows[job.key], self.study.metric)
 
 
-def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> str | None:
-    """Fill the data cache before the workers need it; returns the content hash of the data."""
-    found: str | None = load_data(from_mapping(DataConfig, config["data"], "data")).facts.get("content_hash")
+class _Loaded(NamedTuple):
+    """Data that are in the cache."""
+
+    content_hash: str | None
+    training_tokens: int
+    validation_tokens: int
+
+
+def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> _Loaded:
+    """Fill the data cache before the workers need it, and see whether these are the data of the rows."""
+    data = load_data(from_mapping(DataConfig, config["data"], "data"))
+    found: str | None = data.facts.get("content_hash")
     if known is not None:
         of_python = f"content hash of the data (stdlib and packages are Python's, here {platform.python_version()})"
         what = of_python if config["data"]["source"] in ("stdlib", "packages") else "content hash of the data"
         _require_equal(rows, {what: known}, {what: found})
-    return found
+    if data.task is not None:
+        return _Loaded(found, 0, data.task.test_sequences * config["training"]["seq_len"])
+    return _Loaded(found, len(data.train.tokens), len(data.validation.tokens))
 
 
 def _folder(study: StudyConfig, base: Mapping[str, Any], job: Job, data_hash: str | None, runs: Path) -> Path:
@@ -426,35 +472,9 @@ def _data_of(overrides: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in overrides.items() if key.startswith("data.")}, sort_keys=True)
 
 
-class _Progress:
-    """A bar on terminals; on both terminals and pipes a line per finished run."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("")
-        self.here, self.began = 0, time.monotonic()
-
-    def show(self, running: Sequence[str], todo: Plan) -> None:
-        self.bar.update(self.task, completed=todo.done, total=todo.total, description=" | ".join(running))
-
-    def finished(self, row: Row, metric: str, todo: Plan) -> None:
-        self.here += 1
-        elapsed = time.monotonic() - self.began
-        left = elapsed / self.here * (todo.total - todo.done)
-        result = f"{row['metrics'][metric]:.4f}" if metric in row["metrics"] else row["status"]
-        self.bar.console.print(
-            f"run {todo.done} of about {todo.total}: {row_key(row)}: {result} in {row['cpu_seconds']:.0f} CPU s; "
-            f"{elapsed / 60:.1f} min so far, about {left / 60:.1f} min left",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+def _kind(job: Job) -> str:
+    """What runs that take equally long have in common."""
+    return f"{job.arm} {job.axis or ''}"
 
 
 def _require_equal(path: Path | str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from moesaic.imports import VARIABLE, trusted
 from moesaic.studies.serving import FORKS, READY
+from moesaic.studies.worker import main
 
-__all__ = ["InProcess", "Worker"]
+__all__ = ["InThisProcess", "Worker"]
 
 
 class Worker:
@@ -99,44 +100,36 @@ class Worker:
         self._reports.put("")
 
 
-class InProcess:
-    """Does its jobs in this process, each as soon as it is given."""
+class InThisProcess:
+    """A worker without a process of its own, for parts that exist nowhere else, such as those of a notebook.
 
+    A job is over when `begin` returns; what it prints goes to log.txt in its folder.
+    """
+
+    import_seconds = 0.0
     takes_more = True
 
     def __init__(self, log: Path) -> None:
-        del log  # each job has its own
-        self._status: int | None = None
+        self._status = 0
 
     def begin(self, folder: Path) -> None:
-        """Do the job of a folder; what it prints goes to its log.txt."""
-        from moesaic.studies.worker import main  # here, because it needs Lightning
+        """Do the job of a folder."""
+        threads, self._status = torch.get_num_threads(), 0
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            try:
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                    main(folder)
+            except SystemExit as error:
+                self._status = error.code if isinstance(error.code, int) else 1
+            except Exception:
+                traceback.print_exc(file=log)
+                self._status = 1
+            finally:
+                torch.set_num_threads(threads)
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with contextlib.ExitStack() as within:
-                log = within.enter_context((folder / "log.txt").open("a", encoding="utf-8"))
-                within.enter_context(contextlib.redirect_stdout(log))
-                within.enter_context(contextlib.redirect_stderr(log))
-                self._status = _status_of(main, folder)
-        finally:
-            torch.set_num_threads(threads)
-
-    def poll(self) -> int | None:
-        """The exit status of its last job."""
+    def poll(self) -> int:
+        """The exit status of its job."""
         return self._status
 
     def end(self) -> None:
-        """Nothing is left to end."""
-
-
-def _status_of(main: Callable[[Path], None], folder: Path) -> int:
-    try:
-        main(folder)
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 1
-    except Exception:  # as a process of its own would end with it
-        traceback.print_exc()
-        return 1
-    return 0
+        """There is nothing to end."""
