@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 import yaml
 
 from moesaic.checkpoints import load_checkpoint, load_model, save_model
+from moesaic.cli import evaluate
 from moesaic.cli.convert import convert
 from moesaic.cli.generate import generate_text
 from moesaic.config import from_mapping, to_mapping
@@ -36,6 +38,7 @@ from moesaic.studies.plan import plan
 from moesaic.studies.runner import read_rows
 from moesaic.studies.sweep import write_report
 from moesaic.training.records import CsvTable
+from moesaic.training.run import run
 from moesaic.training.starting import find_run
 from moesaic.training.stored_state import require_training_state
 
@@ -408,6 +411,111 @@ def test_weights_that_are_nan(good: Path, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "it.ckpt")
     with pytest.raises(InputError, match=r"it\.ckpt: norm\.weight holds numbers that are not finite"):
         generate_text(str(tmp_path / "it.ckpt"), SampleConfig())
+
+
+def test_evaluate_refuses_weights_that_are_nan_too(good: Path, tmp_path: Path, composed: Any) -> None:
+    content = torch.load(good / "weights.ckpt", weights_only=True)
+    content["state_dict"]["decoder.norm.weight"][3] = math.nan
+    torch.save(content, tmp_path / "it.ckpt")
+    for task in ("score", "loss_by_position"):
+        config = composed(f"checkpoint={tmp_path / 'it.ckpt'}", f"task={task}", config="evaluate", smoke=False)
+        with pytest.raises(InputError, match=r"checkpoint .*it\.ckpt: norm\.weight holds numbers that are not finite"):
+            (evaluate.evaluate if task == "score" else evaluate.evaluate_long_context)(config)
+
+
+LOADER = ("loops", "fit_loop", "state_dict", "combined_loader", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("optimizer_states", 0, "state", 3), KeyError, r"optimizer_states\[0\]\.state\.3: found 0 steps; must be 20"),
+        (("optimizer_states", 0, "state", 3, "step"), torch.tensor(7.0), r"state\.3: found 7 steps; must be 20"),
+        (("optimizer_states", 0, "state", 3, "step"), torch.tensor(21.0), r"3\.step=21: must be 1 to global_step=20"),
+        (("optimizer_states", 0, "state", 3, "momentum_buffer"), KeyError, r"3\.momentum_buffer: missing"),
+        (("optimizer_states", 0, "state", 3, "momentum_buffer"), torch.tensor(math.nan), r"3\.momentum_buffer: must"),
+        (("optimizer_states", 0, "state", 48, "exp_avg"), KeyError, r"state\.48\.exp_avg: missing"),
+        (("optimizer_states",), [], "must|damaged"),
+        (("lr_schedulers", 0, "last_epoch"), -5, r"last_epoch=-5: must be 20 at global_step=20"),
+        (("lr_schedulers", 0, "last_epoch"), 21, r"last_epoch=21: must be 20 at global_step=20"),
+        (("lr_schedulers", 0, "base_lrs"), [0.1], r"base_lrs: must be 4 rates >= 0"),
+        ((*LOADER, "next_batch"), 10**9, r"next_batch=1000000000: must be 20 at global_step=20"),
+        ((*LOADER, "next_batch"), 3, r"next_batch=3: must be 20 at global_step=20"),
+        ((*LOADER, "offset"), 10**9, r"offset=1000000000: .* sequences of 64 were read, but 2560 tokens trained"),
+        (LOADER[:-1], [], "damaged"),
+        (("loops", "fit_loop", "epoch_loop.batch_progress", "total", "ready"), 7, r"total\.ready=7: must be 20"),
+        (("global_step",), 40, r"global_step=40: the loops have made 20 steps"),
+        (("epoch",), 9, r"epoch=9: the loops are in epoch 1"),
+        (("moesaic", "progress", "tokens_per_step"), -1, r"moesaic\.progress: found .*; must be counts"),
+        (("moesaic", "progress", "step"), 10**9, r"moesaic\.progress: found .*; must be counts"),
+        (("moesaic", "seconds"), -1.0, r"moesaic\.seconds=-1\.0: must be a number >= 0"),
+        (("moesaic", "nats"), torch.tensor(math.nan), r"moesaic\.nats: must be one finite number"),
+        (("moesaic", "logged_load", "nowhere"), torch.ones(4), r"moesaic\.logged_load\.nowhere: must be a layer"),
+        (("state_dict", "decoder.norm.weight"), torch.full((16,), math.inf), r"decoder\.norm\.weight holds numbers"),
+    ],
+)
+def test_counters_of_a_checkpoint_belong_together(
+    good: Path, tmp_path: Path, place: tuple[Any, ...], value: Any, message: str
+) -> None:
+    content = torch.load(good / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(changed(content, place, value), tmp_path / "it.ckpt")
+    checkpoint = load_checkpoint(tmp_path / "it.ckpt")
+    with pytest.raises(InputError, match=rf"it\.ckpt: .*({message})"):
+        require_training_state(checkpoint, f"checkpoint {tmp_path / 'it.ckpt'}")
+
+
+def resumed(run_dir: Path) -> None:
+    run({"resume": True, "run_dir": str(run_dir)})
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "routing.csv"])
+def test_a_damaged_table_is_named_before_a_run_goes_on(good: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(good / "run", tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.json").read_text()
+    lines = (tmp_path / "run" / name).read_text().splitlines()
+    for damaged in ("\n".join([lines[0], "garbage", *lines[1:]]), "garbage\n" * 4):
+        (tmp_path / "run" / name).write_text(damaged)
+        with pytest.raises(InputError, match=rf"{name}: (line 2: damaged|found columns)"):
+            resumed(tmp_path / "run")
+        assert (tmp_path / "run" / name).read_text() == damaged
+    assert (tmp_path / "run" / "metrics.json").read_text() == before
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "link to nowhere", "file for the folder"])
+def test_what_stands_in_place_of_a_checkpoint_is_refused_and_kept(good: Path, tmp_path: Path, what: str) -> None:
+    shutil.copytree(good / "run", tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.unlink()
+    if what == "folder":
+        last.mkdir()
+    elif what == "pipe":
+        os.mkfifo(last)
+    elif what == "link to nowhere":
+        last.symlink_to(tmp_path / "elsewhere.ckpt")
+    else:
+        last.parent.rmdir()
+        last.parent.write_text("x")
+    with pytest.raises(
+        InputError, match=r"checkpoints(/last\.ckpt)?: (a directory|a pipe|no such file; a link|must be a d)"
+    ):
+        resumed(tmp_path / "run")
+    if what != "file for the folder":
+        with pytest.raises(InputError, match=r"last\.ckpt: (a directory; must be a file|a pipe|no such file; a link)"):
+            load_checkpoint(last)
+    assert (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_begun_again(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    write_json(tmp_path / "run" / "metrics.json", {**metrics, "status": "finished"})
+    assert find_run({"resume": True, "run_dir": str(tmp_path / "run")}).kind == "finished"
+    write_json(tmp_path / "run" / "metrics.json", {**metrics, "status": "finished", "pending": "pictures"})
+    with pytest.raises(
+        InputError, match=r"last\.ckpt: missing, and .*metrics\.json has a score; put the checkpoint back"
+    ):
+        find_run({"resume": True, "run_dir": str(tmp_path / "run")})
 
 
 @pytest.mark.parametrize(

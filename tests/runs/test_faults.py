@@ -416,10 +416,10 @@ def test_a_run_goes_on_from_the_sequence_it_was_at(
 def test_an_optimizer_of_other_parameters_is_refused(composed: Composed, unfinished: Path) -> None:
     path = unfinished / "checkpoints" / "last.ckpt"
     checkpoint = load_checkpoint(path)
-    first, second, *_ = checkpoint["optimizer_states"][0]["param_groups"]
-    second["params"].append(first["params"].pop())
+    _, outputs, vectors, *_ = checkpoint["optimizer_states"][0]["param_groups"]
+    outputs["params"].append(vectors["params"].pop())
     write_checkpoint(path, checkpoint)
-    with pytest.raises(InputError, match=r"last.ckpt: its optimizer has groups of .*'matrices': 31.*must be .* 32"):
+    with pytest.raises(InputError, match=r"last.ckpt: its optimizer has groups of .*'vectors': 12.*must be .* 13"):
         run(composed("resume=true", f"run_dir={unfinished}"))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.errors import CannotWrite
+from moesaic.errors import CannotWrite, InputError
 from moesaic.training.records import CsvTable, RunLogger
 
 
@@ -30,6 +30,21 @@ def test_reopened_table_continues_and_drops_what_came_after_a_checkpoint(tmp_pat
     again.keep_until(3)
     again.append([{"step": 4, "x": 16}])
     assert [row["step"] for row in read(again.path)] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("left", ["1", "6,3", "\0\0\0", "6,3.5e", "x,y"])
+def test_a_part_of_a_row_at_the_end_is_dropped_and_damage_before_it_refused(tmp_path: Path, left: str) -> None:
+    CsvTable(tmp_path / "t.csv", ["step"]).append([{"step": i, "x": i / 4} for i in range(2, 6)])
+    whole = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_text(whole + left)
+    table = CsvTable(tmp_path / "t.csv", ["step"])
+    table.keep_until(5)
+    assert [row["step"] for row in read(table.path)] == ["2", "3", "4", "5"]
+    if left != "6,3":  # a whole row, but for its end
+        (tmp_path / "t.csv").write_text(whole.replace("3,0.75", left))
+        with pytest.raises(InputError, match=r"t\.csv: line 3: damaged; must be a row of numbers"):
+            table.keep_until(5)
+        assert left in (tmp_path / "t.csv").read_text(), "it is left as it is"
 
 
 def test_full_disk_is_said_in_words(tmp_path: Path) -> None:

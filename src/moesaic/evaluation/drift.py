@@ -102,7 +102,9 @@ class RunningDrift:
         if before.get("tokens") != tokens:
             return {}
         return {
-            f"router/{name}/drift": self._share(name, before["choices"][name], ids) for name, ids in choices.items()
+            f"router/{name}/drift": self._share(name, before["choices"][name], ids)
+            for name, ids in choices.items()
+            if name in before["choices"]
         }
 
     def _share(self, name: str, before: Tensor, now: Tensor) -> float:

@@ -107,8 +107,14 @@ def require_steps_left(path: str, checkpoint: dict[str, Any], config: RunConfig)
         )
 
 
-def require_all_batches(path: str, config: RunConfig) -> None:
-    """Raise InputError if a run that goes on from a checkpoint should take the first few batches only."""
+def require_all_batches(path: str, checkpoint: dict[str, Any], config: RunConfig) -> None:
+    """Raise InputError if a run that goes on from a checkpoint, or the run before, takes the first few batches only."""
+    before = checkpoint["hyper_parameters"]["config"].get("trainer") or {}
+    if count := before.get("overfit_batches"):
+        raise InputError(
+            f"checkpoint {path}: of a run with trainer.overfit_batches={count}, whose steps say nothing of the place "
+            "in the data; must be of another run"
+        )
     for name in ("overfit_batches", "fast_dev_run"):
         if value := config.trainer.lightning.get(name):
             raise InputError(

@@ -87,17 +87,27 @@ def build(prepared: Prepared) -> LanguageModel:
 
 
 def _require_same_groups(module: LanguageModel, start: Start) -> None:
-    """Refuse a checkpoint whose optimizer has other groups of parameters than the run's, as other code would make."""
-    [stored] = start.checkpoint["optimizer_states"]
+    """Refuse an optimizer state of other parameters than the run's, or, of the same run, with other rates to begin."""
+    [stored], [schedule] = start.checkpoint["optimizer_states"], start.checkpoint["lr_schedulers"]
     now = module.configure_optimizers()["optimizer"].param_groups
     found, wanted = (
         {group["name"]: len(group["params"]) for group in groups} for groups in (stored["param_groups"], now)
     )
+    where = f"checkpoint {start.path}"
     if found != wanted:
         raise InputError(
-            f"checkpoint {start.path}: its optimizer has groups of {found} parameters; must be {wanted}, as those of "
-            "this model"
+            f"{where}: its optimizer has groups of {found} parameters; must be {wanted}, as those of this model"
         )
+    for there, here, base in zip(stored["param_groups"], now, schedule["base_lrs"], strict=True):
+        if start.kind == "resumed" and not there.get("initial_lr") == base == here["initial_lr"]:
+            raise InputError(f"{where}: base_lrs of {here['name']}: found {base}; must be {here['initial_lr']}")
+        for i, parameter in zip(there["params"], here["params"], strict=True):
+            for name, value in stored["state"].get(i, {}).items():
+                if name != "step" and value.shape != parameter.shape:
+                    raise InputError(
+                        f"{where}: optimizer_states[0].state.{i}.{name}: found shape {list(value.shape)}; must be "
+                        f"{list(parameter.shape)}"
+                    )
 
 
 def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:

@@ -32,6 +32,7 @@ from moesaic.training.forensics import describe_break
 from moesaic.training.optimizers import apply_settings, build_optimizer, learning_rate_factor, settings_of
 from moesaic.training.progress import Progress, move_positions
 from moesaic.training.step_log import StepLog
+from moesaic.training.stored_state import optimizer_steps
 
 __all__ = ["Diverged", "LanguageModel"]
 
@@ -369,6 +370,8 @@ class LanguageModel(pl.LightningModule):
             "python_rng": random.getstate(),
         }
         state["progress"] = dataclasses.asdict(self.progress)
+        for optimizer in checkpoint.get("optimizer_states", []):
+            state["optimizer_steps"] = optimizer_steps(optimizer)
         self.log_book.save(state)
         if self.codistillation is not None:
             self.codistillation.save(state)

@@ -195,7 +195,7 @@ def _require_fitting(config: RunConfig, model: DecoderConfig, start: Start, data
         require_same_optimizer(path, checkpoint, config)
         if start.kind == "continued":
             require_steps_left(path, checkpoint, config)
-            require_all_batches(path, config)
+            require_all_batches(path, checkpoint, config)
         return None
     require_extendable(path, checkpoint, model)
     first = checkpoint if start.run_dir is None else load_checkpoint(start_of(start.run_dir))

@@ -20,7 +20,10 @@ from moesaic.errors import InputError
 from moesaic.files import append, write_atomically
 from moesaic.reading import read_csv, reading
 
-__all__ = ["CsvTable", "RunLogger", "create_run_dir", "environment"]
+__all__ = ["TABLES", "CsvTable", "RunLogger", "create_run_dir", "environment", "read_table"]
+
+TABLES = ("metrics.csv", "routing.csv")
+"""Tables that grow while a run trains."""
 
 
 def create_run_dir(output_dir: Path, name: str) -> Path:
@@ -63,8 +66,8 @@ class CsvTable:
         self.path = path
         self.columns = list(columns)
         if path.exists():
-            with reading(path), path.open(newline="", encoding="utf-8") as file:
-                self.columns = next(csv.reader(file), self.columns)
+            with reading(path):
+                self.columns = _header(path) or self.columns
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         new = [key for row in rows for key in row if key not in self.columns]
@@ -78,8 +81,7 @@ class CsvTable:
     def keep_until(self, step: int) -> None:
         """Drop the rows after `step`: a killed run may have logged more than its last checkpoint knows of."""
         if self.path.exists():
-            rows = [row for row in self._read() if row.get("step", "").isdecimal() and int(row["step"]) <= step]
-            self._rewrite(rows)
+            self._rewrite([row for row in read_table(self.path) if int(row["step"]) <= step])
 
     def _read(self) -> list[dict[str, str]]:
         return read_csv(self.path) if self.path.exists() else []
@@ -90,6 +92,42 @@ class CsvTable:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.path, text.getvalue())
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table of a run, without a part of a row that a killed process left at the end.
+
+    Raises:
+        InputError: damage before the end, with its line: what is no row would be dropped without a word.
+    """
+    with reading(path):
+        rows, columns = read_csv(path), _header(path)
+        if columns and "step" not in columns:
+            raise InputError(f"found columns {', '.join(columns)[:80]!r}; must have step")
+        step, broken = 0, 0
+        for line, row in enumerate(rows, start=2):
+            text = row["step"]
+            if not (text.isascii() and text.isdecimal() and int(text) >= step and _are_values(row)):
+                broken = broken or line
+            elif broken:
+                raise InputError(f"line {broken}: damaged; must be a row of numbers, with steps that do not fall")
+            else:
+                step = int(text)
+    return rows[: broken - 2] if broken else rows
+
+
+def _header(path: Path) -> list[str]:
+    """The names of the columns; none of an empty file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
+
+
+def _are_values(row: Mapping[str, str]) -> bool:
+    """Whether each value is empty or a number; a layer has a name."""
+    try:
+        return all(not value or name == "layer" or float(value) is not None for name, value in row.items())
+    except (TypeError, ValueError):
+        return False
 
 
 class RunLogger(Logger):

@@ -16,6 +16,7 @@ from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models import DecoderConfig
 from moesaic.reading import read_json, read_yaml, reading, require_file, require_finite
 from moesaic.training.config import RunConfig
+from moesaic.training.records import TABLES, read_table
 from moesaic.training.stored_state import require_training_state
 
 __all__ = [
@@ -32,8 +33,7 @@ __all__ = [
 ]
 
 WRITTEN_EARLY = (
-    "metrics.csv",
-    "routing.csv",
+    *TABLES,
     "metrics.json",
     "environment.json",
     "tensorboard",
@@ -129,6 +129,9 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
         checkpoint = load_checkpoint(path)
         require_training_state(checkpoint, f"checkpoint {path}")
         _require_same_config(config, checkpoint, resume_dir / "config.yaml")
+        for table in (resume_dir / name for name in TABLES):
+            if os.path.lexists(table):
+                read_table(table)
         return Start("resumed", path, checkpoint, resume_dir)
     if config.ckpt_path is None:
         return Start("fresh")
