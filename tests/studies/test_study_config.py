@@ -146,6 +146,8 @@ def test_what_a_run_would_refuse_is_refused_first_and_by_name(
 
 def test_a_good_study_is_not_refused(study_of: StudyOf, base: dict[str, Any]) -> None:
     validate(study_of(evaluations=["moesaic.config.flatten"]), base)
+    with pytest.raises(InputError, match=r"workers=100000000 runs at a time, each \(weights .*or fewer workers"):
+        validate(study_of(), base, workers=10**8)
 
 
 def test_overrides_leave_the_original_alone(base: dict[str, Any]) -> None:

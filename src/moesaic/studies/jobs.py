@@ -225,7 +225,7 @@ def import_evaluation(path: str) -> Evaluation:
     return cast(Evaluation, found)
 
 
-def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
+def validate(study: StudyConfig, base: Mapping[str, Any], workers: int = 1) -> None:
     """Refuse before the first run what would fail in any of them.
 
     Raises:
@@ -249,7 +249,7 @@ def validate(study: StudyConfig, base: Mapping[str, Any]) -> None:
         at = f"study.arms.{cell.arm}" + (f" at {cell.axis}" if cell.axis else "")
         config = apply_overrides(base, job_of(study, base, cell, "measure", 0, 1.0).overrides, at)
         _require_prepared(study, at, config, list(study.prepare))
-        _named(at, config)
+        _named(at, config, workers)
         for name, variant in study.variants.items():
             if variant.arm == cell.arm:
                 where = f"study.variants.{name}"
@@ -266,12 +266,12 @@ def _require_prepared(study: StudyConfig, where: str, config: Mapping[str, Any],
                 raise InputError(f"{where}: {key}={PREPARED + name!r}: must here be one of {allowed}")
 
 
-def _named(where: str, config: Mapping[str, Any]) -> None:
+def _named(where: str, config: Mapping[str, Any], workers: int = 1) -> None:
     try:
         canonical(config)
         run_config = from_mapping(RunConfig, config)
         model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}
-        require_memory_of_run(run_config, from_mapping(DecoderConfig, model, "model"))
+        require_memory_of_run(run_config, from_mapping(DecoderConfig, model, "model"), workers)
         if overrides := (config.get("distillation") or {}).get("teacher_model"):
             teacher = teacher_mapping({**config["model"], "vocab_size": 1}, overrides)
             from_mapping(DecoderConfig, teacher, "distillation.teacher_model")

@@ -62,7 +62,8 @@ def tokenizer_to_keep(path: str, checkpoint: dict[str, Any], data: DataConfig) -
         )
     if stored["kind"] == "bpe" and data.vocab_size not in (tokenizer.vocab_size, before["vocab_size"]):
         raise InputError(
-            f"data.vocab_size={data.vocab_size}: checkpoint {path} has a BPE of {tokenizer.vocab_size}; must be equal"
+            f"data.vocab_size={data.vocab_size}: checkpoint {path} has a BPE of {tokenizer.vocab_size}; must be equal: "
+            f"add data.vocab_size={tokenizer.vocab_size}"
         )
     return tokenizer
 

@@ -15,10 +15,13 @@ WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 """Dtype of the weights by precision; with others it is fp32."""
 
 
-def require_memory_of_run(config: RunConfig, model: DecoderConfig) -> None:
+def require_memory_of_run(config: RunConfig, model: DecoderConfig, workers: int = 1) -> None:
     """Refuse a run whose weights, gradients, optimizer state and activations of one micro-batch do not fit.
 
     Custom modules are left out, and named in the message. Runs that shard their model over devices are not counted.
+
+    Args:
+        workers: runs of this size at a time, as a study has them.
 
     Raises:
         InputError: with what is needed and what there is.
@@ -38,10 +41,12 @@ def require_memory_of_run(config: RunConfig, model: DecoderConfig) -> None:
     if student.uncounted:
         parts += f"; without {', '.join(student.uncounted)}, which only building can count"
     require_memory(
-        f"model, training.batch_size={training.batch_size}, training.seq_len={training.seq_len}: a run ({parts})",
-        needed,
+        f"model, training.batch_size={training.batch_size}, training.seq_len={training.seq_len}: "
+        + (f"a run ({parts})" if workers == 1 else f"workers={workers} runs at a time, each ({parts}),"),
+        workers * needed,
         trainer.accelerator,
-        "must be a smaller model, batch_size or seq_len (moesaic memory counts)",
+        f"must be a smaller model, batch_size or seq_len{', or fewer workers' if workers > 1 else ''} (moesaic memory "
+        "counts)",
     )
 
 

@@ -114,10 +114,11 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
     if fitted.has_verdict:
         finished = score_run(fitted, console)
         presents = prepared.config.finish == "all"
-        for finisher in (each for each in FINISHERS if presents or each not in PRESENTING):
+        for i, finisher in enumerate(each for each in FINISHERS if presents or each not in PRESENTING):
             with _surviving(finisher.__name__, metrics):
                 metrics |= finisher(finished)
-            write_json(run_dir / "metrics.json", {**metrics, "pending": "pictures and text"})
+            if i == 0:  # the score is there
+                write_json(run_dir / "metrics.json", {**metrics, "pending": "pictures and text"})
     metrics["peak_memory_bytes"] = peak_memory()
     write_json(run_dir / "metrics.json", metrics)
     text = run_dir / "sample.txt"
