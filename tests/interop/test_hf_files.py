@@ -117,8 +117,20 @@ def test_shards_hold_what_the_index_says(limit: int, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in decoder.parameters())
     for file in files:
         with safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
+            assert opened.metadata()["format"] == "pt"
             assert {name for name, where in index["weight_map"].items() if where == file.name} == set(opened.keys())
+
+
+def test_one_flipped_bit_of_a_weight_is_seen(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    to_hf(from_hf(llama4()), tmp_path / "out", max_shard_bytes=20_000)
+    shard = sorted((tmp_path / "out").glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    check_hf(tmp_path / "out")  # reads no weight
+    with pytest.raises(InputError, match=rf"{shard.name}: damaged, its data have not the SHA-256 in its metadata"):
+        from_hf(tmp_path / "out")
 
 
 def test_vision_tensors_are_skipped_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -245,7 +245,7 @@ KINDS = {
     "tokenizer.json of hf": Kind("hf_text/tokenizer.json", of_hf_tokenizer, **JSON),
 }
 
-UNHASHED = ("metrics.csv", "routing.csv", "config.yaml", "metrics.json", "results", "config.json", "model.safetensors")
+UNHASHED = ("metrics.csv", "routing.csv", "config.yaml", "metrics.json", "results", "config.json")
 """Kinds, by a part of the name, in which one changed byte may be another value that the format allows."""
 
 

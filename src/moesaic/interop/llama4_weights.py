@@ -5,6 +5,7 @@ transposed, split or permuted, and a round trip is bit-equal. Files are read and
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ Progress = Callable[[int, int, str], None]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DIGEST = "moesaic.sha256"
+"""Name in the metadata of a file that we wrote: SHA-256 of its data."""
 ABSENT = "absent"
 """Stands for the dtype of a tensor whose file is not here."""
 VISION = ("vision_model.", "multi_modal_projector.")
@@ -366,7 +369,7 @@ def _of_directory(directory: Path, absent_allowed: bool = False) -> dict[str, _S
         if not (directory / SINGLE).is_file():
             others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
             raise InputError(f"{directory}: found {others or 'no weights'}; must be {SINGLE} or {INDEX}")
-        return _header(directory / SINGLE)
+        return _header(directory / SINGLE, with_digest=not absent_allowed)
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{directory / INDEX}: damaged, it has no weight_map")
@@ -379,7 +382,7 @@ def _of_directory(directory: Path, absent_allowed: bool = False) -> dict[str, _S
                 raise InputError(f"{path}: missing; {INDEX} expects {len(mapped)} tensors in it")
             stored |= {name: _Stored((), ABSENT, torch.Tensor) for name in mapped}
             continue
-        found = _header(path)
+        found = _header(path, with_digest=not absent_allowed)
         if found.keys() != mapped:
             parts = (
                 _listed(sorted(mapped - found.keys()), "missing"),
@@ -397,7 +400,9 @@ def _absent_shards(directory: Path) -> tuple[str, ...]:
     return tuple(name for name in names if not (directory / name).is_file())
 
 
-def _header(path: Path) -> dict[str, _Stored]:
+def _header(path: Path, with_digest: bool) -> dict[str, _Stored]:
+    """Name -> tensor of one file; its data are compared with the digest in its metadata, if there is one."""
+
     def read(name: str) -> Tensor:
         # opened anew for each tensor: an open file stays mapped, and counts as memory, up to the last page touched
         with safe_open(path, framework="pt") as file:
@@ -405,6 +410,7 @@ def _header(path: Path) -> dict[str, _Stored]:
 
     try:
         with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get(DIGEST)
             stored = {}
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 entry = file.get_slice(name)
@@ -412,7 +418,16 @@ def _header(path: Path) -> dict[str, _Stored]:
                 stored[name] = _Stored(shape, DTYPES.get(kind, kind), lambda name=name: read(name))  # type: ignore[misc]
     except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
+    if digest is not None and with_digest and digest != _data_digest(path):
+        raise InputError(f"{path}: damaged, its data have not the SHA-256 in its metadata; take a copy of it")
     return stored
+
+
+def _data_digest(path: Path) -> str:
+    """SHA-256 of all that follows the header."""
+    with path.open("rb") as file:
+        file.seek(8 + struct.unpack("<Q", file.read(8))[0])
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- writing
@@ -446,11 +461,13 @@ def _write_safetensors(
 ) -> None:
     """The safetensors format: length of the header, header, data.
 
+    Its metadata hold the SHA-256 of the data, which other readers ignore.
+
     Written here because the package's own writer wants all tensors of a file at once, a second copy where they are cast
     or come from another device.
     """
     names_of = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", DIGEST: "0" * 64}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + _bytes(tensor, dtype)
@@ -462,11 +479,15 @@ def _write_safetensors(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    hashed = hashlib.sha256()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors.items():
-            data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            data = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            hashed.update(data)
             tell(name)
+        file.seek(8)  # known now, and as long as what stands there
+        file.write(encoded.replace(b"0" * 64, hashed.hexdigest().encode(), 1))
         file.flush()
         os.fsync(file.fileno())
