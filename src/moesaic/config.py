@@ -157,7 +157,9 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
             listed = get_origin(option) is tuple and isinstance(value, (list, tuple))
             if listed or (dataclasses.is_dataclass(option) and isinstance(value, Mapping)):
                 raise  # the value was meant for this option: its own message says more
-    raise InputError(f"{path}: found {_show(value)}; must be {_describe(expected)}") from errors[-1]
+    named = {get_origin(option) for option in options} >= {Literal, dict}  # a choice by name, or a class by dotted path
+    hint = f" (did you mean {{type: {value}}}?)" if named and isinstance(value, str) and "." in value else ""
+    raise InputError(f"{path}: found {_show(value)}{hint}; must be {_describe(expected)}") from errors[-1]
 
 
 def _describe(expected: Any) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 __all__ = ["DISK_ERRORS", "CannotWrite", "InputError", "UnknownKey", "naming"]
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Numbers of the system's errors about a full or read-only disk."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Numbers of the system's errors about a full, read-only or failing disk."""
 
 
 class InputError(ValueError):

@@ -22,6 +22,7 @@ __all__ = [
     "find_all",
     "is_locked",
     "lock",
+    "partial_of",
     "remove_partials",
     "require_disk_space",
     "staging_folder",
@@ -60,6 +61,11 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file or folder is until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path to write to; what is there at the end takes the name `path`, whole and on the disk.
@@ -71,7 +77,7 @@ def atomic(path: Path) -> Iterator[Path]:
         CannotWrite: the disk is full or read-only, or the folder may not be written.
         InputError: another process is writing the same file.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with writing(path), _alone(partial, f"{path}: another process is writing it; wait for its end"):
         try:
             yield partial
@@ -94,7 +100,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
         CannotWrite: the disk is full or read-only.
         InputError: another process is writing to the same target.
     """
-    staging = target.with_name(f".{target.name}.partial")
+    staging = partial_of(target)
     with writing(target):
         staging.mkdir(exist_ok=True)
         with lock(staging, f"{target}: another process is writing it"):

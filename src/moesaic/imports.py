@@ -184,8 +184,9 @@ def _is_path(name: str) -> bool:
     return re.fullmatch(r"[^\W\d]\w*([.:][^\W\d]\w*)*", name) is not None
 
 
-def _checked(names: Iterable[str] | str | None, where: str) -> frozenset[str]:
-    listed = [names] if isinstance(names, str) else list(names or ())
+def _checked(names: object, where: str) -> frozenset[str]:
+    several = isinstance(names, Iterable) and not isinstance(names, (str, Mapping))
+    listed = [] if names is None else list(names) if several else [names]  # type: ignore[call-overload]
     for name in listed:
         if not isinstance(name, str) or not _is_path(name):
             raise InputError(f"{where}: found {name!r}; must be names of packages, such as [my_package]")

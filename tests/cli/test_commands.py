@@ -227,3 +227,62 @@ def test_a_study_writes_where_you_stand(tmp_path: Path) -> None:
 
     assert default_results("mine", tmp_path) == Path("studies/mine")
     assert default_results("mine", CONFIG_DIR.parent) == Path("docs/studies/mine")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("defaults:\n  - override /model: none\n", "Could not find 'model/none' Available options in 'model': "),
+        ("defaults:\n  - nowhere\n", "Could not load 'experiment/nowhere'."),
+        ("defaults:\n  - override /nothing: x\n", "Could not override 'nothing'. No match in the defaults list."),
+        ("defaults: 3\n", "defaults must be a list (got int)"),
+        ("defaults:\n  - mine\n", "a file is among its own defaults, which must not be"),
+        ("- 1\n", "Cannot merge DictConfig with ListConfig"),
+        ("hydra:\n  nothing: 3\n", "Key 'nothing' not in 'HydraConf' at hydra.nothing"),
+        ("training:\n  steps: ${training.seq_len\n", "at training.steps"),
+        ("training:\n  steps: ${training.seq_len}\n  seq_len: ${training.steps}\n", "interpolation"),
+        ("training:\n  steps: ${oc.env:NOT_SET_ANYWHERE}\n", "'NOT_SET_ANYWHERE' not found\" at training.steps"),
+        ("training:\n  steps: ${no_resolver:1}\n", "Unsupported interpolation type no_resolver at training.steps"),
+        ("training:\n  steps: ${no.key}\n", "Interpolation key 'no.key' not found at training.steps"),
+        ("trust: ${oc.env:NOT_SET_ANYWHERE}\n", "'NOT_SET_ANYWHERE' not found"),
+        ("training: {steps: 3\n", "a file must be YAML: "),
+    ],
+)
+def test_a_broken_file_of_the_user_is_refused_in_one_line(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}", encoding="utf-8")
+    code, error = exit_of(["train", "--config-dir", str(tmp_path), "experiment=mine"], capsys)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("trust", ["5", "[5]", "[a b]", "''", "[null]"])
+def test_trust_must_be_names(trust: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = exit_of(["generate", "nowhere.ckpt", f"trust={trust}"], capsys)
+    assert code == 2 and error.startswith("error: trust: found ") and "must be names of packages" in error
+
+
+@pytest.mark.parametrize("word", [os.fsdecode(b"a\xff"), "a\0b"])
+def test_arguments_are_utf8_text(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = exit_of(["train", f"name={word}"], capsys)
+    assert code == 2 and "must be UTF-8 text without NUL" in error
+
+
+def test_a_path_that_cannot_be_read_is_not_said_to_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = exit_of(["report", "x" * 300], capsys)
+    assert code == 1 and error.startswith("error: xxx") and "written" not in error
+
+
+def test_a_module_given_as_text_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = exit_of(["train", "debug=smoke", "model.moe.router=my.Router"], capsys)
+    assert code == 2
+    assert "model.moe.router: found 'my.Router' (str) (did you mean {type: my.Router}?); must be top_k |" in error
+
+
+def test_a_config_is_shown_without_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "train --cfg job seed=11"], capture_output=True, text=True, check=False
+    )
+    assert "\nseed: 11\n" in done.stdout and not done.stderr

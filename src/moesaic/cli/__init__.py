@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if {"-h", "--help"} & set(rest):
             print(importlib.import_module("moesaic.cli.config_files").help_text(name, rest))
             return
-        prepared = importlib.import_module("moesaic.cli.common").prepare(name, rest)  # a typo ends it before torch
+        common = importlib.import_module("moesaic.cli.common")
+        prepared = common.prepare(name, rest)  # a typo ends it before torch
+        if prepared.only_shows:
+            common.launch(name, prepared, lambda config: None)
+            return
         module = importlib.import_module(f"moesaic.cli.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "moesaic":

@@ -1,10 +1,12 @@
 """A command line before Hydra reads it: words become key=value, and an unknown key or option is answered by name."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from moesaic.checkout import CONFIG_DIR
 from moesaic.cli import COMMANDS
@@ -25,7 +28,17 @@ from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.overrides import for_shell, quoted
 
-__all__ = ["as_additions", "check_overrides", "complete", "compose_with", "read_flags", "require_single_values"]
+__all__ = [
+    "as_additions",
+    "check_overrides",
+    "complete",
+    "compose_with",
+    "composing",
+    "in_one_line",
+    "read_flags",
+    "require_single_values",
+    "require_text",
+]
 
 OVERRIDE = re.compile(r"(?:\+{0,2}|~)(?:[\w.$@:-]*|hydra/[\w/@]+)=|~[\w.]+$")
 """An argument that is not a word: key=value, also of hydra/launcher, or ~key. Other paths with = in them are words."""
@@ -35,6 +48,18 @@ TEXT = {"new", "baseline", "prompt"}
 
 SIGNS = re.compile(r"""[][(){}'",]""")
 """What makes a value more than text to Hydra."""
+
+
+def require_text(arguments: Sequence[str]) -> None:
+    """Refuse what no file of a run could hold.
+
+    Raises:
+        InputError: bytes that are no UTF-8, which Python marks as surrogates, or a NUL.
+    """
+    for argument in arguments:
+        if "\0" in argument or any("\ud800" <= letter <= "\udfff" for letter in argument):
+            reads = "" if sys.getfilesystemencoding() == "utf-8" else "; PYTHONUTF8=1 lets Python read it as such"
+            raise InputError(f"{argument!r}: must be UTF-8 text without NUL{reads}")
 
 
 def complete(name: str, arguments: Sequence[str]) -> list[str]:
@@ -155,17 +180,9 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
         if override.key_or_group in groups and not override.is_delete():
             _check_options(override, groups[override.key_or_group])
     chosen = [str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]
-    config = _with_options(config_dir, config_name, chosen)
+    config = compose_with(config_dir, config_name, chosen)  # an experiment may fill a section that is null by default
     for override in overrides:
         _check_key(override, config, groups)
-
-
-def _with_options(config_dir: str | Path | None, config_name: str, chosen: Sequence[str]) -> DictConfig:
-    """The keys of a command with these options of groups; an experiment may fill a section that is null by default."""
-    try:
-        return compose_with(config_dir, config_name, chosen)
-    except HydraException:  # Hydra itself says well what is wrong
-        return compose_with(config_dir, config_name, [])
 
 
 def _refuse_double_names(folder: Path) -> None:
@@ -209,31 +226,55 @@ def compose_with(folder: str | Path | None, config_name: str, overrides: Sequenc
     """What Hydra composes, with the user's own config files in `folder`.
 
     Raises:
-        InputError: one of these files is no YAML.
-        HydraException: it cannot be composed.
+        InputError: it cannot be composed, or one of these files is no YAML.
     """
     if folder is None:
         return _composed(config_name, tuple(overrides))
-    try:
-        return _compose(config_name, [f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]", *overrides])
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config-dir {folder}: a file must be YAML: {' '.join(str(error).split())}") from error
+    found = f"hydra.searchpath=[{quoted(f'file://{Path(folder).resolve()}')}]"
+    return _compose(config_name, [found, *overrides], f"--config-dir {folder}: ")
 
 
 @functools.lru_cache(maxsize=64)
 def _composed(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
     """Our own files do not change; a comparison asks for the same arm several times."""
-    return _compose(config_name, overrides)
+    return _compose(config_name, overrides, "")
 
 
-def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def _compose(config_name: str, overrides: Sequence[str], where: str) -> DictConfig:
     outer = GlobalHydra.instance().hydra  # of the command that asks
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"), composing(where):
             return compose(config_name, [*overrides])
+    except RecursionError as error:
+        raise InputError(f"{where}a file is among its own defaults, which must not be") from error
+    except ValueError as error:  # of a list of defaults that is none
+        raise error if isinstance(error, InputError) else InputError(f"{where}{in_one_line(error)}") from error
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+@contextlib.contextmanager
+def composing(where: str = "") -> Iterator[None]:
+    """Make an InputError of what Hydra, OmegaConf and YAML refuse within.
+
+    Raises:
+        InputError: it begins with `where`.
+    """
+    try:
+        yield
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}a file must be YAML: {in_one_line(error)}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(where + in_one_line(error)) from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """What Hydra, OmegaConf or YAML say over many lines, without what only their authors need."""
+    cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    text = str(error).split("Config search path:")[0] + cause
+    lines = [line.strip() for line in text.splitlines() if not re.match(r"\s*(object_type|reference_type)=", line)]
+    return " ".join(re.sub(r"^full_key: *", "at ", line) for line in lines if line not in ("", "full_key:"))
 
 
 def _check_key(override: Override, config: DictConfig, groups: dict[str, list[str]]) -> None:

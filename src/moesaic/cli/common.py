@@ -9,8 +9,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moesaic.checkout import CONFIG_DIR
@@ -19,8 +18,11 @@ from moesaic.cli.arguments import (
     check_overrides,
     complete,
     compose_with,
+    composing,
+    in_one_line,
     read_flags,
     require_single_values,
+    require_text,
 )
 from moesaic.cli.config_files import config_groups
 from moesaic.errors import DISK_ERRORS, CannotWrite, InputError
@@ -39,6 +41,9 @@ __all__ = [
     "users_config_dir",
 ]
 
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Environment variable that lets Hydra raise what it finds wrong."""
+
 OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
 
 
@@ -47,17 +52,20 @@ class Prepared(list[str]):
 
     Args:
         typed: what the user gave.
+        only_shows: a flag such as --cfg asks Hydra for a page instead of the command.
     """
 
-    def __init__(self, arguments: Sequence[str], typed: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], typed: Sequence[str], only_shows: bool = False) -> None:
         super().__init__(arguments)
         self.typed = list(typed)
+        self.only_shows = only_shows
 
 
 def prepare(name: str, arguments: Sequence[str]) -> Prepared:
     """Complete and check the arguments of a command, without torch; a bad one ends the process with one sentence."""
 
     def checked() -> Prepared:
+        require_text(arguments)
         found, flags = read_flags(name, arguments)
         overrides = complete(name, found.overrides)
         if name in ("train", "study"):
@@ -66,7 +74,7 @@ def prepare(name: str, arguments: Sequence[str]) -> Prepared:
             check_overrides(name.replace("-", "_"), overrides, found.config_dir)
             if not found.multirun:
                 require_single_values(overrides)
-        return Prepared([*flags, *overrides], arguments)
+        return Prepared([*flags, *overrides], arguments, bool(found.cfg or found.info or found.hydra_help))
 
     prepared: Prepared = exit_on_bad_input(checked)
     return prepared
@@ -82,16 +90,27 @@ def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], Non
         sys.argv = before  # Hydra has read the other; Lightning repeats this command in the processes it starts
 
         def trusted_task() -> None:
-            with trusting(config.get("trust")):
+            with composing():
+                found = config.get("trust")
+                names = list(found) if isinstance(found, ListConfig) else found
+            with trusting(names):
                 task(config)
 
         exit_on_bad_input(trusted_task)
 
     config_name = name.replace("-", "_")
+    command = hydra.main(config_path=str(CONFIG_DIR), config_name=config_name, version_base="1.3")(guarded)
+
+    def composed_task() -> None:
+        with composing():
+            command()
+
+    said = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # else Hydra prints what is wrong over many lines, and ends the process with 1
     try:
-        command = hydra.main(config_path=str(CONFIG_DIR), config_name=config_name, version_base="1.3")(guarded)
-        exit_on_bad_input(command)  # Hydra makes the folder of a sweep itself
+        exit_on_bad_input(composed_task)  # Hydra makes the folder of a sweep itself
     finally:
+        os.environ.pop(FULL_ERROR) if said is None else os.environ.update({FULL_ERROR: said})
         sys.argv = before
         HydraConfig.instance().cfg = None
 
@@ -120,10 +139,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: Hydra cannot compose it.
     """
-    try:
-        return plain(compose_with(users_config_dir(), config_name, overrides))
-    except HydraException as error:
-        raise InputError(str(error).splitlines()[0]) from error
+    return plain(compose_with(users_config_dir(), config_name, overrides))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -131,7 +147,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
     try:
         container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise InputError(str(error).splitlines()[0]) from error
+        raise InputError(in_one_line(error)) from error
+    except RecursionError as error:
+        raise InputError("a value is an interpolation of itself, which must not be") from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items() if key != "trust"}
 
@@ -152,7 +170,9 @@ def exit_on_bad_input(action: Callable[[], Any]) -> Any:
     except OSError as error:
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
-        print(f"error: {CannotWrite(error.filename or 'a file', error)}", file=sys.stderr)
+        whole = error.errno in DISK_ERRORS  # else it may have been read
+        text = CannotWrite(error.filename or "a file", error) if whole else f"{error.filename}: {error.strerror}"
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         print(f"interrupted ({error})" if str(error) else "interrupted", file=sys.stderr)

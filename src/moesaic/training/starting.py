@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moesaic.checkpoints import load_checkpoint
 from moesaic.config import flatten, from_mapping, require_same, to_mapping
 from moesaic.errors import InputError
-from moesaic.files import LOCK, find_all, is_locked
+from moesaic.files import LOCK, find_all, is_locked, partial_of
 from moesaic.formats import translate_run, version_of
 from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models import DecoderConfig
@@ -260,7 +260,9 @@ def _newest_unfinished(root: Path) -> Path:
 
 
 def _content(directory: Path) -> bool:
-    return any(path.name != LOCK for path in directory.iterdir())
+    """Whether a directory holds more than what a run leaves that was killed before its config.yaml was whole."""
+    early = (LOCK, partial_of(directory / "config.yaml").name)
+    return any(path.name not in early for path in directory.iterdir())
 
 
 def is_finished(run_dir: Path) -> bool:
