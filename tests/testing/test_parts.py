@@ -63,9 +63,9 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
         ("mixer", parts.ByDeviation, {FINITE}, "inputs that are all 0: not finite"),
         ("mixer", partial(parts.Counts, "number"), {STATE}, "not in the state dict: steps"),
         ("mixer", partial(parts.Counts, "buffer"), {STATE}, "not in the state dict: steps"),
-        ("mixer", parts.BeginsAnew, {STATE}, "the output two steps after loading"),
+        ("mixer", parts.BeginsAnew, {CAUSAL, BATCH, STATE}, "the output two steps after loading"),
         ("mixer", parts.RandomProjection, {STATE}, "not in the state dict: projection"),
-        ("mixer", parts.ForgetsTheMask, {PADDING, CACHE}, "real tokens with padding on the left and alone"),
+        ("mixer", parts.ForgetsTheMask, {PADDING}, "real tokens with padding on the left and alone"),
         ("mixer", parts.ForgetsTheCount, {CACHE}, "tokens one by one and at once"),
         ("expert", parts.CenteredExperts, {CAUSAL, BATCH}, "depends on later tokens"),
     ],
@@ -93,4 +93,4 @@ def test_a_module_is_copied_and_its_width_found() -> None:
 def test_a_part_that_cannot_run_fails_in_words() -> None:
     report = check_part(parts.Broken, "mixer", dim=32)
     assert len(report.failures) == 5
-    assert "found (2, 24, 64) for an input of (2, 24, 32); must be a tensor of the same shape" in report.rows[0].detail
+    assert "found shape (2, 24, 64) for an input of shape (2, 24, 32); must be a tensor" in report.rows[0].detail

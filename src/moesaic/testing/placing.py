@@ -21,16 +21,12 @@ HIDDEN = 16
 class Placed:
     """One fresh instance of a part, and the whole that it is called in."""
 
-    def __init__(self, part: nn.Module, whole: nn.Module, dim: int) -> None:
+    def __init__(self, part: nn.Module, whole: nn.Module, dim: int, takes_mask: bool | None = None) -> None:
         self.part = part
         self.whole = whole
         self.dim = dim
         self.dtype = next((p.dtype for p in whole.parameters() if p.is_floating_point()), torch.float32)
-        try:
-            inspect.signature(whole.forward).bind(x := None, x, x)
-            self.takes_mask = True
-        except TypeError:
-            self.takes_mask = False
+        self.takes_mask = _takes_three(whole) if takes_mask is None else takes_mask
 
     def random(self, batch: int, length: int, seed: int = 0) -> Tensor:
         """Noise (B, L, D) of scale 1, as a norm hands it to a part."""
@@ -39,7 +35,7 @@ class Placed:
 
     def call(self, x: Tensor, *state: Any, seed: int = 0) -> Tensor:
         """The part as a block calls it, here and now. Noise of its own is drawn from `seed`."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow: it seeds GPUs, with a stack trace
         y = self.whole(x, *state)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
@@ -68,7 +64,7 @@ class Placed:
 
     def _copy(self, training: bool) -> "Placed":
         part, whole = copy.deepcopy((self.part, self.whole))
-        return Placed(part, whole.train(training), self.dim)
+        return Placed(part, whole.train(training), self.dim, self.takes_mask)
 
 
 class Place:
@@ -85,7 +81,7 @@ class Place:
 
     def fresh(self, dtype: torch.dtype | None = None, seed: int = 0) -> Placed:
         """In float64, which tells a leak from rounding, or in float32 where the part cannot do that."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         placed = self.make()
         _stir(placed.part)
         dtype = dtype or self._dtype
@@ -130,6 +126,15 @@ def put(seam: Seam, part: Any, dim: int) -> Placed:
         num_experts = getattr(part, "num_experts", 4)
         return Placed(part, MoE(router=TopKRouter(dim, num_experts, top_k=min(2, num_experts)), experts=part), dim)
     return Placed(part, part, dim)
+
+
+def _takes_three(module: nn.Module) -> bool:
+    """Whether it can be called with x, a cache and an attention mask."""
+    try:
+        inspect.signature(module.forward).bind(*range(3))
+    except TypeError:
+        return False
+    return True
 
 
 @torch.no_grad()
