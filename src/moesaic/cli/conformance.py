@@ -1,4 +1,4 @@
-"""Check mixture-of-experts layers: moesaic conformance moesaic transformers-mixtral package.module:factory
+"""Check mixture-of-experts layers, and parts alone: moesaic conformance moesaic package.module:factory mine:MyRouter
 
 Exits with 1 if a check failed, with 2 if a layer could not be made. Without names, the ones known here are listed.
 """
@@ -18,7 +18,8 @@ from moesaic import imports
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.layers import MoE
-from moesaic.testing import Report, check_moe, comparison_table
+from moesaic.models.seams import find_part, seam_of, split_seam
+from moesaic.testing import Report, check_moe, check_named_part, checks_of, comparison_table, status_of
 from moesaic.testing.peers import PEERS
 
 __all__ = ["main"]
@@ -58,16 +59,28 @@ PACKAGES = ("torch", "transformers", "torchtitan", "st-moe-pytorch", "mixture-of
 COLORS = {"pass": "green", "fail": "red", "not applicable": "dim"}
 
 
-def find(name: str) -> Callable[..., Any]:
-    """A layer known here, or `package.module:factory` as seen from the working directory."""
+def examine(name: str) -> Report:
+    """The checks of a layer known here, or of `package.module:name` as seen from the working directory.
+
+    A seam before the name, or a signature that fits a router, a mixer or experts alone, means the checks of such a
+    part; everything else is taken for a function or class that makes a whole layer.
+
+    Raises:
+        InputError: nothing of that name can be imported, called, or checked.
+    """
     if name in LAYERS:
-        return LAYERS[name]
-    if ":" not in name:
+        return check_moe(LAYERS[name])
+    seam, path = split_seam(name)
+    if seam is not None:
+        return check_named_part(seam, path)
+    if "." not in path:
         raise InputError(f"{name}: must be package.module:factory, or one of {', '.join(LAYERS)}")
-    factory = imports.resolve(name, "layer")
-    if not callable(factory):
-        raise InputError(f"{name} is {type(factory).__name__}: must be a function that returns a layer")
-    return factory
+    found = imports.resolve(path, "layer")
+    if not callable(found):
+        raise InputError(f"{name} is {type(found).__name__}: must be a function that returns a layer")
+    if seam_of(found) in ((), ("ffn",)):
+        return check_moe(found)
+    return check_named_part(*find_part(name))
 
 
 def versions() -> str:
@@ -82,9 +95,9 @@ def versions() -> str:
 
 def show(reports: Mapping[str, Report], console: Console) -> None:
     table = Table("check", *map(escape, reports))
-    for row in next(iter(reports.values())).rows:
-        statuses = [reports[name][row.check].status for name in reports]
-        table.add_row(row.check, *(f"[{COLORS[status]}]{status}[/]" for status in statuses))
+    for check in checks_of(reports):
+        statuses = [status_of(report, check) for report in reports.values()]
+        table.add_row(check, *(f"[{COLORS[status]}]{status}[/]" if status else "" for status in statuses))
     console.print(table)
     for name, report in reports.items():
         for row in report.rows:
@@ -108,7 +121,7 @@ def _task(config: DictConfig) -> None:
     if not given["layers"]:
         print(f"Known layers: {', '.join(LAYERS)}")
         return
-    reports = {name: check_moe(find(name)) for name in given["layers"]}
+    reports = {name: examine(name) for name in given["layers"]}
     if given["markdown"]:
         print(markdown(reports))
     else:

@@ -1,5 +1,7 @@
 """A conformance kit for any mixture-of-experts layer: `check_moe(factory)`, or `moe_checks()` under pytest.
 
+`check_part` checks a router, a mixer, a channel mixer or experts alone.
+
 Needs torch only. Hugging Face's blocks and other packages are recognised without being imported, see
 `moesaic.testing.peers`.
 """
@@ -9,7 +11,7 @@ from moesaic.testing.conformance import check_moe, moe_checks
 from moesaic.testing.harness import Check
 from moesaic.testing.parts import check_decoder_parts, check_named_part, check_part
 from moesaic.testing.reference import dense_moe, gated_expert
-from moesaic.testing.report import CheckResult, Report, comparison_table
+from moesaic.testing.report import CheckResult, Report, checks_of, comparison_table, status_of
 
 __all__ = [
     "Check",
@@ -21,8 +23,10 @@ __all__ = [
     "check_moe",
     "check_named_part",
     "check_part",
+    "checks_of",
     "comparison_table",
     "dense_moe",
     "gated_expert",
     "moe_checks",
+    "status_of",
 ]

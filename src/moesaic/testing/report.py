@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CheckResult", "Report", "Status", "comparison_table"]
+__all__ = ["CheckResult", "Report", "Status", "checks_of", "comparison_table", "status_of"]
 
 Status = Literal["pass", "fail", "not applicable"]
 
@@ -68,10 +68,20 @@ def comparison_table(reports: Mapping[str, Report]) -> str:
     names = list(reports)
     lines = ["| check | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     words = {"pass": "pass", "fail": "**fail**", "not applicable": "n/a"}
-    for row in next(iter(reports.values())).rows if reports else ():
-        statuses = [words[reports[name][row.check].status] for name in names]
-        lines.append("| " + " | ".join((row.check, *statuses)) + " |")
+    for check in checks_of(reports):
+        statuses = [words.get(status_of(report, check), "") for report in reports.values()]
+        lines.append("| " + " | ".join((check, *statuses)) + " |")
     return "\n".join(lines)
+
+
+def checks_of(reports: Mapping[str, Report]) -> list[str]:
+    """The names of all checks, in order. Layers and parts alone have others."""
+    return list(dict.fromkeys(row.check for report in reports.values() for row in report.rows))
+
+
+def status_of(report: Report, check: str) -> str:
+    """The outcome of a check, "" where the report has none of that name."""
+    return next((row.status for row in report.rows if row.check == check), "")
 
 
 def _cell(text: str) -> str:
