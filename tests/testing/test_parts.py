@@ -1,7 +1,9 @@
 """Parts in which nothing is wrong pass every check of parts; each rigged one fails the check that is meant for it."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import rigged_parts as parts
@@ -9,8 +11,9 @@ from torch import nn
 
 from moesaic.errors import InputError
 from moesaic.layers import Attention, MoE, RotaryEmbedding
+from moesaic.models.config import AttentionConfig, CustomModule, DecoderConfig, LayerConfig, Mixer, MoEConfig
 from moesaic.models.seams import Seam
-from moesaic.testing import check_part
+from moesaic.testing import check_decoder_parts, check_part
 
 ORDER = [
     "causality",
@@ -94,3 +97,39 @@ def test_a_part_that_cannot_run_fails_in_words() -> None:
     report = check_part(parts.Broken, "mixer", dim=32)
     assert len(report.failures) == 5
     assert "found shape (2, 24, 64) for an input of shape (2, 24, 32); must be a tensor" in report.rows[0].detail
+
+
+def with_parts(**moe: Any) -> DecoderConfig:
+    """A model with two mixers of a user's own, each on two layers."""
+    mixers: list[Mixer | CustomModule] = [{"type": "rigged_parts.Average"}, "chunked_rope"]
+    mixers += [{"type": "rigged_parts.Centered", "dim": 48}, {"type": "rigged_parts.Average"}]
+    return DecoderConfig(
+        vocab_size=64,
+        dim=48,
+        num_layers=8,
+        attention=AttentionConfig(num_heads=6, num_kv_heads=3, attention_chunk_size=8),
+        hidden_dim=96,
+        moe=MoEConfig(num_experts=parts.EXPERTS, hidden_dim=24, **moe),
+        pattern=tuple(LayerConfig(mixer=mixer, ffn="moe") for mixer in mixers),
+    )
+
+
+def test_the_parts_of_a_model_are_checked_each_once_where_they_stand() -> None:
+    rows = check_decoder_parts(with_parts(router={"type": "rigged_parts:ExpertChoice"}))
+    assert [row.check for row in rows] == 3 * ORDER
+    failed = [(row.detail.split(":")[0], row.check) for row in rows if row.status == "fail"]
+    assert failed == [
+        *(("layers.2.mixer", check) for check in (CAUSAL, PADDING, CACHE)),
+        *(("moe.router", check) for check in (CAUSAL, BATCH)),
+    ]
+
+
+def test_experts_and_a_dispatcher_of_a_model_are_checked() -> None:
+    config = with_parts(
+        experts={"type": "rigged_parts.CenteredExperts"}, dispatcher={"type": "moesaic.layers.LocalDispatcher"}
+    )
+    config = dataclasses.replace(config, pattern=(LayerConfig(mixer="rope", ffn="moe"),))
+    rows = check_decoder_parts(config)
+    failed = [(row.detail.split(":")[0], row.check) for row in rows if row.status == "fail"]
+    assert failed == [("moe.experts", CAUSAL), ("moe.experts", BATCH)]
+    assert check_decoder_parts(dataclasses.replace(config, moe=MoEConfig(4, 8))) == []

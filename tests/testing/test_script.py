@@ -70,3 +70,53 @@ def test_a_name_that_is_not_known(
 def test_without_names_the_known_ones_are_listed(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     script.main([])
     assert "transformers-mixtral" in capsys.readouterr().out
+
+
+PARTS = """
+import torch
+from torch import nn
+from moesaic.layers import Routing
+
+
+class Leaking(nn.Module):
+    def __init__(self, dim, num_experts):
+        super().__init__()
+        self.out = nn.Linear(dim, num_experts)
+
+    def forward(self, x) -> Routing:
+        logits = self.out(x - x.mean(dim=0))
+        scores, ids = logits.sigmoid().topk(1)
+        return Routing(logits, scores, ids)
+
+
+class Mixing(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.out(x.cumsum(dim=1))
+
+
+class Both(Mixing):
+    def forward(self, x, cache=None, expert_ids=None):
+        return x
+"""
+
+
+def test_parts_alone(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_parts.py").write_text(PARTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert run(script, "mixer:own_parts.Mixing") == 0
+    assert "cached decoding: it has no make_cache" in capsys.readouterr().out
+    assert run(script, "own_parts:Leaking", "mixer:own_parts:Mixing", "markdown=true") == 1
+    out = capsys.readouterr().out
+    assert "| causality | **fail** | pass |" in out
+    assert "- own_parts:Leaking, causality: the output of token 0 depends on later tokens" in out
+    assert run(script, "own_parts.Both") == 2
+    assert "must be given as router:own_parts.Both or mixer:own_parts.Both" in capsys.readouterr().err.replace(
+        "\n", " "
+    )

@@ -68,12 +68,17 @@ def check_decoder_parts(config: DecoderConfig) -> list[CheckResult]:
     """
     distinct: dict[str, str] = {}
     for where, custom in custom_modules(config).items():
-        distinct.setdefault(f"{where.rpartition('.')[2]}: {custom}", where)
+        distinct.setdefault(f"{_attribute(where)}: {custom}", where)
     rows = []
     for where in distinct.values():
-        place = Place(_maker(config, where, where.rpartition(".")[2]))
+        place = Place(_maker(config, where))
         rows += [_at(where, row) if len(distinct) > 1 else row for row in _report(where, place).rows]
     return rows
+
+
+def _attribute(where: str) -> str:
+    """What a place such as "layers.0.mixer" or "moe.router" is called within a block or a MoE layer."""
+    return where.rpartition(".")[2]
 
 
 def _at(where: str, row: CheckResult) -> CheckResult:
@@ -84,25 +89,35 @@ def _report(name: str, place: Place) -> Report:
     return Report(name, tuple(check.run(place) for check in PART_CHECKS))
 
 
-def _maker(config: DecoderConfig, where: str, seam: str) -> Callable[[], Placed]:
+def _maker(config: DecoderConfig, where: str) -> Callable[[], Placed]:
     """What makes a custom module of a model, in its block: a small one if that can be built and run."""
-    index = int(where.split(".")[1]) if where.startswith("layers.") else _first_moe(config)
+    in_moe, attribute = where.startswith("moe."), _attribute(where)
+    index = _first_moe(config) if in_moe else int(where.split(".")[1])
 
     def make(config: DecoderConfig) -> Placed:
         block = build_block(config, index)
-        whole = block.mixer if seam == "mixer" else block.ffn
-        part = getattr(whole, seam) if seam in ("router", "experts") else whole
-        assert isinstance(part, nn.Module)
-        return Placed(part, whole, config.dim)
+        whole = getattr(block, "ffn" if in_moe else attribute)
+        part = getattr(whole, attribute) if in_moe else whole
+        return Placed(part if isinstance(part, nn.Module) else whole, whole, config.dim)
 
-    small = _small(config)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            placed = make(small)
-            placed.run(placed.random(2, 3))
-    except Exception:  # what a foreign module raises has no common base; at the model's own size the rows will name it
-        return lambda: make(config)
-    return lambda: make(small)
+    for candidate in (_small(_alone(config, where)), _small(config)):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                placed = make(candidate)
+                placed.run(placed.random(2, 3))
+        except Exception:  # what a foreign module raises has no common base
+            continue
+        return lambda candidate=candidate: make(candidate)  # type: ignore[misc]
+    return lambda: make(config)  # if it cannot run there either, the rows will say so
+
+
+def _alone(config: DecoderConfig, where: str) -> DecoderConfig:
+    """With the built-in parts in the MoE layer beside the one at `where`, so that nothing else can fail."""
+    if config.moe is None:
+        return config
+    defaults = {field.name: field.default for field in dataclasses.fields(config.moe)}
+    others = [_attribute(place) for place in custom_modules(config) if place.startswith("moe.") and place != where]
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **{name: defaults[name] for name in others}))
 
 
 def _small(config: DecoderConfig) -> DecoderConfig:
