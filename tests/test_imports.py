@@ -17,6 +17,7 @@ CLI = SOURCE / "cli"
 
 # a package may import itself and packages of a lower tier
 TIERS = {
+    "arms": 0,
     "errors": 0,
     "config": 0,
     "devices": 0,

@@ -43,7 +43,7 @@ __all__ = [
 OVERRIDE = re.compile(r"(?:\+{0,2}|~)(?:[\w.$@:-]*|hydra/[\w/@]+)=|~[\w.]+$")
 """An argument that is not a word: key=value, also of hydra/launcher, or ~key. Other paths with = in them are words."""
 
-TEXT = {"new", "baseline", "prompt"}
+TEXT = {"new", "baseline", "prompt", "where"}
 """Keys whose value is text to the end, whatever signs are in it; so are the keys that words fill."""
 
 SIGNS = re.compile(r"""[][(){}'",]""")

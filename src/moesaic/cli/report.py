@@ -1,4 +1,4 @@
-"""Turn a tree of runs into one table and plot: moesaic report DIRECTORY [metrics=[NAME,...]]"""
+"""Turn a tree of runs into tables and a plot: moesaic report DIRECTORY [metrics=[NAME,...]] [where='KEY>VALUE']"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,8 @@ def _task(config: DictConfig) -> None:
     directory, metrics = given["directory"], given["metrics"]
     if not isinstance(directory, str):
         raise InputError("directory: missing; give moesaic report DIRECTORY")
-    print(write_report(Path(directory), [metrics] if isinstance(metrics, str) else metrics))
+    where = None if given["where"] is None else str(given["where"])
+    print(write_report(Path(directory), [metrics] if isinstance(metrics, str) else metrics, where))
     print(f"written: {directory}/report.md, report.csv, report.png")
 
 

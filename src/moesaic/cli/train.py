@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -9,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from moesaic.arms import short_keys, short_value
 from moesaic.cli.common import launch, plain
 from moesaic.config import flatten
 from moesaic.errors import InputError
@@ -26,6 +32,9 @@ __all__ = ["main", "train", "train_in_sweep"]
 
 sweeps: dict[Path, int] = {}
 """Directory of each sweep of this process and how many of its runs failed."""
+
+command_line: list[str] = []
+"""Arguments of the command that this process runs."""
 
 
 def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -101,17 +110,72 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
     sweeps[run_dir.parent] += failed
 
 
+def directory_of_job(number: int, overrides: Sequence[str]) -> str:
+    """Name the directory of a run in a sweep: its number, and what was swept.
+
+    Args:
+        number: of the run, from 0.
+        overrides: of this run.
+    """
+    chosen = _swept(overrides)
+    names = short_keys(chosen)
+    arm = ",".join(f"{names[key]}={short_value(_simple(value))}" for key, value in chosen.items())
+    arm = re.sub(r"[^\w.,=+-]+", "_", arm)[:LONGEST].rstrip("_")
+    return f"{number}-{arm}" if arm else str(number)
+
+
+OmegaConf.register_new_resolver("arm", directory_of_job, replace=True)
+
+LONGEST = 80
+"""Characters of what was swept in the name of a directory."""
+
+
+def _swept(overrides: Sequence[str]) -> dict[str, Any]:
+    """Keys with several values on the command line, and their values here; all keys if a file says what is swept."""
+    several = {each.key_or_group for each in _parsed(command_line) if each.is_sweep_override()}
+    here = {each.key_or_group: each.value() for each in _parsed(overrides)}
+    return {key: value for key, value in here.items() if key in several or not several}
+
+
+def _parsed(arguments: Sequence[str]) -> list[Override]:
+    """The overrides among these arguments."""
+    found = []
+    for argument in arguments:
+        with contextlib.suppress(HydraException):
+            found.append(OverridesParser.create().parse_override(argument))
+    return found
+
+
+def _simple(value: Any) -> Any:
+    """A value as Hydra's parser has it, with plain texts in it."""
+    if isinstance(value, dict):
+        return {str(_simple(key)): _simple(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_simple(each) for each in value]
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _with_swept(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The config, whose logger for TensorBoard hears what is swept."""
+    board = config["logger"].get("tensorboard")
+    if not isinstance(board, dict) or "swept" not in board:
+        return config
+    return {**config, "logger": {**config["logger"], "tensorboard": {**board, "swept": list(_swept(overrides))}}}
+
+
 def _task(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
-        train_in_sweep(plain(config), Path(hydra_config.runtime.output_dir))
+        train_in_sweep(_with_swept(plain(config), overrides), Path(hydra_config.runtime.output_dir))
     else:
-        metrics = train(plain(config), list(hydra_config.overrides.task))
+        metrics = train(plain(config), overrides)
         if metrics["status"] == "diverged":
             sys.exit(1)
 
 
 def main(arguments: Sequence[str]) -> None:
+    command_line[:] = arguments
     try:
         launch("train", arguments, _task)
     except BaseException:  # a sweep that ends early has a table too
@@ -129,4 +193,5 @@ def _write_reports() -> list[Path]:
     for directory in sweeps:
         print(write_report(directory))
         print(f"written: {directory}/report.md, report.csv, report.png")
+        print(f"curves: {shlex.join(['tensorboard', '--logdir', str(directory)])}")
     return list(sweeps)

@@ -1,6 +1,7 @@
 """Pictures of the long-context evaluations: loss by position of several variants, and needle heat maps."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 
 from moesaic.evaluation.long_context import LossByPosition
 from moesaic.evaluation.needle import NeedleCell, NeedleConfig, summarize_needles
-from moesaic.evaluation.plotting import COLORS, GRAY, Floats, label_axes, new_figure, save_figure
+from moesaic.evaluation.plotting import COLORS, DEPTH, GRAY, Floats, in_panels, label_axes, new_figure, save_figure
 
 __all__ = ["plot_needles", "plot_variants_by_position"]
 
@@ -17,13 +18,22 @@ __all__ = ["plot_needles", "plot_variants_by_position"]
 def plot_variants_by_position(found: Mapping[str, LossByPosition], out: Path, train_length: int) -> None:
     """Loss by position with its standard error; beside it the paired difference to the first variant, or, for one
     variant alone, the loss up to a position."""
-    figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
+    rows = in_panels(list(found), list(found)[:1])
+    figure, axes = new_figure(len(rows), 2, width=13.5, height=4.2 * len(rows))
+    for i, names in enumerate(rows):
+        _draw_variants(axes[2 * i : 2 * i + 2], {name: found[name] for name in names}, train_length)
+    save_figure(figure, out)
+
+
+def _draw_variants(axes: Sequence[Axes], found: Mapping[str, LossByPosition], train_length: int) -> None:
+    """Draw one row of `plot_variants_by_position`."""
+    left, right = axes
     first = next(iter(found.values()))
     edges = np.array(first.edges, dtype=float)
     # the bucket of position 0 lies at 1 token of context
     middles = np.sqrt((edges[:-1] + 1) * edges[1:])
     pairs = list(zip(first.edges, first.edges[1:], strict=False))
-    for (name, result), color in zip(found.items(), _colors(len(found)), strict=True):
+    for (name, result), color in zip(found.items(), COLORS, strict=False):
         _band(left, middles, [result.loss(*pair) for pair in pairs], color, name)
         if len(found) == 1:
             _band(right, edges[1:], [result.loss(0, end) for _, end in pairs], color, name)
@@ -50,9 +60,8 @@ def plot_variants_by_position(found: Mapping[str, LossByPosition], out: Path, tr
             right, f"Difference to {next(iter(found))}, paired by stretch", "tokens of context", "nats per token"
         )
     handles, labels = left.get_legend_handles_labels()
-    columns = max(1, min(4, 150 // max(map(len, labels))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    save_figure(figure, out)
+    shown = [textwrap.fill(label, 36) for label in labels]
+    right.legend(handles, shown, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
 
 
 def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: NeedleConfig, train_length: int) -> None:
@@ -68,7 +77,7 @@ def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: N
         for cell in cells:
             mean = summarize_needles([cell], config.distractors)["accuracy"]
             table[depths.index(cell.depth), lengths.index(cell.length)] = mean
-        image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        image = axis.imshow(table, cmap=DEPTH, vmin=0, vmax=1, aspect="auto")
         for y, x in np.ndindex(table.shape):
             axis.text(
                 x, y, f"{table[y, x]:.2f}", ha="center", va="center", fontsize=8,
@@ -84,8 +93,13 @@ def plot_needles(found: Mapping[str, Sequence[NeedleCell]], out: Path, config: N
     for axis in axes[len(found) :]:
         axis.set_visible(False)
     assert image is not None
-    figure.colorbar(image, ax=list(axes), label=f"accuracy among {config.distractors + 1} values")
+    bar = figure.colorbar(image, ax=list(axes), label=f"accuracy among {config.distractors + 1} values")
     chance, copied = 1 / (config.distractors + 1), 1 / (config.planted + 1)
+    bar.ax.axhline(chance, color="white", linewidth=2)
+    bar.ax.annotate(
+        "chance", (0, chance), xycoords=("axes fraction", "data"), xytext=(-3, 0), textcoords="offset points",
+        ha="right", va="center", color=GRAY, fontsize=8, annotation_clip=False,
+    )  # fmt: skip
     title = f"Needles: chance {chance:.2f}, any planted value {copied:.2f}; dashed: training length {train_length}"
     figure.suptitle(title, fontsize=11)
     save_figure(figure, out)
@@ -97,7 +111,3 @@ def _band(axis: Axes, x: Floats, points: Sequence[tuple[float, float]], color: s
     error = np.array([point[1] for point in points])
     if not any(math.isnan(value) for value in error):
         axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-
-
-def _colors(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]

@@ -2,18 +2,33 @@
 
 import csv
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter
 
-from moesaic.evaluation.plotting import BLUE, COLORS, GRAY, ORANGE, Floats, label_axes, new_figure, save_figure
+from moesaic.evaluation.plotting import (
+    BLUE,
+    COLORS,
+    FEW,
+    GRAY,
+    ORANGE,
+    Floats,
+    draw_by_layer,
+    in_panels,
+    label_axes,
+    new_figure,
+    save_figure,
+)
 from moesaic.reading import read_csv, reading
 
 __all__ = [
+    "draw_drift",
+    "draw_fullest",
+    "draw_loss_by_position",
     "plot_curves",
     "plot_distillation",
     "plot_drift",
@@ -21,6 +36,8 @@ __all__ = [
     "plot_loss",
     "plot_loss_by_position",
     "read_columns",
+    "read_drift",
+    "read_fullest",
 ]
 
 
@@ -51,12 +68,12 @@ def plot_loss(
     last = steps[-1]
     left.plot(steps, loss, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
     if len(loss) > 40:
-        window = len(loss) // 20
-        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-        middle = steps[window // 2 : window // 2 + len(smooth)]
-        left.plot(middle, smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} rows")
+        window = np.ones(len(loss) // 20)  # narrower at both ends
+        smooth = np.convolve(loss, window, mode="same") / np.convolve(np.ones_like(loss), window, mode="same")
+        over = round(float(steps[-1] - steps[0]) / (len(steps) - 1) * len(window))
+        left.plot(steps, smooth, color=BLUE, linewidth=1.8, label=f"mean over {over} steps")
         left.legend(frameon=False)
-    label_axes(left, "Training loss", "optimiser step", "nats per token")
+    label_axes(left, "Training loss", "optimizer step", "nats per token")
 
     steps, bits = read_columns(metrics_csv, "step", "validation/bits_per_byte")
     if len(bits):
@@ -66,7 +83,7 @@ def plot_loss(
             low, high = min(low, final), max(high, final)
             label = f"{scored}, at the end: {final:.3f}"
             right.plot(last, final, color=BLUE, marker="*", markersize=13, linestyle="", label=label)
-        right.legend(frameon=False, loc="lower left")
+        right.legend(frameon=False)
         for name, value in baselines.items():
             if value <= high + 0.5:
                 low, high = min(low, value), max(high, value)
@@ -77,11 +94,11 @@ def plot_loss(
                 )  # fmt: skip
         margin = 0.08 * max(high - low, 0.1)
         right.set_ylim(low - margin, high + 2 * margin)
-        label_axes(right, "Held-out text", "optimiser step", "bits per byte")
+        label_axes(right, "Held-out text", "optimizer step", "bits per byte")
     else:
         steps, loss = read_columns(metrics_csv, "step", "validation/loss")
         right.plot(steps, loss, color=BLUE, marker="o", markersize=3)
-        label_axes(right, "Held-out text", "optimiser step", "nats per token")
+        label_axes(right, "Held-out text", "optimizer step", "nats per token")
     save_figure(figure, out)
 
 
@@ -134,7 +151,7 @@ def plot_expert_load(routing_csv: Path, out: Path) -> bool:
         image = axis.pcolormesh(
             np.maximum(edges, 0), np.arange(experts + 1) - 0.5, log_load, cmap="RdBu_r", vmin=-2, vmax=2
         )
-        label_axes(axis, f"{layer}: load of each expert over time", "optimiser step", "expert")
+        label_axes(axis, f"{layer}: load of each expert over time", "optimizer step", "expert")
         axis.grid(False)
     for axis in axes[len(layers) :]:
         axis.set_visible(False)
@@ -146,33 +163,70 @@ def plot_expert_load(routing_csv: Path, out: Path) -> bool:
 
 
 def plot_drift(metrics_csv: Path, out: Path) -> bool:
-    """Share of changed choices at each check, a line per MoE layer; False (no file) with fewer than two checks."""
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
-        names = [name for name in next(csv.reader(file), []) if name.startswith("router/") and name.endswith("/drift")]
-    columns = {name: read_columns(metrics_csv, "step", name) for name in names}
-    drifts = {name: (steps, shares) for name, (steps, shares) in columns.items() if len(steps)}
+    """Share of changed choices at each validation, by MoE layer; False (no file) with fewer than two checks."""
+    drifts = read_drift(metrics_csv)
     if not drifts:
         return False
     figure, (axis,) = new_figure(1, 1, width=8, height=4)
-    shades = colormaps["viridis"](np.linspace(0, 0.8, len(drifts)))
-    for (name, (steps, shares)), shade in zip(drifts.items(), shades, strict=True):
-        layer = name.removeprefix("router/").removesuffix("/drift")
-        axis.plot(steps, shares, color=shade, marker="o", markersize=3, linewidth=1.4, label=layer)
-    axis.set_ylim(bottom=0)
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    label_axes(axis, "Choices of experts that changed since the check before", "optimiser step", "share of choices")
-    axis.legend(frameon=False, fontsize=8, ncols=-(-len(drifts) // 12))
+    draw_drift(axis, drifts)
     save_figure(figure, out)
     return True
 
 
+def read_drift(metrics_csv: Path) -> dict[str, tuple[Floats, Floats]]:
+    """Steps of the validations, and the share of choices that changed since the one before, by MoE layer."""
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        names = [name for name in next(csv.reader(file), []) if name.startswith("router/") and name.endswith("/drift")]
+    found = {}
+    for name in names:
+        steps, shares = read_columns(metrics_csv, "step", name)
+        if len(steps):
+            found[name.removeprefix("router/").removesuffix("/drift")] = steps, shares
+    return found
+
+
+def draw_drift(axis: Axes, drifts: Mapping[str, tuple[Floats, Floats]]) -> None:
+    """Draw what `read_drift` found."""
+    percent = {layer: (steps, 100 * shares) for layer, (steps, shares) in drifts.items()}
+    axis.set_title("Choices changed since the previous validation", fontsize=11)
+    axis.set_xlabel("optimizer step")
+    draw_by_layer(axis, percent, "changed choices, %", vmin=0)
+    if len(drifts) <= FEW:
+        axis.set_ylim(bottom=0)
+
+
+def read_fullest(routing_csv: Path) -> dict[str, tuple[Floats, Floats]]:
+    """Steps, and the load of the fullest expert over the ideal load, by MoE layer."""
+    by_layer: dict[str, dict[float, float]] = {}
+    for row in read_csv(routing_csv):
+        at = by_layer.setdefault(row["layer"], {})
+        step = float(row["step"])
+        at[step] = max(float(row["load"]), at.get(step, 0.0))
+    return {layer: (np.array(list(at)), np.array(list(at.values()))) for layer, at in by_layer.items()}
+
+
+def draw_fullest(axis: Axes, found: Mapping[str, tuple[Floats, Floats]]) -> None:
+    """Draw what `read_fullest` found."""
+    axis.set_title("The fullest expert of each layer (1: balanced)", fontsize=11)
+    axis.set_xlabel("optimizer step")
+    draw_by_layer(axis, found, "load over ideal load", vmin=1)
+    if len(found) <= FEW:
+        axis.axhline(1, color=GRAY, linestyle=":", linewidth=1)
+
+
 def plot_loss_by_position(nats: Sequence[float], out: Path, train_length: int, chunk: int | None) -> None:
     """Mean nats per token by position in the window, in log-spaced buckets, with the training length marked."""
+    figure, (axis,) = new_figure(1, 1, width=8, height=4)
+    draw_loss_by_position(axis, nats, train_length, chunk)
+    save_figure(figure, out)
+
+
+def draw_loss_by_position(axis: Axes, nats: Sequence[float], train_length: int, chunk: int | None) -> None:
+    """Draw what `plot_loss_by_position` plots."""
     values = np.array(nats)
     edges = np.unique(np.round(np.geomspace(1, len(values) + 1, 33)).astype(int))
     middles = [float(np.sqrt(a * (b - 1))) for a, b in itertools.pairwise(edges)]
     means = [values[a - 1 : b - 1].mean() for a, b in itertools.pairwise(edges)]
-    figure, (axis,) = new_figure(1, 1, width=8, height=4)
     axis.plot(middles, means, color=BLUE, marker="o", markersize=3)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -189,20 +243,52 @@ def plot_loss_by_position(nats: Sequence[float], out: Path, train_length: int, c
             textcoords="offset points", ha="right", va="top", color=GRAY, fontsize=8,
         )  # fmt: skip
     label_axes(axis, "Loss by position on held-out text", "position in the window (tokens)", "nats per token")
+
+
+def plot_curves(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Floats]]]], out: Path, metric: str) -> None:
+    """A metric against steps, tokens, active FLOPs and seconds; one color per label, one thin line per seed.
+
+    Every group has rows of panels of its own, each with a few labels and their names beside it. The first quarter of
+    the training may leave the panel.
+
+    Args:
+        groups: name -> label -> seeds -> columns "step", "tokens", "active_flops", "seconds" and `metric`, equally
+            long.
+    """
+    drawn = {name: {label: seeds for label, seeds in curves.items() if seeds} for name, curves in groups.items()}
+    rows = [
+        (name, {label: curves[label] for label in few})
+        for name, curves in drawn.items()
+        for few in in_panels(list(curves))
+    ]
+    figure, axes = new_figure(len(rows), 4, width=17, height=3.6 * len(rows))
+    for i, (name, curves) in enumerate(rows):
+        panels = axes[4 * i : 4 * i + 4]
+        _draw_curves(panels, curves, metric)
+        low, high = _late_range([seed[metric] for seeds in drawn[name].values() for seed in seeds])
+        for panel in panels:
+            panel.set_ylim(low, high)
+        if len(drawn) > 1:
+            panels[0].set_title(f"{name}: over steps", fontsize=11)
     save_figure(figure, out)
 
 
-def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path, metric: str) -> None:
-    """A metric against steps, tokens, active FLOPs and seconds; one color per label, one thin line per seed.
+def _late_range(found: Sequence[Floats]) -> tuple[float, float] | tuple[None, None]:
+    """Limits of an axis without the first quarter of each training, so that the ends can be told apart."""
+    if not found:
+        return None, None
+    late = np.concatenate([values[len(values) // 4 :] for values in found])
+    margin = 0.05 * max(float(late.max() - late.min()), 1e-3)
+    return float(late.min()) - margin, float(late.max()) + margin
 
-    Args:
-        curves: label -> seeds -> columns "step", "tokens", "active_flops", "seconds" and `metric`, equally long.
-    """
-    figure, axes = new_figure(1, 4, width=16, height=4.2)
-    names = {"step": "optimiser steps", "tokens": "tokens", "active_flops": "active FLOPs", "seconds": "seconds"}
-    for axis, (column, name) in zip(axes, names.items(), strict=True):
-        for i, (label, seeds) in enumerate(curves.items()):
-            color = COLORS[i % len(COLORS)]
+
+AXES = {"step": "optimizer steps", "tokens": "tokens", "active_flops": "active FLOPs", "seconds": "training seconds"}
+
+
+def _draw_curves(panels: Sequence[Axes], curves: Mapping[str, Sequence[Mapping[str, Floats]]], metric: str) -> None:
+    """Draw one row of `plot_curves`."""
+    for axis, (column, name) in zip(panels, AXES.items(), strict=True):
+        for (label, seeds), color in zip(curves.items(), COLORS, strict=False):
             for seed in seeds:
                 alone = len(seeds) == 1
                 axis.plot(
@@ -215,10 +301,14 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Floats]]], out: Path,
                 mean_y = np.mean([seed[metric][:shared] for seed in seeds], axis=0)
                 axis.plot(mean_x, mean_y, color=color, linewidth=1.8, label=f"{label} (mean of {len(seeds)})")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        label_axes(axis, f"over {name}", name, metric if column == "step" else "")
-    handles, labels = axes[0].get_legend_handles_labels()
+        label_axes(axis, f"over {name}", name, _with_unit(metric) if column == "step" else "")
+    handles, labels = panels[0].get_legend_handles_labels()
     if handles:
-        columns = max(1, min(4, 200 // max(map(len, labels))))  # labels name every key in which the arms differ
-        figure.set_figheight(4 + 0.2 * -(-len(handles) // columns))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    save_figure(figure, out)
+        shown = [textwrap.fill(label, 42) for label in labels]
+        panels[-1].legend(handles, shown, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
+
+
+def _with_unit(metric: str) -> str:
+    """A metric's name for an axis."""
+    units = {"validation/loss": "nats per token", "validation/bits_per_byte": "bits per byte"}
+    return f"{metric}\n({units[metric]}, on a part of the split)" if metric in units else metric

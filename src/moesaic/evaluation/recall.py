@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.data import Task, TaskEvaluationLoader
-from moesaic.evaluation.plotting import COLORS, GRAY, label_axes, new_figure, save_figure
+from moesaic.evaluation.plotting import COLORS, GRAY, label_axes, mark_chance, new_figure, save_figure
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import Decoder
 
@@ -99,7 +99,7 @@ def plot_recall(scores: Mapping[int, RecallScore], out: Path, train_length: int,
                 list(found), list(found.values()), color=COLORS[i % len(COLORS)], marker="o", markersize=4,
                 label=f"length {multiple * train_length}: {score.accuracy:.3f}",
             )  # fmt: skip
-        axis.axhline(chance, color=GRAY, linestyle=":", linewidth=1, label=f"chance: {chance:.3f}")
+        mark_chance(axis, chance)
         if name == "distance":
             axis.set_xscale("log", base=2)
             axis.axvline(train_length, color=GRAY, linestyle="--", linewidth=1)

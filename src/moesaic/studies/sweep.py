@@ -1,4 +1,4 @@
-"""A tree of runs as one table: mean and 95% interval over seeds, with nothing silently left out."""
+"""A tree of runs as a table per experiment: mean and 95% interval over seeds, with nothing silently left out."""
 
 import contextlib
 import csv
@@ -7,26 +7,32 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.arms import name_arms, short_value
+from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.evaluation.language_modeling import on_windows
 from moesaic.evaluation.plots import plot_curves, read_columns
+from moesaic.evaluation.plotting import Floats
 from moesaic.files import find_all, write_atomically
 from moesaic.formats import translate_run
 from moesaic.reading import read_json, read_yaml, reading
 from moesaic.statistics import half_width, interval
 from moesaic.studies.defining import defining
 from moesaic.studies.tables import markdown_table, number
+from moesaic.studies.where import matches, parse_where
 
 __all__ = [
     "DEFAULT_METRICS",
     "Run",
     "SweepArm",
     "collect_runs",
+    "group_runs",
     "summarize_runs",
+    "tables_of",
     "to_csv",
     "to_markdown",
     "write_report",
@@ -38,6 +44,11 @@ COSTS = ("seconds", "parameters/total", "parameters/active")
 
 NOT_AN_ARM = ("seed", "ckpt_path", "model.format")
 """Keys that define a run and yet do not make it another arm."""
+
+UNREADABLE = "(config unreadable)"
+
+ALONE = "one arm each"
+"""Heading of the table of all experiments that have a single arm."""
 
 ENDED = ("finished", "stopped")
 """Status of a run that has its numbers; one that a time limit or early stopping ended has fewer steps."""
@@ -56,6 +67,11 @@ class Run:
     def seed(self) -> Any:
         return self.config.get("seed")
 
+    @property
+    def name(self) -> str:
+        """Name of its experiment."""
+        return str(self.config.get("name", "")) if self.config else UNREADABLE
+
 
 @dataclasses.dataclass(frozen=True)
 class SweepArm:
@@ -69,16 +85,21 @@ class SweepArm:
     """Finished runs of a seed that has a newer one."""
     missing_seeds: tuple[Any, ...]
     """Seeds that other arms have finished."""
+    usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What most arms of its table have, where the label does not say otherwise."""
 
     def values(self, metric: str) -> list[float]:
         found = [run.metrics.get(metric) for run in self.finished]
         return [float(value) for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
 
     def windows(self) -> str:
-        """Lengths of the windows of validation, on which scores depend; and how many were scored, if not all."""
-        lengths = ", ".join(f"{length:g}" for length in sorted(set(self.values("validation/seq_len"))))
-        scored = sorted({found for run in self.finished if (found := on_windows(run.metrics))})
-        return " ".join([lengths, *scored])
+        """Tokens of a window of validation, on which scores depend, and of one of training; how many, if not all."""
+        found = set()
+        for run in self.finished:
+            if (scored := run.metrics.get("validation/seq_len")) is not None:
+                trained = flatten(run.config).get("training.seq_len", "?")
+                found.add(" ".join(filter(None, [f"{scored:g} / {trained}", on_windows(run.metrics)])))
+        return ", ".join(sorted(found))
 
     def mean(self, metric: str) -> float:
         values = self.values(metric)
@@ -103,39 +124,58 @@ def collect_runs(root: Path) -> list[Run]:
     return runs
 
 
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by the name of their experiment, in order of names. Those whose config is unreadable come last."""
+    names = sorted({run.name for run in runs}, key=lambda name: (name == UNREADABLE, name))
+    return {name: [run for run in runs if run.name == name] for name in names}
+
+
 def summarize_runs(runs: Sequence[Run], metric: str) -> list[SweepArm]:
     """The arms, best mean of `metric` first (lower is better), those without any finished run last."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(json.dumps(_arm(run), sort_keys=True, default=str), []).append(run)
-    flat = [json.loads(arm) for arm in arms]
-    differing = sorted({key for arm in flat for key in arm if any(arm.get(key) != other.get(key) for other in flat)})
+    readable = [arm for arm, members in arms.items() if members[0].config]
+    names, usual = name_arms([json.loads(arm) for arm in readable])
+    labels = dict(zip(readable, names, strict=True))
     seeds = {run.seed for run in runs if run.status in ENDED}
     rows = []
-    for arm, members in zip(flat, arms.values(), strict=True):
+    for arm, members in arms.items():
         newest: dict[Any, Run] = {}
         finished = [run for run in members if run.status in ENDED]
         for run in sorted(finished, key=lambda run: (run.directory / "metrics.json").stat().st_mtime):
             newest[run.seed] = run
-        if not members[0].config:
-            label = "(config unreadable)"
-        else:
-            label = ", ".join(f"{name}={_plain(arm.get(name))}" for name in differing) or "(all equal)"
         rows.append(
             SweepArm(
-                label=label,
+                label=labels.get(arm, UNREADABLE),
                 runs=tuple(members),
                 finished=tuple(newest[seed] for seed in sorted(newest, key=str)),
                 set_aside=len(finished) - len(newest),
                 missing_seeds=tuple(sorted(seeds - newest.keys(), key=str)),
+                usual=usual,
             )
         )
-    return sorted(rows, key=lambda row: (not row.values(metric), row.mean(metric)))
+    return _best_first(rows, metric)
+
+
+def _best_first(arms: Sequence[SweepArm], metric: str) -> list[SweepArm]:
+    return sorted(arms, key=lambda arm: (not arm.values(metric), arm.mean(metric)))
+
+
+def tables_of(runs: Sequence[Run], metric: str) -> dict[str, list[SweepArm]]:
+    """The arms of each experiment by its name. Experiments of a single arm share a table, where their names tell."""
+    groups = {name: summarize_runs(members, metric) for name, members in group_runs(runs).items()}
+    if len(groups) == 1:
+        return groups
+    alone = [dataclasses.replace(arms[0], label=name) for name, arms in groups.items() if len(arms) == 1]
+    tables = {name: arms for name, arms in groups.items() if len(arms) > 1}
+    return tables | ({ALONE: _best_first(alone, metric)} if alone else {})
 
 
 def to_markdown(rows: Sequence[SweepArm], metrics: Sequence[str]) -> str:
+    """One table, and what has to be known to read it."""
     windows = {row.label: row.windows() for row in rows}
-    scored = ["window (tokens)"] if any(windows.values()) else []
+    scored = ["window / trained (tokens)"] if any(windows.values()) else []
     header = ["arm", "seeds", *metrics, *scored, "seconds", "parameters", "active"]
     lines = []
     for row in rows:
@@ -146,64 +186,97 @@ def to_markdown(rows: Sequence[SweepArm], metrics: Sequence[str]) -> str:
         cells += [number(row.mean(name), ",.0f") for name in ("parameters/total", "parameters/active")]
         lines.append(cells)
     notes = ["Mean ± half of the 95% interval over seeds (Student t); one seed has no interval."]
+    if rows[0].usual:
+        usual = ", ".join(f"{key}={short_value(value)}" for key, value in rows[0].usual.items())
+        notes.append(f"Where a name does not say otherwise: {usual}.")
     for row in rows:
-        for run in row.runs:
-            if why := run.metrics.get("stopped_by"):
-                wanted = run.config.get("training", {}).get("steps", "?")
-                steps = f"{run.metrics.get('steps', '?')} of {wanted} steps"
-                notes.append(f"**fewer steps** {run.directory} ({row.label}, seed {run.seed}): {steps}, {why}")
-            if run.status not in ENDED:
-                error = f": {run.metrics['error']}" if run.metrics.get("error") else ""
-                notes.append(f"**{run.status}** {run.directory} ({row.label}, seed {run.seed}){error}")
-        if row.missing_seeds:
-            seeds = ", ".join(str(seed) for seed in row.missing_seeds)
-            notes.append(f"**missing** {row.label}: no finished run with seed {seeds}")
-        if row.set_aside:
-            notes.append(f"**repeats** {row.label}: {row.set_aside} older run(s) of a seed set aside")
+        notes += _notes_on(row)
     return "\n".join([markdown_table(header, lines), "", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def to_csv(rows: Sequence[SweepArm], metrics: Sequence[str]) -> str:
+def _notes_on(row: SweepArm) -> list[str]:
+    """What is wrong with an arm, or missing."""
+    notes = []
+    for run in row.runs:
+        if why := run.metrics.get("stopped_by"):
+            wanted = run.config.get("training", {}).get("steps", "?")
+            steps = f"{run.metrics.get('steps', '?')} of {wanted} steps"
+            notes.append(f"**fewer steps** {run.directory} ({row.label}, seed {run.seed}): {steps}, {why}")
+        if run.status not in ENDED:
+            error = f": {run.metrics['error']}" if run.metrics.get("error") else ""
+            notes.append(f"**{run.status}** {run.directory} ({row.label}, seed {run.seed}){error}")
+    if row.missing_seeds:
+        seeds = ", ".join(str(seed) for seed in row.missing_seeds)
+        notes.append(f"**missing** {row.label}: no finished run with seed {seeds}")
+    if row.set_aside:
+        notes.append(f"**repeats** {row.label}: {row.set_aside} older run(s) of a seed set aside")
+    return notes
+
+
+def to_csv(tables: Mapping[str, Sequence[SweepArm]], metrics: Sequence[str]) -> str:
+    """All tables as one, with the name of the experiment in the first column."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [(metric, part) for metric in metrics for part in ("mean", "half_width", "n")]
-    writer.writerow(["arm", "runs", "finished", *(f"{metric} {part}" for metric, part in columns), *COSTS])
-    for row in rows:
-        cells: list[Any] = [row.label, len(row.runs), len(row.finished)]
-        for metric in metrics:
-            cells += [row.mean(metric), row.half_width(metric), len(row.values(metric))]
-        writer.writerow([*cells, *(row.mean(cost) for cost in COSTS)])
+    scores = [f"{metric} {part}" for metric, part in columns]
+    writer.writerow(["name", "arm", "runs", "finished", *scores, "window / trained (tokens)", *COSTS])
+    for rows in tables.values():
+        for row in rows:
+            cells: list[Any] = [row.runs[0].name, row.label, len(row.runs), len(row.finished)]
+            for metric in metrics:
+                cells += [row.mean(metric), row.half_width(metric), len(row.values(metric))]
+            writer.writerow([*cells, row.windows(), *(row.mean(cost) for cost in COSTS)])
     return text.getvalue()
 
 
-def write_report(root: Path, metrics: Sequence[str] = ()) -> str:
+def write_report(root: Path, metrics: Sequence[str] = (), where: str | None = None) -> str:
     """Write report.md, report.csv and report.png into `root`; returns the Markdown.
 
+    Args:
+        root: any folder with runs in it, at any depth.
+        metrics: keys of metrics.json; the first one sorts. None: bits per byte and loss.
+        where: the runs to choose, as `parse_where` reads it. None: all.
+
     Raises:
-        InputError: no runs, or a metric that no run has.
+        InputError: no runs, a metric that no run has, or a condition that is no condition or that no run meets.
     """
-    runs = collect_runs(root)
+    runs = _chosen(collect_runs(root), where)
     found = {name for run in runs for name, value in run.metrics.items() if isinstance(value, (int, float))}
     for metric in metrics:
         if metric not in found:
             raise InputError(f"metrics: no run has {metric}; found: {', '.join(sorted(found)) or 'none'}")
     chosen = list(metrics) or [name for name in DEFAULT_METRICS if name in found] or [DEFAULT_METRICS[-1]]
-    rows = summarize_runs(runs, chosen[0])
-    markdown = to_markdown(rows, chosen)
+    tables = tables_of(runs, chosen[0])
+    parts = {name: to_markdown(rows, chosen) for name, rows in tables.items()}
+    markdown = "\n".join(f"## {name}\n\n{part}" if len(parts) > 1 else part for name, part in parts.items())
+    if where is not None:
+        markdown = f"Runs where {where}:\n\n{markdown}"
     write_atomically(root / "report.md", markdown)
-    write_atomically(root / "report.csv", to_csv(rows, chosen))
-    columns = ("step", "tokens", "active_flops", "seconds", chosen[0])
-    curves = {}
-    for row in rows:
-        seeds = []
-        for run in row.finished:
-            table = run.directory / "metrics.csv"
-            with contextlib.suppress(InputError):  # a number in it is none: the run has no curve
-                values = read_columns(table, *columns) if table.exists() else ()
-                seeds.append(dict(zip(columns, values, strict=False)))
-        curves[row.label] = [seed for seed in seeds if len(seed.get("step", ()))]
-    plot_curves({label: seeds for label, seeds in curves.items() if seeds}, root / "report.png", chosen[0])
+    write_atomically(root / "report.csv", to_csv(tables, chosen))
+    curves = {name: {row.label: _curves(row, chosen[0]) for row in rows} for name, rows in tables.items()}
+    plot_curves(curves, root / "report.png", chosen[0])
     return markdown
+
+
+def _chosen(runs: Sequence[Run], where: str | None) -> list[Run]:
+    if where is None:
+        return list(runs)
+    fits = matches(parse_where(where), [{**flatten(run.config), **run.metrics} for run in runs])
+    if not any(fits):
+        raise InputError(f"where={where!r}: none of {len(runs)} runs is like that")
+    return [run for run, fit in zip(runs, fits, strict=True) if fit]
+
+
+def _curves(row: SweepArm, metric: str) -> list[dict[str, Floats]]:
+    """What `plot_curves` draws of an arm: a seed's columns of metrics.csv, where it has them."""
+    columns = ("step", "tokens", "active_flops", "seconds", metric)
+    seeds = []
+    for run in row.finished:
+        table = run.directory / "metrics.csv"
+        with contextlib.suppress(InputError):  # a number in it is none: the run has no curve
+            values = read_columns(table, *columns) if table.exists() else ()
+            seeds.append(dict(zip(columns, values, strict=False)))
+    return [seed for seed in seeds if len(seed.get("step", ()))]
 
 
 def _read(directory: Path) -> Run:
@@ -232,7 +305,3 @@ def _read(directory: Path) -> Run:
 def _arm(run: Run) -> dict[str, Any]:
     config = defining(run.config)  # of an older run it lacks the keys that have been added, which are null by default
     return {key: value for key, value in config.items() if key not in NOT_AN_ARM and value not in ({}, None)}
-
-
-def _plain(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (dict, list, bool)) or value is None else str(value)

@@ -1,15 +1,16 @@
 """What follows training: a list of finishers, each of which adds numbers to metrics.json and may draw or print."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.image import imread
+from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor
 
+from moesaic.arms import gather_custom
 from moesaic.checkpoints import save_model
 from moesaic.config import flatten, to_mapping
 from moesaic.data import token_bytes, token_strings
@@ -17,20 +18,28 @@ from moesaic.evaluation.extension import compare_with_start, extension_numbers, 
 from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_split, on_windows
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
 from moesaic.evaluation.plots import (
+    draw_drift,
+    draw_fullest,
+    draw_loss_by_position,
     plot_distillation,
     plot_drift,
     plot_expert_load,
     plot_loss,
     plot_loss_by_position,
+    read_drift,
+    read_fullest,
 )
+from moesaic.evaluation.plotting import new_card, pixels
 from moesaic.evaluation.recall import plot_recall, recall_numbers, score_recall
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.sampling import sample_text
 from moesaic.evaluation.specialization import Specialization, file_kinds
-from moesaic.evaluation.specialization_plots import plot_specialization
+from moesaic.evaluation.specialization_plots import plot_explained, plot_specialization
 from moesaic.files import write_atomically
 from moesaic.training.batches import evaluation_sizes
+from moesaic.training.config import RunConfig
 from moesaic.training.fit import Fitted
+from moesaic.training.tensorboard import TensorBoardLogger
 
 __all__ = ["FINISHERS", "PRESENTING", "Finished", "Finisher", "score_run"]
 
@@ -171,14 +180,35 @@ def context_extension(run: Finished) -> dict[str, float]:
 
 
 def expert_pictures(run: Finished) -> dict[str, float]:
-    """Pictures of what each expert takes and of how that changed; TensorBoard shows them too."""
-    drawn = {"specialization": plot_specialization(run.specialization, run.plots / "specialization.png")}
+    """Pictures of what each expert takes and of how that changed."""
+    plot_specialization(run.specialization, run.plots / "specialization.png")
     if run.metrics_csv.exists():
-        drawn["drift"] = plot_drift(run.metrics_csv, run.plots / "drift.png")
+        plot_drift(run.metrics_csv, run.plots / "drift.png")
+    return {}
+
+
+def board_pictures(run: Finished) -> dict[str, float]:
+    """The same for TensorBoard, each of them readable at the size of its cards whatever the number of layers."""
+    prepared, run_dir = run.fitted.prepared, run.fitted.prepared.run_dir
     for logger in _tensorboards(run):
-        for picture in [name for name, is_there in drawn.items() if is_there]:
-            image = imread(run.plots / f"{picture}.png")
-            logger.experiment.add_image(picture, image, run.fitted.trainer.global_step, dataformats="HWC")
+        cards: dict[str, Callable[[Axes], None]] = {}
+        if (run_dir / "routing.csv").exists() and (fullest := read_fullest(run_dir / "routing.csv")):
+            cards["views/fullest_expert"] = functools.partial(draw_fullest, found=fullest)
+        if run.metrics_csv.exists() and (drifts := read_drift(run.metrics_csv)):
+            cards["views/drift"] = functools.partial(draw_drift, drifts=drifts)
+        if numbers := run.specialization.numbers():
+            cards["views/specialization"] = functools.partial(plot_explained, numbers=numbers)
+        if prepared.data.task is None:
+            cards["views/loss_by_position"] = functools.partial(
+                draw_loss_by_position,
+                nats=run.score.loss_by_position,
+                train_length=prepared.config.training.seq_len,
+                chunk=prepared.model.attention.attention_chunk_size,
+            )
+        for name, draw in cards.items():
+            figure, axis = new_card()
+            draw(axis)
+            logger.experiment.add_image(name, pixels(figure), run.fitted.trainer.global_step, dataformats="HWC")
     return {}
 
 
@@ -199,19 +229,39 @@ def recall(run: Finished) -> dict[str, float]:
 
 
 def sample(run: Finished) -> dict[str, float]:
-    """Text that the model writes, in sample.txt."""
+    """Text that the model writes, in sample.txt and in TensorBoard."""
     prepared = run.fitted.prepared
     if (tokenizer := prepared.data.tokenizer) is not None:
         text = sample_text(run.fitted.module.decoder, tokenizer, prepared.config.sample, prepared.config.seed)
         write_atomically(prepared.run_dir / "sample.txt", text)
+        for logger in _tensorboards(run):
+            as_code = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown leaves it as it is
+            logger.experiment.add_text("sample", as_code, run.fitted.trainer.global_step)
     return {}
 
 
+PLACES = (
+    *("output_dir", "run_dir", "resume", "logger", "sample", "data.cache_dir", "model.format", "trainer.threads"),
+    *("training.log_every", "training.checkpoint_every", "training.validate_every", "training.validation_batches"),
+)
+"""Keys and sections that say nothing of a result."""
+
+
 def hyper_parameters(run: Finished) -> dict[str, float]:
-    """The config beside the final loss, for TensorBoard's table of runs."""
-    config = {key: str(value) for key, value in flatten(to_mapping(run.fitted.prepared.config)).items()}
+    """What was set beside what came of it, for TensorBoard's table of runs."""
+    prepared = run.fitted.prepared
+    config, defaults = (flatten(to_mapping(each)) for each in (prepared.config, RunConfig()))
+    config = {key: value for key, value in config.items() if not key.startswith(PLACES)}
+    numbers = {
+        "loss": run.score.loss,
+        "seconds": run.fitted.module.log_book.seconds,
+        "parameters": prepared.account.parameters,
+        "active_parameters": prepared.account.active_parameters,
+    }
+    if run.score.bits_per_byte is not None:
+        numbers["bits_per_byte"] = run.score.bits_per_byte
     for logger in _tensorboards(run):
-        logger.log_hyperparams(config, {"validation/loss": run.score.loss})
+        logger.log_end(gather_custom(config), gather_custom(defaults), numbers, run.fitted.trainer.global_step)
         logger.finalize("success")
     return {}
 
@@ -228,6 +278,7 @@ FINISHERS: tuple[Finisher, ...] = (
     curves,
     context_extension,
     expert_pictures,
+    board_pictures,
     recall,
     sample,
     hyper_parameters,

@@ -34,10 +34,10 @@ DOUBLES = {
 """Names of Lightning's Trainer, and names that people type for them, that double a key of ours."""
 
 TENSORBOARD = {
-    "_target_": "lightning.pytorch.loggers.TensorBoardLogger",
+    "_target_": "moesaic.training.tensorboard.TensorBoardLogger",
     "name": "tensorboard",
     "version": "",
-    "default_hp_metric": False,
+    "swept": [],
 }
 """The default logger, as conf/logger/tensorboard.yaml has it."""
 

@@ -72,6 +72,7 @@ COMPONENTS = (
     "lightning.pytorch.loggers.CSVLogger",
     "lightning.pytorch.loggers.TensorBoardLogger",
     "moesaic.training.rate_finder.LearningRateFinder",
+    "moesaic.training.tensorboard.TensorBoardLogger",
 )
 """Callbacks and loggers that a stored run may have without trust: those of conf/ that tell nobody outside."""
 
