@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from moesaic.evaluation.plots import (
     plot_curves,
@@ -13,6 +14,15 @@ from moesaic.evaluation.plots import (
     plot_loss_by_position,
     read_columns,
 )
+from moesaic.evaluation.plotting import draw_by_layer, new_card
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """What is drawn, instead of files."""
+    found: list[Figure] = []
+    monkeypatch.setattr("moesaic.evaluation.plots.save_figure", lambda figure, out: found.append(figure))
+    return found
 
 
 def is_png(path: Path) -> bool:
@@ -82,9 +92,25 @@ def test_curves_of_several_arms_and_seeds(tmp_path: Path) -> None:
         x = np.arange(1, n + 1.0)
         return {"step": x, "tokens": x * 1e3, "active_flops": x * 1e12, "seconds": x / 3, "m": offset + 1 / x}
 
-    plot_curves({"a": [seed(5, 0), seed(4, 0.1)], "b": [seed(5, 1)]}, tmp_path / "c.png", "m")
+    plot_curves({"it": {"a": [seed(5, 0), seed(4, 0.1)], "b": [seed(5, 1)]}}, tmp_path / "c.png", "m")
     assert is_png(tmp_path / "c.png")
     plot_curves({}, tmp_path / "none.png", "m")
+
+
+def test_no_panel_has_more_lines_than_colors(tmp_path: Path, figures: list[Figure]) -> None:
+    x = np.arange(1, 9.0)
+    curve = {"step": x, "tokens": x, "active_flops": x, "seconds": x, "m": 1 / x}
+    plot_curves({"first": {f"arm {i}": [curve] for i in range(12)}, "second": {"b": [curve]}}, tmp_path / "c.png", "m")
+    lines = [len(axis.lines) for axis in figures[0].axes]
+    assert lines == [7] * 4 + [5] * 4 + [1] * 4, "two rows of panels for twelve arms"
+    assert [axis.get_title() for axis in figures[0].axes[::4]] == [
+        f"{n}: over steps" for n in ("first", "first", "second")
+    ]
+    for layers, in_lines in ((7, 7), (48, 0)):
+        figure, axis = new_card()
+        draw_by_layer(axis, {f"layers.{i}": (x, 1 / x) for i in range(layers)}, "share, %")
+        assert len(axis.lines) == in_lines
+        assert "share, %" in [each.get_ylabel() for each in figure.axes]
 
 
 def test_columns_keep_only_complete_rows(tmp_path: Path) -> None:

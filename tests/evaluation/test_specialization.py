@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from moesaic.evaluation import specialization_plots
-from moesaic.evaluation.plotting import save_figure
+from moesaic.evaluation.plotting import new_card, pixels, save_figure
 from moesaic.evaluation.specialization import (
     BYTE_CLASSES,
     FileKinds,
@@ -19,7 +19,7 @@ from moesaic.evaluation.specialization import (
     explained_share,
     overlap,
 )
-from moesaic.evaluation.specialization_plots import plot_specialization
+from moesaic.evaluation.specialization_plots import plot_explained, plot_specialization
 from moesaic.layers import Routing, count_tokens
 
 STRINGS = [b"a", b"7", b" ", b"(", b"\xc3\xa9", b""]
@@ -204,13 +204,33 @@ def test_one_kind_of_file_has_nothing_to_tell(tmp_path: Path) -> None:
     alone.update(rigged(3, it=ids), {"tokens": tokens, "starts": torch.tensor([3])})
     both = Specialization(8, file_kinds=FileKinds(FILES, 0, NAMES))
     both.update(rigged(3, it=ids), {"tokens": tokens, "starts": torch.tensor([1])})
-    widths = {}
+    heights = {}
     for name, seen in (("unknown", unknown), ("alone", alone), ("both", both)):
         assert (seen.by_file_kind("it") is None) == (name != "both")
         assert ("router/it/file_kind_expert_nmi" in seen.numbers()) == (name == "both")
         assert plot_specialization(seen, tmp_path / f"{name}.png")
-        widths[name] = imread(tmp_path / f"{name}.png").shape[1]
-    assert widths["unknown"] == widths["alone"] < widths["both"], "a column more"
+        heights[name] = imread(tmp_path / f"{name}.png").shape[0]
+    assert heights["unknown"] == heights["alone"] < heights["both"], "a row more"
+
+
+def test_many_layers_make_no_larger_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(specialization_plots, "save_figure", lambda figure, out: figures.append(figure))
+    seen = Specialization(6, STRINGS)
+    ids = torch.arange(40).view(40, 1) % 4
+    layers = {f"layers.{i}.ffn": ids for i in range(24)}
+    seen.update(rigged(4, **layers), {"tokens": torch.randint(6, (2, 20))})
+    plot_specialization(seen, tmp_path / "it.png")
+    [figure] = figures
+    assert figure.get_suptitle() == "What each expert takes, in 3 of 24 MoE layers"
+    titles = [axis.get_title().splitlines()[0] for axis in figure.axes[:3]]
+    assert titles == ["layers.0.ffn", "layers.12.ffn", "layers.23.ffn"]
+    labels = [axis.get_ylabel() for axis in figure.axes if axis.get_label() == "<colorbar>"]
+    assert len(labels) == 5 and all(labels), "every color bar says what it is of"
+    card, axis = new_card()
+    plot_explained(axis, seen.numbers())
+    assert {line.get_label() for line in axis.lines} == {"token", "byte class", "position", "next layer"}
+    assert len(axis.get_xticks()) == 6 and pixels(card).shape[1] == 500
 
 
 @pytest.mark.slow

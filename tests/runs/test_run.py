@@ -57,12 +57,20 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
     ):
         assert (run_dir / name).stat().st_size > 0, name
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert events.Tags()["images"] == ["specialization", "drift"]
+    views = ["views/fullest_expert", "views/drift", "views/specialization", "views/loss_by_position"]
+    assert events.Tags()["images"] == views
+    width, height = events.Images("views/specialization")[0].width, events.Images("views/specialization")[0].height
+    assert (width, height) == (500, 375), "the size of a card"
+    [text] = [tag for tag in events.Tags()["tensors"] if tag.startswith("sample")]
+    shown = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
+    assert shown.replace("\n    ", "\n") == "    " + (run_dir / "sample.txt").read_text().rstrip("\n")
     drifts = [row["router/layers.1.ffn/drift"] for row in read_csv(run_dir / "metrics.csv") if row["validation/loss"]]
     assert [bool(drift) for drift in drifts] == [False, True], "checks at step 10, with none before it, and 20"
     assert 0 <= float(drifts[1]) <= 1
-    scalars = events.Scalars("router/layers.1.ffn/drift")
-    assert [(each.step, each.value) for each in scalars] == [(20, pytest.approx(float(drifts[1])))]
+    scalars = events.Scalars("router/drift/worst")
+    both = [row["router/layers.3.ffn/drift"] for row in read_csv(run_dir / "metrics.csv") if row["validation/loss"]]
+    worst = max(float(drifts[1]), float(both[1]))
+    assert [(each.step, each.value) for each in scalars] == [(20, pytest.approx(worst))]
     assert not any("file_kind" in key for key in metrics), "all files are .py"
     assert 0 < metrics["router/layers.1.ffn/token_expert_nmi"] <= 1
     assert metrics == json.loads((run_dir / "metrics.json").read_text())

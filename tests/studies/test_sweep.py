@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from moesaic.config import flatten
 from moesaic.errors import InputError
-from moesaic.studies.sweep import collect_runs, summarize_runs, to_csv, to_markdown, write_report
+from moesaic.studies.sweep import collect_runs, summarize_runs, tables_of, to_csv, to_markdown, write_report
+from moesaic.studies.where import matches, parse_where
 
 LOSS = "validation/loss"
 
@@ -26,7 +28,7 @@ def make_run(
     **config: Any,
 ) -> Path:
     directory.mkdir(parents=True)
-    plain = {"name": directory.name, "seed": seed, "model": {"dim": 8, **config}, "run_dir": str(directory)}
+    plain = {"name": "run", "seed": seed, "model": {"dim": 8, **config}, "run_dir": str(directory)}
     plain |= sections or {}
     (directory / "config.yaml").write_text(yaml.safe_dump(plain))
     if loss is not None or status != "finished":
@@ -56,7 +58,7 @@ def test_rows_are_arms_labeled_by_what_differs_best_first(tmp_path: Path) -> Non
     make_run(tmp_path / "b", loss=1.0, top_k=2, bias=True)
     make_run(tmp_path / "c", top_k=3, bias=True)
     rows = summarize_runs(collect_runs(tmp_path), LOSS)
-    assert [row.label for row in rows] == ["model.top_k=2", "model.top_k=1", "model.top_k=3"]
+    assert [row.label for row in rows] == ["top_k=2", "top_k=1", "top_k=3"]
 
 
 def test_failed_unfinished_damaged_and_missing_are_all_named(tmp_path: Path) -> None:
@@ -71,12 +73,12 @@ def test_failed_unfinished_damaged_and_missing_are_all_named(tmp_path: Path) -> 
     (unreadable / "config.yaml").write_text("{")
     rows = summarize_runs(collect_runs(tmp_path), LOSS)
     text = to_markdown(rows, [LOSS])
-    assert "| model.dim=8, model.top_k=2 | 1 of 4 | 3.0000 (n=1) |" in text
-    assert f"**failed** {tmp_path / 'failed'} (model.dim=8, model.top_k=2, seed 1): ValueError: too bad" in text
+    assert "| top_k=2 | 1 of 4 | 3.0000 (n=1) |" in text
+    assert f"**failed** {tmp_path / 'failed'} (top_k=2, seed 1): ValueError: too bad" in text
     assert f"**unfinished** {tmp_path / 'killed'}" in text
     assert f"**damaged** {damaged}" in text
     assert f"**damaged** {unreadable} ((config unreadable), seed None): config.yaml:" in text
-    assert "**missing** model.dim=8, model.top_k=2: no finished run with seed 1" in text
+    assert "**missing** top_k=2: no finished run with seed 1" in text
 
 
 def callback(name: str, **arguments: Any) -> dict[str, Any]:
@@ -101,11 +103,11 @@ def test_what_only_watches_a_run_makes_no_arm_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "label"),
     [
-        (callback("EMAWeightAveraging", decay=0.9), "callbacks.each._target_=lightning.pytorch.callbacks.EMAWeightAv"),
-        ({"training": {"log_every": 7, "steps": 5}}, "training.steps=5"),
-        ({"trainer": {"threads": 3, "precision": "bf16-mixed"}}, "trainer.precision=bf16-mixed"),
-        ({"trainer": {"devices": [0, 3]}}, "trainer.devices=2"),
-        ({"data": {"path": "other", "cache_dir": "other"}}, "data.path=other"),
+        (callback("EMAWeightAveraging", decay=0.9), "each=EMAWeightAveraging(decay=0.9)"),
+        ({"training": {"log_every": 7, "steps": 5}}, "steps=5"),
+        ({"trainer": {"threads": 3, "precision": "bf16-mixed"}}, "precision=bf16-mixed"),
+        ({"trainer": {"devices": [0, 3]}}, "devices=2"),
+        ({"data": {"path": "other", "cache_dir": "other"}}, "path=other"),
     ],
 )
 def test_what_changes_a_result_is_an_arm(sections: dict[str, Any], label: str, tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_repeats_of_a_seed_count_once_the_newest(tmp_path: Path) -> None:
 def test_csv_has_raw_numbers(tmp_path: Path) -> None:
     make_run(tmp_path / "a", seed=0, loss=1.0)
     make_run(tmp_path / "b", seed=1, loss=2.0)
-    [row] = list(csv.DictReader(to_csv(summarize_runs(collect_runs(tmp_path), LOSS), [LOSS]).splitlines()))
+    [row] = list(csv.DictReader(to_csv(tables_of(collect_runs(tmp_path), LOSS), [LOSS]).splitlines()))
     assert (row[f"{LOSS} mean"], row[f"{LOSS} n"]) == ("1.5", "2")
     assert float(row[f"{LOSS} half_width"]) == pytest.approx(12.706 * 0.5)
 
@@ -160,3 +162,106 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "run", loss=1.0)
     with pytest.raises(InputError, match=r"metrics: no run has accuracy; found: parameters/active"):
         write_report(tmp_path, ["accuracy"])
+
+
+PATTERN = [{"mixer": "rope", "ffn": "moe"}, {"mixer": {"type": "mine.parts.Gated"}, "ffn": "dense"}]
+
+
+def test_an_arm_with_a_custom_module_is_named_after_its_class(tmp_path: Path) -> None:
+    usual: dict[str, Any] = {"router": "top_k", "pattern": None, "every": 2}
+    make_run(tmp_path / "a", loss=3.0, **usual)
+    make_run(tmp_path / "b", loss=2.0, **{**usual, "router": {"type": "mine.parts:ExpertChoice", "capacity": 2}})
+    make_run(tmp_path / "c", loss=1.0, **{**usual, "pattern": PATTERN, "every": None})
+    labels = [row.label for row in summarize_runs(collect_runs(tmp_path), LOSS)]
+    assert labels == [
+        "pattern=rope/moe+Gated/dense, router=top_k",
+        "every=2, router=ExpertChoice(capacity=2)",
+        "every=2, router=top_k",
+    ]
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for loss, module in enumerate(("mine", "theirs"), start=1):
+        make_run(tmp_path / module, loss=float(loss), router={"type": f"{module}.parts.Best"})
+    labels = [row.label for row in summarize_runs(collect_runs(tmp_path), LOSS)]
+    assert labels == ['model.router={"type": "mine.parts.Best"}', 'model.router={"type": "theirs.parts.Best"}']
+
+
+def test_twelve_arms_are_named_by_what_is_special_about_them(tmp_path: Path) -> None:
+    usual = {"top_k": 1, "experts": 8, "width": 64, "scale": 0.5, "bias": False, "norm": True}
+    special: list[dict[str, Any]] = [
+        {},
+        *({key: 70 + i} for i, key in enumerate(usual)),
+        *({"experts": n} for n in range(20, 25)),
+    ]
+    for i, values in enumerate(special):
+        make_run(tmp_path / f"{i}", loss=float(i), **{**usual, **values})
+    rows = summarize_runs(collect_runs(tmp_path), LOSS)
+    assert len(rows) == 12
+    assert [row.label for row in rows[:2]] == ["experts=8", "experts=8, top_k=70"]
+    assert max(len(row.label) for row in rows) < 24
+    text = to_markdown(rows, [LOSS])
+    assert "- Where a name does not say otherwise: bias=false, norm=true, scale=0.5, top_k=1, width=64." in text
+
+
+def test_experiments_of_several_names_have_a_table_each(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        for arm in (1, 2):
+            make_run(tmp_path / f"{name}{arm}", loss=float(arm), top_k=arm, sections={"name": name})
+    make_run(tmp_path / "alone", loss=0.5, top_k=5, sections={"name": "alone"})
+    text = write_report(tmp_path)
+    tables = dict(part.split("\n", 1) for part in text.split("## ")[1:])
+    assert list(tables) == ["first", "second", "one arm each"]
+    assert "| top_k=1 | 1 of 1 | 1.0000 (n=1) |" in tables["second"]
+    assert "| alone | 1 of 1 | 0.5000 (n=1) |" in tables["one arm each"]
+    with (tmp_path / "report.csv").open() as file:
+        assert [(row["name"], row["arm"]) for row in csv.DictReader(file)][-1] == ("alone", "alone")
+
+
+def test_a_score_has_its_window_and_the_length_of_training_beside_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", loss=1.0, sections={"training": {"seq_len": 256}})
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "validation/seq_len": 1024}))
+    text = to_markdown(summarize_runs(collect_runs(tmp_path), LOSS), [LOSS])
+    assert "| window / trained (tokens) |" in text and "| 1024 / 256 |" in text
+
+
+@pytest.mark.parametrize(
+    ("where", "chosen"),
+    [
+        ("model.top_k>1", {"2", "custom"}),
+        ("top_k >= 1 and seed=0", {"1", "2", "custom"}),
+        ("top_k!=2", {"1", "custom"}),
+        (f"{LOSS}<1.5", {"1"}),
+        ("router=ExpertChoice", {"custom"}),
+        ("model.router.type=mine.parts.ExpertChoice", {"custom"}),
+        ("model.bias=true", {"2"}),
+        ("parameters/total==1000", {"1", "2", "custom"}),
+    ],
+)
+def test_where_chooses_runs(where: str, chosen: set[str], tmp_path: Path) -> None:
+    make_run(tmp_path / "1", loss=1.0, top_k=1, bias=False, router="top_k")
+    make_run(tmp_path / "2", loss=2.0, top_k=2, bias=True, router="top_k")
+    make_run(tmp_path / "custom", loss=3.0, top_k=3, router={"type": "mine.parts.ExpertChoice"})
+    runs = collect_runs(tmp_path)
+    fits = matches(parse_where(where), [{**flatten(run.config), **run.metrics} for run in runs])
+    assert {run.directory.name for run, fit in zip(runs, fits, strict=True) if fit} == chosen
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("top_k", r"where='top_k': 'top_k': must be KEY OPERATOR VALUE"),
+        ("top_k>1 or top_k<0", r"'top_k>1 or top_k<0': after > there must be a number"),
+        ("__import__('os').system('x')=1", r"must be KEY OPERATOR VALUE"),
+        ("top_q>1", r"where: top_q: no run has this key \(did you mean top_k\?\)"),
+        ("router>many", r"after > there must be a number"),
+        ("top_k>9", r"where='top_k>9': none of 1 runs is like that"),
+        ("dim=8 and width=8", r"where: width: no run has this key"),
+    ],
+)
+def test_what_is_no_condition_is_refused(where: str, message: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "1", loss=1.0, top_k=1)
+    with pytest.raises(InputError, match=message):
+        write_report(tmp_path, where=where)
+    assert not (tmp_path / "report.md").exists()

@@ -261,11 +261,13 @@ def plot_curves(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Floats]]
         for name, curves in drawn.items()
         for few in in_panels(list(curves))
     ]
+    if not rows:  # a sweep of failures
+        rows = [("", {})]
     figure, axes = new_figure(len(rows), 4, width=17, height=3.6 * len(rows))
     for i, (name, curves) in enumerate(rows):
         panels = axes[4 * i : 4 * i + 4]
         _draw_curves(panels, curves, metric)
-        low, high = _late_range([seed[metric] for seeds in drawn[name].values() for seed in seeds])
+        low, high = _late_range([seed[metric] for seeds in drawn.get(name, {}).values() for seed in seeds])
         for panel in panels:
             panel.set_ylim(low, high)
         if len(drawn) > 1:

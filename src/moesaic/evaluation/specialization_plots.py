@@ -28,6 +28,9 @@ GROUPS = 12
 SHOWN_LAYERS = 3
 """Layers in the plot, at most: the first, the last and what is halfway. specialization.json has all."""
 
+FEWEST = 0.001
+"""Share of all tokens below which a group stays blank: it says nothing."""
+
 RARE = 0.01
 """Share of all choices below which a row does not decide how the colors are scaled."""
 
@@ -50,15 +53,17 @@ def plot_specialization(found: Specialization, out: Path) -> bool:
         here = axes[len(columns) * row : len(columns) * (row + 1)]
         largest = max(panels[title].largest for panels in columns.values() if title in panels) or 1.0
         images = []
-        for axis, panels in zip(here, columns.values(), strict=True):
+        for axis, (name, panels) in zip(here, columns.items(), strict=True):
             if title in panels:
-                images.append(_draw(axis, panels[title], title, largest))
+                images.append(_draw(axis, panels[title], f"{name}\n{title}" if row == 0 else title, largest))
             else:
                 axis.set_visible(False)
         label = next(panels[title].label for panels in columns.values() if title in panels)
-        figure.colorbar(images[0], ax=here, label=label, extend="max", fraction=0.03)
-    left_out = f" ({len(shown)} of {len(names)} MoE layers)" if len(shown) < len(names) else ""
-    figure.suptitle(f"What each expert takes: {', '.join(shown)}{left_out}", fontsize=12)
+        shown_here = [panels[title].shares for panels in columns.values() if title in panels]
+        beyond = any(float(np.nanmax(shares, initial=0.0)) > largest for shares in shown_here)
+        figure.colorbar(images[0], ax=here, label=label, extend="max" if beyond else "neither", fraction=0.03)
+    some = f", in {len(shown)} of {len(names)} MoE layers" if len(shown) < len(names) else ""
+    figure.suptitle(f"What each expert takes{some}", fontsize=12)
     save_figure(figure, out)
     return True
 
@@ -152,7 +157,9 @@ def _groups(counts: dict[str, Tensor]) -> _Panel:
         *(f"{no_formula(shorten(name))} ({size:.1%})" for (name, _), size in zip(groups, sizes, strict=True)),
     ]
     whole = torch.cat((rows.sum(dim=0, keepdim=True), rows))
-    return _Panel(_shares(whole), labels, scaled_by=_frequent(whole))
+    shares = _shares(whole)
+    shares[(whole.sum(dim=1) < FEWEST * rows.sum()).numpy()] = math.nan
+    return _Panel(shares, labels, scaled_by=_frequent(whole))
 
 
 def _shares(counts: Tensor) -> Floats:
