@@ -5,7 +5,7 @@
 The default model of conf/model (dim 96, 4 layers, 8 experts in every second layer, top-1 and shared, vocabulary 2048),
 8 sequences of 256 tokens: forward, loss, backward, clipping, fused AdamW, under the trainer's allocator hint. "dense"
 is its twin of equal active FLOPs, and ratios are to it at the same precision. Without short convolutions it is Llama
-4's layout, which transformers has too: there weights, data, optimiser and precision are the same, and so is the loss.
+4's layout, which transformers has too: there weights, data, optimizer and precision are the same, and so is the loss.
 "mixed" is bf16 autocast.
 
 Every step sees other tokens, as in training: experts get other numbers of rows each time, which matters where kernels

@@ -217,7 +217,7 @@ def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None = None, seq_len: int = 1024) -> None:
     """Write a decoder that was not trained here as a checkpoint that `load_model` and train.py's ckpt_path read.
 
-    It has weights only, no state of an optimiser. The file appears complete or not at all.
+    It has weights only, no state of an optimizer. The file appears complete or not at all.
 
     Args:
         tokenizer: stored with it, for text in and out.

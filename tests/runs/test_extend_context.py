@@ -63,7 +63,7 @@ def test_before_and_after_on_the_same_text(extended: Composed, start: Path) -> N
     metrics = run(config, console)
     run_dir = only_run(config)
     assert metrics["status"] == "finished"
-    assert metrics["steps"] == 4, "optimiser, schedule and step are new"
+    assert metrics["steps"] == 4, "optimizer, schedule and step are new"
     assert metrics == json.loads((run_dir / "metrics.json").read_text())
     for name in ("before", "before, new settings", "after"):
         for place in ("0-16", "16-32", "32-64"):

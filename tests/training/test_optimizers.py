@@ -1,4 +1,4 @@
-"""Optimiser groups, Muon beside AdamW, schedules."""
+"""Optimizer groups, Muon beside AdamW, schedules."""
 
 import copy
 

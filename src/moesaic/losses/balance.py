@@ -76,7 +76,7 @@ def router_z_loss(logits: Tensor, valid: Tensor | None = None, *, num_valid: Ten
 def update_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: float) -> None:
     """Move the selection bias (E,) in place by rate * sign(mean load - load): loss-free balancing.
 
-    Wang et al. 2024, arXiv 2408.15664, algorithm 1. Call it once per optimiser step, with the counts (E,) of all valid
+    Wang et al. 2024, arXiv 2408.15664, algorithm 1. Call it once per optimizer step, with the counts (E,) of all valid
     training tokens of that step (all micro-batches and ranks), between backward and step.
     """
     require_floating("update_expert_bias", expert_bias=expert_bias)

@@ -95,7 +95,7 @@ def _memory_of(arm: Candidate) -> MemoryEstimate:
 
 
 def time_steps(arms: Sequence[Candidate], *, rounds: int = 7, device: str = "cpu") -> list[float]:
-    """Median seconds of a whole step in fp32: forward, cross-entropy, backward, optimiser. Balance losses are left out.
+    """Median seconds of a whole step in fp32: forward, cross-entropy, backward, optimizer. Balance losses are left out.
 
     One step of each arm in turn per round, beginning with another arm each time, after two rounds to warm up. All arms
     are in memory together. Every step sees other random tokens, so experts get other numbers of rows.

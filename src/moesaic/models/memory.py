@@ -43,15 +43,15 @@ class MemoryEstimate:
     gradients: int
     """Gradients of all weights, as they stand after the backward."""
     optimizer: int
-    """The optimiser's state; 0 without one."""
+    """The optimizer's state; 0 without one."""
     activations: int
     """What the forward pass keeps for the backward, up to the hidden states that the loss sees."""
     loss: int
     """Most that `linear_cross_entropy` holds on top: a chunk of logits, and the gradients of head and hidden states."""
     step: int
-    """Peak of forward, loss and backward above weights and optimiser state. Gradients appear on the way."""
+    """Peak of forward, loss and backward above weights and optimizer state. Gradients appear on the way."""
     optimizer_step: int
-    """Most that the optimiser holds while it steps, above weights and state: the gradients, and Muon's matrices."""
+    """Most that the optimizer holds while it steps, above weights and state: the gradients, and Muon's matrices."""
     kv_cache: int
     """Keys and values that decoding token number seq_len of every sequence reads, see `kv_cache_bytes`."""
     uncounted: tuple[str, ...] = ()
@@ -137,12 +137,12 @@ def estimate_memory(
     modules are left out and named; only `trace_memory` can count them.
 
     Args:
-        dtype: of weights, activations, gradients, optimiser state and KV cache (no autocast).
+        dtype: of weights, activations, gradients, optimizer state and KV cache (no autocast).
         optimizer: "adamw", "muon" (`MuonAdamW`) or None.
         checkpoint_activations: as `build_decoder` takes it.
 
     Raises:
-        InputError: impossible sizes, or an unknown optimiser.
+        InputError: impossible sizes, or an unknown optimizer.
     """
     _check_sizes(batch_size, seq_len, dtype)
     if optimizer not in ("adamw", "muon", None):
@@ -439,7 +439,7 @@ def trace_memory(
     itself is not seen. Its time grows with the number of operations, not with their size: seconds, even for Llama 4.
 
     Args:
-        make_optimizer: called with the decoder; None for no optimiser.
+        make_optimizer: called with the decoder; None for no optimizer.
 
     Raises:
         InputError: impossible or too large sizes, or the backend "grouped" in another dtype than bfloat16.

@@ -61,7 +61,7 @@ class MoEUnderTest:
     expert_bias: Callable[[Any], Tensor] | None = None
     """The selection bias (E,) as it is now."""
     bias_step: Callable[[Any, Sequence[Tensor], Run], None] | None = None
-    """(module, micro-batches, run): one whole optimiser step of your training loop, as far as the bias goes.
+    """(module, micro-batches, run): one whole optimizer step of your training loop, as far as the bias goes.
 
     Each micro-batch (B, L, D) goes through `run(module, x)` (or any function and its inputs) and backward; the bias
     moves where and how your training moves it."""

@@ -1,4 +1,4 @@
-"""The life of a selection bias (loss-free balancing): saved, still in evaluation, moved once per optimiser step."""
+"""The life of a selection bias (loss-free balancing): saved, still in evaluation, moved once per optimizer step."""
 
 import io
 from collections.abc import Sequence
@@ -104,7 +104,7 @@ def bias_checkpointing(subject: Subject) -> str:
 
 
 def _step(layer: Layer, batches: Sequence[Tensor], run: Run = PLAINLY) -> None:
-    """One optimiser step, after which the bias must not be where it was: else nothing would be tested."""
+    """One optimizer step, after which the bias must not be where it was: else nothing would be tested."""
     before = layer.expert_bias()
     step = layer.need("bias_step")
     layer.module.train()

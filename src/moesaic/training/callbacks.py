@@ -159,7 +159,7 @@ class LastCheckpoint(Checkpoint):
 
 
 class TimeLimit(Timer):
-    """Stops a run after so much training in this process, at the end of an optimiser step.
+    """Stops a run after so much training in this process, at the end of an optimizer step.
 
     Lightning's own timer counts on in a resumed run, which would stop at once, and may stop within a step, whose
     gradients would be lost.

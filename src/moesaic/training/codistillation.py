@@ -53,7 +53,7 @@ class Codistillation:
         self.teacher_loss = torch.zeros(())
         self.statistics = torch.zeros(len(STATISTICS))
         self._step_losses = torch.zeros(3)
-        """Sums since the last optimiser step: the student's nats, the teacher's nats, valid labels."""
+        """Sums since the last optimizer step: the student's nats, the teacher's nats, valid labels."""
 
     def loss(
         self,

@@ -84,7 +84,7 @@ class BalanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How much is trained on what. One optimiser step sees batch_size * seq_len * accumulate tokens per process."""
+    """How much is trained on what. One optimizer step sees batch_size * seq_len * accumulate tokens per process."""
 
     steps: int = dataclasses.field(default=1200, metadata={"most": 10**9})
     batch_size: int = dataclasses.field(default=8, metadata={"most": 2**20})
@@ -92,7 +92,7 @@ class TrainingConfig:
     accumulate: int = dataclasses.field(default=1, metadata={"most": 2**20})
     fixed_windows: bool = False  # the same windows in every epoch, as runs from cached targets have them
     gradient_clip: float = 1.0  # norm; 0 switches it off
-    validate_every: int = 200  # optimiser steps
+    validate_every: int = 200  # optimizer steps
     # of each check during the run, spread over the split; null: all
     validation_batches: int | None = dataclasses.field(default=16, metadata={"most": 2**20})
     # beyond the training length, which iRoPE is for; null: seq_len

@@ -125,7 +125,7 @@ def require_all_batches(path: str, checkpoint: dict[str, Any], config: RunConfig
 
 
 def require_same_distillation(path: str, checkpoint: dict[str, Any], config: RunConfig, model: DecoderConfig) -> None:
-    """Raise InputError if a checkpoint's optimiser has a teacher or a weight policy where `config` has none, or others.
+    """Raise InputError if a checkpoint's optimizer has a teacher or a weight policy where `config` has none, or others.
 
     A checkpoint of weights only starts any run.
     """

@@ -1,4 +1,4 @@
-"""The LightningModule: losses, balancing, optimiser, and everything a resumed run needs."""
+"""The LightningModule: losses, balancing, optimizer, and everything a resumed run needs."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ class LanguageModel(pl.LightningModule):
 
     A teacher that trains along is `teacher`, a second decoder with losses, balancing, clipping and parameter groups of
     its own: it ends bit-equal to a run of its own with this seed. The source of other targets is no submodule, so that
-    no checkpoint and no optimiser holds a frozen teacher.
+    no checkpoint and no optimizer holds a frozen teacher.
 
     Args:
         config: plain mapping of a `RunConfig` (plain, so that checkpoints load with weights_only=True).
@@ -107,7 +107,7 @@ class LanguageModel(pl.LightningModule):
         """Tokens and FLOPs so far; `setup` fills in the ranks."""
         self._continues = False
         self.step_load: dict[str, Tensor] = {}
-        """Valid tokens per expert and MoE layer since the last optimiser step."""
+        """Valid tokens per expert and MoE layer since the last optimizer step."""
         self.logged_load: dict[str, Tensor] = {}
         """The same since the last logged step, for the routing monitor."""
         self.step_routing: dict[str, RoutingSums] = {}
@@ -349,7 +349,7 @@ class LanguageModel(pl.LightningModule):
         if not self.trainer.sanity_checking:
             self.log_row(metrics)
 
-    # ---- optimiser and state
+    # ---- optimizer and state
 
     def configure_optimizers(self) -> Any:
         beside = None

@@ -1,4 +1,4 @@
-"""Optimiser groups, Muon for matrices beside AdamW for the rest, and learning-rate schedules."""
+"""Optimizer groups, Muon for matrices beside AdamW for the rest, and learning-rate schedules."""
 
 import math
 import re
@@ -83,7 +83,7 @@ def describe_groups(model: nn.Module, config: OptimizerConfig) -> str:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, beside: tuple[nn.Module, OptimizerConfig] | None = None
 ) -> torch.optim.AdamW:
-    """One optimiser for a model, and for another `beside` it, which moves as if it had its own of the same betas, eps.
+    """One optimizer for a model, and for another `beside` it, which moves as if it had its own of the same betas, eps.
 
     The groups of the other one come last. No group holds parameters of both: nothing is stepped together.
     """
@@ -117,7 +117,7 @@ class MuonAdamW(torch.optim.AdamW):
     """Fused AdamW whose groups with `muon=True` take Muon steps instead (Jordan et al. 2024).
 
     One class rather than `torch.optim.Muon` beside AdamW, because `torch.optim.Muon` refuses stacked expert weights
-    (E, in, out), which are E matrices, and because one optimiser keeps Lightning's accumulation, clipping and
+    (E, in, out), which are E matrices, and because one optimizer keeps Lightning's accumulation, clipping and
     checkpoints. On 2-D weights it takes the steps of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` with
     Nesterov momentum 0.95, so learning rates have AdamW's scale.
     """
@@ -208,7 +208,7 @@ def orthogonalizer(gradient: Tensor, steps: int = 5) -> Tensor:
 
 
 def learning_rate_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """The multiplier of the learning rate before optimiser step i (from 0) of `steps`."""
+    """The multiplier of the learning rate before optimizer step i (from 0) of `steps`."""
     warmup = min(config.warmup_steps, steps)
 
     def factor(i: int) -> float:

@@ -18,7 +18,7 @@ class LearningRateFinder(pl.Callback):
 
     Args:
         lowest, highest: factors on the learning rates of the config.
-        steps: optimiser steps of the test; fewer in a run that has fewer.
+        steps: optimizer steps of the test; fewer in a run that has fewer.
         smoothing: share of the past in the running mean of the loss.
         explosion: the test ends when the smoothed loss is this multiple of its minimum.
     """

@@ -101,7 +101,7 @@ class Start:
 
     Args:
         kind: fresh: random weights. resumed: the last checkpoint of the run itself, in its directory. continued:
-            weights, optimiser and step of another run. weights: those alone, of a checkpoint that has no more (one
+            weights, optimizer and step of another run. weights: those alone, of a checkpoint that has no more (one
             that was converted, a teacher). extended: weights alone too, at a longer context.
         path: the checkpoint; None if fresh.
         checkpoint: what it holds.
@@ -115,7 +115,7 @@ class Start:
 
     @property
     def fit_path(self) -> str | None:
-        """The checkpoint that Lightning restores optimiser and loop from, if it does."""
+        """The checkpoint that Lightning restores optimizer and loop from, if it does."""
         return str(self.path) if self.kind in ("resumed", "continued") else None
 
 

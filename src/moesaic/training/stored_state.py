@@ -31,7 +31,7 @@ BEST = {
 
 
 def require_training_state(checkpoint: Mapping[str, Any], where: object) -> None:
-    """Refuse a checkpoint from which optimiser, schedule, loops and random generators cannot be restored.
+    """Refuse a checkpoint from which optimizer, schedule, loops and random generators cannot be restored.
 
     Args:
         checkpoint: as `load_checkpoint` gives it.

@@ -70,7 +70,7 @@ def print_summary(
     weights = account.weight_bytes()
     console.print(
         f"[bold]memory[/]  weights {_bytes(weights)}, gradients {_bytes(weights)}, "
-        f"optimiser at most {_bytes(account.optimizer_bytes())}, activations {_bytes(activations)} per step"
+        f"optimizer at most {_bytes(account.optimizer_bytes())}, activations {_bytes(activations)} per step"
     )
     source = escape(str(facts.get("source", config.data.source)))
     files = f", {facts['train_files']} + {facts['validation_files']} files" if "train_files" in facts else ""
@@ -99,7 +99,7 @@ def describe_teacher(opened: OpenedTargets | None, account: Account | None) -> s
         words.append(f"{account.forward_flops / 1e6:.3f} MFLOP/token forward")
         if opened is None:
             words.append(
-                f"weights {_bytes(account.weight_bytes())}, optimiser at most {_bytes(account.optimizer_bytes())}"
+                f"weights {_bytes(account.weight_bytes())}, optimizer at most {_bytes(account.optimizer_bytes())}"
             )
     return "; ".join(words)
 
