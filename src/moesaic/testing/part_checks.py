@@ -192,8 +192,10 @@ def state(place: Place) -> str:
     kept = trained.whole.state_dict().keys()
     mine, other = dict(_attributes(trained.whole)), dict(_attributes(loaded.whole))
     lost = sorted(name for name in mine if name not in kept and _differ(mine[name], other.get(name)))
-    if lost or told:
-        raise Failed("; ".join(filter(None, [told, lost and f"not in the state dict: {', '.join(lost)}"])))
+    if lost:
+        told = "; ".join(filter(None, [told, f"not in the state dict: {', '.join(lost)}"]))
+    if told:
+        raise Failed(told)
     return f"{len(kept)} tensors; {_measured(worst)}"
 
 
@@ -232,7 +234,7 @@ def cached_decoding(place: Place) -> str:
         raise NotApplicable("it has no make_cache")
     _require_deterministic(place)
     x = placed.random(2, LENGTH)
-    layouts = [(None, "")]
+    layouts: list[tuple[Tensor | None, str]] = [(None, "")]
     if placed.takes_mask:
         layouts.append((torch.arange(LENGTH).expand(2, -1) >= torch.tensor([[0], [5]]), ", with padding on the left"))
     worst = 0.0
@@ -250,8 +252,8 @@ def cached_decoding(place: Place) -> str:
 
 
 def _replacements(placed: Placed, x: Tensor, first: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Other tokens of the same shape: drawn anew, all wanting what one token wants, larger, and other in size."""
-    yield "others", placed.random(*x.shape[:2], seed=7)
+    """Other tokens of the same shape: drawn anew, all wanting what one token wants, and larger."""
+    yield "others", placed.random(x.size(0), x.size(1), seed=7)
     yield "copies of one token", first.expand_as(x)
     yield "10 times as large", 10 * x
 
@@ -302,7 +304,7 @@ def _train(placed: Placed, step: int) -> None:
     with torch.no_grad():
         for p in placed.whole.parameters():
             if p.grad is not None:
-                p -= 0.01 * p.grad / p.grad.norm().clamp(min=1e-6)
+                p.sub_(0.01 * p.grad / p.grad.norm().clamp(min=1e-6))
 
 
 @torch.no_grad()
@@ -331,10 +333,11 @@ def _leaves(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, torch.Generator):
         yield name, value.get_state()
     elif depth and not isinstance(value, (nn.Module, type)):
-        items = value.items() if isinstance(value, dict) else ()
-        items = enumerate(value) if isinstance(value, (list, tuple)) else items
-        items = vars(value).items() if hasattr(value, "__dict__") and not callable(value) else items
-        for key, each in items:
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
+        elif hasattr(value, "__dict__") and not callable(value):
+            value = vars(value)
+        for key, each in value.items() if isinstance(value, dict) else ():
             yield from _leaves(f"{name}.{key}", each, depth - 1)
 
 

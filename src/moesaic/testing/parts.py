@@ -68,7 +68,8 @@ def check_decoder_parts(config: DecoderConfig) -> list[CheckResult]:
     """
     distinct: dict[str, str] = {}
     for where, custom in custom_modules(config).items():
-        distinct.setdefault(f"{_attribute(where)}: {custom}", where)
+        if not where.startswith("moe.") or _first_moe(config) is not None:
+            distinct.setdefault(f"{_attribute(where)}: {custom}", where)
     rows = []
     for where in distinct.values():
         place = Place(_maker(config, where))
@@ -92,7 +93,7 @@ def _report(name: str, place: Place) -> Report:
 def _maker(config: DecoderConfig, where: str) -> Callable[[], Placed]:
     """What makes a custom module of a model, in its block: a small one if that can be built and run."""
     in_moe, attribute = where.startswith("moe."), _attribute(where)
-    index = _first_moe(config) if in_moe else int(where.split(".")[1])
+    index = (_first_moe(config) or 0) if in_moe else int(where.split(".")[1])
 
     def make(config: DecoderConfig) -> Placed:
         block = build_block(config, index)
@@ -115,9 +116,10 @@ def _alone(config: DecoderConfig, where: str) -> DecoderConfig:
     """With the built-in parts in the MoE layer beside the one at `where`, so that nothing else can fail."""
     if config.moe is None:
         return config
-    defaults = {field.name: field.default for field in dataclasses.fields(config.moe)}
-    others = [_attribute(place) for place in custom_modules(config) if place.startswith("moe.") and place != where]
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **{name: defaults[name] for name in others}))
+    beside = [_attribute(place) for place in custom_modules(config) if place.startswith("moe.") and place != where]
+    fields = dataclasses.fields(config.moe)
+    built_in: dict[str, Any] = {field.name: field.default for field in fields if field.name in beside}
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **built_in))
 
 
 def _small(config: DecoderConfig) -> DecoderConfig:
@@ -126,11 +128,8 @@ def _small(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(config, dim=DIM, hidden_dim=2 * DIM, attention=attention, moe=moe)
 
 
-def _first_moe(config: DecoderConfig) -> int:
-    for i, layer in enumerate(config.layers):
-        if layer.ffn == "moe":
-            return i
-    raise InputError("moe: the depth pattern has no MoE layer, so nothing can be said of its router")
+def _first_moe(config: DecoderConfig) -> int | None:
+    return next((i for i, layer in enumerate(config.layers) if layer.ffn == "moe"), None)
 
 
 def _width(seam: Seam, make: Callable[[], Any]) -> int:

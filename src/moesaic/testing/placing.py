@@ -144,4 +144,4 @@ def _stir(part: nn.Module) -> None:
     for p in part.parameters():
         if p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
             scale = p.size(-1) ** -0.5 if p.dim() > 1 else 0.1
-            p += scale * torch.randn(p.shape, generator=generator).to(p)
+            p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=scale)
