@@ -135,7 +135,7 @@ def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(cor
     assert asked().rows == found.rows
     assert (found.directory / "rows.jsonl").read_text() == rows
     checkpoint = next(found.directory.rglob("leaking*/run/checkpoints/last.ckpt"))
-    with pytest.raises(InputError, match="handed_in.leaking"):
+    with pytest.raises(InputError, match=r"handed_in\.leaking"):
         load_model(checkpoint)
     with handing_in(leaking=leaking):
         load_model(checkpoint)

@@ -157,7 +157,7 @@ class _Decided:
     def __init__(self, request: Request, subjects: Mapping[str, _Subject]) -> None:
         self.path = request.directory / "comparison.json"
         question = {name: canonical(subject.arm.config) for name, subject in subjects.items()}
-        settings = {"equal": request.equal, "baseline": request.baseline.name}
+        settings: dict[str, Any] = {"equal": request.equal, "baseline": request.baseline.name}
         settings |= {"budget": request.budget, "rates": None if request.rates is None else list(request.rates)}
         wanted = {"format": FORMAT, "settings": settings, "arms": question}
         self.stored: dict[str, Any] = {}

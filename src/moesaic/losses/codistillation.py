@@ -149,7 +149,7 @@ def linear_codistillation_loss(
     require_head(owner, hidden, weight)
     shape = torch.Size((hidden.size(0), weight.size(0)))
     _check_call(owner, labels, targets, shape, ignore_index, num_valid, chunk_tokens)
-    _check_targets(targets, *shape, terms)
+    _check_targets(targets, hidden.size(0), weight.size(0), terms)
     if train_teacher and not isinstance(targets, HeadTargets):
         raise InputError(f"train_teacher=True: found {type(targets).__name__}; must be HeadTargets")
     if chunk_tokens is None:

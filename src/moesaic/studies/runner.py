@@ -218,7 +218,7 @@ def _run_study(
     progress: StudyProgress,
     make_worker: Callable[[Path], Worker | InThisProcess],
 ) -> dict[str, str]:
-    validate(study, base, workers)
+    validate(study, base, progress.workers)
     with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
         rows = read_rows(results, study, base)
         todo = plan(study, base, rows)
