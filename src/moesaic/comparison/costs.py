@@ -24,7 +24,7 @@ from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
 
 __all__ = ["Candidate", "Costs", "forward_costs", "measure_costs", "time_steps"]
 
-MOST_COUNTED = 10**11
+MOST_COUNTED = 2 * 10**10
 """FLOPs of the step that is counted, at most: some seconds on two cores. Beyond it fewer sequences are counted."""
 
 TOLERANCE = 0.02
@@ -313,7 +313,7 @@ def _differ(said: float, measured: float) -> bool:
 
 
 def _flops(number: float) -> str:
-    return f"{number / 1e6:,.3f} MFLOP" if number < 1e9 else f"{number / 1e9:,.3f} GFLOP"
+    return f"{number:,.0f} FLOP" if number < 1e5 else f"{number / 1e6:,.3f} MFLOP"
 
 
 def _by_formula(candidate: Candidate, accounted: Account, note: str) -> Costs:

@@ -171,7 +171,8 @@ def _free_sizes(model: DecoderConfig, equal: Equal, given: Collection[str]) -> t
     if equal == "both" and any(layer.ffn == "moe" for layer in model.layers):
         wanted.append(NUM_EXPERTS)
     yours = [key for key in wanted if key in given]
-    why = f"You set {' and '.join(f'{key}={_size(model, key)}' for key in yours)}, so it stays." if yours else ""
+    stay = "it stays" if len(yours) == 1 else "they stay"
+    why = f"You set {_listed({key: _size(model, key) for key in yours})}, so {stay}." if yours else ""
     return [key for key in wanted if key not in given], why
 
 
