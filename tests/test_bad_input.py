@@ -31,7 +31,7 @@ from moesaic.overrides import apply_overrides
 
 TEXT = ["data=files", "data.path=text", "data.tokenizer=bytes"]
 SMALL = ["debug=smoke", *TEXT, "trainer.precision=32-true", "run_dir=run"]
-COMPARE = f"compare a= debug=smoke {' '.join(TEXT)} rounds=0"
+COMPARE = f"compare debug=smoke {' '.join(TEXT)} only=costs rounds=0"
 
 COMPOSED: dict[str, tuple[list[str], Callable[[dict[str, Any]], object]]] = {
     "train": (SMALL, train),
@@ -121,12 +121,12 @@ ROWS: list[tuple[str, list[str]]] = [
     ("generate toy.ckpt temperature=nan", ["temperature=nan", "finite"]),
     ("generate toy.ckpt seed=8589934592", ["seed=8589934592", "must be an integer from 0 to 4294967295"]),
     ("generate toy.ckpt top_p=-inf", ["top_p=-inf", "finite"]),
-    (f"{COMPARE} b='optimizer.beta1=nan'", ["b: optimizer.beta1=nan", "finite"]),
-    (f"{COMPARE} b='training.batch_size=1e9'", ["b: training.batch_size=1000000000", "at most"]),
-    ("compare a= b= rounds=1e8", ["rounds=100000000", "at most"]),
+    (f"{COMPARE} new='optimizer.beta1=nan'", ["beta1=nan: optimizer.beta1=nan", "finite"]),
+    (f"{COMPARE} new='training.batch_size=1e9'", ["training.batch_size=1000000000", "at most"]),
+    ("compare new=model.dense_twin=true rounds=1e8", ["rounds=100000000", "at most"]),
     (
-        "compare a= b='model.hidden_dim=3000000 model.dim=65536' model.vocab_size=2048",
-        ["timing 2 models", "memory, but"],
+        "compare new='model.hidden_dim=3000000 model.dim=65536' model.vocab_size=2048",
+        ["hidden_dim=3000000", "memory"],
     ),
     ("train data=files data.path=nowhere run_dir=run", ["data.path='nowhere'", "no such file or folder"]),
     ("train data=files data.path=binary run_dir=run", ["binary", "must be UTF-8 text"]),
@@ -150,8 +150,8 @@ ROWS: list[tuple[str, list[str]]] = [
     ("evaluate", ["checkpoint", "missing"]),
     ("study experiment=study_nothing", ["study_nothing", "no such option"]),
     ("study", ["experiment", "must be one of"]),
-    ("compare a= b= solve=speed", ["solve", "must be"]),
-    ("compare a= b= rounds=-1", ["rounds=-1", "must be"]),
+    ("compare new=model.dense_twin=true equal=speed", ["equal", "must be"]),
+    ("compare new=model.dense_twin=true rounds=-1", ["rounds=-1", "must be"]),
     ("memory", ["name", "must be one of"]),
     ("bench nothing", ["name=nothing", "must be one of"]),
     ("bench loss tokens=4", ["tokens=4", "must be one of"]),

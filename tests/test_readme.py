@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from moesaic.cli import COMMANDS
 from moesaic.cli.common import plain
+from moesaic.comparison.arms import is_assignment
 from moesaic.config import from_mapping
 from moesaic.models import DecoderConfig
 from moesaic.studies.config import StudyConfig
@@ -71,12 +72,12 @@ def test_command_composes(command: str) -> None:
     if "COMMAND" in command or "--config-dir" in command:
         pytest.skip("stands for others, or needs files of the reader; see the tutorial's test")
     name, overrides = overrides_of(command)
-    sides = [word.partition("=")[2] for word in overrides if name == "compare" and word[:2] in ("a=", "b=")]
+    sides = [word for word in overrides if name == "compare" and word.startswith(("new=", "baseline="))]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        rest = [word for word in overrides if not sides or word[:2] not in ("a=", "b=")]
+        rest = [word for word in overrides if word not in sides]
         config = plain(compose(name.replace("-", "_"), rest))
         for side in sides:
-            compose("train", shlex.split(side))
+            compose("train", [word for word in shlex.split(side.partition("=")[2]) if is_assignment(word)])
     if name == "train":
         check_run(config)
     if name == "study":

@@ -17,6 +17,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["debug=smoke", "trainer.precision=32-true", "training.steps=4", "model.dim=16", "model.attention.head_dim=4"]
+ROUTER = """from moesaic.layers import TopKRouter
+
+class Mine(TopKRouter):
+    def __init__(self, dim, num_experts, top_k):
+        super().__init__(dim, num_experts, top_k=top_k, score_function="softmax")
+"""
 STUDY = """# @package _global_
 name: tiny
 study:
@@ -163,8 +169,10 @@ def test_the_other_commands_from_an_empty_folder(command: Path, tmp_path: Path) 
     assert "moesaic train experiment=codistill_cached" in run(
         command, "cache-targets", checkpoint, "targets", *data, folder=tmp_path
     )
-    sides = ["a=", "b=model.moe.top_k=2", "rounds=1", "model.vocab_size=300"]
-    assert "moesaic train model.vocab_size=300" in run(command, "compare", *sides, folder=tmp_path)
+    (tmp_path / "my_parts.py").write_text(ROUTER)
+    comparison = ["new=my_parts:Mine", "seeds=2", "rounds=1", "rates=[1.0]", "training.steps=2", *SMALL, *TEXTS]
+    assert "pairs of runs" in run(command, "compare", *comparison, folder=tmp_path)
+    assert (tmp_path / "comparisons" / "Mine" / "effect.png").exists()
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "study_tiny.yaml").write_text(STUDY)
     study = ["--config-dir", "conf", "experiment=study_tiny", *SMALL, *TEXTS, "training.steps=2", "workers=1"]

@@ -35,6 +35,7 @@ COMMANDS = {
     "study": Command("Run arms over seeds, with tuned learning rates, and report intervals and a verdict."),
     "report": Command("Turn a tree of runs into one table and one plot.", ("directory",), "DIRECTORY"),
     "compare": Command("Ask whether an idea beats the baseline: checked, made fair, run on several seeds."),
+    "scaffold": Command("Write a study's file to fill in.", ("name",), "NAME"),
     "convert": Command(
         "Convert between transformers' Llama 4 directories and checkpoints.",
         ("source", "destination"),

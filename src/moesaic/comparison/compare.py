@@ -22,6 +22,7 @@ from moesaic.comparison.fairness import Equal, make_fair
 from moesaic.comparison.verdict import next_steps, sentence
 from moesaic.config import from_mapping, require_same
 from moesaic.data import Data, DataConfig, load_data
+from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, naming
 from moesaic.files import lock, write_json
 from moesaic.imports import names_in, trusting
@@ -36,6 +37,7 @@ from moesaic.studies.results import summarize_study
 from moesaic.studies.runner import read_rows, run_study
 from moesaic.testing import check_decoder_parts
 from moesaic.training.config import RunConfig
+from moesaic.training.memory import require_memory_of_run
 from moesaic.training.optimizers import build_optimizer
 from moesaic.training.run import fit_vocabulary
 
@@ -198,7 +200,8 @@ def _read(request: Request) -> tuple[dict[str, _Subject], Data]:
             run = from_mapping(RunConfig, arm.config)
             # what the model says wrongly is refused before any data is read
             model = {**run.model, "vocab_size": run.model["vocab_size"] or 1}
-            canonical({**arm.config, "model": model})
+            require_accelerator("trainer.accelerator", run.trainer.accelerator)
+            require_memory_of_run(run, from_mapping(DecoderConfig, model, "model"))
             key = repr(run.data)
             if key not in loaded:
                 loaded[key] = load_data(run.data)
