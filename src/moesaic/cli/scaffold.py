@@ -55,6 +55,7 @@ def scaffold(name: str, folder: Path) -> Path:
     path = folder / "experiment" / f"study_{name}.yaml"
     if path.exists():
         raise InputError(f"{path}: is there already; must have another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, STUDY.format(name=name))
     return path
 
