@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from moesaic.losses import (
     DenseTargets,
@@ -115,3 +116,57 @@ def test_num_valid_of_the_whole_batch_makes_parts_add_up() -> None:
         ]
         torch.testing.assert_close(torch.cat([gradient for gradient, _ in parts]), whole[0])
         torch.testing.assert_close(sum(value for _, value in parts), whole[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own formulas
+@every_loss
+def test_forward_mode_and_hessian(name: str) -> None:
+    """All logits at once, which have every derivative."""
+    loss, of_logits, _ = LOSSES[name]
+    hidden, *others = inputs()
+    tangent = torch.randn_like(hidden)
+    found, expected = (torch.func.jvp(lambda h, f=f: f(h, *others), (hidden,), (tangent,)) for f in (loss, of_logits))
+    torch.testing.assert_close(found, expected)
+    found, expected = (torch.func.hessian(lambda h, f=f: f(h, *others))(hidden) for f in (loss, of_logits))
+    torch.testing.assert_close(found, expected)
+    with forward_ad.dual_level():
+        dual = loss(forward_ad.make_dual(hidden, tangent), *others)
+        assert forward_ad.unpack_dual(dual).tangent is not None
+
+
+class OfLoss(nn.Module):
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, hidden: Tensor, *others: Tensor) -> Tensor:
+        return self.loss(hidden, *others)
+
+
+@pytest.mark.slow_but_for("hard")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*")  # torch.export does
+@every_loss
+def test_export_serves_another_length(name: str) -> None:
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    arguments = inputs()
+    by_tokens = {0: tokens}
+    shapes = (by_tokens, ({}, by_tokens, by_tokens, {}))
+    exported = torch.export.export(OfLoss(LOSSES[name][0]), arguments, dynamic_shapes=shapes).module()
+    longer = [torch.cat((each, each)) if each.size(0) == T else each for each in arguments]
+    for given in (arguments, longer):
+        torch.testing.assert_close(exported(*given), LOSSES[name][1](*given))
+
+
+@pytest.mark.slow
+@every_loss
+def test_a_whole_graph_at_a_second_length(name: str) -> None:
+    torch.compiler.reset()
+    loss, of_logits, places = LOSSES[name]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    arguments = inputs()
+    for given in (arguments, [torch.cat((each, each)) if each.size(0) == T else each for each in arguments]):
+        gradients = []
+        for function in (compiled, of_logits):
+            leaves = [each.clone().requires_grad_(each.is_floating_point()) for each in given]
+            gradients.append(torch.autograd.grad(function(*leaves), [leaves[i] for i in places]))
+        torch.testing.assert_close(*gradients)

@@ -1,13 +1,16 @@
 """Causal self-attention (token mixer): grouped queries, RoPE or no positions, chunks, temperature, KV cache."""
 
+import contextlib
 import dataclasses
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moesaic.layers.checks import (
+    differentiates_forward,
     require_dtype,
     require_flags,
     require_kinds,
@@ -287,7 +290,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     if trains and q.device.type == "cpu" and dtype.itemsize == 2 and k.size(2) * k.size(3) <= 16384:
         q, k, v = q.float(), k.float(), v.float()
     shares_heads = True if q.size(1) != k.size(1) else False  # noqa: SIM210  (a compiler's comparison is no bool)
-    with torch.autocast(q.device.type, enabled=False):  # it would cast back
+    # the one kernel that has forward-mode derivatives
+    kernel = sdpa_kernel(SDPBackend.MATH) if differentiates_forward() else contextlib.nullcontext()
+    with kernel, torch.autocast(q.device.type, enabled=False):  # it would cast back
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
     return y.to(dtype)
 

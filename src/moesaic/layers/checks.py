@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
+    "differentiates_forward",
     "has_values",
     "require_choice",
     "require_dtype",
@@ -147,6 +149,11 @@ def require_ids(owner: str, name: str, ids: Tensor, end: int, ignore: int | None
     if wrong.any():
         but = "" if ignore is None else f", or {ignore} for none"
         raise ValueError(f"{owner}: {name} has {int(ids[wrong][0])}; must be 0 to {end - 1}{but}")
+
+
+def differentiates_forward() -> bool:
+    """Whether forward-mode derivatives are computed here: torch.func.jvp, jacfwd, hessian, or a dual level."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def has_values(x: Tensor) -> bool:

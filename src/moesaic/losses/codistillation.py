@@ -14,6 +14,7 @@ import numbers
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import InputError
@@ -22,6 +23,7 @@ from moesaic.layers.router import at_least_fp32
 from moesaic.losses.cross_entropy import (
     IGNORE_INDEX,
     ChunkedHead,
+    needs_logits,
     require_counts,
     require_head,
     require_labels,
@@ -105,6 +107,17 @@ def codistillation_loss(
     require_tensor(owner, "student_logits", student_logits, (None, None))
     _check_call(owner, labels, targets, student_logits.shape, ignore_index, num_valid, None)
     _check_targets(targets, student_logits.size(0), student_logits.size(1), terms)
+    return _of_logits(student_logits, labels, targets, terms, ignore_index, num_valid)
+
+
+def _of_logits(
+    student_logits: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    terms: "_Terms",
+    ignore_index: int,
+    num_valid: Tensor | int | None,
+) -> CodistillationOutput:
     if isinstance(targets, HeadTargets):
         targets = DenseTargets(targets.hidden.detach() @ targets.weight.detach().T)
     logits = at_least_fp32(student_logits)
@@ -132,7 +145,8 @@ def linear_codistillation_loss(
     """`codistillation_loss(hidden @ weight.T, ...)` chunk by chunk, for `HeadTargets` the teacher's logits too.
 
     Gradients are made in the forward pass, as in `linear_cross_entropy`: logits of at most chunk_tokens tokens exist
-    at a time, of student and teacher. Under autocast the matmuls run in the autocast dtype and the rest in fp32.
+    at a time, of student and teacher. Under autocast the matmuls run in the autocast dtype and the rest in fp32. A
+    compiler, an export and forward-mode derivatives get the loss of all (N, V) logits at once instead.
 
     Args:
         hidden: (N, D).
@@ -152,6 +166,14 @@ def linear_codistillation_loss(
     _check_targets(targets, hidden.size(0), weight.size(0), terms)
     if train_teacher and not isinstance(targets, HeadTargets):
         raise InputError(f"train_teacher=True: found {type(targets).__name__}; must be HeadTargets")
+    if needs_logits():
+        logits = F.linear(hidden, weight.to(hidden.dtype))
+        output = _of_logits(logits, labels, targets, terms, ignore_index, num_valid)
+        if train_teacher and isinstance(targets, HeadTargets):
+            teacher_logits = at_least_fp32(F.linear(targets.hidden, targets.weight.to(targets.hidden.dtype)))
+            nats = F.cross_entropy(teacher_logits, labels, ignore_index=ignore_index, reduction="sum")
+            output = output._replace(teacher_loss=nats / tokens_to_divide_by(num_valid, labels != ignore_index))
+        return output
     if chunk_tokens is None:
         chunk_tokens = rows_per_chunk(weight.size(0))
     # the teacher's tensors are inputs of the graph only where it trains

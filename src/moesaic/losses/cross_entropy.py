@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.layers.checks import require_floating, require_ids, require_sizes, require_tensor
+from moesaic.layers.checks import differentiates_forward, require_floating, require_ids, require_sizes, require_tensor
+from moesaic.layers.router import at_least_fp32
 from moesaic.losses.kept_gradients import (
     Wanted,
     first_derivative,
@@ -43,6 +44,7 @@ def linear_cross_entropy(
     Both gradients are made in the forward pass, while a chunk's logits are still in cache: at most
     (chunk_tokens, V) logits exist at a time, and nothing is recomputed. Under autocast the matmuls run in the autocast
     dtype and the softmax in fp32. `torch.func.grad` works, and `vmap` takes one element of the batch after the other.
+    A compiler, an export and forward-mode derivatives get the loss of all (T, V) logits at once instead.
 
     Args:
         hidden: (T, D).
@@ -62,6 +64,9 @@ def linear_cross_entropy(
     require_head("linear_cross_entropy", hidden, weight)
     require_labels("linear_cross_entropy", labels, hidden.size(0), weight.size(0), IGNORE_INDEX)
     require_counts("linear_cross_entropy", num_valid, chunk_tokens)
+    if needs_logits():
+        nats = F.cross_entropy(at_least_fp32(F.linear(hidden, weight.to(hidden.dtype))), labels, reduction="sum")
+        return nats / tokens_to_divide_by(num_valid, labels != IGNORE_INDEX)
     if chunk_tokens is None:
         chunk_tokens = rows_per_chunk(weight.size(0))
     wanted = wanted_gradients(hidden, weight)
@@ -99,6 +104,11 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
             rows = slice(start, start + chunk)
             nats[rows] = F.cross_entropy(head.logits(rows), labels[rows], reduction="none")
     return nats
+
+
+def needs_logits() -> bool:
+    """Whether chunks, whose gradients are made in the forward pass, cannot serve: all logits can."""
+    return torch.compiler.is_compiling() or differentiates_forward()
 
 
 def require_head(owner: str, hidden: Any, weight: Any, *names: str) -> None:
