@@ -45,6 +45,29 @@ def test_vmap_of_a_dtype_without_a_kernel_is_refused() -> None:
         torch.vmap(build(dtype=torch.float64))(torch.randn(3, 5, 16, dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own formulas
+@pytest.mark.parametrize("backend", ["auto", "padded"])
+def test_forward_mode_gives_way_to_the_loop(backend: str) -> None:
+    moe, x = build(backend, torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    tangent, step = torch.randn_like(x), 1e-6
+    found = torch.func.jvp(moe, (x,), (tangent,))[1]
+    expected = (moe(x + step * tangent) - moe(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_second_derivatives() -> None:
+    """By torch.func.hessian with any backend; twice backward with the loop."""
+    x = torch.randn(1, 16, dtype=torch.float64)
+    default, loop = build("auto", torch.float64), build("loop", torch.float64)
+    loop.load_state_dict(default.state_dict())
+    hessian = torch.func.hessian(lambda x: default(x).square().sum())(x).flatten(0, 1).flatten(1)
+    leaf = x.clone().requires_grad_()
+    gradient = torch.autograd.grad(loop(leaf).square().sum(), leaf, create_graph=True)[0].flatten()
+    rows = [torch.autograd.grad(each, leaf, retain_graph=True)[0].flatten() for each in gradient]
+    torch.testing.assert_close(hessian, torch.stack(rows), atol=1e-9, rtol=1e-7)
+
+
 @pytest.mark.slow_but_for("auto-False")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "padded", "loop"])

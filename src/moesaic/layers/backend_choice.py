@@ -6,6 +6,7 @@ import logging
 import torch
 from torch import Tensor
 
+from moesaic.layers.checks import differentiates_forward
 from moesaic.layers.sliced import Activation, cannot_repeat
 
 __all__ = ["CASTING_BACKENDS", "backend_for", "choose_backend"]
@@ -91,6 +92,8 @@ def find_obstacle(
             return f"torch.compile traces grouped_mm in bfloat16 only, not {dtype}"
         if dim * dtype.itemsize % 16 or hidden_dim * dtype.itemsize % 16:
             return f"grouped_mm needs rows of a multiple of 16 bytes, not dim={dim}, hidden_dim={hidden_dim}"
+    if backend != "loop" and differentiates_forward():
+        return f"{backend} has no forward-mode derivatives"
     if backend == "padded" and torch.compiler.is_exporting():
         return "torch.export cannot trace the number of rows of the fullest expert"
     if backend in CASTING_BACKENDS:
