@@ -434,6 +434,12 @@ def test_names_of_files_in_a_checkpoint_are_ours(trained: Path, tmp_path: Path) 
             load_model(tmp_path / "evil.ckpt")
 
 
+def test_a_run_that_goes_on_from_another_has_no_best_checkpoint_yet(trained: Path) -> None:
+    """Its own last.ckpt would name a file of the other run, and resume=true refuse it."""
+    callbacks = read_start(RunConfig(ckpt_path=str(trained)), None).checkpoint["callbacks"]
+    assert [state["best_model_path"] for name, state in callbacks.items() if name.startswith("ModelCheckpoint")] == [""]
+
+
 @pytest.mark.parametrize("path", ["local:///victim", "../victim", "/victim"])
 def test_a_checkpoint_names_no_file_that_lightning_would_delete(trained: Path, tmp_path: Path, path: str) -> None:
     checkpoint = load_checkpoint(trained)

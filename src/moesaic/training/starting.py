@@ -142,6 +142,9 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
     if "optimizer_states" not in checkpoint:
         return Start("weights", path, checkpoint)
     require_training_state(checkpoint, f"checkpoint {path}")
+    for name, state in checkpoint["callbacks"].items():
+        if name.startswith("ModelCheckpoint"):  # its best file is in another run's folder, where this one has no say
+            state["best_model_path"] = ""
     return Start("continued", path, checkpoint)
 
 
