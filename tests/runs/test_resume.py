@@ -13,7 +13,9 @@ from small_runs import SMOKE, kill_in_call
 from moesaic.checkpoints import load_checkpoint
 from moesaic.cli import train
 from moesaic.errors import InputError
+from moesaic.files import LOCK, partial_of
 from moesaic.training.run import run
+from moesaic.training.starting import find_run, require_free
 
 Composed = Callable[..., dict[str, Any]]
 
@@ -79,3 +81,14 @@ def test_contradicting_overrides_are_refused_on_resume(composed: Composed, tmp_p
     assert (stored["training"]["checkpoint_every"], stored["logger"], stored["trainer"]["threads"]) == (7, {}, 1)
     (tmp_path / "run" / "metrics.json").unlink()
     train.train(composed(*overrides[:2]), overrides[:2])  # as it began
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_config_begins_again(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    partial_of(tmp_path / "config.yaml").write_text("name: x\nmo", encoding="utf-8")
+    config = {"resume": True, "run_dir": str(tmp_path)}
+    assert find_run(config).kind == "new"
+    require_free(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="not a run directory"):
+        find_run(config)
