@@ -35,6 +35,16 @@ class ExpertChoice(LinearRouter):
         return Routing(logits, scores, torch.where(chosen, experts, EXPERTS))
 
 
+class LimitedCapacity(LinearRouter):
+    """Drops tokens beyond a fair share of each expert, by order: causal, as far as what later tokens are goes."""
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = x @ self.weight.T
+        scores, expert_ids = logits.softmax(dim=-1).topk(1, dim=-1)
+        place = nn.functional.one_hot(expert_ids[:, 0], EXPERTS).cumsum(dim=0).gather(1, expert_ids)
+        return Routing(logits, scores, expert_ids.masked_fill(place > x.size(0) // EXPERTS, EXPERTS))
+
+
 class UnusedParameter(LinearRouter):
     def __init__(self) -> None:
         super().__init__()
@@ -110,6 +120,14 @@ class Centered(Average):
 
     def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
         return super().forward(x - 0.01 * x.mean(dim=1, keepdim=True), cache, attention_mask)
+
+
+class ByLength(Average):
+    """Weights a token by its place within the whole sequence: no leak, but decoding cannot repeat it."""
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        place = torch.arange(1, x.size(1) + 1).to(x)[:, None] / x.size(1)
+        return super().forward(x * place, cache, attention_mask)
 
 
 class SeesOneBeyondItsChunk(nn.Module):

@@ -18,27 +18,28 @@ from moesaic.testing import check_decoder_parts, check_part
 ORDER = [
     "causality",
     "batch independence",
+    "length independence",
     "gradients",
     "finite numbers",
     "state in the checkpoint",
     "padding",
     "cached decoding",
 ]
-CAUSAL, BATCH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
+CAUSAL, BATCH, LENGTH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
 
 
 @pytest.mark.parametrize(
     ("seam", "make", "applies"),
     [
-        ("router", parts.LinearRouter, 5),
-        ("router", parts.NoisyRouter, 5),
-        ("router", partial(parts.RunningLoad, persistent=True), 5),
-        ("mixer", parts.Average, 7),
-        ("mixer", parts.OnlySingle, 7),
-        ("mixer", partial(parts.Counts, "saved"), 7),
-        ("expert", parts.Stacked, 5),
-        ("mixer", lambda: Attention(32, num_heads=4, rotary=RotaryEmbedding(8), attention_chunk_size=8), 7),
-        ("ffn", lambda: MoE.build(32, 16, 4, top_k=2, expert_bias=True), 5),
+        ("router", parts.LinearRouter, 6),
+        ("router", parts.NoisyRouter, 6),
+        ("router", partial(parts.RunningLoad, persistent=True), 6),
+        ("mixer", parts.Average, 8),
+        ("mixer", parts.OnlySingle, 8),
+        ("mixer", partial(parts.Counts, "saved"), 8),
+        ("expert", parts.Stacked, 6),
+        ("mixer", lambda: Attention(32, num_heads=4, rotary=RotaryEmbedding(8), attention_chunk_size=8), 8),
+        ("ffn", lambda: MoE.build(32, 16, 4, top_k=2, expert_bias=True), 6),
     ],
 )
 def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: int) -> None:
@@ -53,13 +54,15 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
 @pytest.mark.parametrize(
     ("seam", "make", "fails", "said"),
     [
-        ("router", parts.ExpertChoice, {CAUSAL, BATCH}, "when later tokens are"),
+        ("router", parts.ExpertChoice, {CAUSAL, BATCH, LENGTH}, "when later tokens are"),
+        ("router", parts.LimitedCapacity, {BATCH, LENGTH}, "when the others of its batch are"),
         ("router", parts.UnusedParameter, {GRADIENTS}, "bias get none"),
         ("router", parts.NormalizedTop1, {GRADIENTS}, "weight only zeros"),
         ("router", parts.RunningLoad, {STATE}, "not in the state dict: router.load"),
-        ("mixer", parts.Centered, {CAUSAL, PADDING, CACHE}, "the output of token 0 depends on later tokens"),
-        ("mixer", parts.SeesOneBeyondItsChunk, {CAUSAL}, "the output of token 7 depends on later tokens"),
-        ("mixer", parts.BatchNorm, {CAUSAL, BATCH}, "depends on other sequences"),
+        ("mixer", parts.Centered, {CAUSAL, LENGTH, PADDING, CACHE}, "the output of token 0 depends on later tokens"),
+        ("mixer", parts.ByLength, {LENGTH, PADDING, CACHE}, "the first 1 outputs when no token follows"),
+        ("mixer", parts.SeesOneBeyondItsChunk, {CAUSAL, LENGTH}, "the output of token 7 depends on later tokens"),
+        ("mixer", parts.BatchNorm, {CAUSAL, BATCH, LENGTH}, "depends on other sequences"),
         ("ffn", parts.BatchMean, {BATCH}, "depends on other sequences"),
         ("mixer", parts.TimesZero, {GRADIENTS}, "gate only zeros"),
         ("mixer", parts.Exponential, {FINITE}, "inputs of scale 1000: not finite: output"),
@@ -70,7 +73,7 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
         ("mixer", parts.RandomProjection, {STATE}, "not in the state dict: projection"),
         ("mixer", parts.ForgetsTheMask, {PADDING}, "real tokens with padding on the left and alone"),
         ("mixer", parts.ForgetsTheCount, {CACHE}, "tokens one by one and at once"),
-        ("expert", parts.CenteredExperts, {CAUSAL, BATCH}, "depends on later tokens"),
+        ("expert", parts.CenteredExperts, {CAUSAL, BATCH, LENGTH}, "depends on later tokens"),
     ],
 )
 def test_each_check_catches_its_own(seam: Seam, make: Callable[[], nn.Module], fails: set[str], said: str) -> None:
@@ -95,7 +98,7 @@ def test_a_module_is_copied_and_its_width_found() -> None:
 
 def test_a_part_that_cannot_run_fails_in_words() -> None:
     report = check_part(parts.Broken, "mixer", dim=32)
-    assert len(report.failures) == 5
+    assert len(report.failures) == 6
     assert "found shape (2, 24, 64) for an input of shape (2, 24, 32); must be a tensor" in report.rows[0].detail
 
 
@@ -119,8 +122,8 @@ def test_the_parts_of_a_model_are_checked_each_once_where_they_stand() -> None:
     assert [row.check for row in rows] == 3 * ORDER
     failed = [(row.detail.split(":")[0], row.check) for row in rows if row.status == "fail"]
     assert failed == [
-        *(("layers.2.mixer", check) for check in (CAUSAL, PADDING, CACHE)),
-        *(("moe.router", check) for check in (CAUSAL, BATCH)),
+        *(("layers.2.mixer", check) for check in (CAUSAL, LENGTH, PADDING, CACHE)),
+        *(("moe.router", check) for check in (CAUSAL, BATCH, LENGTH)),
     ]
 
 
@@ -131,5 +134,5 @@ def test_experts_and_a_dispatcher_of_a_model_are_checked() -> None:
     config = dataclasses.replace(config, pattern=(LayerConfig(mixer="rope", ffn="moe"),))
     rows = check_decoder_parts(config)
     failed = [(row.detail.split(":")[0], row.check) for row in rows if row.status == "fail"]
-    assert failed == [("moe.experts", CAUSAL), ("moe.experts", BATCH)]
+    assert failed == [("moe.experts", check) for check in (CAUSAL, BATCH, LENGTH)]
     assert check_decoder_parts(dataclasses.replace(config, moe=MoEConfig(4, 8))) == []

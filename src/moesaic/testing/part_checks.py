@@ -53,7 +53,7 @@ def part_check(name: str, statement: str, bug: str) -> Callable[[Callable[[Place
 
 @part_check(
     "causality",
-    "an output does not depend on later tokens, by its gradient and when they are replaced",
+    "an output does not depend on what later tokens are, by its gradient and when they are replaced",
     "piotrpiekos/MoSA#3 and allenai/OLMoE#46: experts that choose tokens let later ones decide about earlier ones",
 )
 def causality(place: Place) -> str:
@@ -68,9 +68,6 @@ def causality(place: Place) -> str:
             for what, later in _replacements(placed, x[:, t:], x[:, :1]):
                 found = placed.run(torch.cat([x[:, :t], later], dim=1), training=training)
                 worst = max(worst, _same(found[:, :t], y[:, :t], f"the first {t} outputs when later tokens are {what}"))
-            if place.is_deterministic(training):
-                alone, shorter = (placed.run(each, training=training) for each in (x[:1], x[:1, :t]))
-                worst = max(worst, _same(shorter, alone[:, :t], f"the first {t} outputs when no token follows"))
     return _measured(worst)
 
 
@@ -100,6 +97,26 @@ def batch_independence(place: Place) -> str:
                 (7, placed.run(more, training=training)[4:]),
             ):
                 worst = max(worst, _same(found, y, f"a sequence in a batch of {size} and in one of 3"))
+    return _measured(worst)
+
+
+@part_check(
+    "length independence",
+    "an output does not depend on how many tokens follow: it is no leak, but decoding gives other outputs",
+    "huggingface/transformers#25104: RoPE scaled by the length of the whole sequence",
+)
+def length_independence(place: Place) -> str:
+    placed = place.fresh()
+    worst = 0.0
+    modes = [training for training in (False, True) if place.is_deterministic(training)]
+    if not modes:
+        raise NotApplicable("it is random in training and in evaluation")
+    for training in modes:
+        x = placed.random(1, LENGTH)
+        y = placed.run(x, training=training)
+        for t in (1, 4, 8, 9, 16, LENGTH - 1):
+            found = placed.run(x[:, :t], training=training)
+            worst = max(worst, _same(found, y[:, :t], f"the first {t} outputs when no token follows"))
     return _measured(worst)
 
 
