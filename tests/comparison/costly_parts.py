@@ -7,7 +7,7 @@ from moesaic.layers import Routing, TopKRouter
 
 
 class ExpertChoice(nn.Module):
-    """Every expert takes the half of the tokens that it likes best (Zhou et al. 2022): one slot per expert and token."""
+    """Every expert takes the half of the tokens that it likes best (Zhou et al. 2022), in E slots per token."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()

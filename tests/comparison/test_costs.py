@@ -1,6 +1,7 @@
 """Costs that are counted: known answers, parts that cost more than they say, what nobody counts, activations."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -121,6 +122,9 @@ def test_operators() -> None:
     assert count(lambda: torch.fft.rfft(x, dim=1)) == (2 * 32 * 5 * 16 * 4 // 2, ())
     assert count(lambda: x[0].addmm_(x[0, :, :16], x[0, :16])) == (2 * 16 * 16 * 32, ())
     assert count(lambda: x[0] @ x[0, 0]) == (2 * 16 * 32, ())
+    causal = functools.partial(nn.functional.scaled_dot_product_attention, x[None], x[None], x[None])
+    assert count(causal) == (2 * 2 * 2 * 16 * 16 * 32, ())
+    assert count(lambda: causal(is_causal=True)) == (2 * 2 * 2 * (16 * 17 // 2) * 32, ())
     assert count(lambda: torch.cdist(x, x)) == (0, ("aten::_cdist_forward",))
     assert count(lambda: product(x)) == (0, ("costs_test::product",))
     free = (nn.GroupNorm(2, 16), nn.BatchNorm1d(16), nn.GLU(), nn.AvgPool1d(2), nn.Dropout())

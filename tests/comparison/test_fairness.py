@@ -104,7 +104,7 @@ def test_what_cannot_be_solved_is_no_error() -> None:
     assert fair.overrides == {}
     assert fair.reason.startswith("Out of reach: even with model.moe.hidden_dim=8 the new model has ")
     own = LayerConfig("rope", {"type": "costly_parts.Squared"})
-    pattern = {"pattern": (own,), "interleave_moe_layer_step": None, "nope_layer_interval": None}
+    pattern: dict[str, Any] = {"pattern": (own,), "interleave_moe_layer_step": None, "nope_layer_interval": None}
     fair = make_fair(candidate(), candidate(**pattern), "active_flops", rounds=0)
     assert (fair.overrides, fair.reason) == ({}, "No layer of the new model has a width that could be solved.")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -148,7 +148,7 @@ def with_sizes(model: DecoderConfig, sizes: dict[str, int]) -> DecoderConfig:
     """`model` with other sizes, by dotted key: one of the two widths, the number of experts."""
     if DENSE_WIDTH in sizes:
         model = dataclasses.replace(model, hidden_dim=sizes[DENSE_WIDTH])
-    of_experts = {key.rpartition(".")[2]: size for key, size in sizes.items() if key != DENSE_WIDTH}
+    of_experts: dict[str, Any] = {key.rpartition(".")[2]: size for key, size in sizes.items() if key != DENSE_WIDTH}
     if of_experts:
         assert model.moe is not None  # there is no such key otherwise
         model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **of_experts))
