@@ -57,6 +57,8 @@ PREPARED: dict[str, Any] = {
     ("changes", "message"),
     [
         ({"baseline": "sparse"}, "study.baseline='sparse': unknown arm; must be one of dense, moe"),
+        ({"marks": {"hot": "leaks"}}, "study.marks.hot: unknown arm; must be one of dense, moe"),
+        ({"marks": {"moe": " "}}, "study.marks.moe=' ': must be a few words on one line"),
         ({"seeds": []}, "study.seeds=[]: must be one or more different integers"),
         ({"seeds": [1, 1]}, "study.seeds=[1, 1]: must be"),
         ({"seeds": [-1, 1]}, "study.seeds=[-1, 1]: must be one or more different integers >= 0"),

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from moesaic.studies.config import StudyConfig
-from moesaic.studies.jobs import Job
-from moesaic.studies.plots import plot_by_position, plot_curves, plot_parameters, total_flops
+from moesaic.studies.jobs import Job, row_key
+from moesaic.studies.plots import plot_by_position, plot_curves, plot_effects, plot_parameters, total_flops
 from moesaic.studies.report import write_study_report
 from moesaic.studies.results import summarize_study
 
@@ -277,3 +277,56 @@ def test_without_teachers_there_is_no_plot_of_their_flops(
     study = study_of()
     report(study, base, run_all(study, base, loss), tmp_path)
     assert not (tmp_path / "total_flops.png").exists()
+
+
+def test_a_mark_follows_its_arm_everywhere(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    variants = {"moe, cold": {"arm": "moe", "overrides": {"model.norm_eps": 0.1}}}
+    study = study_of(marks={"moe": "sees later tokens"}, variants=variants)
+    rows = run_all(study_of(), base, lambda job: loss(job) or 9.0)
+    for row in list(rows.values()):
+        if row["arm"] == "moe" and row["purpose"] == "measure":
+            made = {**row, "arm": "moe, cold", "purpose": "variant"}
+            rows[row_key(made)] = made
+    printed = report(study, base, rows, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    named = "moe (sees later tokens)"
+    assert f"| {named} |" in table
+    assert "| moe, cold (sees later tokens) |" in table
+    assert f"- {named} is " in table
+    assert f"- {named} is " in printed
+    assert "moe is " not in table
+    marks = {each["arm"]: each.get("mark") for each in json.loads((tmp_path / "summary.json").read_text())["results"]}
+    assert marks == {"dense": None, "moe": "sees later tokens", "moe, cold": "sees later tokens"}
+    effects = plot_effects(study, summarize_study(study, rows))
+    assert effects is not None
+    assert [label.get_text() for label in effects.axes[0].get_yticklabels()] == [named, "moe, cold (sees later tokens)"]
+    curves = plot_curves(study, summarize_study(study, rows))
+    assert curves is not None
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dense", named]
+    baseline = study_of(marks={"dense": "leaks"})
+    assert "than dense (leaks) by" in summarize_study(baseline, rows)[1].verdict
+
+    marked = {key: {**row, "mark": "leaks"} if row["arm"] == "moe" else row for key, row in rows.items()}
+    assert (
+        "| moe (leaks) |"
+        in report(study_of(variants=variants), base, marked, tmp_path) + (tmp_path / "table.md").read_text()
+    ), "rows keep their mark, whatever the study says later"
+
+
+def test_a_sample_of_windows_is_named_with_every_score(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    study = study_of()
+    rows = run_all(study, base, loss)
+    for row in rows.values():
+        row["metrics"] |= {"validation/windows": 64, "validation/windows_in_split": 1234}
+    printed = " ".join(report(study, base, rows, tmp_path).split())
+    table = (tmp_path / "table.md").read_text()
+    assert "validation/bits_per_byte on 64 of 1,234 windows, lower is better" in printed
+    assert "validation/bits_per_byte on 64 of 1,234 windows, lower is better:" in table
+    assert "- Scores are on 64 of 1,234 windows of the validation split, drawn with a fixed seed" in table
+    effects = plot_effects(study, summarize_study(study, rows))
+    assert effects is not None
+    assert effects.axes[0].get_xlabel() == "validation/bits_per_byte on 64 of 1,234 windows (lower is better)"

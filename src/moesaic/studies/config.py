@@ -112,6 +112,8 @@ class StudyConfig:
     variants: dict[str, VariantConfig] = dataclasses.field(default_factory=dict)
     evaluations: tuple[str, ...] = ()  # dotted paths of `Evaluation` functions
     evaluation_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # arm: what is said of it wherever it is named, such as "sees later tokens"
+    marks: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = ", ".join(self.arms)
@@ -139,6 +141,12 @@ class StudyConfig:
                         "evaluations' options (evaluation_options....)"
                     )
 
+        for name, mark in self.marks.items():
+            if name not in self.arms:
+                raise ValueError(f"marks.{name}: unknown arm; must be one of {known}")
+            if not mark.strip() or "\n" in mark:
+                raise ValueError(f"marks.{name}={mark!r}: must be a few words on one line")
+
         trained: list[str] = []
         for name, step in self.prepare.items():
             if step.cache is None:
@@ -148,6 +156,15 @@ class StudyConfig:
                     f"prepare.{name}.cache.teacher={step.cache.teacher!r}: must be the prepared runs above it: "
                     + (", ".join(trained) or "none")
                 )
+
+    def mark_of(self, name: str) -> str | None:
+        """The mark of an arm, or of the arm that a variant evaluates; None without one."""
+        return self.marks.get(self.variants[name].arm if name in self.variants else name)
+
+    def shown(self, name: str) -> str:
+        """The name of an arm or a variant with its mark, as people read it."""
+        mark = self.mark_of(name)
+        return name if mark is None else f"{name} ({mark})"
 
     @property
     def points(self) -> list[tuple[str, str] | None]:

@@ -36,6 +36,7 @@ __all__ = [
     "resolve",
     "row_key",
     "run_config_of",
+    "shown_key",
     "sources_of",
     "validate",
     "variant_options",
@@ -74,6 +75,11 @@ def row_key(row: Mapping[str, Any]) -> str:
     """What a run is called and found by; no two rows of a study share it."""
     place = f"{row['arm']}, {row['axis']}" if row["axis"] else str(row["arm"])
     return f"{place}, {row['purpose']}, seed {row['seed']}, learning rate x{row['factor']:g}"
+
+
+def shown_key(study: StudyConfig, row: Mapping[str, Any]) -> str:
+    """What a run is called where people read it: `row_key`, with the mark of its arm."""
+    return row_key({**row, "arm": study.shown(row["arm"])})
 
 
 def write_row(row: Row) -> str:

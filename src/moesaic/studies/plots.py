@@ -40,7 +40,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
     if not names:
         return None
     better = f"{'higher' if study.higher_is_better else 'lower'} is better"
-    title = f"difference to {study.baseline}, 95% interval"
+    title = f"difference to {study.shown(study.baseline)}, 95% interval"
     if not study.axes:
         figure, (panel,) = new_figure(1, 1, width=8.5, height=1.4 + 0.3 * len(names))
         for place, name in enumerate(names):
@@ -48,7 +48,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
             panel.hlines(place, interval.low, interval.high, color=color, linewidth=2, alpha=0.8)
             panel.plot(interval.mean, place, "o", color=color, markersize=7)
         panel.axvline(0, color=GRAY, linewidth=1, linestyle="--")
-        panel.set_yticks(range(len(names)), names)
+        panel.set_yticks(range(len(names)), list(map(study.shown, names)))
         panel.invert_yaxis()
         panel.margins(y=0.5 / len(names))
         panel.grid(axis="y", visible=False)
@@ -67,8 +67,8 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
                 panel.plot(x, difference.mean, "o", color=color, markersize=7)
         panel.axhline(0, color=GRAY, linewidth=1, linestyle="--")
         panel.annotate(
-            study.baseline, (1, 0), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-            va="center", color=GRAY, fontsize=8, annotation_clip=False,
+            study.shown(study.baseline), (1, 0), xycoords=("axes fraction", "data"), xytext=(4, 0),
+            textcoords="offset points", va="center", color=GRAY, fontsize=8, annotation_clip=False,
         )  # fmt: skip
         panel.set_xticks(range(len(points.values)), [textwrap.fill(label, 12) for label in points.values])
         panel.set_xlim(-0.6, len(points.values) - 0.4)
@@ -167,7 +167,7 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
     for own in study.arms:
         switched = [name for name, variant in study.variants.items() if variant.arm == own and name in found]
         if own in found and switched:
-            panels_of[f"{own}: switched at evaluation only"] = [own, *switched]
+            panels_of[f"{study.shown(own)}: switched at evaluation only"] = [own, *switched]
     columns = min(2, len(panels_of))
     rows = -(-len(panels_of) // columns)
     figure, panels = new_figure(rows, columns, width=6.5 * columns, height=4.2 * rows)
@@ -180,7 +180,8 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
             style = {"color": colors[i % len(colors)], "linestyle": "-" if i < len(colors) else "--"}
             if title == "as trained":
                 style = _style(study, name)
-            label = name if name == names[0] else name.removeprefix(f"{names[0]}, ")
+            is_own = title == "as trained" or name == names[0]
+            label = study.shown(name) if is_own else name.removeprefix(f"{names[0]}, ")
             panel.plot(x, values.mean(axis=0), marker="o", markersize=3, label=label, **style)  # type: ignore[arg-type]
             panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.1, linewidth=0)
         panel.axvline(seq_len, color=GRAY, linewidth=1, linestyle=":", label="training length")
@@ -284,7 +285,8 @@ def _legend_of_levels(
 ) -> None:
     names = [name for name in study.arms if any(arm.arm == name and arm.level.n for arm in arms)]
     handles = [panel.plot([], [], **_point(study, name))[0] for name in names]  # type: ignore[arg-type]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)), frameon=False, fontsize=9)
+    shown, ncols = list(map(study.shown, names)), min(columns, len(names))
+    figure.legend(handles, shown, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
 
 
 def _point(study: StudyConfig, arm: str) -> dict[str, str]:
@@ -310,4 +312,5 @@ def _style(study: StudyConfig, arm: str) -> dict[str, str]:
 
 def _legend(study: StudyConfig, figure: Figure, panel: Axes, names: Sequence[str]) -> None:
     handles = [panel.plot([], [], marker="o", **_style(study, name))[0] for name in names]  # type: ignore[arg-type]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    shown = list(map(study.shown, names))
+    figure.legend(handles, shown, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)

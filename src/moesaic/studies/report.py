@@ -15,7 +15,7 @@ from moesaic.evaluation.plotting import save_figure
 from moesaic.files import write_atomically, write_json
 from moesaic.statistics import Interval
 from moesaic.studies.config import StudyConfig
-from moesaic.studies.jobs import Row, row_key
+from moesaic.studies.jobs import Row, shown_key
 from moesaic.studies.plots import plot_by_position, plot_curves, plot_effects, plot_parameters, plot_total_flops
 from moesaic.studies.results import ArmResult, processors, scored_windows, summarize_study
 from moesaic.studies.tables import bounds, markdown_table, number
@@ -53,6 +53,8 @@ def write_study_report(
         verdicts: sentences in place of those that the numbers alone make.
         then: what to try next, a sentence each.
     """
+    marks = {row["arm"]: row["mark"] for row in rows.values() if row.get("mark") and row["arm"] in study.arms}
+    study = dataclasses.replace(study, marks={**marks, **study.marks})  # what was marked once stays so
     measured = {row["seed"] for row in rows.values() if row["purpose"] == "measure" and row["arm"] in study.arms}
     study = dataclasses.replace(study, seeds=tuple(sorted({*study.seeds, *measured})))
     arms = summarize_study(study, rows)
@@ -138,8 +140,8 @@ def _rate(study: StudyConfig, base: Mapping[str, Any], arm: ArmResult) -> str:
 
 def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row]) -> list[str]:
     notes = [
-        f"95% intervals over seeds by Student's t; differences to {study.baseline}, paired by seed, which is also the "
-        "data order.",
+        f"95% intervals over seeds by Student's t; differences to {study.shown(study.baseline)}, paired by seed, which "
+        "is also the data order.",
         "Per run: active FLOPs, seconds of training, CPU seconds of everything; tuning: CPU seconds in all.",
     ]
     if len(study.seeds) < 2:
@@ -157,7 +159,7 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
         notes.append(f"{EDGE} the best learning rate is at the edge of what was tried.")
     tried = [row for row in rows.values() if row["purpose"] == "tune" and row["status"] != "finished"]
     for row in [*(row for arm in arms for row in arm.rows if row["status"] != "finished"), *tried]:
-        notes.append(f"diverged: {row_key(row)}: {row['error']}")
+        notes.append(f"diverged: {shown_key(study, row)}: {row['error']}")
     for arm in arms:
         if arm.missing:
             notes.append(f"missing: {arm.name}, seed {', '.join(map(str, arm.missing))}")
@@ -205,6 +207,7 @@ def _summary(
             "factor_at_edge": arm.tuning.at_edge,
             "diverged": arm.diverged,
             "missing": list(arm.missing),
+            **({"mark": mark} if (mark := study.mark_of(arm.arm)) else {}),
             "cpu_seconds": [row["cpu_seconds"] for row in arm.rows],
             "tuning_cpu_seconds": arm.tuning_cpu_seconds,
         }

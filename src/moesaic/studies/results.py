@@ -33,10 +33,12 @@ class ArmResult:
         Interval | None
     )  # of a variant: to its own arm, whose checkpoints it evaluates; None if that's the baseline
     verdict: str
+    shown: str
+    """The name with the mark of the arm, if it has one."""
 
     @property
     def name(self) -> str:
-        return f"{self.arm} ({self.axis})" if self.axis else self.arm
+        return f"{self.shown} ({self.axis})" if self.axis else self.shown
 
     @property
     def diverged(self) -> list[int]:
@@ -105,12 +107,14 @@ def _result(
         elif trained is not None and _diverged(trained):  # there is nothing that a variant could evaluate
             found[seed] = trained
     values = {seed: row["metrics"][study.metric] for seed, row in found.items() if not _diverged(row)}
-    place = f"{arm} at {cell.axis}" if cell.axis else arm
+    shown = study.shown(arm)
+    place = f"{shown} at {cell.axis}" if cell.axis else shown
     if baseline is None:
         difference, text = None, ""
     else:
         difference = paired_difference(values, baseline.values)
-        against = f"{baseline.arm} at {baseline.axis}" if baseline.axis not in (None, cell.axis) else baseline.arm
+        elsewhere = baseline.axis not in (None, cell.axis)
+        against = f"{baseline.shown} at {baseline.axis}" if elsewhere else baseline.shown
         text = verdict(place, against, difference, study.higher_is_better)
     switched = None
     if unswitched is not None:
@@ -139,6 +143,7 @@ def _result(
         difference=difference,
         switched=switched,
         verdict=text,
+        shown=shown,
     )
 
 

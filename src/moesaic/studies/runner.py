@@ -36,6 +36,7 @@ from moesaic.studies.jobs import (
     resolve,
     row_key,
     run_config_of,
+    shown_key,
     sources_of,
     validate,
     write_row,
@@ -255,7 +256,8 @@ class _Running:
         self.loaded: dict[str, _Loaded] = {}
         """The data that are in the cache."""
         self.prepared = {name: self.folder_of(prepare_job(study, base, name)) for name in study.prepare}
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, tuple[str, str]] = {}
+        """By key, what a run is called and why it failed."""
         self.workers: list[Worker | InThisProcess] = []
         """Those that have a job, and those that can have one."""
         self.jobs: dict[Worker | InThisProcess, tuple[Job, Path]] = {}
@@ -276,7 +278,7 @@ class _Running:
                     self.tell(todo)
                     if not self.jobs:
                         self.say_imports()
-                        return self.failed
+                        return dict(self.failed.values())
                     self.finish(*self.next_to_end())
         finally:
             for worker in self.workers:
@@ -338,7 +340,7 @@ class _Running:
         if not idle:
             self.workers.append(worker)
         self.jobs[worker] = (job, folder)
-        self.progress.started(job.key, _kind(job), job.key, self.work_of(job), folder / "run" / "metrics.csv")
+        self.progress.started(job.key, _kind(job), self.shown(job), self.work_of(job), folder / "run" / "metrics.csv")
         worker.begin(folder)
 
     def finish(self, worker: Worker | InThisProcess, status: int) -> None:
@@ -350,8 +352,9 @@ class _Running:
             self.workers.remove(worker)
         console = self.progress.bar.console
         if status:
-            self.failed[job.key] = _reason(status, folder / "log.txt")
-            console.print(f"failed: {job.key}: {self.failed[job.key]}", markup=False, soft_wrap=True)
+            shown, reason = self.shown(job), _reason(status, folder / "log.txt")
+            self.failed[job.key] = (shown, reason)
+            console.print(f"failed: {shown}: {reason}", markup=False, soft_wrap=True)
             return
         new = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         again = job.key in self.rows and _tell_again(console, self.rows[job.key], new[0])
@@ -362,7 +365,10 @@ class _Running:
         self.lines |= {key: write_row(row) for key, row in made.items()}
         write_atomically(self.path, "".join(f"{line}\n" for line in self.lines.values()))
         self.tell(self.plan())
-        self.progress.say_result(job.key, self.rows[job.key], self.study.metric)
+        self.progress.say_result(self.shown(job), self.rows[job.key], self.study.metric)
+
+    def shown(self, job: Job) -> str:
+        return shown_key(self.study, dataclasses.asdict(job))
 
 
 class _Loaded(NamedTuple):
@@ -424,6 +430,8 @@ def _describe(
     digest = job_hash(study, base, job)
     row = {"format": FORMAT, "study": config["name"], **dataclasses.asdict(job)}
     row |= {"config_hash": digest, "data_hash": data_hash}
+    if job.purpose != "prepare" and (mark := study.mark_of(job.arm)):
+        row["mark"] = mark
     written = sources_of(config)
     if written:
         row["sources"] = written
