@@ -22,6 +22,7 @@ def result(values: list[float], baseline: list[float], *, at_edge: bool = False)
     return ArmResult(
         arm="Mine",
         axis=None,
+        shown="Mine",
         baseline="baseline",
         rows=(),
         values=ours,
@@ -84,7 +85,9 @@ def test_seeds_to_see_are_as_many_as_make_the_interval_leave_zero_out() -> None:
 
 def test_next_steps_name_seeds_checks_edges_and_untuned_rates() -> None:
     assert any("seeds=" in text or "more than 30 seeds" in text for text in next_steps(study(), [UNKNOWN], {}, True))
-    assert next_steps(study(), [BETTER], {"Mine": ["causality"]}, True) == ["Mend Mine first: it fails causality."]
+    assert next_steps(study(marks={"Mine": "sees later tokens"}), [BETTER], {"Mine": ["causality"]}, True) == [
+        "Mend Mine first: it fails causality."
+    ]
     assert any(
         "at the edge" in text
         for text in next_steps(study(), [dataclasses.replace(BETTER, tuning=Tuning((1, 2), 2, True))], {}, True)

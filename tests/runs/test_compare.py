@@ -106,7 +106,8 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 def test_costs_alone_tell_validity_costs_and_fairness(common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, shown = run("new=mine.parts:Softmax", "new=model.moe.top_k=2", "only=costs", *common, capsys=capsys)
     assert status == 0
-    assert "Softmax (mine.parts.Softmax): 5 of 5 checks pass" in shown
+    assert re.search(r"Softmax \(mine\.parts\.Softmax\): (\d) of \1 checks pass", shown)
+    assert "FAILS" not in shown
     assert "MFLOP per token, training" in shown
     assert "top_k=2: Changes the width of each expert" in shown
     assert "4. Run" not in shown
@@ -123,14 +124,14 @@ def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(cor
     found = asked()
     assert found.failed == {}
     [verdict] = found.verdicts
-    assert "leaking (sees later tokens and sees other sequences)" in verdict
+    assert "leaking (sees later tokens)" in verdict
     assert "does not count" in verdict
     assert len(found.rows) == 4
     marks = {row["arm"]: row.get("mark") for row in found.rows}
-    assert marks == {"baseline": None, "leaking": "sees later tokens and sees other sequences"}
+    assert marks == {"baseline": None, "leaking": "sees later tokens"}
     assert found.directory == Path("comparisons/leaking")
     text = (found.directory / "table.md").read_text()
-    assert text.count("leaking (sees later tokens and sees other sequences)") >= 2
+    assert text.count("leaking (sees later tokens)") >= 2
     rows = (found.directory / "rows.jsonl").read_text()
     assert asked().rows == found.rows
     assert (found.directory / "rows.jsonl").read_text() == rows

@@ -20,6 +20,9 @@ FEWEST_STEPS = 10
 FIXED_SECONDS = 3.0
 """What a run takes besides training and scoring."""
 
+IMPORT_SECONDS = 8.0
+"""What a worker takes before its first run."""
+
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -76,7 +79,7 @@ def estimate(
     }
     # the last run of a few workers leaves the others idle
     idle = max(per_run.values()) * (workers - 1) / workers / 2
-    expected = math.fsum(per_run.values()) * (tuning + num_seeds) / workers + idle
+    expected = IMPORT_SECONDS + math.fsum(per_run.values()) * (tuning + num_seeds) / workers + idle
     grown = math.fsum(per_run.values()) * 2 / workers if tuning else 0.0
     return expected, expected + grown
 

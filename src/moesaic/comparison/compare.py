@@ -255,7 +255,7 @@ def _check(request: Request, subjects: Mapping[str, _Subject], decided: _Decided
 
 
 LEAKS = {"causality": "sees later tokens", "batch independence": "sees other sequences"}
-"""Checks whose failure makes a score meaningless, and the mark that follows it."""
+"""Checks whose failure makes a score meaningless, the worst first, and the mark that follows it."""
 
 
 def _failed_checks(decided: _Decided) -> dict[str, list[str]]:
@@ -269,8 +269,7 @@ def _failed_checks(decided: _Decided) -> dict[str, list[str]]:
 
 def _marks(decided: _Decided) -> dict[str, str]:
     failed = _failed_checks(decided)
-    marks = {name: " and ".join(LEAKS[check] for check in checks if check in LEAKS) for name, checks in failed.items()}
-    return {name: mark for name, mark in marks.items() if mark}
+    return {name: LEAKS[leaks[0]] for name, checks in failed.items() if (leaks := [x for x in LEAKS if x in checks])}
 
 
 def _make_fair(request: Request, subjects: Mapping[str, _Subject], decided: _Decided, say: _Teller) -> None:
@@ -368,7 +367,7 @@ def _plan(
     tokens = plan["steps"] * _tokens_per_step(subjects[request.baseline.name].run)
     say.say(
         f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "
-        f"{tokens / 1e6:.2f}M tokens in every run"
+        f"{tokens:,} tokens in every run"
     )
     more = "" if plan["at_most"] <= plan["seconds"] else f", {told(plan['at_most'])} if rates at the edge are best"
     say.say(f"about {told(plan['seconds'])} with {request.workers} runs at a time{more}")
@@ -456,6 +455,7 @@ def _run(request: Request, decided: _Decided, plan: Mapping[str, Any], say: _Tel
             runs=results / "runs",
             workers=1 if request.in_process else request.workers,
             console=say.console,
+            estimate=plan["seconds"],
             in_process=request.in_process,
         )
     except KeyboardInterrupt:

@@ -46,9 +46,9 @@ class Fair:
     """Sentences about the costs: how they were counted, and which part says something else of itself."""
     baseline: Costs
     before: Costs
-    """Those of the new model as it was given."""
+    """The costs of the new model as it was given."""
     after: Costs
-    """Those of the new model with `overrides`."""
+    """The costs of the new model with `overrides`."""
 
 
 def make_fair(

@@ -28,7 +28,7 @@ def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str]) -> str:
     difference, unit = arm.difference, unit_of(study.metric)
     assert difference is not None  # only the baseline has none
     price = f", with {_listed(unequal)}" if unequal else ""
-    name = f"{arm.arm} ({mark})" if (mark := study.marks.get(arm.arm)) else arm.arm
+    mark, name = study.mark_of(arm.arm), study.shown(arm.arm)
     if difference.n < 2:
         found = (
             f"is {difference.mean:+.4f} {unit} from {study.baseline} on one seed" if difference.n else "has no score"
@@ -75,9 +75,12 @@ def next_steps(
         difference = arm.difference
         if difference is None:
             continue
-        if failed.get(arm.arm):
-            found.append(f"Mend {arm.arm} first: it fails {_listed(failed[arm.arm])}.")
+        checks = failed.get(arm.arm, ())
+        if arm.arm in study.marks:
+            found.append(f"Mend {arm.arm} first: it fails {_listed(checks)}.")
             continue
+        if checks:
+            found.append(f"{arm.arm} fails {_listed(checks)}, which its score does not show.")
         if arm.diverged:
             found.append(
                 f"{arm.name} diverged on {len(arm.diverged)} seeds: try smaller rates, as in rates=[0.1,0.25,0.5]."

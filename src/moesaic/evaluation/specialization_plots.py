@@ -98,7 +98,7 @@ class _Panel:
     """Labels of the rows; None if they are experts."""
     x: str = "expert"
     label: str = "share of the row's tokens"
-    """Of the colors."""
+    """The scale of the colors."""
     scaled_by: npt.NDArray[np.bool_] | None = None
     """(rows,): rows that are frequent enough to decide how the colors are scaled; None: all."""
 

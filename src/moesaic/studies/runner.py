@@ -259,7 +259,7 @@ class _Running:
         self.failed: dict[str, tuple[str, str]] = {}
         """By key, what a run is called and why it failed."""
         self.workers: list[Worker | InThisProcess] = []
-        """Those that have a job, and those that can have one."""
+        """All that have a job or can have one."""
         self.jobs: dict[Worker | InThisProcess, tuple[Job, Path]] = {}
         self.sources: dict[str, str] = {}
         """Hashes of the source files of custom modules, as they were when the first run with them started."""

@@ -286,4 +286,4 @@ FINISHERS: tuple[Finisher, ...] = (
 """In this order."""
 
 PRESENTING: tuple[Finisher, ...] = (curves, expert_pictures, sample, hyper_parameters)
-"""Those that add no number, left out where finish=score."""
+"""Finishers that add no number, left out where finish=score."""
