@@ -99,7 +99,7 @@ def test_a_module_is_copied_and_its_width_found() -> None:
 def test_a_part_that_cannot_run_fails_in_words() -> None:
     report = check_part(parts.Broken, "mixer", dim=32)
     assert len(report.failures) == 6
-    assert "found shape (2, 24, 64) for an input of shape (2, 24, 32); must be a tensor" in report.rows[0].detail
+    assert "found shape (1, 24, 64) for an input of shape (1, 24, 32); must be a tensor" in report.rows[0].detail
 
 
 def with_parts(**moe: Any) -> DecoderConfig:
