@@ -460,6 +460,8 @@ def trace_memory(
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         labels = torch.zeros(batch_size * seq_len, dtype=torch.int64)
         parameters = list(decoder.parameters())
+        if config.tie_embeddings:  # fake gradients are not added in place, so two leaves share the weight until then
+            decoder.head.weight = nn.Parameter(decoder.embedding.weight.detach())
         with LiveBytes([tokens, labels, *parameters]) as live:
             activations, loss, step = _trace_step(decoder, tokens, labels, live)
             gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
@@ -495,9 +497,10 @@ def _balance(decoder: Decoder, dtype: torch.dtype) -> None:
 
 
 def _trace_step(decoder: Decoder, tokens: Tensor, labels: Tensor, live: LiveBytes) -> tuple[int, int, int]:
-    """Forward and backward: bytes of the activations, what the loss adds to them, and the highest of all."""
-    if decoder.tie_embeddings:  # fake gradients are not added in place, so two leaves share the weight until then
-        decoder.head.weight = nn.Parameter(decoder.embedding.weight.detach())
+    """Forward and backward: bytes of the activations, what the loss adds to them, and the highest of all.
+
+    A tied head is the embedding again after it.
+    """
     hidden = decoder.hidden_states(tokens)[0]
     activations, forward_peak, live.peak = live.current, live.peak, live.current
     loss = linear_cross_entropy(hidden.flatten(0, 1), decoder.head.weight, labels)
