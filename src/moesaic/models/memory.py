@@ -460,10 +460,12 @@ def trace_memory(
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         labels = torch.zeros(batch_size * seq_len, dtype=torch.int64)
         parameters = list(decoder.parameters())
-        if config.tie_embeddings:  # fake gradients are not added in place, so two leaves share the weight until then
-            decoder.head.weight = nn.Parameter(decoder.embedding.weight.detach())
+        head = decoder.head.weight
+        if config.tie_embeddings:  # fake gradients are not added in place, so two leaves share the weight for the step
+            head = nn.Parameter(head.detach())
         with LiveBytes([tokens, labels, *parameters]) as live:
-            activations, loss, step = _trace_step(decoder, tokens, labels, live)
+            activations, loss, step = _trace_step(decoder, tokens, labels, head, live)
+            del head
             gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
             state = optimizer_step = 0
             if make_optimizer is not None:
@@ -496,20 +498,17 @@ def _balance(decoder: Decoder, dtype: torch.dtype) -> None:
             module.assume_full = True
 
 
-def _trace_step(decoder: Decoder, tokens: Tensor, labels: Tensor, live: LiveBytes) -> tuple[int, int, int]:
-    """Forward and backward: bytes of the activations, what the loss adds to them, and the highest of all.
-
-    A tied head is the embedding again after it.
-    """
+def _trace_step(
+    decoder: Decoder, tokens: Tensor, labels: Tensor, head: Tensor, live: LiveBytes
+) -> tuple[int, int, int]:
+    """Forward and backward: bytes of the activations, what the loss adds to them, and the highest of all."""
     hidden = decoder.hidden_states(tokens)[0]
     activations, forward_peak, live.peak = live.current, live.peak, live.current
-    loss = linear_cross_entropy(hidden.flatten(0, 1), decoder.head.weight, labels)
+    loss = linear_cross_entropy(hidden.flatten(0, 1), head, labels)
     loss_bytes = live.peak - activations
     del hidden
     loss.backward()
     del loss
-    if decoder.tie_embeddings:
-        decoder.head.weight = decoder.embedding.weight
     return activations, loss_bytes, max(forward_peak, live.peak)
 
 
