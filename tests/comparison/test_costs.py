@@ -164,11 +164,14 @@ def test_a_model_that_is_too_large_is_counted_by_formula() -> None:
 
 @pytest.mark.slow
 def test_a_large_batch_is_counted_on_a_part_of_it() -> None:
-    large = dataclasses.replace(SMALL, dim=512, hidden_dim=8192)
-    few, many = measure_costs(candidate(large)), measure_costs(candidate(large, batch_size=64))
-    assert few.forward_flops == many.forward_flops
-    assert many.activation_bytes == pytest.approx(few.activation_bytes * 32, rel=0.02)
-    assert "of 64 sequences of 64 tokens" in many.notes[0]
+    large = dataclasses.replace(SMALL, dim=128, hidden_dim=4096)
+    costs = measure_costs(candidate(large, batch_size=64, seq_len=256))
+    expected = estimate_memory(large, batch_size=64, seq_len=256, optimizer="adamw")
+    hidden = 64 * 256 * 128 * 4
+    assert costs.activation_bytes + hidden == pytest.approx(expected.activations, rel=0.02)
+    assert costs.forward_flops == account(large, 256).forward_flops
+    [note] = costs.notes
+    assert "of 64 sequences of 256 tokens" in note
 
 
 def test_times_are_of_the_candidates_in_order() -> None:

@@ -99,7 +99,7 @@ def test_none_solves_nothing() -> None:
 
 
 def test_what_cannot_be_solved_is_no_error() -> None:
-    deep = candidate(num_layers=12)
+    deep = candidate(num_layers=6)
     fair = make_fair(candidate(), deep, "active_flops", rounds=0)
     assert fair.overrides == {}
     assert fair.reason.startswith("Out of reach: even with model.moe.hidden_dim=8 the new model has ")

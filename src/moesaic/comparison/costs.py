@@ -91,7 +91,6 @@ def measure_costs(candidate: Candidate) -> Costs:
         return _by_formula(
             candidate, accounted, f"Torch cannot count a step of this model ({reason}), so formulas speak."
         )
-    whole = candidate.batch_size / sequences
     notes = [*_about_the_sample(candidate, sequences), *_disagreements(candidate, counted, accounted)]
     if counted.unknown:
         notes.append(f"FLOPs of {', '.join(counted.unknown)} are not counted: torch has no formula for them.")
@@ -102,7 +101,7 @@ def measure_costs(candidate: Candidate) -> Costs:
         training_flops=counted.training,
         weight_bytes=sum(parameter.nbytes for parameter in counted.decoder.parameters()),
         optimizer_bytes=counted.optimizer_bytes,
-        activation_bytes=round(counted.activation_bytes * whole),
+        activation_bytes=_of_whole_batch(candidate, sequences, counted.activation_bytes),
         booked_flops=accounted.forward_flops,
         flops_source="counted",
         unknown_operators=counted.unknown,
@@ -174,15 +173,8 @@ def _count_step(candidate: Candidate, sequences: int) -> _Counted:
             step(nullcontext())
         routed = {name: routing.tokens_per_expert.sum().item() / tokens for name, routing in step.routed.items()}
         saved = _Saved([*decoder.parameters(), *decoder.buffers()])
-        handles = [
-            block.register_forward_pre_hook(lambda _, inputs: saved.add(inputs[0]))
-            for block in decoder.layers
-            if candidate.checkpoint_activations  # it keeps their inputs by itself
-        ]
         with Work() as training:
-            loss = step(torch.autograd.graph.saved_tensors_hooks(saved.add_saved, lambda x: x))
-            for handle in handles:
-                handle.remove()
+            loss = saved.run(step)
             loss.backward()
         optimizer = candidate.make_optimizer(decoder)
         optimizer.step()
@@ -215,6 +207,19 @@ class _Saved:
         self._known = {tensor.untyped_storage().data_ptr() for tensor in outside}
         self._held: list[Any] = []  # so that no address is used twice
 
+    def run(self, step: _Step) -> Tensor:
+        """The loss of a step, whose forward pass is watched up to the loss."""
+        decoder = step.decoder
+        handles = [
+            block.register_forward_pre_hook(lambda _, inputs: self.add(inputs[0]))
+            for block in decoder.layers
+            if decoder.checkpoint_activations  # it keeps their inputs by itself
+        ]
+        loss = step(torch.autograd.graph.saved_tensors_hooks(self.add_saved, lambda x: x))
+        for handle in handles:
+            handle.remove()
+        return loss
+
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._known:
@@ -225,6 +230,20 @@ class _Saved:
     def add_saved(self, tensor: Tensor) -> Tensor:
         self.add(tensor)
         return tensor
+
+
+def _of_whole_batch(candidate: Candidate, sequences: int, counted: int) -> int:
+    """Activations of all sequences, from those of some and of half: part of them, such as joined weights, is fixed."""
+    if sequences == candidate.batch_size or sequences == 1:
+        return counted * candidate.batch_size // sequences
+    half = sequences // 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        step = _Step(candidate, half)
+        saved = _Saved([*step.decoder.parameters(), *step.decoder.buffers()])
+        saved.run(step)
+    of_each = (counted - saved.nbytes) / (sequences - half)
+    return round(counted + of_each * (candidate.batch_size - sequences))
 
 
 def _affordable(candidate: Candidate, accounted: Account) -> int:
@@ -251,7 +270,7 @@ def _about_the_sample(candidate: Candidate, sequences: int) -> list[str]:
         return []
     return [
         f"Counted on {sequences} of {candidate.batch_size} sequences of {candidate.seq_len} tokens; activations are "
-        "scaled up to all of them."
+        "extrapolated to all of them."
     ]
 
 
