@@ -87,3 +87,16 @@ class Squared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.up(x)).square()
+
+
+class Scaled(nn.Module):
+    """Experts without a width: each multiplies its rows by a matrix."""
+
+    def __init__(self, num_experts: int, dim: int) -> None:
+        super().__init__()
+        self.num_experts, self.dim = num_experts, dim
+        self.weight = nn.Parameter(torch.randn(num_experts, dim, dim))
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        pieces = rows.split(rows_per_expert.tolist())
+        return torch.cat([piece @ matrix for piece, matrix in zip(pieces, self.weight.unbind(), strict=True)])

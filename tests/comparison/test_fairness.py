@@ -109,6 +109,15 @@ def test_what_cannot_be_solved_is_no_error() -> None:
     assert (fair.overrides, fair.reason) == ({}, "No layer of the new model has a width that could be solved.")
 
 
+def test_experts_of_another_class_may_have_no_width() -> None:
+    new = candidate({"experts": {"type": "costly_parts.Scaled"}})
+    fair = make_fair(candidate(), new, "active_flops", rounds=0)
+    assert fair.overrides == {}
+    assert fair.reason == "The costs of the new model do not depend on the width of each expert."
+    assert fair.baseline.forward_flops - fair.after.forward_flops == 2 * (3 * 32 * 192 - 32 * 32)
+    assert fair.notes == ()
+
+
 @pytest.mark.slow
 def test_seconds() -> None:
     fair = make_fair(candidate(num_layers=2), candidate({"hidden_dim": 3072}, num_layers=2), "seconds", rounds=5)

@@ -209,6 +209,9 @@ def _solve(
             surface = _Surface(new, start, before)
         except InputError as again:
             return {}, f"No other size can be built: {again}."
+    if surface.is_flat:
+        sizes = " and ".join(NAMES[key] for key in keys)
+        return {}, f"The costs of the new model do not depend on {sizes}. {why}".strip()
     found, predicted = surface.nearest(targets)
     expected = _largest_difference(predicted, targets)
     if found == start:
@@ -273,6 +276,11 @@ class _Surface:
             candidate = dataclasses.replace(new, model=with_sizes(new.model, corner))
             flops, parameters = forward_costs(candidate)
             self.measured[tuple(corner.values())] = {"forward_flops": flops, "parameters": float(parameters)}
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no size changes anything, as where custom experts have a width of their own."""
+        return all(each == self.measured[tuple(self.start.values())] for each in self.measured.values())
 
     def value(self, quantity: str) -> torch.Tensor:
         """The quantity over all sizes, one dimension per key, in fp64."""

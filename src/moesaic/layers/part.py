@@ -160,7 +160,7 @@ def initialize(part: nn.Module, parametrization: Parametrization) -> None:
         initialize(child, parametrization)
 
 
-def flops_per_token(part: nn.Module, seq_len: int, *shape: int) -> Flops:
+def flops_per_token(part: nn.Module, seq_len: int, *shape: int, further: tuple[Tensor, ...] = ()) -> Flops:
     """Forward FLOPs of one token of `part`: declared, or counted by torch while it runs, or assumed by dimension.
 
     torch counts matrix products, convolutions and attention; elementwise work is left out, as it is in ours.
@@ -168,11 +168,12 @@ def flops_per_token(part: nn.Module, seq_len: int, *shape: int) -> Flops:
     Args:
         seq_len: tokens of a sequence.
         shape: what the part takes for these tokens, such as (1, seq_len, D).
+        further: tensors that the part takes beside it.
     """
     declared = _stated(part, "flops_per_token")
     if declared is not None:
         return Flops(float(declared(seq_len)), "declared")
-    measured = _measure_flops(part, shape)
+    measured = _measure_flops(part, shape, further)
     if measured is not None:
         return Flops(measured / seq_len, "measured")
     kinds = parameter_kinds(part)
@@ -242,10 +243,17 @@ def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: fl
 def mixture_flops(router: nn.Module, experts: nn.Module, shared_expert: nn.Module | None, seq_len: int) -> float:
     """Forward FLOPs of one token of a mixture: router, shared expert, and as many experts as the router gives it."""
     num_experts, dim, chosen = _chosen(router, experts)
-    routed = flops_per_token(experts, seq_len, seq_len, dim)
-    of_one = routed.per_token / (1 if routed.source == "declared" else num_experts)
+    of_one = _flops_per_row(experts, seq_len, num_experts, dim)
     always = [flops_per_token(part, seq_len, seq_len, dim) for part in (router, shared_expert) if part is not None]
     return sum(flops.per_token for flops in always) + chosen * of_one
+
+
+def _flops_per_row(experts: nn.Module, num_rows: int, num_experts: int, dim: int) -> float:
+    """FLOPs of one row in one expert: declared, or counted with rows spread evenly, or assumed by dimension."""
+    rows = [num_rows // num_experts + (i < num_rows % num_experts) for i in range(num_experts)]
+    evenly = torch.tensor(rows, device="cpu")
+    flops = flops_per_token(experts, num_rows, num_rows, dim, further=(evenly,))
+    return flops.per_token / (num_experts if flops.source == "assumed" else 1)
 
 
 def mixture_parameters(mixture: nn.Module, router: nn.Module, experts: nn.Module) -> int:
@@ -275,12 +283,12 @@ def _default_kind(module: nn.Module, name: str, parameter: nn.Parameter) -> Para
     return "matrix"
 
 
-def _measure_flops(part: nn.Module, shape: tuple[int, ...]) -> float | None:
+def _measure_flops(part: nn.Module, shape: tuple[int, ...], further: tuple[Tensor, ...]) -> float | None:
     """FLOPs of one call, counted on real numbers, or without memory where the part is large; None if neither."""
 
     def count(module: nn.Module, x: Tensor) -> float:
         with Work() as work, torch.no_grad():
-            module(x)
+            module(x, *further)
         return float(work.flops)
 
     weights = list(part.parameters())
