@@ -136,9 +136,9 @@ def test_a_study_says_at_once_what_it_does_and_then_how_far_it_is(
 
     (tmp_path / "a.csv").write_text("step,seconds\n100,200\n")
     clock.now = 100 + 210.0
-    shown.ended("a")
-    assert shown.left() is not None
+    shown.ended("a", ready_at=105.0)  # it took 205 seconds, 5 beside its work
     shown.plan(1, 4, [("moe", work)])
+    assert shown.left() == pytest.approx((190 + 5 - 184) + 205), "of the other 184 seconds are over since its last row"
 
 
 def test_a_terminal_has_a_bar_that_moves(clock: Clock, tmp_path: Path) -> None:

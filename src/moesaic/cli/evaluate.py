@@ -95,6 +95,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if config["task"] == "specialization" and not score.tokens_per_expert:
         raise InputError(f"task=specialization: {config['checkpoint']} has no MoE layers")
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "seq_len": given.seq_len}  # a loss depends on its windows
+    numbers |= {"windows": score.num_windows, "windows_in_split": score.windows_in_split}
     numbers |= {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)

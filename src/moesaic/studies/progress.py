@@ -192,11 +192,11 @@ class StudyProgress:
         now = time.monotonic()
         self._running[key] = _Run(kind, shown, work, metrics_csv, now, now)
 
-    def ended(self, key: str) -> None:
-        """Note a run that has ended."""
+    def ended(self, key: str, ready_at: float = 0.0) -> None:
+        """Note a run that has ended; it could not begin before its worker was ready."""
         run = self._running.pop(key)
         self._look(run)
-        self._pace.ended(run.kind, run.work.whole, time.monotonic() - run.began)
+        self._pace.ended(run.kind, run.work.whole, time.monotonic() - max(run.began, ready_at))
 
     def say_result(self, shown: str, row: Row, metric: str) -> None:
         """Say what a run has found, after `plan` has heard of it."""

@@ -259,7 +259,7 @@ class _Running:
         self.failed: dict[str, tuple[str, str]] = {}
         """By key, what a run is called and why it failed."""
         self.workers: list[Worker | InThisProcess] = []
-        """All that have a job or can have one."""
+        """All of them, with a job or without."""
         self.jobs: dict[Worker | InThisProcess, tuple[Job, Path]] = {}
         self.sources: dict[str, str] = {}
         """Hashes of the source files of custom modules, as they were when the first run with them started."""
@@ -346,7 +346,7 @@ class _Running:
     def finish(self, worker: Worker | InThisProcess, status: int) -> None:
         """Keep the rows of a job that has ended, or why it failed."""
         job, folder = self.jobs.pop(worker)
-        self.progress.ended(job.key)
+        self.progress.ended(job.key, worker.ready_at)
         if not worker.takes_more:
             worker.end()
             self.workers.remove(worker)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ class Worker:
     def __init__(self, log: Path, command: Sequence[str] = ()) -> None:
         self.import_seconds = 0.0
         """CPU seconds until it was ready, which are in no row."""
+        self.ready_at = 0.0
+        """When it was seen to be ready, as time.monotonic has it."""
         self._status: int | None = None
         self._reports: queue.SimpleQueue[str] = queue.SimpleQueue()
         with log.open("ab") as file:
@@ -69,7 +72,7 @@ class Worker:
                 self.end()
                 self._status = self.process.returncode or 1
             elif report.startswith(READY):
-                self.import_seconds = float(report.split()[1])
+                self.import_seconds, self.ready_at = float(report.split()[1]), time.monotonic()
             else:
                 self._status = int(report)
         return self._status
@@ -106,7 +109,7 @@ class InThisProcess:
     A job is over when `begin` returns; what it prints goes to log.txt in its folder.
     """
 
-    import_seconds = 0.0
+    import_seconds = ready_at = 0.0
     takes_more = True
 
     def __init__(self, log: Path) -> None:
