@@ -317,6 +317,50 @@ def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path:
     assert path.read_bytes() == whole
 
 
+MIXER = """
+from torch import nn
+
+class Mixer(nn.Linear):
+    def __init__(self, dim):
+        super().__init__(dim, dim)
+"""
+
+
+def test_code_that_changes_while_a_study_runs_is_refused(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = tmp_path / "mixers_of_a_study.py"
+    parts.write_text(MIXER)
+    monkeypatch.syspath_prepend(tmp_path)
+    edits = ["job", "study"]
+
+    class Edited(slots.InThisProcess):
+        """The user edits the file after a run is planned, then after one has ended."""
+
+        def begin(self, folder: Path) -> None:
+            if edits[0] == "job":
+                parts.write_text(f"{MIXER}# edited\n")
+            super().begin(folder)
+            if edits[0] == "study":
+                parts.write_text(f"{MIXER}# edited\n")
+
+    monkeypatch.setattr(runner, "Worker", Edited)
+    layers = {"mixer": {"type": "mixers_of_a_study.Mixer"}, "ffn": "dense"}
+    intervals = {"interleave_moe_layer_step": None, "nope_layer_interval": None}
+    tiny["model"] = {**tiny["model"], **intervals, "pattern": [layers]}
+    tiny["study"] |= {"arms": {"mine": {}}, "baseline": "mine"}
+    status, printed = call({**tiny, "study": {**tiny["study"], "seeds": [0]}})
+    assert status == 1
+    assert "mixers_of_a_study.Mixer: its source file has changed since the study planned this run" in printed
+    edits.pop(0)
+    parts.write_text(MIXER)
+    with pytest.raises(InputError, match=r"mixers_of_a_study.Mixer: its source file has changed while the study ran"):
+        call({**tiny, "workers": 1})
+    assert [row["seed"] for row in rows(tiny)] == [0], "what has finished is kept"
+    with pytest.raises(InputError, match=r"source file of mixers_of_a_study.Mixer"):
+        call(tiny)
+
+
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.slow
 def test_the_config_of_a_study_without_rows_is_not_kept(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -169,6 +169,9 @@ def test_the_hash_knows_what_a_run_computes_and_not_where(base: dict[str, Any]) 
     assert config_hash(base) == first
     base["training"]["accumulate"] = 1  # as by default
     assert config_hash(base) == first
+    assert config_hash({**base, "finish": "score"}) == first
+    assert "training.score_windows" not in canonical(base), "at its default, hashes of older rows hold"
+    assert config_hash({**base, "training": {**base["training"], "score_windows": 64}}) != first
     for key, value in {"training.steps": 5, "seed": 1, "model.dense_twin": True}.items():
         assert config_hash(apply_overrides(base, {key: value}, "")) != first, key
     assert canonical(base)["model.moe.top_k"] == 1, "defaults are filled in"
