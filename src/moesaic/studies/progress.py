@@ -204,7 +204,7 @@ class StudyProgress:
         result = f"{row['metrics'][metric]:.4f}" if metric in row["metrics"] else row["status"]
         self._say(
             f"run {self._done} of about {self._total}: {shown}: {result} in {row['cpu_seconds']:.0f} CPU s; "
-            f"{duration(self._elapsed())} so far{self._words_left()}"
+            f"{duration(self._elapsed())} so far, {self._words_left()}"
         )
 
     def tick(self) -> None:
@@ -214,12 +214,12 @@ class StudyProgress:
         self._next_look = now + LOOK_SECONDS
         for run in self._running.values():
             self._look(run)
-        words = "; ".join(map(str, self._running.values())) + self._words_left()
+        words = "; ".join([self._words_left(), *map(str, self._running.values())])  # a narrow terminal cuts the end off
         if self.console.is_terminal:
             here = sum(1 - run.left / run.work.whole for run in self._running.values())
             self.bar.update(self._task, completed=self._done + here, total=self._total, description=words)
         elif now >= self._next_line:
-            self._say(f"{duration(self._elapsed())}: {self._done} of about {self._total} runs are done; {words}")
+            self._say(f"{duration(self._elapsed())}: {self._done} of about {self._total} runs are done, {words}")
 
     def left(self) -> float | None:
         """Seconds until the study is done; None if nobody knows yet."""
@@ -242,7 +242,7 @@ class StudyProgress:
 
     def _words_left(self) -> str:
         left = self.left()
-        return ", time left not known yet" if left is None else f", about {duration(left)} left"
+        return "time left not known yet" if left is None else f"about {duration(left)} left"
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
