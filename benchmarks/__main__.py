@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import SMOKE
+
 __all__ = ["main"]
 
 NAMES = ("experts", "peers", "scaling", "roofline", "attention", "loss", "training_step", "decoding")
@@ -38,26 +40,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if done.returncode:
             sys.exit(f"{name} failed; what was measured before is in {rows}")
     pictures = plot([json.loads(line) for line in rows.read_text().splitlines()], directory)
+    if given.smoke:
+        print(f"\n{SMOKE}.")
     print(f"\n{time.perf_counter() - began:.0f} s; written {rows}{''.join(f', {path}' for path in pictures)}")
 
 
 def plot(rows: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
     """Time over the dense limit against rows per expert and number of experts, memory over tokens, the roofline."""
     try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
+        from moesaic.evaluation.plotting import new_figure, save_figure
+    except ImportError:  # without matplotlib
         return []
     written = []
     for name, draw in PICTURES.items():
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+        figure, axes = new_figure(1, 2, width=11, height=4)
         if draw(axes, [row for row in rows if row["seconds"]]):
+            low, high = min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes)
+            for axis in axes:
+                axis.set_ylim(low, high)
             written.append(directory / f"{name}.png")
-            figure.savefig(written[-1], dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
+            save_figure(figure, written[-1])
     return written
+
+
+COLORS = {"fp32": "#0072B2", "bf16": "#D55E00", "mixed": "#009E73", "dense": "#666666", "MoE": "#0072B2"}
+"""The colors of all pictures (`moesaic.evaluation.plotting`), by what they mean here."""
+
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "mixed": "mixed: fp32 weights, bf16 arithmetic"}
+
+
+def legend(axis: Any, found: Sequence[str]) -> None:
+    """Name the precisions that were measured."""
+    handles = [axis.plot([], [], marker="o", color=COLORS[name], label=PRECISIONS[name])[0] for name in found]
+    axis.legend(handles=handles, frameon=False, fontsize=8)
 
 
 def draw_rows_each(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
@@ -81,14 +96,15 @@ def draw_ratio(
     for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
         for dtype in sorted({row["dtype"] for row in ours}):
             points = sorted((r["shape"][x], r["ratio"]) for r in ours if (r["dtype"], r["what"]) == (dtype, what))
-            axis.plot([a for a, _ in points], [b for _, b in points], marker="o", label=dtype)
-        axis.axhline(1, color="grey", linewidth=1)
+            axis.plot([a for a, _ in points], [b for _, b in points], marker="o", color=COLORS[dtype])
+        axis.axhline(1, color=COLORS["dense"], linewidth=1, linestyle="--")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set(xlabel=label, title=what)
-    axes[0].set_ylabel("time / dense layer of equal active FLOPs")
-    axes[0].legend()
+    axes[0].set_ylabel("time / dense of equal active FLOPs")
+    legend(axes[0], sorted({row["dtype"] for row in ours}))
     return True
 
 
@@ -101,12 +117,14 @@ def draw_memory(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
         for variant in ("dense", "MoE"):
             found = [row for row in ours if (row["variant"], row["dtype"]) == (variant, dtype)]
             points = sorted((row["shape"]["tokens"], row["activation_bytes"] / 1e6) for row in found)
-            axis.plot([a for a, _ in points], [b for _, b in points], marker="o", label=variant)
+            axis.plot([a for a, _ in points], [b for _, b in points], marker="o", color=COLORS[variant], label=variant)
         axis.set(xlabel="tokens", title=dtype)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("held between forward and backward, MB")
-    axes[0].legend()
+    axes[0].legend(frameon=False)
     return True
 
 
@@ -116,21 +134,20 @@ def draw_roofline(axes: Any, rows: Sequence[dict[str, Any]]) -> bool:
     if not copies:
         return False
     bandwidth = copies[0]["shape"]["bytes"] / copies[0]["seconds"][1]
-    colors = {"fp32": "C0", "bf16": "C1", "mixed": "C2"}
     for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
         for dtype in ("fp32", "bf16"):
             rates = [r["flops"] / r["seconds"][1] for r in ours if (r["what"], r["dtype"]) == ("matmul", dtype)]
             x = [2.0 ** (i / 8) for i in range(24, 96)] if rates else []  # a CPU without bf16
-            axis.plot(x, [min(max(rates), a * bandwidth) / 1e9 for a in x], color=colors[dtype], linewidth=1)
+            axis.plot(x, [min(max(rates), a * bandwidth) / 1e9 for a in x], color=COLORS[dtype], linewidth=1)
         for row in ours:
             if row["what"] == what:
                 place = row["flops"] / row["shape"]["bytes"], row["flops"] / row["seconds"][1] / 1e9
-                axis.plot(*place, marker="s" if row["variant"] == "dense" else "o", color=colors[row["dtype"]])
+                axis.plot(*place, marker="s" if row["variant"] == "dense" else "o", color=COLORS[row["dtype"]])
                 label = row["variant"].removeprefix("MoE of ")
                 axis.annotate(label, place, (4, -8), textcoords="offset points", fontsize=7)
-        axis.set(xlabel="FLOPs per byte that must be moved", title=what, xscale="log", yscale="log")
+        axis.set(xlabel="FLOPs per byte that must be moved; numbers: experts", title=what, xscale="log", yscale="log")
     axes[0].set_ylabel("GFLOP/s; lines: fastest matmul and copy")
-    axes[0].legend(handles=[axes[0].plot([], [], color=c, label=n)[0] for n, c in colors.items()])
+    legend(axes[0], [name for name in PRECISIONS if any(row["dtype"] == name for row in ours)])
     return True
 
 

@@ -30,6 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from moesaic.allocator import keep_freed_memory
 from moesaic.checkout import git
 
+from . import SMOKE
+
 __all__ = [
     "Measurement",
     "Options",
@@ -95,6 +97,10 @@ class Options:
     keeps_freed_memory: bool = False
 
 
+_below_titles: list[str] = []
+"""What every table of this process says below its title."""
+
+
 def parse_options(description: str, arguments: Sequence[str] | None = None, *extra: Any) -> tuple[Options, Any]:
     """The common options, and the namespace with those that `extra` (pairs of flags and keywords) added."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,6 +130,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     torch.set_num_threads(threads)
     kept = device.type == "cpu" and given.keep_freed_memory and keep_freed_memory()
     rounds = 1 if given.smoke else given.rounds
+    _below_titles[:] = [f"({SMOKE})"] if given.smoke else []
     return Options(given.smoke, device, clock, threads, rounds, given.output, kept), given
 
 
@@ -341,7 +348,7 @@ def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]
     """Columns as wide as their widest cell; the first is flush left."""
     cells = [list(header), *[list(line) for line in lines]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    print(f"\n{title}")
+    print("\n".join(["", title, *_below_titles]))
     for i, line in enumerate(cells):
         print(
             "  ".join(

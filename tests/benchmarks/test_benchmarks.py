@@ -44,7 +44,9 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             base = next((x for x in same if x.variant == row.ratio_to), None)
             if base is not None:
                 assert row.ratio == pytest.approx(row.seconds[1] / base.seconds[1])
-    assert capsys.readouterr().out.count("\n") > 3
+    out = capsys.readouterr().out
+    assert out.count("\n") > 3
+    assert out.count("measures nothing") >= 1, "no table of a smoke run looks like a result"
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def draw_nothing(patch: pytest.MonkeyPatch, plots: bool = False) -> None:
     if not plots:
         from moesaic.training import finish, run
 
-        drawing = (finish.curves, finish.expert_pictures)
+        drawing = (finish.curves, finish.expert_pictures, finish.board_pictures)
         patch.setattr(run, "FINISHERS", tuple(each for each in finish.FINISHERS if each not in drawing))
 
 

@@ -51,6 +51,7 @@ from moesaic.evaluation.specialization_plots import plot_specialization
 from moesaic.files import write_json
 from moesaic.layers import Routing
 from moesaic.models import Decoder
+from moesaic.models.custom import custom_modules
 
 __all__ = ["main"]
 
@@ -96,6 +97,9 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"task=specialization: {config['checkpoint']} has no MoE layers")
     numbers: dict[str, Any] = {"tokens": score.num_tokens, "seq_len": given.seq_len}  # a loss depends on its windows
     numbers |= {"windows": score.num_windows, "windows_in_split": score.windows_in_split}
+    numbers["trained_seq_len"] = given.trained_length
+    if custom := custom_modules(given.model.config):
+        numbers["custom_modules"] = ", ".join(f"{where}: {module['type']}" for where, module in custom.items())
     numbers |= {"loss": score.loss, "bits_per_byte": score.bits_per_byte}
     for name, counts in score.tokens_per_expert.items():
         numbers[f"router/{name}/max_violation"], numbers[f"router/{name}/dead_share"] = load_health(counts)
@@ -279,6 +283,11 @@ def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
 
 def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The tasks loss_by_position and needle: numbers per variant."""
+    return _evaluate_long_context(config)[0]
+
+
+def _evaluate_long_context(config: dict[str, Any]) -> tuple[dict[str, dict[str, float]], str]:
+    """Numbers per variant, and what has to be known to read them: lengths, and what a guess scores."""
     if config["task"] not in ("loss_by_position", "needle"):
         raise InputError(f"task={config['task']!r}: must be one of score, specialization, loss_by_position, needle")
     _require_paths(config)
@@ -317,13 +326,24 @@ def evaluate_long_context(config: dict[str, Any]) -> dict[str, dict[str, float]]
             )
             if output is not None:
                 plot_needles(needles, output / "needle.png", needle_config, source.train_length)
-            return summarize_needle_variants(needles, needle_config.distractors, source.train_length)
+            lengths = sorted({cell.length for cells in needles.values() for cell in cells})
+            caption = (
+                f"within and beyond the training length of {source.train_length} tokens, in contexts of "
+                f"{', '.join(map(str, lengths))}; ± standard error; chance of accuracy "
+                f"{1 / (needle_config.distractors + 1):.4f}, of exact match 0"
+            )
+            return summarize_needle_variants(needles, needle_config.distractors, source.train_length), caption
         losses = run_loss_by_position(
             source, loss_config, variants, batch_size=config["batch_size"], output=output, advance=advance
         )
     if output is not None:
         plot_variants_by_position(losses, output / "loss_by_position.png", source.train_length)
-    return summarize_loss_by_position(losses, source.train_length)
+    first = next(iter(losses.values()))
+    caption = (
+        f"within and beyond the training length of {source.train_length} tokens, in {len(first.nats)} stretches of "
+        f"{first.edges[-1]}; ± standard error"
+    )
+    return summarize_loss_by_position(losses, source.train_length), caption
 
 
 def _require_paths(config: dict[str, Any]) -> None:
@@ -334,7 +354,7 @@ def _require_paths(config: dict[str, Any]) -> None:
             raise InputError(f"{key}={config[key]!r}: must be a path; before a number or a word like true write ./")
 
 
-def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Table:
+def variants_table(summary: Mapping[str, Mapping[str, float]], title: str, caption: str = "") -> Table:
     """One row per variant; a standard error stands beside its number."""
     wanted = ["within/loss", "beyond/loss", "beyond/bits_per_byte", "within/difference", "beyond/difference"]
     wanted += [f"{place}/{score}" for place in ("within", "beyond") for score in ("accuracy", "exact_match")]
@@ -347,7 +367,7 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
         Column("variant", overflow="fold"),
         *headings,
         title=escape(title),
-        caption="within and beyond the training length; ± standard error",
+        caption=caption,
     )
     for name, numbers in summary.items():
         cells = []
@@ -362,8 +382,8 @@ def variants_table(summary: Mapping[str, Mapping[str, float]], title: str) -> Ta
 def _task(config: DictConfig) -> None:
     console = Console(emoji=False, width=None if sys.stdout.isatty() else 120)
     if config.task not in ("score", "specialization"):
-        summary = evaluate_long_context(plain(config))
-        console.print(variants_table(summary, f"{config.task}: {config.checkpoint}"))
+        summary, caption = _evaluate_long_context(plain(config))
+        console.print(variants_table(summary, f"{config.task}: {config.checkpoint}", caption))
         return
     numbers = evaluate(plain(config))
     table = Table("measure", "value", title=escape(str(config.checkpoint)))

@@ -22,6 +22,7 @@ from moesaic.evaluation.plotting import (
     label_axes,
     new_figure,
     save_figure,
+    with_unit,
 )
 from moesaic.reading import read_csv, reading
 
@@ -303,14 +304,10 @@ def _draw_curves(panels: Sequence[Axes], curves: Mapping[str, Sequence[Mapping[s
                 mean_y = np.mean([seed[metric][:shared] for seed in seeds], axis=0)
                 axis.plot(mean_x, mean_y, color=color, linewidth=1.8, label=f"{label} (mean of {len(seeds)})")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        label_axes(axis, f"over {name}", name, _with_unit(metric) if column == "step" else "")
+        label_axes(
+            axis, f"over {name}", name, f"{with_unit(metric)}\n(checks during training)" if column == "step" else ""
+        )
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         shown = [textwrap.fill(label, 42) for label in labels]
         panels[-1].legend(handles, shown, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
-
-
-def _with_unit(metric: str) -> str:
-    """A metric's name for an axis."""
-    units = {"validation/loss": "nats per token", "validation/bits_per_byte": "bits per byte"}
-    return f"{metric}\n({units[metric]}, on a part of the split)" if metric in units else metric

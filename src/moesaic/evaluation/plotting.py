@@ -29,6 +29,7 @@ __all__ = [
     "new_figure",
     "pixels",
     "save_figure",
+    "with_unit",
 ]
 
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#666666"  # Okabe-Ito: told apart by everyone
@@ -113,9 +114,21 @@ def draw_by_layer(axis: Axes, found: Mapping[str, tuple[Floats, Floats]], label:
     axis.figure.colorbar(image, ax=axis, label=label)
 
 
-def mark_chance(axis: Axes, chance: float, what: str = "chance") -> None:
-    """Draw the level that a guess reaches."""
-    axis.axhline(chance, color=GRAY, linestyle=":", linewidth=1, label=f"{what}: {chance:.3f}")
+def with_unit(metric: str) -> str:
+    """Return the name of a metric with its unit, where the name does not say it."""
+    last = metric.rpartition("/")[2]
+    if last == "loss" or last == "gain":
+        return f"{metric}, nats per token"
+    return f"{metric}, share of answers" if metric.startswith("recall/accuracy") else metric
+
+
+def mark_chance(axis: Axes, chance: float) -> None:
+    """Draw the level that a guess reaches, with its number."""
+    axis.axhline(chance, color=GRAY, linestyle=":", linewidth=1)
+    axis.annotate(
+        f"chance {chance:.3g}", (0, chance), xycoords=("axes fraction", "data"), xytext=(4, 3),
+        textcoords="offset points", color=GRAY, fontsize=8,
+    )  # fmt: skip
 
 
 def label_axes(axis: Axes, title: str, x: str, y: str) -> None:

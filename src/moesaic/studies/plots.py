@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from moesaic.evaluation.plotting import COLORS, GRAY, Floats, label_axes, new_figure
+from moesaic.evaluation.plotting import COLORS, GRAY, Floats, in_panels, label_axes, mark_chance, new_figure, with_unit
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, prepared_names
@@ -82,7 +82,7 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
 
 def _metric(study: StudyConfig, arms: Sequence[ArmResult]) -> str:
     """The metric, and on how many windows of how many if that is not all."""
-    return " ".join(filter(None, [study.metric, scored_windows(row for arm in arms for row in arm.rows)]))
+    return " ".join(filter(None, [with_unit(study.metric), scored_windows(row for arm in arms for row in arm.rows)]))
 
 
 def plot_curves(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
@@ -99,24 +99,30 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
     columns = {"tokens": "tokens", "seconds": "training seconds", "active_flops": "active FLOPs"}
     if len(processors(row for arm in arms for row in arm.rows)) > 1:
         del columns["seconds"]
-    width, height = 4.5 * len(columns), 0.6 + 3.0 * len(study.points)
-    figure, panels = new_figure(len(study.points), len(columns), width=width, height=height)
-    for line, point in enumerate(study.points):
+    lines = [(point, few) for point in study.points for few in _few(study, names)]
+    figure, panels = new_figure(len(lines), len(columns), width=4.5 * len(columns), height=0.6 + 3.0 * len(lines))
+    for line, (point, few) in enumerate(lines):
+        of_point = {name: found for name in names if (found := curves.get((name, study.cell(name, point).axis)))}
+        late = [_late(found) for found in of_point.values()]
         for i, (column, label) in enumerate(columns.items()):
             panel = panels[len(columns) * line + i]
-            late = []
-            for name in names:
-                if found := curves.get((name, study.cell(name, point).axis)):
-                    late.append(_band(panel, found, column, _style(study, name)))
+            for name in few:
+                if name in of_point:
+                    _band(panel, of_point[name], column, _style(study, name))
             if late:
                 values = np.concatenate(late)
                 margin = 0.05 * max(float(values.max() - values.min()), 1e-3)
                 panel.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.set_title(f"{f'{point[0]}={point[1]}: ' if point else ''}over {label}", fontsize=11)
-        panels[len(columns) * line].set_ylabel(f"{metric}\n(checks on a part of it)")
+        panels[len(columns) * line].set_ylabel(f"{with_unit(metric)}\n(checks on a part of it)")
     _legend(study, figure, panels[0], names)
     return figure
+
+
+def _few(study: StudyConfig, names: Sequence[str]) -> list[list[str]]:
+    """Names in as many panels as they need, the baseline in each."""
+    return in_panels(names, [name for name in names if name == study.baseline])
 
 
 def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
@@ -129,11 +135,21 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
         return None
     figure, panels = new_figure(1, max(1, len(study.axes)), width=max(9.0, 6.0 * len(study.axes)), height=4.6)
     for panel, axis in zip(panels, study.axes or [None], strict=True):
-        for arm, size in _sizes(study, arms, axis):
+        sizes = _sizes(study, arms, axis)
+        highest: dict[tuple[str, float], float] = {}  # the label of a value stands once, above all arms
+        for arm, size in sizes:
             _draw_level(panel, study, arm, size)
             if arm.axis is not None:
-                value, at = arm.axis.partition("=")[2], (size, arm.level.mean)
-                panel.annotate(value, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=GRAY)
+                label = arm.axis.partition("=")[2], size
+                highest[label] = max(arm.level.mean, highest.get(label, -math.inf))
+        for (value, size), mean in highest.items():
+            panel.annotate(
+                value, (size, mean), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=GRAY
+            )
+        if study.metric.startswith("recall/accuracy"):
+            chances = {row["metrics"].get("recall/chance") for arm, _ in sizes for row in arm.rows} - {None}
+            for chance in sorted(chances):
+                mark_chance(panel, chance)
         _log_scale(panel)
         panel.set_xlabel("parameters")
         panel.set_title("at the end of training" if axis is None else f"over {axis}", fontsize=11)
@@ -163,11 +179,14 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
     found = {arm.arm: curve for arm in arms if (curve := _over_position(arm, seq_len // 4)) is not None}
     if not found or study.axes:
         return None
-    panels_of = {"as trained": [name for name in study.arms if name in found]}
+    trained = _few(study, [name for name in study.arms if name in found])
+    panels_of = {f"as trained{_part(i, trained)}": few for i, few in enumerate(trained)}
     for own in study.arms:
         switched = [name for name, variant in study.variants.items() if variant.arm == own and name in found]
         if own in found and switched:
-            panels_of[f"{study.shown(own)}: switched at evaluation only"] = [own, *switched]
+            parts = in_panels([own, *switched], [own])
+            title = f"{study.shown(own)}: switched at evaluation only"
+            panels_of |= {f"{title}{_part(i, parts)}": few for i, few in enumerate(parts)}
     columns = min(2, len(panels_of))
     rows = -(-len(panels_of) // columns)
     figure, panels = new_figure(rows, columns, width=6.5 * columns, height=4.2 * rows)
@@ -177,10 +196,10 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
     for panel, (title, names) in zip(panels, panels_of.items(), strict=False):
         for i, name in enumerate(names):
             x, values = found[name]
-            style = {"color": colors[i % len(colors)], "linestyle": "-" if i < len(colors) else "--"}
-            if title == "as trained":
+            style = {"color": colors[i], "linestyle": "-"}
+            if title.startswith("as trained"):
                 style = _style(study, name)
-            is_own = title == "as trained" or name == names[0]
+            is_own = title.startswith("as trained") or name == names[0]
             label = study.shown(name) if is_own else name.removeprefix(f"{names[0]}, ")
             panel.plot(x, values.mean(axis=0), marker="o", markersize=3, label=label, **style)  # type: ignore[arg-type]
             panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.1, linewidth=0)
@@ -190,6 +209,11 @@ def plot_by_position(study: StudyConfig, arms: Sequence[ArmResult], seq_len: int
         label_axes(panel, title, "position in the text, tokens", "nats per token")
         panel.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _part(i: int, parts: Sequence[Any]) -> str:
+    """Which panel this is of several with one title."""
+    return f" ({i + 1} of {len(parts)})" if len(parts) > 1 else ""
 
 
 def _over_position(arm: ArmResult, first: int) -> tuple[Floats, Floats] | None:
@@ -294,14 +318,19 @@ def _point(study: StudyConfig, arm: str) -> dict[str, str]:
     return {"color": style["color"], "marker": MARKERS[style["linestyle"]], "linestyle": "none"}
 
 
-def _band(panel: Axes, curves: Sequence[Mapping[str, Any]], column: str, style: Mapping[str, str]) -> Floats:
-    """Draw one arm; returns its values without those of the first quarter."""
+def _band(panel: Axes, curves: Sequence[Mapping[str, Any]], column: str, style: Mapping[str, str]) -> None:
+    """Draw one arm."""
     shared = min(len(curve["values"]) for curve in curves)
     x = np.mean([np.array(curve[column][:shared], dtype=float) for curve in curves], axis=0)
     values = np.array([curve["values"][:shared] for curve in curves])
     panel.plot(x, values.mean(axis=0), linewidth=1.8, marker="o", markersize=3, **style)  # type: ignore[arg-type]
     panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
-    return values[:, shared // 4 :].ravel()
+
+
+def _late(curves: Sequence[Mapping[str, Any]]) -> Floats:
+    """Values of an arm without those of the first quarter."""
+    shared = min(len(curve["values"]) for curve in curves)
+    return np.array([curve["values"][shared // 4 : shared] for curve in curves]).ravel()
 
 
 def _style(study: StudyConfig, arm: str) -> dict[str, str]:

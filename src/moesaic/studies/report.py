@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def write_study_report(
         table.add_row(*map(escape, line))
     console.print(table)
     verdicts = list(verdicts) or [arm.verdict for arm in arms if arm.verdict]
-    notes = _notes(study, arms, rows)
+    notes = _notes(study, base, arms, rows)
     for text in [*verdicts, *then, *notes]:
         console.print(f"- {text}", markup=False, highlight=False, soft_wrap=True)
     paragraphs = [
@@ -138,12 +138,15 @@ def _rate(study: StudyConfig, base: Mapping[str, Any], arm: ArmResult) -> str:
     return f"{rate:g} (x{arm.tuning.best:g}){EDGE if arm.tuning.at_edge else ''}"
 
 
-def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row]) -> list[str]:
+def _notes(
+    study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult], rows: Mapping[str, Row]
+) -> list[str]:
     notes = [
         f"95% intervals over seeds by Student's t; differences to {study.shown(study.baseline)}, paired by seed, which "
         "is also the data order.",
         "Per run: active FLOPs, seconds of training, CPU seconds of everything; tuning: CPU seconds in all.",
     ]
+    notes += _lengths(study, base, arms)
     if len(study.seeds) < 2:
         notes.append("One seed: no interval.")
     if scored := scored_windows(rows.values()):
@@ -173,6 +176,28 @@ def _notes(study: StudyConfig, arms: Sequence[ArmResult], rows: Mapping[str, Row
     if any(row["uncommitted_changes"] for row in rows.values()):
         notes.append("Some rows were made with uncommitted changes in src/ or conf/.")
     return notes
+
+
+def _lengths(study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult]) -> list[str]:
+    """Say on how long windows the arms were trained and scored, and what a guess would score."""
+    rows = [row for arm in arms for row in arm.rows]
+    trained = {row["overrides"].get("training.seq_len", base["training"]["seq_len"]) for row in rows}
+    scored = {row["metrics"]["validation/seq_len"] for row in rows if "validation/seq_len" in row["metrics"]}
+    if not trained:
+        return []
+    notes = f"Trained on windows of {_listed(trained)} tokens"
+    if study.metric.startswith("validation/") and scored:
+        notes += f", scored on windows of {_listed(scored)}"
+    if study.metric.startswith("recall/"):
+        notes += "; a metric with length=4x is on sequences four times as long"
+    chances = {row["metrics"]["recall/chance"] for row in rows if "recall/chance" in row["metrics"]}
+    if study.metric.startswith("recall/") and chances:
+        notes += f"; chance is {' and '.join(f'{chance:.3g}' for chance in sorted(chances))}"
+    return [f"{notes}."]
+
+
+def _listed(numbers: Collection[float]) -> str:
+    return " and ".join(f"{number:,.0f}" for number in sorted(numbers))
 
 
 def _preparation(row: Row) -> str:

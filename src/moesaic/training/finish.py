@@ -285,5 +285,5 @@ FINISHERS: tuple[Finisher, ...] = (
 )
 """In this order."""
 
-PRESENTING: tuple[Finisher, ...] = (curves, expert_pictures, sample, hyper_parameters)
+PRESENTING: tuple[Finisher, ...] = (curves, expert_pictures, board_pictures, sample, hyper_parameters)
 """Finishers that add no number, left out where finish=score."""

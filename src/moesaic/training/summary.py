@@ -114,7 +114,8 @@ def print_verdict(
 ) -> None:
     bits, loss = metrics.get("validation/bits_per_byte"), metrics.get("validation/loss")
     if bits is not None:
-        title = ", ".join(filter(None, ["Held-out text", on_windows(metrics), "bits per byte (lower is better)"]))
+        text = f"Held-out text in windows of {metrics['validation/seq_len']:,} tokens"
+        title = ", ".join(filter(None, [text, on_windows(metrics), "bits per byte (lower is better)"]))
         table = Table(title=title, show_header=False, title_justify="left")
         table.add_column("what", min_width=36)
         table.add_column("bits per byte", justify="right")
