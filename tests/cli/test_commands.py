@@ -157,7 +157,7 @@ def test_a_missing_package_is_one_sentence() -> None:
         ("conformance", ["moesaic", "mine.layers:make", "markdown=true"], {"layers": ["moesaic", "mine.layers:make"]}),
         ("convert", ["a b", "c.ckpt"], {"source": "a b", "destination": "c.ckpt"}),
         ("cache-targets", ["t.ckpt", "to"], {"teacher": "t.ckpt", "directory": "to"}),
-        ("compare", ["new=model.moe.top_k=2 model.dim=[1,2]"], {"baseline": "", "new": "model.moe.top_k=2 model.dim=[1,2]"}),
+        ("compare", ["new=model.dim=[1,2] model.x=3"], {"baseline": "", "new": "model.dim=[1,2] model.x=3"}),
         ("bench", ["experts", "smoke=true"], {"name": "experts", "smoke": True}),
     ],
 )

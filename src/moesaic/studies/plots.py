@@ -135,9 +135,9 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
         return None
     figure, panels = new_figure(1, max(1, len(study.axes)), width=max(9.0, 6.0 * len(study.axes)), height=4.6)
     for panel, axis in zip(panels, study.axes or [None], strict=True):
-        sizes = _sizes(study, arms, axis)
+        points = _sizes(study, arms, axis)
         highest: dict[tuple[str, float], float] = {}  # the label of a value stands once, above all arms
-        for arm, size in sizes:
+        for arm, size in points:
             _draw_level(panel, study, arm, size)
             if arm.axis is not None:
                 label = arm.axis.partition("=")[2], size
@@ -147,7 +147,7 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
                 value, (size, mean), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=GRAY
             )
         if study.metric.startswith("recall/accuracy"):
-            chances = {row["metrics"].get("recall/chance") for arm, _ in sizes for row in arm.rows} - {None}
+            chances = {row["metrics"].get("recall/chance") for arm, _ in points for row in arm.rows} - {None}
             for chance in sorted(chances):
                 mark_chance(panel, chance)
         _log_scale(panel)
