@@ -18,8 +18,9 @@ from moesaic.cli.arguments import as_additions, check_overrides
 from moesaic.cli.common import composed, launch, plain, typed, users_config_dir
 from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, part_overrides, split_words
 from moesaic.comparison.budget import parse_budget
-from moesaic.comparison.compare import Request, compare
+from moesaic.comparison.compare import compare
 from moesaic.comparison.fairness import Equal
+from moesaic.comparison.request import Request
 from moesaic.config import LARGEST_SEED, from_mapping
 from moesaic.errors import InputError, naming
 from moesaic.models import DecoderConfig

@@ -2,119 +2,38 @@
 
 import contextlib
 import dataclasses
-import functools
-import math
-import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from moesaic.comparison.arms import Arm, differences, own_parts
 from moesaic.comparison.budget import Plan, Workload, choose_plan, told
-from moesaic.comparison.costs import Candidate
-from moesaic.comparison.fairness import Equal, make_fair
-from moesaic.comparison.verdict import next_steps, sentence
-from moesaic.config import from_mapping, require_same
-from moesaic.data import Data, DataConfig, load_data
-from moesaic.devices import require_accelerator
-from moesaic.errors import InputError, naming
-from moesaic.files import lock, write_json
+from moesaic.comparison.decided import Decided
+from moesaic.comparison.fairness import make_fair
+from moesaic.comparison.request import Request, Subject, read_arms
+from moesaic.comparison.verdict import costs_table, next_steps, sentence
+from moesaic.config import from_mapping
+from moesaic.data import Data, DataConfig
+from moesaic.files import lock
 from moesaic.imports import names_in, trusting
-from moesaic.models import DecoderConfig
-from moesaic.models.custom import sources
 from moesaic.overrides import apply_overrides
-from moesaic.reading import read_json, reading
 from moesaic.studies.config import StudyConfig, TuneConfig
-from moesaic.studies.jobs import canonical
 from moesaic.studies.report import write_study_report
 from moesaic.studies.results import summarize_study
 from moesaic.studies.runner import read_rows, run_study
 from moesaic.testing import check_decoder_parts
 from moesaic.training.config import RunConfig
-from moesaic.training.memory import require_memory_of_run
-from moesaic.training.optimizers import build_optimizer
-from moesaic.training.run import fit_vocabulary
 
-__all__ = ["Request", "compare"]
-
-FORMAT = 1
-
-SAME = ("seed", "name", "output_dir", "run_dir", "resume", "ckpt_path")
-"""Keys that belong to the comparison and not to an arm."""
-
-SCORED = ("training.validation_seq_len", "training.score_windows")
-"""Keys that decide what a score means."""
-
-OF_DATA = ("data.tokenizer", "data.vocab_size", "data.cache_dir")
-"""Keys of the data under which bits per byte are still of the same text."""
+__all__ = ["compare"]
 
 SCORE_WINDOWS = 64
 
 CHECKS_DURING_A_RUN = 6
 
 TUNE_SEED = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is asked."""
-
-    baseline: Arm
-    new: tuple[Arm, ...]
-    directory: Path
-    """Keeps everything: what was decided, rows, report, and the folders of the runs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    budget: float = 1200.0
-    """Seconds that all runs may take together; nothing if `fixed` has training.steps."""
-    equal: Equal = "active_flops"
-    rates: tuple[float, ...] | None = None
-    """Factors on the learning rates that are tried; None: as the budget allows."""
-    workers: int = 2
-    rounds: int = 5
-    """Steps that are timed of each arm."""
-    only: Literal["costs"] | None = None
-    """Where to stop: after the costs, without training."""
-    in_process: bool = False
-    """Whether runs take place in this process, one after another: parts that were handed in exist nowhere else."""
-    fixed: frozenset[str] = frozenset()
-    """Dotted keys that the person set for all arms. The budget leaves them."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(f"seeds={list(self.seeds)}: must be one or more different integers >= 0")
-        if self.rates is not None and (
-            not self.rates or min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates)
-        ):
-            raise InputError(f"rates={list(self.rates)}: must be one or more different factors > 0")
-        if self.workers < 1:
-            raise InputError(f"workers={self.workers}: must be a number >= 1")
-        if self.rounds < (self.only is None):
-            raise InputError(f"rounds={self.rounds}: must be a number >= 1, or >= 0 with only=costs")
-        for arm in self.new:
-            if not differences(self.baseline.config, arm.config):
-                raise InputError(f"new: {arm.name} is the baseline itself; must differ from it")
-        names = [arm.name for arm in self.arms]
-        if len(set(names)) < len(names):
-            raise InputError(f"new: two arms are called {max(names, key=names.count)}; must have different names")
-
-    @property
-    def arms(self) -> tuple[Arm, ...]:
-        return (self.baseline, *self.new)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    """An arm, read and checked."""
-
-    arm: Arm
-    run: RunConfig
-    candidate: Candidate
 
 
 def compare(request: Request, console: Console, command: str) -> dict[str, Any]:
@@ -127,10 +46,11 @@ def compare(request: Request, console: Console, command: str) -> dict[str, Any]:
         InputError: what cannot be compared, or a directory of another comparison.
     """
     with trusting(names_in([arm.config for arm in request.arms])):
-        subjects, data = _read(request)
+        subjects, data = read_arms(request)
         request.directory.mkdir(parents=True, exist_ok=True)
         with lock(request.directory, f"{request.directory}: another process is running this comparison"):
-            decided = _Decided(request, subjects)
+            models = {name: subject.candidate.model for name, subject in subjects.items()}
+            decided = Decided(request, models)
             say = _Teller(console)
             _check(request, subjects, decided, say)
             _make_fair(request, subjects, decided, say)
@@ -153,85 +73,7 @@ class _Teller:
         self.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True, style=style)
 
 
-class _Decided:
-    """What comparison.json holds: decisions, kept so that the next start or another machine goes on."""
-
-    def __init__(self, request: Request, subjects: Mapping[str, _Subject]) -> None:
-        self.path = request.directory / "comparison.json"
-        question = {name: canonical(subject.arm.config) for name, subject in subjects.items()}
-        settings: dict[str, Any] = {"equal": request.equal, "baseline": request.baseline.name}
-        settings |= {"budget": request.budget, "rates": None if request.rates is None else list(request.rates)}
-        wanted = {"format": FORMAT, "settings": settings, "arms": question}
-        self.stored: dict[str, Any] = {}
-        if self.path.exists():
-            with reading(self.path):
-                self.stored = read_json(self.path)
-                advice = "nothing was changed; choose another results_dir, or put it back"
-                found = {key: self.stored[key] for key in wanted}
-                require_same(f"another comparison, {advice}", found, wanted)
-        else:
-            self.stored = wanted
-            self._keep_sources(request, subjects)
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """What was decided under this key; `make` decides it, once."""
-        if key not in self.stored:
-            self.stored[key] = make()
-            write_json(self.path, self.stored)
-        return self.stored[key]
-
-    def _keep_sources(self, request: Request, subjects: Mapping[str, _Subject]) -> None:
-        """Copy the code of custom parts, for whoever gets the directory."""
-        for subject in subjects.values():
-            for source in sources(subject.candidate.model).values():
-                for module, file in source.files.items():
-                    place = request.directory / "parts" / Path(*module.split(".")).with_suffix(".py")
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, place)
-
-
-def _read(request: Request) -> tuple[dict[str, _Subject], Data]:
-    """Every arm as a config of its own, with the vocabulary of its data; and the baseline's data."""
-    base = request.baseline.config
-    subjects, loaded = {}, {}
-    for arm in request.arms:
-        with naming(arm.name):
-            _require_comparable(base, arm.config)
-            run = from_mapping(RunConfig, arm.config)
-            # what the model says wrongly is refused before any data is read
-            model = {**run.model, "vocab_size": run.model["vocab_size"] or 1}
-            require_accelerator("trainer.accelerator", run.trainer.accelerator)
-            require_memory_of_run(run, from_mapping(DecoderConfig, model, "model"))
-            key = repr(run.data)
-            if key not in loaded:
-                loaded[key] = load_data(run.data)
-            subjects[arm.name] = _Subject(arm, run, candidate_of(run, fit_vocabulary(run, loaded[key])))
-    first = from_mapping(DataConfig, base["data"], "data")
-    return subjects, loaded[repr(first)]
-
-
-def candidate_of(run: RunConfig, model: DecoderConfig) -> Candidate:
-    """What is counted and timed of a run."""
-    return Candidate(
-        model=model,
-        batch_size=run.training.batch_size,
-        seq_len=run.training.seq_len,
-        optimizer=run.optimizer.name,
-        make_optimizer=functools.partial(build_optimizer, config=run.optimizer),
-        checkpoint_activations=run.trainer.checkpoint_activations,
-    )
-
-
-def _require_comparable(base: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    for key in differences(base, config):
-        root = key.split(".")[0]
-        if key in SAME or root in ("logger", "sample"):
-            raise InputError(f"{key}: must be the same in all arms; give it beside new= and baseline=")
-        if key in SCORED or (root == "data" and key not in OF_DATA):
-            raise InputError(f"{key}: scores would be of different texts or lengths; must be the same in all arms")
-
-
-def _check(request: Request, subjects: Mapping[str, _Subject], decided: _Decided, say: _Teller) -> None:
+def _check(request: Request, subjects: Mapping[str, Subject], decided: Decided, say: _Teller) -> None:
     """Step 1."""
     parts = {name: own_parts(subject.candidate.model) for name, subject in subjects.items()}
     if not any(parts.values()):
@@ -242,7 +84,8 @@ def _check(request: Request, subjects: Mapping[str, _Subject], decided: _Decided
         if not parts[name]:
             continue
         rows = decided.get(
-            f"checks of {name}",
+            "checks",
+            name,
             lambda model=subject.candidate.model: [  # type: ignore[misc]
                 {"check": row.check, "status": row.status, "detail": row.detail} for row in check_decoder_parts(model)
             ],
@@ -258,21 +101,17 @@ LEAKS = {"causality": "sees later tokens", "batch independence": "sees other seq
 """Checks whose failure makes a score meaningless, the worst first, and the mark that follows it."""
 
 
-def _failed_checks(decided: _Decided) -> dict[str, list[str]]:
-    prefix = "checks of "
-    return {
-        key.removeprefix(prefix): [row["check"] for row in rows if row["status"] == "fail"]
-        for key, rows in decided.stored.items()
-        if key.startswith(prefix)
-    }
+def _failed_checks(decided: Decided) -> dict[str, list[str]]:
+    checks = decided.stored["checks"].items()
+    return {name: [row["check"] for row in rows if row["status"] == "fail"] for name, rows in checks}
 
 
-def _marks(decided: _Decided) -> dict[str, str]:
+def _marks(decided: Decided) -> dict[str, str]:
     failed = _failed_checks(decided)
     return {name: LEAKS[leaks[0]] for name, checks in failed.items() if (leaks := [x for x in LEAKS if x in checks])}
 
 
-def _make_fair(request: Request, subjects: Mapping[str, _Subject], decided: _Decided, say: _Teller) -> None:
+def _make_fair(request: Request, subjects: Mapping[str, Subject], decided: Decided, say: _Teller) -> None:
     """Steps 2 and 3."""
     say.step("2. What does it cost?", "A training step is counted by torch, and steps of all arms are timed in turn.")
     baseline = subjects[request.baseline.name].candidate
@@ -286,7 +125,7 @@ def _make_fair(request: Request, subjects: Mapping[str, _Subject], decided: _Dec
                 )
             return dataclasses.asdict(fair)
 
-        fairs[arm.name] = decided.get(f"fair {arm.name}", solve)
+        fairs[arm.name] = decided.get("fair", arm.name, solve)
     say.console.print(costs_table(request.baseline.name, fairs))
     for name, fair in fairs.items():
         for note in fair["notes"]:
@@ -296,36 +135,6 @@ def _make_fair(request: Request, subjects: Mapping[str, _Subject], decided: _Dec
         say.say(f"{name}: {fair['reason']}")
         if fair["unequal"]:
             say.say(f"{name}: not equal: {', '.join(fair['unequal'])}")
-
-
-SHOWN = {
-    "parameters": ("parameters", 1, ",.0f"),
-    "active_parameters": ("active parameters", 1, ",.0f"),
-    "forward_flops": ("MFLOP per token, forward", 1e6, ",.3f"),
-    "training_flops": ("MFLOP per token, training", 1e6, ",.3f"),
-    "weight_bytes": ("MB of weights", 1e6, ",.2f"),
-    "optimizer_bytes": ("MB of optimizer state", 1e6, ",.2f"),
-    "activation_bytes": ("MB of activations", 1e6, ",.2f"),
-    "step_seconds": ("ms per step, one thread", 1e-3, ",.1f"),
-}
-
-
-def costs_table(baseline: str, fairs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The costs of the baseline and of the new arms as they run, with ratios."""
-    table = Table(box=None, pad_edge=True)
-    for heading in ("", baseline, *(word for name in fairs for word in (name, "ratio"))):
-        table.add_column(heading, justify="right" if heading else "left")
-    [first, *_] = fairs.values()
-    for key, (label, unit, form) in SHOWN.items():
-        theirs = first["baseline"].get(key)
-        if not theirs or math.isnan(theirs):
-            continue
-        cells = [label, format(theirs / unit, form)]
-        for fair in fairs.values():
-            ours = fair["after"].get(key) or math.nan
-            cells += [format(ours / unit, form), f"{ours / theirs:.3f}"]
-        table.add_row(*map(escape, cells))
-    return table
 
 
 @contextlib.contextmanager
@@ -340,7 +149,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _plan(
-    request: Request, subjects: Mapping[str, _Subject], data: Data, decided: _Decided, say: _Teller
+    request: Request, subjects: Mapping[str, Subject], data: Data, decided: Decided, say: _Teller
 ) -> dict[str, Any]:
     """Step 4 before its runs: how long they are."""
     say.step("4. Run:", "every arm gets its own learning rate, and seeds are paired by the order of the data.")
@@ -361,7 +170,7 @@ def _plan(
         )
         return {**dataclasses.asdict(plan), "rates": list(plan.rates), "overrides": _lengths(request, plan)}
 
-    plan: dict[str, Any] = decided.get("plan", decide)
+    plan: dict[str, Any] = decided.get("plan", "runs", decide)
     rates = plan["rates"]
     tuning = f"{len(rates)} learning rates on seed {_tune_seed(request)}, then " if len(rates) > 1 else ""
     tokens = plan["steps"] * _tokens_per_step(subjects[request.baseline.name].run)
@@ -387,11 +196,9 @@ def _tune_seed(request: Request) -> int:
     return TUNE_SEED if TUNE_SEED not in request.seeds else max(request.seeds) + 1
 
 
-def _workloads(
-    request: Request, subjects: Mapping[str, _Subject], data: Data, decided: _Decided
-) -> dict[str, Workload]:
+def _workloads(request: Request, subjects: Mapping[str, Subject], data: Data, decided: Decided) -> dict[str, Workload]:
     """What the runs of each arm take, by the steps that were timed beside the baseline's."""
-    fairs = {arm.name: decided.stored[f"fair {arm.name}"] for arm in request.new}
+    fairs = decided.stored["fair"]
     baseline = statistics.median(fair["baseline"]["step_seconds"] for fair in fairs.values())
     ratios = {name: fair["after"]["step_seconds"] / fair["baseline"]["step_seconds"] for name, fair in fairs.items()}
     found = {}
@@ -425,9 +232,9 @@ def _lengths(request: Request, plan: Plan) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key not in request.fixed}
 
 
-def _run(request: Request, decided: _Decided, plan: Mapping[str, Any], say: _Teller, command: str) -> dict[str, Any]:
+def _run(request: Request, decided: Decided, plan: Mapping[str, Any], say: _Teller, command: str) -> dict[str, Any]:
     """Step 4, and step 5."""
-    fair = {arm.name: decided.stored[f"fair {arm.name}"] for arm in request.new}
+    fair = decided.stored["fair"]
     base = apply_overrides(request.baseline.config, {**plan["overrides"], "name": request.directory.name}, "budget")
     arms = {request.baseline.name: {}} | {
         arm.name: {**differences(request.baseline.config, arm.config), **fair[arm.name]["overrides"]}

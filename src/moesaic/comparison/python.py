@@ -13,9 +13,9 @@ from torch import nn
 
 from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, part_overrides, split_words
 from moesaic.comparison.budget import parse_budget
-from moesaic.comparison.compare import Request
 from moesaic.comparison.compare import compare as run_comparison
 from moesaic.comparison.fairness import Equal
+from moesaic.comparison.request import Request
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.imports import HANDED_IN, handing_in
@@ -116,7 +116,7 @@ def compare(
         verdicts=tuple(found["verdict"]),
         next_steps=tuple(found["next"]),
         rows=tuple(found["rows"]),
-        costs={arm.name: found[f"fair {arm.name}"] for arm in arms},
+        costs=found["fair"],
         failed=found["failed"],
         directory=request.directory,
     )

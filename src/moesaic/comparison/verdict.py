@@ -1,13 +1,17 @@
-"""What a comparison says at its end: one plain sentence for each new arm, and what to try next."""
+"""What a comparison says: its costs as a table, one plain sentence for each new arm, and what to try next."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
 
 from moesaic.statistics import Interval, student_t
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.results import ArmResult
 
-__all__ = ["next_steps", "seeds_to_see", "sentence", "unit_of"]
+__all__ = ["costs_table", "next_steps", "seeds_to_see", "sentence", "unit_of"]
 
 MOST_SEEDS = 30
 
@@ -102,3 +106,33 @@ def next_steps(
     if not is_tuned:
         found.append("Learning rates were not tuned: a longer budget tries three for every arm.")
     return list(dict.fromkeys(found))
+
+
+SHOWN = {
+    "parameters": ("parameters", 1, ",.0f"),
+    "active_parameters": ("active parameters", 1, ",.0f"),
+    "forward_flops": ("MFLOP per token, forward", 1e6, ",.3f"),
+    "training_flops": ("MFLOP per token, training", 1e6, ",.3f"),
+    "weight_bytes": ("MB of weights", 1e6, ",.2f"),
+    "optimizer_bytes": ("MB of optimizer state", 1e6, ",.2f"),
+    "activation_bytes": ("MB of activations", 1e6, ",.2f"),
+    "step_seconds": ("ms per step, one thread", 1e-3, ",.1f"),
+}
+
+
+def costs_table(baseline: str, fairs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The costs of the baseline and of the new arms as they run, with ratios."""
+    table = Table(box=None, pad_edge=True)
+    for heading in ("", baseline, *(word for name in fairs for word in (name, "ratio"))):
+        table.add_column(heading, justify="right" if heading else "left")
+    [first, *_] = fairs.values()
+    for key, (label, unit, form) in SHOWN.items():
+        theirs = first["baseline"].get(key)
+        if not theirs or math.isnan(theirs):
+            continue
+        cells = [label, format(theirs / unit, form)]
+        for fair in fairs.values():
+            ours = fair["after"].get(key) or math.nan
+            cells += [format(ours / unit, form), f"{ours / theirs:.3f}"]
+        table.add_row(*map(escape, cells))
+    return table

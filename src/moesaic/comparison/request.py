@@ -1,0 +1,128 @@
+"""What a comparison is asked, and its arms as models that can be compared."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from moesaic.comparison.arms import Arm, differences
+from moesaic.comparison.costs import Candidate
+from moesaic.comparison.fairness import Equal
+from moesaic.config import from_mapping
+from moesaic.data import Data, DataConfig, load_data
+from moesaic.devices import require_accelerator
+from moesaic.errors import InputError, naming
+from moesaic.models import DecoderConfig
+from moesaic.training.config import RunConfig
+from moesaic.training.memory import require_memory_of_run
+from moesaic.training.optimizers import build_optimizer
+from moesaic.training.run import fit_vocabulary
+
+__all__ = ["Request", "Subject", "candidate_of", "read_arms"]
+
+SAME = ("seed", "name", "output_dir", "run_dir", "resume", "ckpt_path")
+"""Keys that belong to the comparison and not to an arm."""
+
+SCORED = ("training.validation_seq_len", "training.score_windows")
+"""Keys that decide what a score means."""
+
+OF_DATA = ("data.tokenizer", "data.vocab_size", "data.cache_dir")
+"""Keys of the data under which bits per byte are still of the same text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked."""
+
+    baseline: Arm
+    new: tuple[Arm, ...]
+    directory: Path
+    """Keeps everything: what was decided, rows, report, and the folders of the runs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: float = 1200.0
+    """Seconds that all runs may take together; nothing if `fixed` has training.steps."""
+    equal: Equal = "active_flops"
+    rates: tuple[float, ...] | None = None
+    """Factors on the learning rates that are tried; None: as the budget allows."""
+    workers: int = 2
+    rounds: int = 5
+    """Steps that are timed of each arm."""
+    only: Literal["costs"] | None = None
+    """Where to stop: after the costs, without training."""
+    in_process: bool = False
+    """Whether runs take place in this process, one after another: parts that were handed in exist nowhere else."""
+    fixed: frozenset[str] = frozenset()
+    """Dotted keys that the person set for all arms. The budget leaves them."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds={list(self.seeds)}: must be one or more different integers >= 0")
+        if self.rates is not None and (
+            not self.rates or min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates)
+        ):
+            raise InputError(f"rates={list(self.rates)}: must be one or more different factors > 0")
+        if self.workers < 1:
+            raise InputError(f"workers={self.workers}: must be a number >= 1")
+        if self.rounds < (self.only is None):
+            raise InputError(f"rounds={self.rounds}: must be a number >= 1, or >= 0 with only=costs")
+        for arm in self.new:
+            if not differences(self.baseline.config, arm.config):
+                raise InputError(f"new: {arm.name} is the baseline itself; must differ from it")
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise InputError(f"new: two arms are called {max(names, key=names.count)}; must have different names")
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return (self.baseline, *self.new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """An arm, read and checked, with the vocabulary of its data."""
+
+    arm: Arm
+    run: RunConfig
+    candidate: Candidate
+
+
+def read_arms(request: Request) -> tuple[dict[str, Subject], Data]:
+    """Every arm as a config of its own, with the vocabulary of its data; and the baseline's data."""
+    base = request.baseline.config
+    subjects, loaded = {}, {}
+    for arm in request.arms:
+        with naming(arm.name):
+            _require_comparable(base, arm.config)
+            run = from_mapping(RunConfig, arm.config)
+            # what the model says wrongly is refused before any data is read
+            model = {**run.model, "vocab_size": run.model["vocab_size"] or 1}
+            require_accelerator("trainer.accelerator", run.trainer.accelerator)
+            require_memory_of_run(run, from_mapping(DecoderConfig, model, "model"))
+            key = repr(run.data)
+            if key not in loaded:
+                loaded[key] = load_data(run.data)
+            subjects[arm.name] = Subject(arm, run, candidate_of(run, fit_vocabulary(run, loaded[key])))
+    first = from_mapping(DataConfig, base["data"], "data")
+    return subjects, loaded[repr(first)]
+
+
+def candidate_of(run: RunConfig, model: DecoderConfig) -> Candidate:
+    """What is counted and timed of a run."""
+    return Candidate(
+        model=model,
+        batch_size=run.training.batch_size,
+        seq_len=run.training.seq_len,
+        optimizer=run.optimizer.name,
+        make_optimizer=functools.partial(build_optimizer, config=run.optimizer),
+        checkpoint_activations=run.trainer.checkpoint_activations,
+    )
+
+
+def _require_comparable(base: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    for key in differences(base, config):
+        root = key.split(".")[0]
+        if key in SAME or root in ("logger", "sample"):
+            raise InputError(f"{key}: must be the same in all arms; give it beside new= and baseline=")
+        if key in SCORED or (root == "data" and key not in OF_DATA):
+            raise InputError(f"{key}: scores would be of different texts or lengths; must be the same in all arms")
