@@ -54,10 +54,8 @@ def plot(rows: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
     written = []
     for name, draw in PICTURES.items():
         figure, axes = new_figure(1, 2, width=11, height=4)
+        axes[1].sharey(axes[0])
         if draw(axes, [row for row in rows if row["seconds"]]):
-            low, high = min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes)
-            for axis in axes:
-                axis.set_ylim(low, high)
             written.append(directory / f"{name}.png")
             save_figure(figure, written[-1])
     return written

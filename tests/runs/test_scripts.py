@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from moesaic.checkpoints import load_model, save_model
 from moesaic.cli import evaluate, generate, report
@@ -150,10 +151,15 @@ def test_sweep_survives_a_failed_run_and_ends_in_a_table(corpus: Path, tmp_path:
     assert "2 run(s) of this sweep failed" in done.stderr
     [sweep] = (tmp_path / "smoke").glob("sweep-*")
     table = (sweep / "report.md").read_text()
-    assert "| model.moe.top_k=1 | 2 of 2 |" in table
-    assert "| model.moe.top_k=99 | 0 of 2 |" in table
+    assert "| top_k=1 | 2 of 2 |" in table
+    assert "| top_k=99 | 0 of 2 |" in table
     assert "must be 1 to num_experts=8" in table
     assert table in done.stdout
+    assert f"curves: tensorboard --logdir {sweep}" in done.stdout
+    runs = sorted(path.name for path in sweep.iterdir() if path.is_dir())
+    assert runs == [f"{2 * (k > 1) + seed}-top_k={k},seed={seed}" for k in (1, 99) for seed in (0, 1)]
+    stored = yaml.safe_load((sweep / runs[0] / "config.yaml").read_text())
+    assert stored["logger"]["tensorboard"]["swept"] == ["model.moe.top_k", "seed"]
     assert (sweep / "report.png").stat().st_size > 0
     with (sweep / "report.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2
