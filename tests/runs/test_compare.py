@@ -148,13 +148,19 @@ def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(cor
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
-def test_a_module_is_copied_and_drawn_anew_for_every_run(corpus: Path, folder: Path) -> None:
+def test_keys_that_move_together_and_a_module_that_is_drawn_anew_for_every_run(corpus: Path, folder: Path) -> None:
     router = TopKRouter(16, 8, score_function="softmax")
     before = router.weight.detach().clone()
     found = moesaic.compare(
-        new=["model.moe.top_k=2", router], config=tiny_config(corpus), seeds=1, rates=[1.0], rounds=1, console=quiet()
+        new=["model.moe.top_k=2 model.moe.hidden_dim=12", router],
+        config=tiny_config(corpus),
+        seeds=1,
+        rates=[1.0],
+        rounds=1,
+        console=quiet(),
     )
-    assert [row["arm"] for row in found.rows] == ["baseline", "top_k=2", "TopKRouter"]
+    assert [row["arm"] for row in found.rows] == ["baseline", "top_k=2, hidden_dim=12", "TopKRouter"]
+    assert found.costs["top_k=2, hidden_dim=12"]["overrides"] == {}  # the person's own width stays
     assert torch.equal(router.weight, before)
     assert "no verdict" in found.verdicts[0]
 

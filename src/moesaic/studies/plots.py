@@ -42,17 +42,17 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
     better = f"{'higher' if study.higher_is_better else 'lower'} is better"
     title = f"difference to {study.shown(study.baseline)}, 95% interval"
     if not study.axes:
-        figure, (panel,) = new_figure(1, 1, width=8.5, height=1.4 + 0.3 * len(names))
+        figure, (panel,) = new_figure(1, 1, width=8.5, height=1.6 + 0.3 * len(names))
         for place, name in enumerate(names):
             interval, color = found[name, None], _style(study, name)["color"]
             panel.hlines(place, interval.low, interval.high, color=color, linewidth=2, alpha=0.8)
             panel.plot(interval.mean, place, "o", color=color, markersize=7)
         panel.axvline(0, color=GRAY, linewidth=1, linestyle="--")
-        panel.set_yticks(range(len(names)), list(map(study.shown, names)))
+        panel.set_yticks(range(len(names)), [textwrap.fill(study.shown(name), 30) for name in names])
         panel.invert_yaxis()
         panel.margins(y=0.5 / len(names))
         panel.grid(axis="y", visible=False)
-        label_axes(panel, title, f"{_metric(study, arms)} ({better})", "")
+        label_axes(panel, title, f"{_metric(study, arms)}\n({better})", "")
         return figure
     widths = [max(4.0, 1.0 + 1.1 * len(axis.values)) for axis in study.axes.values()]
     figure, panels = new_figure(1, len(study.axes), width=max(6.0, sum(widths)), height=4.2)
@@ -113,7 +113,8 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
                 values = np.concatenate(late)
                 margin = 0.05 * max(float(values.max() - values.min()), 1e-3)
                 panel.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if column != "seconds":  # 500m would be read as minutes
+                panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.set_title(f"{f'{point[0]}={point[1]}: ' if point else ''}over {label}", fontsize=11)
         panels[len(columns) * line].set_ylabel(f"{with_unit(metric)}\n(checks on a part of it)")
     _legend(study, figure, panels[0], names)
