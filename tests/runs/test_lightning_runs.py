@@ -192,14 +192,17 @@ def test_without_validation_there_are_checkpoints_too(composed: Composed, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_run(corpus: Path, tmp_path: Path) -> None:
+def test_two_processes_share_one_run_and_go_on_with_it(corpus: Path, tmp_path: Path) -> None:
     """Lightning repeats the command for the second; each step sees the windows of two batches."""
     overrides = [*SMOKE, f"data.path={corpus}", "training.steps=4", "training.log_every=1", "sample.max_new_tokens=0"]
     command = [sys.executable, "-m", "moesaic", "train", *overrides, "trainer.devices=2", f"run_dir={tmp_path / 'run'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    resumed = [*command[:4], "resume=true", "trainer.max_time=null", command[-1]]
+    for line, status in (([*command, "trainer.max_time=00:00:00:00"], "stopped"), (resumed, "finished")):
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert metrics["status"] == status
     assert (metrics["status"], metrics["steps"], metrics["tokens"]) == ("finished", 4, 2 * 4 * 2 * 64)
     assert list(column(tmp_path / "run", "train/loss")) == ["1", "2", "3", "4"], "one of the two writes"
     assert not (tmp_path / "outputs").exists()

@@ -16,6 +16,7 @@ from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models import DecoderConfig
 from moesaic.reading import read_json, read_yaml, reading, require_file, require_finite
 from moesaic.training.config import RunConfig
+from moesaic.training.launched import is_one_process, rank, rank_run_dir
 from moesaic.training.records import TABLES, read_table
 from moesaic.training.stored_state import require_training_state
 
@@ -174,9 +175,14 @@ def find_run(config: Mapping[str, Any]) -> Found:
         return Found("new", {**config, "resume": False})
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
-    if is_locked(run_dir):
+    if is_locked(run_dir) and not _is_other_rank(run_dir):
         raise InputError(busy(run_dir))
     return _existing(run_dir, config)
+
+
+def _is_other_rank(run_dir: Path) -> bool:
+    """Whether this is one of several processes of a run, and not the one that holds the lock."""
+    return rank() > 0 and not is_one_process(read_run_config(run_dir).get("trainer") or {})
 
 
 def busy(run_dir: Path) -> str:
@@ -252,6 +258,8 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _newest_unfinished(root: Path) -> Path:
+    if (told := rank_run_dir()) is not None:
+        return told
     candidates = [path.parent.parent for path in find_all(root, "last.ckpt") if path.parent.name == "checkpoints"]
     unfinished = [path for path in candidates if not is_finished(path)]
     free = [path for path in unfinished if not is_locked(path)]
