@@ -1,7 +1,10 @@
 """What README and docs show works: Python snippets run, commands compose."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,8 +35,21 @@ TABLE = re.findall(r"\| `((?:-m )?[a-z_./]+=[^`]+)` \|$", README, re.MULTILINE)
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)])
 def test_snippet_runs(page: str, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in {"timm", "transformers"} & set(re.findall(r"^(?:from|import) (\w+)", snippet, re.MULTILINE)):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_five_lines_of_balancing_are_typed(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (snippet,) = (text for _, text in SNIPPETS if "def training_step(model: nn.Module" in text)
+    (tmp_path / "snippet.py").write_text(snippet)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(ROOT / ".mypy_cache"), "snippet.py"]
+    environment = {**os.environ, "MYPYPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def overrides_of(command: str) -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ __all__ = ["main"]
 ALL = ("smoke", "directory")
 ONE = ("smoke", "output", "device", "clock", "threads", "rounds", "keep_freed_memory")
 MORE = {
+    "loss": ("torch",),
     "peers": ("layers", "memory_gb"),
     "acceleration": ("models", "experts", "tokens", "dim", "hidden_dim", "dtype", "memory_gb"),
 }

@@ -14,6 +14,7 @@ from moesaic.layers.attention import (
 )
 from moesaic.layers.backend_choice import choose_backend
 from moesaic.layers.backends import BACKENDS, run_experts
+from moesaic.layers.collect import collect_routings
 from moesaic.layers.control_routers import UniformRouter
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
@@ -56,6 +57,7 @@ __all__ = [
     "UniformRouter",
     "causal_attention",
     "choose_backend",
+    "collect_routings",
     "count_tokens",
     "masked_attention",
     "mix_experts",
