@@ -3,11 +3,11 @@
     python -m benchmarks.loss [--torch] [--smoke] [--device cuda] [--output results.jsonl]
 
 "naive" is cross_entropy(hidden @ head.T) with the (T, V) logits in fp32, as most trainers write it; "chunked" is
-`moesaic.losses.linear_cross_entropy`. Forward and backward; ratios are to "naive". Errors of loss, gradient of hidden and
-of head are relative, in norm, against fp64 on the same inputs.
+`moesaic.losses.linear_cross_entropy`. Forward and backward; ratios are to "naive". Errors of loss, gradient of hidden
+and of head are relative, in norm, against fp64 on the same inputs.
 
-With --torch also the chunked path of `torch.nn.functional.linear_cross_entropy` (torch 2.13): "torch" with its own choice
-of chunks, "torch*" with ours; in bf16 too where the CPU emulates it. This takes ten minutes or more.
+With --torch also the chunked path of `torch.nn.functional.linear_cross_entropy` (torch 2.13): "torch" with its own
+choice of chunks, "torch*" with ours; in bf16 too where the CPU emulates it. That takes half an hour there.
 """
 
 import functools

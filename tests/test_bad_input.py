@@ -88,7 +88,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ("train trainer.precision=8", ["trainer.precision", "must be"]),
     ("train model.moe.top_k=0", ["model.moe.top_k=0", "must be 1 to num_experts"]),
     ("train model.attention.num_heads=0", ["model.attention.num_heads=0", "must be"]),
-    ("train model.activation=tanhh", ["model.activation='tanhh'", "must be one of"]),
+    ("train model.activation=tanhh", ["model.activation: found 'tanhh'", "must be silu | gelu"]),
     ("train optimizer.name=sgd", ["optimizer.name", "adamw", "muon"]),
     ("train name=a/b", ["name='a/b'", "must be a directory name"]),
     ("cache-targets temperature=inf", ["temperature=inf", "finite"]),

@@ -1,6 +1,7 @@
 """Every expert backend against `loop`, and `loop` against one row at a time."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from reference.comparing import OutputSizes, assert_close, assert_gradients, red
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesaic.layers import ACTIVATIONS, BACKENDS, Experts, MoE, choose_backend, run_experts
+from moesaic.layers import (
+    ACTIVATIONS,
+    BACKENDS,
+    ActivationName,
+    BackendName,
+    Experts,
+    MoE,
+    choose_backend,
+    run_experts,
+)
 
 DIM, HIDDEN = 16, 24
 
@@ -24,6 +34,11 @@ SHAPES = {
     "no rows": [0, 0, 0],
 }
 FLOAT64 = [name for name in BACKENDS if name != "grouped"]  # grouped_mm has no fp64 kernel
+
+
+def test_the_literal_types_are_the_names_there_are() -> None:
+    assert get_args(BackendName) == ("auto", *BACKENDS)
+    assert get_args(ActivationName) == tuple(ACTIVATIONS)
 
 
 def run(experts: Experts, counts: list[int], rows: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:

@@ -103,6 +103,9 @@ def test_a_second_derivative_is_refused_and_not_zero(name: str) -> None:
     ):
         with pytest.raises(RuntimeError, match="no second derivative"):
             (gradient.square().sum() + hidden.sum()).backward()
+    gradient = torch.autograd.grad(loss(hidden, *others), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), hidden)
 
 
 def test_num_valid_of_the_whole_batch_makes_parts_add_up() -> None:

@@ -135,7 +135,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"attention.rope_theta": 1e300}, r"model\.attention\.rope_theta=1e\+300: must be a number from 1 to 1e\+15"),
     ({"attention.temperature.attn_scale": 1e308}, r"model\.attention\.temperature\.attn_scale=1e\+308: must be"),
     ({"init_std": -1}, r"model\.init_std=-1\.0: must be a number > 0"),
-    ({"activation": "swish"}, r"model\.activation='swish': must be one of silu, gelu, relu"),
+    ({"activation": "swish"}, r"model\.activation: found 'swish' \(str\); must be silu \| gelu \| relu"),
     ({"tie_embeddings": 1}, r"model\.tie_embeddings: found 1 \(int\); must be true or false"),
     ({"interleave_moe_layer_step": -1}, r"model\.interleave_moe_layer_step=-1: must be a number >= 0"),
     ({"nope_layer_interval": -2}, r"model\.nope_layer_interval=-2: must be a number >= 0"),
@@ -208,7 +208,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"moe.top_k": 5}, r"model\.moe\.top_k=5: must be 1 to num_experts=4"),
     ({"moe.normalize_scores": True}, r"model\.moe\.normalize_scores=True: with top_k=1 every score is 1"),
     ({"moe.shared_hidden_dim": -1}, r"model\.moe\.shared_hidden_dim=-1: must be a number >= 0, or null"),
-    ({"moe.backend": "fast"}, r"model\.moe\.backend='fast': must be one of auto, loop, padded, grouped"),
+    ({"moe.backend": "fast"}, r"model\.moe\.backend: found 'fast' \(str\); must be auto \| loop \| padded \| grouped"),
     (
         {"moe.score_function": "tanh"},
         r"model\.moe\.score_function: found 'tanh' \(str\); must be sigmoid \| softmax",

@@ -12,13 +12,13 @@ from moesaic.layers.attention import (
     causal_attention,
     masked_attention,
 )
-from moesaic.layers.backend_choice import choose_backend
+from moesaic.layers.backend_choice import BackendName, choose_backend
 from moesaic.layers.backends import BACKENDS, run_experts
 from moesaic.layers.collect import collect_routings
 from moesaic.layers.control_routers import UniformRouter
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
-from moesaic.layers.feed_forward import ACTIVATIONS, FeedForward
+from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName, FeedForward
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.part import (
@@ -34,9 +34,11 @@ from moesaic.layers.router import Routing, TopKRouter, count_tokens
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "ActivationName",
     "Attention",
     "AttentionCache",
     "AttentionTemperature",
+    "BackendName",
     "Dispatched",
     "Dispatcher",
     "Experts",

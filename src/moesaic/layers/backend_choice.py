@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch import Tensor
 from moesaic.layers.checks import differentiates_forward
 from moesaic.layers.sliced import Activation, cannot_repeat
 
-__all__ = ["CASTING_BACKENDS", "backend_for", "choose_backend"]
+__all__ = ["CASTING_BACKENDS", "BackendName", "backend_for", "choose_backend"]
+
+BackendName = Literal["auto", "loop", "padded", "grouped", "sliced", "sliced_recompute"]
+"""What may be asked for: "auto", or a key of `moesaic.layers.BACKENDS`."""
 
 warn_once = functools.cache(logging.getLogger("moesaic.layers").warning)
 
@@ -21,7 +25,7 @@ STRENGTHS = {
 }
 
 
-def backend_for(rows: Tensor, hidden_dim: int, backend: str, activation: Activation) -> str:
+def backend_for(rows: Tensor, hidden_dim: int, backend: BackendName, activation: Activation) -> BackendName:
     """What runs for rows (R, D), also under vmap. A backend asked for by name that gives way is logged once.
 
     Raises:
@@ -47,9 +51,9 @@ def choose_backend(
     dtype: torch.dtype,
     dim: int,
     hidden_dim: int,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     activation: Activation | None = None,
-) -> tuple[str, str]:
+) -> tuple[BackendName, str]:
     """What really runs for rows of this dtype when `backend` is asked for, and why: (name, reason).
 
     A backend that cannot do it gives way to the next one, and the reason says what was in the way.
@@ -58,7 +62,7 @@ def choose_backend(
         activation: with gradients, some backends cannot run one that has parameters or draws random numbers.
     """
     if torch.compiler.is_compiling() or device.type != "cpu":
-        candidates = ["grouped", "loop" if torch.compiler.is_exporting() else "padded"]
+        candidates: list[BackendName] = ["grouped", "loop" if torch.compiler.is_exporting() else "padded"]
     else:
         candidates = ["sliced", "grouped", "loop"]
     if backend != "auto":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.layers.backend_choice import CASTING_BACKENDS, backend_for
+from moesaic.layers.backend_choice import CASTING_BACKENDS, BackendName, backend_for
 from moesaic.layers.checks import require_one_dtype
 from moesaic.layers.sliced import Activation, sliced, sliced_recompute
 
@@ -71,7 +71,7 @@ def run_experts(
     down: Tensor,
     rows_per_expert: Tensor,
     activation: Activation,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """The experts as a function of their weights, on a backend by name, or on another that can: see `choose_backend`.
 

@@ -72,7 +72,7 @@ class _Tap:
         self.run = getattr(layer, METHOD)
         self.collectors: list[tuple[str, _Collector]] = []
 
-    @torch.compiler.disable(recursive=False, reason=OUTSIDE_OF_GRAPHS)
+    @torch.compiler.disable(recursive=False, reason=OUTSIDE_OF_GRAPHS)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing]:
         if torch._C._current_graph_task_id() != -1:  # autograd runs: activation checkpointing recomputes
             return self.run(*args, **kwargs)

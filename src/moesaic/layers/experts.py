@@ -1,12 +1,14 @@
 """The routed experts: stacked weights, run by any of the backends."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.backend_choice import choose_backend
-from moesaic.layers.backends import BACKENDS, run_experts
+from moesaic.layers.backend_choice import BackendName, choose_backend
+from moesaic.layers.backends import run_experts
 from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
-from moesaic.layers.feed_forward import ACTIVATIONS
+from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName
 from moesaic.layers.part import Parametrization
 
 __all__ = ["Experts"]
@@ -32,8 +34,8 @@ class Experts(nn.Module):
         dim: int,
         hidden_dim: int,
         *,
-        activation: str = "silu",
-        backend: str = "auto",
+        activation: ActivationName = "silu",
+        backend: BackendName = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -41,7 +43,7 @@ class Experts(nn.Module):
         require_sizes(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         require_dtype(dtype)
         require_choice(ACTIVATIONS, activation=activation)
-        require_choice(("auto", *BACKENDS), backend=backend)
+        require_choice(get_args(BackendName), backend=backend)
         self.num_experts = num_experts
         self.dim = dim
         self.hidden_dim = hidden_dim

@@ -1,16 +1,17 @@
 """The dense feed-forward network (channel mixer)."""
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.layers.backend_choice import CASTING_BACKENDS, choose_backend
-from moesaic.layers.backends import BACKENDS, run_experts
+from moesaic.layers.backend_choice import CASTING_BACKENDS, BackendName, choose_backend
+from moesaic.layers.backends import run_experts
 from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
 
-__all__ = ["ACTIVATIONS", "FeedForward", "runs_lean"]
+__all__ = ["ACTIVATIONS", "ActivationName", "FeedForward", "runs_lean"]
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -29,7 +30,10 @@ def linear(x: Tensor) -> Tensor:
     return x
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ActivationName = Literal["silu", "gelu", "relu", "gelu_tanh", "quick_gelu", "relu2", "sigmoid", "linear"]
+"""The keys of `ACTIVATIONS`."""
+
+ACTIVATIONS: dict[ActivationName, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "relu": F.relu,
@@ -65,8 +69,8 @@ class FeedForward(nn.Module):
         dim: int,
         hidden_dim: int,
         *,
-        activation: str = "silu",
-        backend: str = "auto",
+        activation: ActivationName = "silu",
+        backend: BackendName = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +78,7 @@ class FeedForward(nn.Module):
         require_sizes(dim=dim, hidden_dim=hidden_dim)
         require_dtype(dtype)
         require_choice(ACTIVATIONS, activation=activation)
-        require_choice(("auto", *BACKENDS), backend=backend)
+        require_choice(get_args(BackendName), backend=backend)
         self.activation = activation
         self.backend = backend
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=False, device=device, dtype=dtype)
@@ -107,7 +111,13 @@ class FeedForward(nn.Module):
 
 
 def runs_lean(
-    num_tokens: int, device: torch.device, dtype: torch.dtype, dim: int, width: int, backend: str, activation: str
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    width: int,
+    backend: BackendName,
+    activation: ActivationName,
 ) -> bool:
     """Whether a `FeedForward` of these sizes runs as one expert."""
     is_fp32 = dtype == torch.float32 and not torch.is_autocast_enabled(device.type)

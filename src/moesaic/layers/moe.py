@@ -7,10 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from moesaic.layers.backend_choice import BackendName
 from moesaic.layers.checks import require_expert_ids, require_flags, require_last, require_routing, require_sizes
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
-from moesaic.layers.feed_forward import FeedForward
+from moesaic.layers.feed_forward import ActivationName, FeedForward
 from moesaic.layers.part import ParameterKind, declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
@@ -94,8 +95,8 @@ class MoE(nn.Module):
         normalize_scores: bool = False,
         score_before_experts: bool = True,
         expert_bias: bool = False,
-        activation: str = "silu",
-        backend: str = "auto",
+        activation: ActivationName = "silu",
+        backend: BackendName = "auto",
         router: nn.Module | None = None,
         experts: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,

@@ -457,7 +457,7 @@ class _LinearCodistillation(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         trains_teacher = inputs[2] is not None
-        keep_gradients(ctx, inputs[-1].wanted, output[6:], *output[2 if trains_teacher else 1 : 6])
+        keep_gradients(ctx, inputs[-1].wanted, inputs[:4], output[6:], *output[2 if trains_teacher else 1 : 6])
 
     @staticmethod
     @first_derivative

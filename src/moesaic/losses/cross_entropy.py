@@ -175,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        keep_gradients(ctx, inputs[-1], output[1:])
+        keep_gradients(ctx, inputs[-1], inputs[:2], output[1:])
 
     @staticmethod
     @first_derivative

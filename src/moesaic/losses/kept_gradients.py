@@ -36,7 +36,13 @@ def wanted_gradients(*tensors: Tensor | None) -> Wanted:
     return Wanted(of, transformed)
 
 
-def keep_gradients(ctx: Any, wanted: Wanted, gradients: Sequence[Tensor | None], *statistics: Tensor) -> None:
+def keep_gradients(
+    ctx: Any,
+    wanted: Wanted,
+    sources: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+    *statistics: Tensor,
+) -> None:
     """Keep what the forward pass made; `statistics` are further outputs without a gradient.
 
     Not by save_for_backward: the only reference lets backward scale in place, without a second copy. Under a transform
@@ -50,6 +56,8 @@ def keep_gradients(ctx: Any, wanted: Wanted, gradients: Sequence[Tensor | None],
     else:
         ctx.mark_non_differentiable(*statistics, *(each for each in gradients if each is not None))
         ctx.gradients = list(gradients)
+        with torch.enable_grad():  # without elements: these hold no memory, and lead to where a gradient comes from
+            ctx.sources = [each[:0].clone() for each in sources if each is not None and each.requires_grad]
 
 
 def scaled_gradients(
@@ -86,8 +94,9 @@ def first_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
             gradients = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
             return gradients
-        refuse = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE, 1)
-        return tuple(None if each is None else refuse(each.requires_grad_()) for each in gradients)
+        # the sources are inputs of the error, so that autograd.grad, which looks for a way to them, meets it too
+        refuse = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE, 1 + len(ctx.sources))
+        return tuple(None if each is None else refuse(each.requires_grad_(), *ctx.sources)[0] for each in gradients)
 
     return guarded
 

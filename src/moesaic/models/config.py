@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from moesaic.layers import ACTIVATIONS, BACKENDS, AttentionTemperature, Llama3RopeScaling
+from moesaic.layers import ActivationName, AttentionTemperature, BackendName, Llama3RopeScaling
 
 __all__ = [
     "FFN",
@@ -68,7 +68,7 @@ class MoEConfig:
     normalize_scores: bool = False
     score_before_experts: bool = True
     expert_bias: bool = False
-    backend: str = "auto"
+    backend: BackendName = "auto"
     dispatcher: Literal["local"] | CustomModule = "local"
     experts: Literal["swiglu"] | CustomModule = "swiglu"
 
@@ -80,8 +80,8 @@ class MoEConfig:
             raise ValueError("normalize_scores=True: with top_k=1 every score is 1 and the router never learns")
         if self.shared_hidden_dim is not None and self.shared_hidden_dim < 0:
             raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: must be a number >= 0, or null")
-        if self.backend != "auto" and self.backend not in BACKENDS:
-            raise ValueError(f"backend={self.backend!r}: must be one of auto, {', '.join(BACKENDS)}")
+        if self.backend not in get_args(BackendName):
+            raise ValueError(f"backend={self.backend!r}: must be one of {', '.join(get_args(BackendName))}")
         _check_part("router", self.router)
         _check_part("dispatcher", self.dispatcher)
         _check_part("experts", self.experts)
@@ -131,7 +131,7 @@ class DecoderConfig:
     interleave_moe_layer_step: int | None = None
     nope_layer_interval: int | None = None
     dense_twin: bool = False  # replace every MoE layer by its dense twin of equal active FLOPs
-    activation: str = "silu"
+    activation: ActivationName = "silu"
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float | None = dataclasses.field(default=0.02, metadata={"most": 100.0})  # null: 1 / sqrt(fan_in)
@@ -155,8 +155,8 @@ class DecoderConfig:
                 )
         if self.pattern is not None and not self.pattern:
             raise ValueError("pattern=[]: it needs at least one entry of {mixer, ffn}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+        if self.activation not in get_args(ActivationName):
+            raise ValueError(f"activation={self.activation!r}: must be one of {', '.join(get_args(ActivationName))}")
         if self.attention.head_dim is None and self.dim % self.attention.num_heads:
             raise ValueError(
                 f"attention.num_heads={self.attention.num_heads}: must divide dim={self.dim} where "

@@ -21,6 +21,7 @@ from moesaic.layers import (
     ACTIVATIONS,
     Attention,
     AttentionCache,
+    BackendName,
     Experts,
     MoE,
     choose_backend,
@@ -251,7 +252,7 @@ KEPT_BY_GATED_FFN = {"relu": 3, "sigmoid": 3, "linear": 3, "quick_gelu": 5}
 """How many (T, F) a gated FFN keeps where it is not 4: the gate, the gate activated, up, and their product."""
 
 
-def _feed_forward(config: DecoderConfig, width: int, backend: str, sizes: _Sizes) -> _Part:
+def _feed_forward(config: DecoderConfig, width: int, backend: BackendName, sizes: _Sizes) -> _Part:
     gradients = _nbytes(feed_forward_shapes(config.dim, width), sizes.dtype)
     if runs_lean(sizes.tokens, torch.device("cpu"), sizes.dtype, config.dim, width, backend, config.activation):
         return _lean_feed_forward(config, width, backend, gradients, sizes)
@@ -261,7 +262,7 @@ def _feed_forward(config: DecoderConfig, width: int, backend: str, sizes: _Sizes
     return _Part(kept, kept + 2 * hidden + gradients // 3, gradients)
 
 
-def _lean_feed_forward(config: DecoderConfig, width: int, backend: str, gradients: int, sizes: _Sizes) -> _Part:
+def _lean_feed_forward(config: DecoderConfig, width: int, backend: BackendName, gradients: int, sizes: _Sizes) -> _Part:
     """As one expert of a sliced backend."""
     row = width * sizes.bytes
     tile, keeps_all = tiles_of([sizes.tokens], 1)[1], backend != "sliced_recompute"
