@@ -56,7 +56,7 @@ def grouped(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor
     return y
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[BackendName, Backend] = {
     "loop": loop,
     "padded": padded,
     "grouped": grouped,
