@@ -46,10 +46,10 @@ def linear_cross_entropy(
     dtype and the softmax in fp32. `torch.func.grad` works, and `vmap` takes one element of the batch after the other.
     A compiler, an export and forward-mode derivatives get the loss of all (T, V) logits at once instead.
 
-    torch 2.13 has `F.linear_cross_entropy` with a chunked path too. On one CPU thread at (T, V, D) = (2048, 2048, 96) in
-    fp32 it takes 1.3 times our time with its own chunks, and as long with ours. It is not used here: its chunked path has
-    no torch.func, its loss of bf16 inputs is rounded to bf16, and it would not be bit-equal to earlier runs. On a CPU
-    without bf16 arithmetic it takes a tenth of our time in bf16, because it multiplies in fp32 there (docs/LOG.md).
+    torch 2.13 has `F.linear_cross_entropy` with a chunked path too. On one CPU thread in fp32, at (T, V, D) =
+    (2048, 2048, 96), it takes 1.3 times our time with its own chunks, and as long with ours. It is not used here: its
+    chunked path has no torch.func, its loss of bf16 inputs is rounded to bf16, and it would not be bit-equal to earlier
+    runs. On a CPU without bf16 arithmetic it takes a tenth of our time in bf16, as it multiplies in fp32 (docs/LOG.md).
 
     Args:
         hidden: (T, D).
