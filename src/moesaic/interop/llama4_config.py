@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.layers import AttentionTemperature, Llama3RopeScaling
+from moesaic.layers import ActivationName, AttentionTemperature, Llama3RopeScaling
 from moesaic.models import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig
 
 __all__ = ["config_from_hf", "config_to_hf", "text_fields"]
 
 TEXT_ONLY, WITH_VISION = "Llama4ForCausalLM", "Llama4ForConditionalGeneration"
 
-ACTIVATION_OF = {
+ACTIVATION_OF: dict[str, ActivationName] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",

@@ -22,6 +22,7 @@ from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.files import LOCK, staging_folder, sync, write_atomically, write_json, writing
 from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
+from moesaic.layers import BackendName
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.decoder import FOREIGN_FILES
 from moesaic.models.shapes import num_parameters
@@ -86,7 +87,7 @@ def from_hf(
     source: str | Path | nn.Module,
     *,
     dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     checkpoint_activations: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
@@ -127,7 +128,7 @@ def _decoder(
     stored: Mapping[str, _Stored],
     files: Mapping[str, str],
     dtype: torch.dtype | None,
-    backend: str,
+    backend: BackendName,
     checkpoint_activations: bool,
     progress: Progress | None,
 ) -> Decoder:
