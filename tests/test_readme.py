@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from moesaic.cli import COMMANDS
+from moesaic.cli.arguments import complete
 from moesaic.cli.common import plain
 from moesaic.comparison.arms import is_assignment
 from moesaic.config import from_mapping
@@ -95,7 +96,7 @@ def test_command_composes(command: str) -> None:
     sides = [word for word in overrides if name == "compare" and word.startswith(("new=", "baseline="))]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         rest = [word for word in overrides if word not in sides]
-        config = plain(compose(name.replace("-", "_"), rest))
+        config = plain(compose(name.replace("-", "_"), complete(name, rest)))
         for side in sides:
             compose("train", [word for word in shlex.split(side.partition("=")[2]) if is_assignment(word)])
     if name == "train":
