@@ -7,6 +7,7 @@ import pytest
 
 from moesaic.errors import CannotWrite, InputError
 from moesaic.training.records import CsvTable, RunLogger
+from moesaic.training.step_log import StepLog
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -54,3 +55,14 @@ def test_full_disk_is_said_in_words(tmp_path: Path) -> None:
     logger.table.path.symlink_to("/dev/full")
     with pytest.raises(CannotWrite, match=r"metrics.csv: cannot be written \(No space left on device\)"):
         logger.log_metrics({"loss": 1.0}, step=2)
+
+
+def test_the_clock_is_read_between_logged_steps() -> None:
+    book = StepLog()
+    book.read_clock()
+    assert book.seconds == 0
+    book.start(0)
+    book.read_clock()
+    first = book.seconds
+    book.read_clock()
+    assert 0 < first < book.seconds

@@ -330,6 +330,7 @@ class LanguageModel(pl.LightningModule):
     # ---- validation
 
     def on_validation_epoch_start(self) -> None:
+        self.log_book.read_clock()  # a check is at its own second, not at that of the last logged step
         self.score = LanguageModelScore(self.token_bytes)
         self.teacher_score = LanguageModelScore(self.token_bytes)
 

@@ -14,7 +14,8 @@ class StepLog:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        """Seconds spent in training before this process, and up to the last logged step."""
+        """Seconds spent in training before this process, and up to the last logged step or check."""
+        self._started: float | None = None
         self.tokens_per_second = 0.0
         """Tokens per second of training since this process began."""
         self.auxiliary: dict[str, Tensor] = {}
@@ -35,6 +36,11 @@ class StepLog:
         self._started = time.perf_counter() - self.seconds
         self._tokens_at_start, self._seconds_at_start = tokens, self.seconds
 
+    def read_clock(self) -> None:
+        """Bring `seconds` up to now; nothing before `start`."""
+        if self._started is not None:
+            self.seconds = time.perf_counter() - self._started
+
     def row(self, tokens: int, learning_rate: float, distillation: dict[str, float]) -> dict[str, float]:
         """Build the row of a logged step, and begin the next sums.
 
@@ -42,7 +48,7 @@ class StepLog:
             tokens: trained so far.
             distillation: what to add about soft targets.
         """
-        self.seconds = time.perf_counter() - self._started
+        self.read_clock()
         trained, elapsed = tokens - self._tokens_at_start, self.seconds - self._seconds_at_start
         self.tokens_per_second = trained / max(1e-9, elapsed)
         row = {
