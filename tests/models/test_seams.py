@@ -56,3 +56,17 @@ def test_a_module_may_be_called_like_a_seam(tmp_path, monkeypatch) -> None:  # t
             find_part("mixer:router.Yours")
     finally:
         sys.modules.pop("router", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("custom_samples:LinearRoutr", "custom_samples:LinearRouter"),
+        ("router:custom_samples:LinearRoutr", "router:custom_samples:LinearRouter"),
+        ("rooter:custom_samples:LinearRouter", "router:custom_samples:LinearRouter"),
+        ("custom_samples.py:LinearRouter", "custom_samples:LinearRouter"),
+    ],
+)
+def test_a_near_miss_says_what_was_meant(text: str, meant: str) -> None:
+    with pytest.raises(InputError, match=rf"\(did you mean {meant}\?\)"):
+        find_part(text)

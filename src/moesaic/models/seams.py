@@ -1,6 +1,8 @@
 """Seams by name: where in a model a part of a user's own belongs, as its signature says or as the user says."""
 
+import difflib
 import inspect
+import sys
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -51,7 +53,11 @@ def find_part(text: str) -> FoundPart:
         InputError: it cannot be imported, or its signature fits several seams or none.
     """
     given, path = split_seam(text)
-    found = resolve(path, "part")
+    try:
+        found = resolve(path, "part")
+    except InputError as error:
+        hint = _nearest(text, path)
+        raise InputError(f"{error} (did you mean {hint}?)" if hint else str(error)) from error
     if given is not None:
         return FoundPart(given, path)
     fitting = seam_of(found) or _tried_out(path)
@@ -60,6 +66,19 @@ def find_part(text: str) -> FoundPart:
     listed = " or ".join(f"{seam}:{path}" for seam in fitting or SEAMS)
     fits = f"fits the seams {', '.join(fitting)}" if fitting else "fits no seam"
     raise InputError(f"{text}: {_signature(found)} {fits}; must be given as {listed}")
+
+
+def _nearest(text: str, path: str) -> str | None:
+    """What was probably meant by a word that names nothing; None if nothing is near."""
+    if ".py" in text:
+        return text.replace(".py", "").replace("/", ".")
+    first, _, rest = text.partition(":")
+    if first not in SEAMS and ":" in rest and (close := difflib.get_close_matches(first, SEAMS, n=1)):
+        return f"{close[0]}:{rest}"
+    module, _, name = path.rpartition(".")
+    names = vars(sys.modules[module]) if module in sys.modules else {}
+    seam = f"{first}:" if first in SEAMS else ""
+    return f"{seam}{module}:{close[0]}" if (close := difflib.get_close_matches(name, names, n=1)) else None
 
 
 def split_seam(text: str) -> tuple[Seam | None, str]:
