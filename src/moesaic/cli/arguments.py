@@ -321,7 +321,7 @@ def _close(key: str, known: Sequence[str], siblings: Sequence[str]) -> list[str]
     last = key.rpartition(".")[2]
     if (ours := key_known_as(key)) in known:
         return [str(ours)]
-    by_name = {name.rpartition(".")[2]: name for name in known}
+    by_name = {name.rpartition(".")[2]: name for name in reversed(known)}  # of two, the first: model.moe.top_k
     beside = {name.rpartition(".")[2]: name for name in siblings}
     by_path = {name: name for name in known}
     for names, wanted, cutoff in ((by_path, key, 0.85), (beside, last, 0.7), (by_name, last, 0.8)):

@@ -62,6 +62,10 @@ def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     candidates = [o.value() for o in parsed if o.key_or_group == "new"]
     new = tuple(str(one) for each in candidates for one in (each if isinstance(each, list) else [each]))
+    if any(o.key_or_group == "seed" for o in parsed):
+        raise InputError("seed: must be given as seeds: how many, or a list as in seeds=[5]")
+    if isinstance(config["budget"], (int, float)):
+        raise InputError(f"budget={config['budget']}: must be a duration such as 90s, 10m or 1h30m")
     seeds = config["seeds"]
     if type(seeds) is int:
         if not 1 <= seeds <= 1000:
