@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moesaic.comparison.compare import costs_table
 from moesaic.comparison.costs import Candidate, measure_costs, time_steps
 from moesaic.layers.work import Work
 from moesaic.models import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, account, estimate_memory
@@ -186,3 +187,12 @@ def test_measuring_draws_nothing_from_the_random_generator() -> None:
     torch.manual_seed(3)
     measure_costs(candidate())
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_table_shows_the_ratio_of_each_arm_to_the_baseline_beside_which_it_was_timed() -> None:
+    fairs = {
+        "a": {"baseline": {"step_seconds": 0.1}, "after": {"step_seconds": 0.2}},
+        "b": {"baseline": {"step_seconds": 0.4}, "after": {"step_seconds": 0.4}},
+    }
+    table = costs_table("baseline", fairs)
+    assert [list(column.cells)[0] for column in table.columns][1:] == ["100.0", "200.0", "2.000", "100.0", "1.000"]

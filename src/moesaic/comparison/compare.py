@@ -152,7 +152,7 @@ def _plan(
     request: Request, subjects: Mapping[str, Subject], data: Data, decided: Decided, say: _Teller
 ) -> dict[str, Any]:
     """Step 4 before its runs: how long they are."""
-    say.step("4. Run:", "every arm gets its own learning rate, and seeds are paired by the order of the data.")
+    say.step("4. Run:", "seeds are paired by the order of the data.")
 
     def decide() -> dict[str, Any]:
         tuned = request.rates
@@ -164,7 +164,7 @@ def _plan(
             _workloads(request, subjects, data, decided),
             budget=request.budget,
             num_seeds=len(request.seeds),
-            workers=request.workers,
+            workers=_workers(request),
             steps=subjects[request.baseline.name].run.training.steps if "training.steps" in request.fixed else None,
             rates=tuned,
         )
@@ -173,14 +173,23 @@ def _plan(
     plan: dict[str, Any] = decided.get("plan", "runs", decide)
     rates = plan["rates"]
     tuning = f"{len(rates)} learning rates on seed {_tune_seed(request)}, then " if len(rates) > 1 else ""
+    if tuning:
+        say.say("every arm gets its own learning rate")
     tokens = plan["steps"] * _tokens_per_step(subjects[request.baseline.name].run)
     say.say(
         f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "
         f"{tokens:,} tokens in every run"
     )
     more = "" if plan["at_most"] <= plan["seconds"] else f", {told(plan['at_most'])} if rates at the edge are best"
-    say.say(f"about {told(plan['seconds'])} with {request.workers} runs at a time{more}")
+    workers = _workers(request)
+    at_a_time = "one run" if workers == 1 else f"{workers} runs"
+    say.say(f"about {told(plan['seconds'])} with {at_a_time} at a time{more}")
     return plan
+
+
+def _workers(request: Request) -> int:
+    """Runs at a time: one where parts exist in this process only."""
+    return 1 if request.in_process else request.workers
 
 
 def _tokens_per_step(run: RunConfig) -> int:
@@ -260,7 +269,7 @@ def _run(request: Request, decided: Decided, plan: Mapping[str, Any], say: _Tell
             base,
             results=results,
             runs=results / "runs",
-            workers=1 if request.in_process else request.workers,
+            workers=_workers(request),
             console=say.console,
             estimate=plan["seconds"],
             in_process=request.in_process,

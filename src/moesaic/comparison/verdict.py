@@ -132,7 +132,8 @@ def costs_table(baseline: str, fairs: Mapping[str, Mapping[str, Any]]) -> Table:
             continue
         cells = [label, format(theirs / unit, form)]
         for fair in fairs.values():
-            ours = fair["after"].get(key) or math.nan
-            cells += [format(ours / unit, form), f"{ours / theirs:.3f}"]
+            # each arm is timed beside the baseline: its own ratio holds, and is what the verdict says
+            ratio = (fair["after"].get(key) or math.nan) / (fair["baseline"].get(key) or math.nan)
+            cells += [format(theirs * ratio / unit, form), f"{ratio:.3f}"]
         table.add_row(*map(escape, cells))
     return table
