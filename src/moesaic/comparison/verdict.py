@@ -93,7 +93,8 @@ def next_steps(
             found.append("Give seeds=3 for an interval.")
         elif difference.low <= 0 <= difference.high:
             half = (difference.high - difference.low) / 2
-            seen = f"With {difference.n} pairs, differences below about {half:.4f} cannot be seen"
+            whose = f"{arm.name}: with" if len(arms) > 1 else "With"
+            seen = f"{whose} {difference.n} pairs, differences below about {half:.4f} cannot be seen"
             n = seeds_to_see(difference)
             if n is None:
                 found.append(f"{seen}; the one found, {difference.mean:+.4f}, would need more than {MOST_SEEDS} seeds.")
