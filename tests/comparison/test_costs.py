@@ -195,4 +195,4 @@ def test_the_table_shows_the_ratio_of_each_arm_to_the_baseline_beside_which_it_w
         "b": {"baseline": {"step_seconds": 0.4}, "after": {"step_seconds": 0.4}},
     }
     table = costs_table("baseline", fairs)
-    assert [list(column.cells)[0] for column in table.columns][1:] == ["100.0", "200.0", "2.000", "100.0", "1.000"]
+    assert [next(iter(column.cells)) for column in table.columns][1:] == ["100.0", "200.0", "2.000", "100.0", "1.000"]
