@@ -15,6 +15,8 @@ FILES = sorted(TESTS.rglob("*.py"))
 OURS = {"moesaic", "benchmarks"}
 SLEEPERS = {
     ("runs/test_study.py", "wait_for"),  # polls for a condition
+    ("runs/test_compare.py", "test_the_command_is_killed_and_goes_on_in_its_directory"),
+    ("studies/test_workers.py", "wait_for"),
     ("benchmarks/test_harness.py", "test_cpu_time_is_of_this_process_only"),  # what is measured is that it sleeps
     ("benchmarks/test_harness.py", "test_wall_clock_sees_sleep"),
 }

@@ -168,7 +168,9 @@ def test_keys_that_move_together_and_a_module_that_is_drawn_anew_for_every_run(c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"new: missing"),
+        ([], r"new: missing; must be given, such as 'new=model.dim=16 model.attention.head_dim=4"),
+        (["new=model.dense_twin=true", "-m"], r"-m: several candidates must be several new="),
+        (["new=model.dense_twin=true", "seeds=0,1"], r"seeds=0,1: several seeds must be seeds=\[0,1\]"),
         (["new="], r"is the baseline itself; must differ"),
         (["new=model.dimm=3"], r"new: model.dimm: unknown key \(did you mean model.dim\?\)"),
         (["new='name=x"], r"No closing quotation"),

@@ -317,7 +317,7 @@ def test_token_ids_without_a_tokenizer(composed: Composed, tmp_path: Path) -> No
         metrics["validation/loss"] * 1999 / math.log(2) / 4000, rel=1e-6
     )
     assert not (only_run(config) / "sample.txt").exists()
-    with pytest.raises(InputError, match=r"a directory; give a file, such as its checkpoints/last.ckpt"):
+    with pytest.raises(InputError, match=r"a directory; must be a file, such as its checkpoints/last.ckpt"):
         load_model(only_run(config))
 
 

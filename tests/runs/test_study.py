@@ -244,7 +244,7 @@ def test_teachers_and_caches_are_prepared_once(tiny: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("in_this_process")
 def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {
-        **{"seeds": [0], "prepare": {"teacher": {"train": {"training.seq_len": 10**6}}}},
+        **{"seeds": [0], "prepare": {"teacher": {"train": {"training.seq_len": 10**5}}}},
         "arms": {"dense": {}, "frozen": {"distillation": {"source": "frozen", "teacher": "prepared:teacher"}}},
     }
     status, printed = call(tiny)
@@ -256,7 +256,7 @@ def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[st
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) -> None:
-    tiny["study"] |= {"arms": {"dense": {}, "broken": {"training.seq_len": 10**6}}, "seeds": [0]}
+    tiny["study"] |= {"arms": {"dense": {}, "broken": {"training.seq_len": 10**5}}, "seeds": [0]}
     status, printed = call(tiny)
     assert status == 1
     assert [row["arm"] for row in rows(tiny)] == ["dense"]

@@ -448,6 +448,6 @@ def test_the_documentation_has_every_check_its_bug_and_its_results() -> None:
     text = (Path(moesaic.__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
     for check in moe_checks():
         rows = [line for line in text.splitlines() if line.startswith(f"| {check.name} |")]
-        assert len(rows) == 2, check.name
+        assert len(rows) >= 2, check.name  # a check of parts alone may have the same name
         for bug in re.findall(r"[\w.-]+/[\w.-]+#\d+", check.bug):
-            assert bug in rows[0], f"{check.name}: {bug}"
+            assert any(bug in row for row in rows), f"{check.name}: {bug}"

@@ -36,6 +36,7 @@ __all__ = [
     "composing",
     "in_one_line",
     "read_flags",
+    "require_candidate",
     "require_single_values",
     "require_text",
 ]
@@ -158,6 +159,23 @@ def require_single_values(arguments: Sequence[str]) -> None:
             raise InputError(
                 f"{argument}: several values are a sweep, which must have -m{'' if key in groups else text}"
             )
+
+
+def require_candidate(arguments: Sequence[str], is_sweep: bool) -> None:
+    """Refuse a comparison without a candidate, or one that is asked for as a sweep.
+
+    Raises:
+        InputError: it says what to type.
+    """
+    if is_sweep:
+        raise InputError("-m: several candidates must be several new=, and several seeds seeds=[0,1,2]")
+    if not any(argument.startswith("new=") for argument in arguments):
+        given = " ".join(each for each in arguments if each.startswith("model."))
+        raise InputError(f"new: missing; must be given, such as {for_shell('new=' + (given or 'my_parts:Router'))}")
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "seeds" and "," in value and not value.startswith("["):
+            raise InputError(f"{argument}: several seeds must be seeds=[{value}]")
 
 
 def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str | Path | None = None) -> None:

@@ -21,6 +21,7 @@ from moesaic.cli.arguments import (
     composing,
     in_one_line,
     read_flags,
+    require_candidate,
     require_single_values,
     require_text,
 )
@@ -70,6 +71,8 @@ def prepare(name: str, arguments: Sequence[str]) -> Prepared:
         overrides = complete(name, found.overrides)
         if name in ("train", "study"):
             overrides = as_additions(overrides)
+        if name == "compare" and not found.cfg:
+            require_candidate(overrides, found.multirun)
         if not (found.shell_completion or found.hydra_help or found.experimental_rerun):
             check_overrides(name.replace("-", "_"), overrides, found.config_dir)
             if not found.multirun:

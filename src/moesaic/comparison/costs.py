@@ -377,6 +377,7 @@ def time_steps(candidates: Sequence[Candidate], *, rounds: int = 7, device: str 
 
     One step of each in turn per round, beginning with another one each time, after two rounds to warm up. All models
     are in memory together. Every step sees other random tokens, so experts get other numbers of rows.
+    On one thread of a CPU the ratios are those of CPU seconds, which other processes hardly change.
 
     Raises:
         InputError: the models do not fit in memory together.
@@ -389,14 +390,19 @@ def time_steps(candidates: Sequence[Candidate], *, rounds: int = 7, device: str 
     )
     steps = [_step_of(candidate, device) for candidate in candidates]
     samples: list[list[float]] = [[] for _ in candidates]
+    in_cpu: list[list[float]] = [[] for _ in candidates]
     for i in range(-2, rounds):
         for j in range(len(candidates)):
             which = (i + j) % len(candidates)
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             steps[which]()
             if i >= 0:
                 samples[which].append(time.perf_counter() - began)
-    return [statistics.median(found) for found in samples]
+                in_cpu[which].append(time.process_time() - cpu)
+    if device != "cpu" or torch.get_num_threads() > 1:
+        return [statistics.median(found) for found in samples]
+    busy = max(1.0, math.fsum(map(math.fsum, samples)) / math.fsum(map(math.fsum, in_cpu)))  # others were on the CPU
+    return [busy * statistics.median(found) for found in in_cpu]
 
 
 def _step_of(candidate: Candidate, device: str) -> Callable[[], None]:
