@@ -265,3 +265,12 @@ def test_what_is_no_condition_is_refused(where: str, message: str, tmp_path: Pat
     with pytest.raises(InputError, match=message):
         write_report(tmp_path, where=where)
     assert not (tmp_path / "report.md").exists()
+
+
+def test_what_a_study_tunes_or_prepares_with_is_no_result(tmp_path: Path) -> None:
+    make_run(tmp_path / "mine", loss=9.0)  # the results of a study: its config stands beside its rows
+    (tmp_path / "mine" / "rows.jsonl").touch()
+    for i, purpose in enumerate(("tune", "prepare", "measure")):
+        make_run(tmp_path / f"mine/runs/{i}/run", loss=float(i))
+        (tmp_path / f"mine/runs/{i}/job.json").write_text(json.dumps({"row": {"purpose": purpose}}))
+    assert [run.metrics[LOSS] for run in collect_runs(tmp_path)] == [2.0]

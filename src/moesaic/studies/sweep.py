@@ -111,14 +111,14 @@ class SweepArm:
 
 
 def collect_runs(root: Path) -> list[Run]:
-    """Every run directory (one with a config.yaml) in a tree.
+    """Every run directory (one with a config.yaml) in a tree, but for runs of a study that only prepare or tune.
 
     Raises:
         InputError: no such folder, or no run in it.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such directory")
-    runs = [_read(path.parent) for path in find_all(root, "config.yaml")]
+    runs = [_read(path.parent) for path in find_all(root, "config.yaml") if _counts(path.parent)]
     if not runs:
         raise InputError(f"{root}: no run in it; a run is a directory with a config.yaml, as moesaic train writes it")
     return runs
@@ -277,6 +277,18 @@ def _curves(row: SweepArm, metric: str) -> list[dict[str, Floats]]:
             values = read_columns(table, *columns) if table.exists() else ()
             seeds.append(dict(zip(columns, values, strict=False)))
     return [seed for seed in seeds if len(seed.get("step", ()))]
+
+
+def _counts(directory: Path) -> bool:
+    """Whether a directory with a config is a run whose numbers count: not a study's results, not what it tunes with."""
+    if (directory / "rows.jsonl").exists():
+        return False
+    job = directory.parent / "job.json"
+    if not job.is_file():
+        return True
+    with contextlib.suppress(InputError, KeyError, TypeError):
+        return bool(read_json(job)["row"]["purpose"] == "measure")
+    return True
 
 
 def _read(directory: Path) -> Run:
