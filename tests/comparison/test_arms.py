@@ -42,6 +42,10 @@ def test_long_names_are_cut() -> None:
 
 def test_words_are_split_like_a_shells() -> None:
     assert split_words("new", "a.b:C 'model.x={y: 1, z: 2}'") == ["a.b:C", "model.x={y: 1, z: 2}"]
+    assert split_words("new", "model.x={y: a.B, z: [1, 2]} model.dim=8") == [
+        "model.x={y: a.B, z: [1, 2]}",
+        "model.dim=8",
+    ]
     with pytest.raises(InputError, match=r"new=.*No closing quotation"):
         split_words("new", "'a")
 

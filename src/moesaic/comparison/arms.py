@@ -40,15 +40,27 @@ class Arm:
 
 
 def split_words(key: str, text: str) -> list[str]:
-    """The words of a candidate, split like a shell's.
+    """The words of a candidate, split like a shell's; blanks within braces and brackets split nothing.
 
     Raises:
         InputError: a quotation without an end; it names `key`.
     """
     try:
-        return shlex.split(text)
+        pieces = shlex.split(text)
     except ValueError as error:
         raise InputError(f"{key}={text!r}: {error}; must be words with spaces between them") from error
+    words: list[str] = []
+    for piece in pieces:
+        if words and _is_open(words[-1]):
+            words[-1] += f" {piece}"
+        else:
+            words.append(piece)
+    return words
+
+
+def _is_open(word: str) -> bool:
+    """Whether a word has a brace or a bracket that nothing closes."""
+    return sum(map(word.count, "{[")) > sum(map(word.count, "}]"))
 
 
 def is_assignment(word: str) -> bool:
