@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.comparison.arms import differences, is_assignment, name_of, own_parts, part_overrides, split_words
+from moesaic.comparison.arms import (
+    Arm,
+    differences,
+    folder_name,
+    is_assignment,
+    name_of,
+    named_apart,
+    own_parts,
+    part_overrides,
+    split_words,
+)
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
@@ -29,6 +39,7 @@ def model_of(run: dict[str, Any]) -> DecoderConfig:
         (["model.moe.top_k=2", "model.moe.hidden_dim=96"], "top_k=2, hidden_dim=96"),
         (["model.moe.router={type: mine.parts.Cosine, scale: 4}"], "Cosine"),
         (["experiment=dense_twin"], "dense_twin"),
+        (["optimizer.name=adamw"], "optimizer.name=adamw"),
         (["model=study", "+trainer.x=1"], "model=study, x=1"),
     ],
 )
@@ -38,6 +49,18 @@ def test_arms_are_called_after_what_is_new(words: list[str], name: str) -> None:
 
 def test_long_names_are_cut() -> None:
     assert len(name_of([f"model.moe.some_long_key_{i}=1" for i in range(9)])) == 40
+
+
+def test_arms_of_one_name_are_called_by_their_words() -> None:
+    long = [f"model.moe.some_long_key_{i}=1" for i in range(9)]
+    given = [[], ["a.R"], ["b:R", "model.dim=8"], ["c:R", "model.dim=8"], long, [*long[:-1], "model.dim=4"]]
+    arms = [Arm(name_of(words), RUN, words=tuple(words)) for words in given]
+    names = [arm.name for arm in named_apart(arms)]
+    assert names[:4] == ["baseline", "R", "b:R, model.dim=8", "c:R, model.dim=8"]
+    assert len(set(names)) == len(names)
+    assert len(folder_name(names, "baseline")) <= 120
+    both = [Arm("R", RUN, words=("a.R",)), Arm("R", RUN, words=("b.R",))]
+    assert [arm.name for arm in named_apart(both)] == ["R", "b.R"]
 
 
 def test_words_are_split_like_a_shells() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moesaic.cli.arguments import as_additions, check_overrides
 from moesaic.cli.common import composed, launch, plain, typed, users_config_dir
-from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, part_overrides, split_words
+from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, named_apart, part_overrides, split_words
 from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare
 from moesaic.comparison.fairness import Equal
@@ -74,7 +74,7 @@ def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
     options = from_mapping(Options, {**{key: config[key] for key in OWN}, "new": list(new), "seeds": seeds})
     common = as_additions([str(o.input_line) for o in parsed if o.key_or_group not in OWN])
     baseline = _arm("baseline", options.baseline, common, {})
-    arms = tuple(_arm("new", text, common, baseline.config) for text in options.new)
+    baseline, *arms = named_apart([baseline, *(_arm("new", text, common, baseline.config) for text in options.new)])
     if not arms:
         raise InputError(
             "new: missing; must name a part (my.parts:Router), or be key=value of the model or of training"
@@ -83,7 +83,7 @@ def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
     name = config["name"] if "name" in keys else folder_name([arm.name for arm in arms], baseline.name)
     return Request(
         baseline=baseline,
-        new=arms,
+        new=tuple(arms),
         directory=Path(options.results_dir) if options.results_dir else Path("comparisons") / name,
         seeds=options.seeds,
         budget=parse_budget(options.budget),
@@ -110,7 +110,7 @@ def _arm(key: str, text: str, common: Sequence[str], base: dict[str, Any]) -> Ar
             config = apply_overrides(config, part_overrides(seam, path, model), key)
     if config["trainer"]["precision"] == "auto":  # each machine would choose its own
         config["trainer"]["precision"] = "32-true"
-    return Arm(name_of(words), config, given)
+    return Arm(name_of(words), config, given, tuple(words))
 
 
 def main(arguments: Sequence[str]) -> None:

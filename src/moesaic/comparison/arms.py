@@ -1,6 +1,7 @@
 """The arms of a comparison: what each is called, and how its run config differs from the baseline's."""
 
 import dataclasses
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,16 @@ __all__ = [
     "folder_name",
     "is_assignment",
     "name_of",
+    "named_apart",
     "own_parts",
     "part_overrides",
     "split_words",
 ]
 
 LONGEST_NAME = 40
+
+LONGEST_FOLDER = 120
+"""File systems allow 255 bytes, and names may be in any script."""
 
 ASSIGNMENT = re.compile(r"(?:\+{0,2}|~)[\w./@-]+=|~[\w.]+$")
 """A word that is an override; any other names a part."""
@@ -37,6 +42,8 @@ class Arm:
     """A whole run config, see `moesaic.training.config.RunConfig`."""
     given: frozenset[str] = frozenset()
     """Dotted keys that the person set for this arm alone. Nothing solves them."""
+    words: tuple[str, ...] = ()
+    """How the person gave it, where that was in words."""
 
 
 def split_words(key: str, text: str) -> list[str]:
@@ -81,13 +88,28 @@ def name_of(words: Sequence[str]) -> str:
         elif key == "experiment":
             names.append(value)
         else:
-            names.append(f"{key.rpartition('.')[2]}={value}")
+            names.append(f"{_last(key)}={value}")
     name = ", ".join(names) or "baseline"
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
+def named_apart(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """The arms, those of one name called by their words as they were given; the first one, the baseline, last of all."""
+    for which in (arms[1:], arms):
+        names = [arm.name for arm in arms]
+        arms = [
+            dataclasses.replace(arm, name=", ".join(arm.words))
+            if any(arm is each for each in which) and arm.words and names.count(arm.name) > 1
+            else arm
+            for arm in arms
+        ]
+    return tuple(arms)
+
+
 def _last(path: str) -> str:
-    return re.split(r"[.:]", path)[-1]
+    """The last part of a path; with the one before it if it says nothing alone, as in optimizer.name."""
+    parts = re.split(r"[.:]", path)
+    return ".".join(parts[-2:]) if parts[-1] == "name" else parts[-1]
 
 
 def part_overrides(seam: str, path: str, model: DecoderConfig) -> Overrides:
@@ -140,4 +162,7 @@ def own_parts(model: DecoderConfig) -> list[str]:
 def folder_name(new: Sequence[str], baseline: str) -> str:
     """What the directory of a comparison is called."""
     words = [*new, *([] if baseline == "baseline" else ["against", baseline])]
-    return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.") or "comparison"
+    name = re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.") or "comparison"
+    if len(name) > LONGEST_FOLDER:
+        name = f"{name[: LONGEST_FOLDER - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, part_overrides, split_words
+from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, named_apart, part_overrides, split_words
 from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare as run_comparison
 from moesaic.comparison.fairness import Equal
@@ -95,11 +95,11 @@ def compare(
     handed: dict[str, Any] = {}
     with contextlib.ExitStack() as within:
         first = _arm("baseline", baseline, base, base, handed, within)
-        arms = tuple(_arm("new", each, base, first.config, handed, within) for each in candidates)
+        first, *arms = named_apart([first, *(_arm("new", each, base, first.config, handed, within) for each in candidates)])
         name = folder_name([arm.name for arm in arms], first.name)
         request = Request(
             baseline=first,
-            new=arms,
+            new=tuple(arms),
             directory=Path(results_dir) if results_dir is not None else Path("comparisons") / name,
             seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
             budget=parse_budget(budget),
@@ -151,8 +151,8 @@ def _arm(
         return Arm("baseline", base)
     if isinstance(candidate, Mapping):
         config = _applied(base, candidate, key)
-        name = name_of([f"{path}={value}" for path, value in differences(base, config).items()])
-        return Arm(name, config, frozenset(differences(baseline, config)))
+        words = [f"{path}={value}" for path, value in differences(base, config).items()]
+        return Arm(name_of(words), config, frozenset(differences(baseline, config)), tuple(words))
     words = split_words(key, candidate) if isinstance(candidate, str) else [_word_for(key, candidate, handed, within)]
     config = _applied(base, parse_overrides([word for word in words if is_assignment(word)]), key)
     given = frozenset(differences(baseline, config))
@@ -161,7 +161,7 @@ def _arm(
             model = from_mapping(DecoderConfig, {**config["model"], "vocab_size": 1}, "model")
             seam, path = find_part(word)
             config = apply_overrides(config, part_overrides(seam, path, model), key)
-    return Arm(name_of(words), config, given)
+    return Arm(name_of(words), config, given, tuple(words))
 
 
 def _word_for(key: str, part: Any, handed: dict[str, Any], within: contextlib.ExitStack) -> str:
