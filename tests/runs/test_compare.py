@@ -140,6 +140,16 @@ def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(cor
         load_model(checkpoint)
     with handing_in(leaking=leaking):
         load_model(checkpoint)
+    kept = leaking
+
+    def another() -> Comparison:
+        def leaking(dim: int, num_experts: int, top_k: int) -> nn.Module:
+            return kept(dim, num_experts, 2)
+
+        return moesaic.compare(new=leaking, config=tiny_config(corpus), seeds=2, rates=[1.0], rounds=1, console=quiet())
+
+    with pytest.raises(InputError, match=r"another comparison, nothing was changed.*handed_in\.leaking"):
+        another()
     with pytest.raises(InputError, match=r"another comparison, nothing was changed.*equal"):
         moesaic.compare(
             new=leaking, config=tiny_config(corpus), equal="none", seeds=2, rates=[1.0], rounds=1, console=quiet()

@@ -16,7 +16,16 @@ from rich.console import Console
 
 from moesaic.cli.arguments import as_additions, check_overrides
 from moesaic.cli.common import composed, launch, plain, typed, users_config_dir
-from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, named_apart, part_overrides, split_words
+from moesaic.comparison.arms import (
+    Arm,
+    differences,
+    folder_name,
+    is_assignment,
+    name_of,
+    named_apart,
+    part_overrides,
+    split_words,
+)
 from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare
 from moesaic.comparison.fairness import Equal

@@ -94,7 +94,7 @@ def name_of(words: Sequence[str]) -> str:
 
 
 def named_apart(arms: Sequence[Arm]) -> tuple[Arm, ...]:
-    """The arms, those of one name called by their words as they were given; the first one, the baseline, last of all."""
+    """The arms, those of one name called by their words as they were given; the baseline, the first, at last."""
     for which in (arms[1:], arms):
         names = [arm.name for arm in arms]
         arms = [

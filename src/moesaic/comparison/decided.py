@@ -34,6 +34,8 @@ class Decided:
         self.path = request.directory / "comparison.json"
         settings: dict[str, Any] = {"equal": request.equal, "baseline": request.baseline.name}
         settings |= {"budget": request.budget, "rates": None if request.rates is None else list(request.rates)}
+        if request.handed:
+            settings["handed_in"] = dict(request.handed)
         arms = {arm.name: canonical(arm.config) for arm in request.arms}
         wanted = {"format": FORMAT, "settings": settings, "arms": arms}
         if not self.path.exists():

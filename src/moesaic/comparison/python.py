@@ -11,10 +11,20 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from moesaic.comparison.arms import Arm, differences, folder_name, is_assignment, name_of, named_apart, part_overrides, split_words
+from moesaic.comparison.arms import (
+    Arm,
+    differences,
+    folder_name,
+    is_assignment,
+    name_of,
+    named_apart,
+    part_overrides,
+    split_words,
+)
 from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare as run_comparison
 from moesaic.comparison.fairness import Equal
+from moesaic.comparison.handed import digest_of
 from moesaic.comparison.request import Request
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
@@ -95,7 +105,8 @@ def compare(
     handed: dict[str, Any] = {}
     with contextlib.ExitStack() as within:
         first = _arm("baseline", baseline, base, base, handed, within)
-        first, *arms = named_apart([first, *(_arm("new", each, base, first.config, handed, within) for each in candidates)])
+        asked = (_arm("new", each, base, first.config, handed, within) for each in candidates)
+        first, *arms = named_apart([first, *asked])
         name = folder_name([arm.name for arm in arms], first.name)
         request = Request(
             baseline=first,
@@ -108,6 +119,7 @@ def compare(
             workers=workers,
             rounds=rounds,
             in_process=bool(handed),
+            handed={name: digest_of(part) for name, part in handed.items()},
             fixed=frozenset(differences(to_mapping(RunConfig()), base)),
         )
         console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 140)

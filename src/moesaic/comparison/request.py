@@ -52,6 +52,8 @@ class Request:
     """Where to stop: after the costs, without training."""
     in_process: bool = False
     """Whether runs take place in this process, one after another: parts that were handed in exist nowhere else."""
+    handed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Digests of the parts that were handed in, by name: another part may have the same name."""
     fixed: frozenset[str] = frozenset()
     """Dotted keys that the person set for all arms. The budget leaves them."""
 
