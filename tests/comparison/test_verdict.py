@@ -100,3 +100,13 @@ def test_next_steps_name_seeds_checks_edges_and_untuned_rates() -> None:
 def test_the_sentence_and_the_interval_agree(higher: bool) -> None:
     worse = result([1.6, 1.7, 1.65], [1.4, 1.49, 1.45])
     assert ("better" in sentence(study(higher_is_better=higher), worse, [])) == higher
+
+
+def test_a_baseline_that_leaks_is_said_too() -> None:
+    marked = study(marks={"baseline": "sees later tokens"})
+    text = sentence(marked, BETTER, [])
+    assert "better than baseline (sees later tokens) by" in text
+    assert text.endswith("It does not count: baseline sees later tokens, which no honest language model can.")
+    assert (
+        next_steps(marked, [BETTER], {"baseline": ["causality"]}, True)[0] == "Mend baseline first: it fails causality."
+    )

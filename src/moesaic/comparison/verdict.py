@@ -32,23 +32,23 @@ def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str]) -> str:
     difference, unit = arm.difference, unit_of(study.metric)
     assert difference is not None  # only the baseline has none
     price = f", with {_listed(unequal)}" if unequal else ""
-    mark, name = study.mark_of(arm.arm), study.shown(arm.arm)
+    name, baseline = study.shown(arm.arm), study.shown(study.baseline)
+    marks = {each: mark for each in (arm.arm, study.baseline) if (mark := study.mark_of(each))}
     if difference.n < 2:
-        found = (
-            f"is {difference.mean:+.4f} {unit} from {study.baseline} on one seed" if difference.n else "has no score"
-        )
+        found = f"is {difference.mean:+.4f} {unit} from {baseline} on one seed" if difference.n else "has no score"
         text = f"{name} {found}, so there is no verdict"
     elif difference.low <= 0 <= difference.high:
         bounds = f"{difference.low:+.4f} to {difference.high:+.4f}"
-        text = f"No difference seen between {name} and {study.baseline}: 95% interval {bounds} {unit}"
+        text = f"No difference seen between {name} and {baseline}: 95% interval {bounds} {unit}"
         text += f", {difference.n} pairs of runs{price}"
     else:
         word = "better" if (difference.mean > 0) == study.higher_is_better else "worse"
         low, high = sorted((abs(difference.low), abs(difference.high)))
-        text = f"{name} is {word} than {study.baseline} by {abs(difference.mean):.4f} {unit}"
+        text = f"{name} is {word} than {baseline} by {abs(difference.mean):.4f} {unit}"
         text += f" (95% interval {low:.4f} to {high:.4f}, {difference.n} pairs of runs){price}"
-    if mark:
-        text += f". It does not count: {arm.arm} {mark}, which no honest language model can"
+    if marks:
+        told = " and ".join(f"{each} {mark}" for each, mark in marks.items())
+        text += f". It does not count: {told}, which no honest language model can"
     return f"{text}."
 
 
@@ -75,6 +75,8 @@ def next_steps(
         failed: names of the checks that an arm failed.
     """
     found = []
+    if study.baseline in study.marks:
+        found.append(f"Mend {study.baseline} first: it fails {_listed(failed.get(study.baseline, ()))}.")
     for arm in arms:
         difference = arm.difference
         if difference is None:
