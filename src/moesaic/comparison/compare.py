@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moesaic.comparison.arms import Arm, differences, own_parts
+from moesaic.comparison.arms import Arm, own_parts
 from moesaic.comparison.budget import Plan, Workload, choose_plan, told
 from moesaic.comparison.decided import Decided
 from moesaic.comparison.fairness import make_fair
-from moesaic.comparison.request import Request, Subject, read_arms
+from moesaic.comparison.request import (
+    OF_BATCHES,
+    Request,
+    Subject,
+    own_differences,
+    read_arms,
+    tokens_per_step,
+    unequal_training,
+)
 from moesaic.comparison.verdict import costs_table, next_steps, sentence
 from moesaic.config import from_mapping
 from moesaic.data import Data, DataConfig
@@ -25,7 +33,6 @@ from moesaic.studies.report import write_study_report
 from moesaic.studies.results import summarize_study
 from moesaic.studies.runner import read_rows, run_study
 from moesaic.testing import check_decoder_parts
-from moesaic.training.config import RunConfig
 
 __all__ = ["compare"]
 
@@ -123,9 +130,14 @@ def _make_fair(request: Request, subjects: Mapping[str, Subject], decided: Decid
                 fair = make_fair(
                     baseline, subjects[arm.name].candidate, request.equal, given=arm.given, rounds=request.rounds
                 )
-            return dataclasses.asdict(fair)
+            unequal = (*unequal_training(request, arm), *fair.unequal)
+            return dataclasses.asdict(dataclasses.replace(fair, unequal=unequal))
 
-        fairs[arm.name] = decided.get("fair", arm.name, solve)
+        fair = decided.get("fair", arm.name, solve)
+        if request.rounds and fair["after"]["step_seconds"] is None:  # it was asked for costs alone, with rounds=0
+            decided.forget("fair", arm.name)
+            fair = decided.get("fair", arm.name, solve)
+        fairs[arm.name] = fair
     say.console.print(costs_table(request.baseline.name, fairs))
     for name, fair in fairs.items():
         for note in fair["notes"]:
@@ -175,7 +187,7 @@ def _plan(
     tuning = f"{len(rates)} learning rates on seed {_tune_seed(request)}, then " if len(rates) > 1 else ""
     if tuning:
         say.say("every arm gets its own learning rate")
-    tokens = plan["steps"] * _tokens_per_step(subjects[request.baseline.name].run)
+    tokens = plan["steps"] * tokens_per_step(subjects[request.baseline.name].run)
     say.say(
         f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "
         f"{tokens:,} tokens in every run"
@@ -192,12 +204,8 @@ def _workers(request: Request) -> int:
     return 1 if request.in_process else request.workers
 
 
-def _tokens_per_step(run: RunConfig) -> int:
-    return run.training.batch_size * run.training.seq_len * run.training.accumulate
-
-
 def _rate_keys(request: Request) -> list[str]:
-    muon = request.baseline.config["optimizer"]["name"] == "muon"
+    muon = any(arm.config["optimizer"]["name"] == "muon" for arm in request.arms)
     return ["optimizer.learning_rate", *(["optimizer.muon_learning_rate"] if muon else [])]
 
 
@@ -213,7 +221,7 @@ def _workloads(request: Request, subjects: Mapping[str, Subject], data: Data, de
     found = {}
     for name, subject in subjects.items():
         training = subject.run.training
-        step = _tokens_per_step(subject.run)
+        step = tokens_per_step(subject.run)
         seq_len = training.validation_seq_len or training.seq_len
         whole = len(data.validation.tokens) if data.task is None else data.task.test_sequences * seq_len
         check = min(whole, (training.validation_batches or whole) * training.batch_size * training.seq_len)
@@ -246,14 +254,15 @@ def _run(request: Request, decided: Decided, plan: Mapping[str, Any], say: _Tell
     fair = decided.stored["fair"]
     base = apply_overrides(request.baseline.config, {**plan["overrides"], "name": request.directory.name}, "budget")
     arms = {request.baseline.name: {}} | {
-        arm.name: {**differences(request.baseline.config, arm.config), **fair[arm.name]["overrides"]}
-        for arm in request.new
+        arm.name: {**own_differences(request, arm), **fair[arm.name]["overrides"]} for arm in request.new
     }
     tuned = len(plan["rates"]) > 1
     task = from_mapping(DataConfig, base["data"], "data").make_task() is not None
     study = StudyConfig(
         question=f"Is {' or '.join(arm.name for arm in request.new)} better than {request.baseline.name}?",
-        equal=_equal(fair),
+        equal=_equal(
+            fair, same_batches=not any(own_differences(request, arm).keys() & {*OF_BATCHES} for arm in request.new)
+        ),
         baseline=request.baseline.name,
         arms=arms,
         seeds=request.seeds,
@@ -291,7 +300,7 @@ def _run(request: Request, decided: Decided, plan: Mapping[str, Any], say: _Tell
     return {**decided.stored, "verdict": sentences, "next": then, "failed": failed, "rows": list(rows.values())}
 
 
-def _equal(fair: Mapping[str, Any]) -> str:
+def _equal(fair: Mapping[str, Any], same_batches: bool) -> str:
     unequal = [f"{name}: {', '.join(each['unequal'])}" for name, each in fair.items() if each["unequal"]]
-    text = "text, order of the data, tokens, and what the arms share"
+    text = f"text, {'order of the data, tokens, ' if same_batches else ''}and what the arms share"
     return f"{text}. Not equal: {'; '.join(unequal)}" if unequal else text

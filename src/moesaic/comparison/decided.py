@@ -57,6 +57,10 @@ class Decided:
             write_json(self.path, self.stored)
         return self.stored[section][name]
 
+    def forget(self, section: str, name: str) -> None:
+        """Let it be decided again."""
+        del self.stored[section][name]
+
     def _keep_sources(self, folder: Path, models: Mapping[str, DecoderConfig]) -> None:
         """Copy the code of custom parts, for whoever gets the directory."""
         for model in models.values():

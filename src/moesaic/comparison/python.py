@@ -26,7 +26,7 @@ from moesaic.comparison.compare import compare as run_comparison
 from moesaic.comparison.fairness import Equal
 from moesaic.comparison.handed import digest_of
 from moesaic.comparison.request import Request
-from moesaic.config import from_mapping, to_mapping
+from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.imports import HANDED_IN, handing_in
 from moesaic.models import DecoderConfig
@@ -120,7 +120,7 @@ def compare(
             rounds=rounds,
             in_process=bool(handed),
             handed={name: digest_of(part) for name, part in handed.items()},
-            fixed=frozenset(differences(to_mapping(RunConfig()), base)),
+            fixed=frozenset({*differences(to_mapping(RunConfig()), base), *flatten(fixed)}),
         )
         console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 140)
         found = run_comparison(request, console, "the same call of moesaic.compare")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +15,35 @@ from moesaic.data import Data, DataConfig, load_data
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, naming
 from moesaic.models import DecoderConfig
+from moesaic.studies.config import Overrides
 from moesaic.training.config import RunConfig
 from moesaic.training.memory import require_memory_of_run
 from moesaic.training.optimizers import build_optimizer
 from moesaic.training.run import fit_vocabulary
 
-__all__ = ["Request", "Subject", "candidate_of", "read_arms"]
+__all__ = [
+    "OF_BATCHES",
+    "Request",
+    "Subject",
+    "candidate_of",
+    "own_differences",
+    "read_arms",
+    "tokens_per_step",
+    "unequal_training",
+]
 
 SAME = ("seed", "name", "output_dir", "run_dir", "resume", "ckpt_path")
 """Keys that belong to the comparison and not to an arm."""
+
+STEPS = "training.steps"
+"""The budget sets it for all arms, unless the person does."""
+
+OF_BATCHES = (
+    STEPS,
+    *(f"training.{key}" for key in ("batch_size", "seq_len", "accumulate", "fixed_windows")),
+    *("data.tokenizer", "data.vocab_size"),
+)
+"""Keys that decide what is in the batches: arms that differ in none of them are trained on the same tokens."""
 
 SCORED = ("training.validation_seq_len", "training.score_windows")
 """Keys that decide what a score means."""
@@ -69,6 +90,12 @@ class Request:
         if self.rounds < (self.only is None):
             raise InputError(f"rounds={self.rounds}: must be a number >= 1, or >= 0 with only=costs")
         for arm in self.new:
+            asked = [word.lstrip("+").partition("=")[0] for word in arm.words]
+            if STEPS in asked and STEPS not in self.fixed:
+                raise InputError(
+                    f"new: {arm.name}: training.steps: the budget sets it for all arms; to compare lengths, give "
+                    "training.steps of the baseline beside new= as well"
+                )
             if not differences(self.baseline.config, arm.config):
                 raise InputError(f"new: {arm.name} is the baseline itself; must differ from it")
         names = [arm.name for arm in self.arms]
@@ -121,10 +148,47 @@ def candidate_of(run: RunConfig, model: DecoderConfig) -> Candidate:
     )
 
 
+def tokens_per_step(run: RunConfig) -> int:
+    """Of one process."""
+    return run.training.batch_size * run.training.seq_len * run.training.accumulate
+
+
+def own_differences(request: Request, arm: Arm) -> Overrides:
+    """What makes an arm of the baseline, but for its number of steps where the budget sets that."""
+    found = differences(request.baseline.config, arm.config)
+    return {key: value for key, value in found.items() if key != STEPS or STEPS in request.fixed}
+
+
+def unequal_training(request: Request, arm: Arm) -> tuple[str, ...]:
+    """In which respects a new arm is trained on other batches, such as "2.00 times the tokens"."""
+    base, changed = request.baseline.config["training"], own_differences(request, arm)
+
+    def both(name: str) -> tuple[int, int]:
+        return changed.get(f"training.{name}", base[name]), base[name]
+
+    sizes = [both(name) for name in ("batch_size", "seq_len", "accumulate")]
+    ours, theirs = (math.prod(pair[i] for pair in sizes) for i in (0, 1))
+    steps = both("steps")
+    found = []
+    if ours * steps[0] != theirs * steps[1]:
+        found.append(f"{ours * steps[0] / theirs / steps[1]:.2f} times the tokens")
+    if ours != theirs:
+        found.append(f"{ours:,} tokens in a step instead of {theirs:,}")
+    if sizes[1][0] != sizes[1][1]:
+        found.append(f"windows of {sizes[1][0]:,} tokens instead of {sizes[1][1]:,}")
+    if {"data.tokenizer", "data.vocab_size"} & changed.keys():
+        found.append("another tokenizer, so that other windows are trained and scored on")
+    return tuple(found)
+
+
 def _require_comparable(base: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     for key in differences(base, config):
         root = key.split(".")[0]
         if key in SAME or root in ("logger", "sample"):
             raise InputError(f"{key}: must be the same in all arms; give it beside new= and baseline=")
-        if key in SCORED or (root == "data" and key not in OF_DATA):
+        if (
+            key in SCORED
+            or (key == "training.seq_len" and base["training"]["validation_seq_len"] is None)
+            or (root == "data" and key not in OF_DATA)
+        ):
             raise InputError(f"{key}: scores would be of different texts or lengths; must be the same in all arms")
