@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from moesaic.comparison.verdict import next_steps, seeds_to_see, sentence
+from moesaic.comparison.verdict import UNCHECKED, next_steps, seeds_to_see, sentence
 from moesaic.statistics import Interval, interval, student_t
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.plan import Tuning
@@ -104,6 +104,8 @@ def test_the_sentence_and_the_interval_agree(higher: bool) -> None:
 
 def test_a_baseline_that_leaks_is_said_too() -> None:
     marked = study(marks={"baseline": "sees later tokens"})
+    text = sentence(study(marks={"Mine": UNCHECKED}), BETTER, [])
+    assert text.endswith("It does not count: Mine could not be checked for leaks.")
     text = sentence(marked, BETTER, [])
     assert "better than baseline (sees later tokens) by" in text
     assert text.endswith("It does not count: baseline sees later tokens, which no honest language model can.")

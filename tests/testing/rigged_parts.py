@@ -310,3 +310,40 @@ class Broken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(x)
+
+
+class Ahead(nn.Module):
+    """Sees the token 40 places ahead, which no short sequence has."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim, dim) * dim**-0.5)
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        y = x @ self.weight
+        if x.size(1) > 40:
+            y = y + torch.cat([x[:, 40:], torch.zeros_like(x[:, :40])], dim=1)
+        return y
+
+
+class WholeChunks(Ahead):
+    """Nothing is wrong, but it wants sequences of whole chunks."""
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        chunks = (x @ self.weight).unflatten(1, (-1, 16))
+        return (chunks.cumsum(dim=2) / 16).flatten(1, 2)
+
+
+class DropsSequences(Ahead):
+    """Nothing is wrong: in training it drops one sequence in ten."""
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        kept = torch.rand(x.size(0), 1, 1) > 0.1 if self.training else torch.ones(1)
+        return kept.to(x) * (x @ self.weight)
+
+
+class NotANumber(Ahead):
+    """Begins with NaN."""
+
+    def forward(self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        return (x @ self.weight) * float("nan")

@@ -136,3 +136,32 @@ def test_experts_and_a_dispatcher_of_a_model_are_checked() -> None:
     failed = [(row.detail.split(":")[0], row.check) for row in rows if row.status == "fail"]
     assert failed == [("moe.experts", check) for check in (CAUSAL, BATCH, LENGTH)]
     assert check_decoder_parts(dataclasses.replace(config, moe=MoEConfig(4, 8))) == []
+
+
+def in_a_model(name: str) -> DecoderConfig:
+    mixer = {"type": f"rigged_parts.{name}", "dim": 32}
+    return DecoderConfig(
+        vocab_size=64,
+        dim=32,
+        num_layers=1,
+        attention=AttentionConfig(num_heads=2),
+        hidden_dim=64,
+        pattern=(LayerConfig(mixer=mixer, ffn="dense"),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fails", "raised"),
+    [
+        ("Ahead", {CAUSAL}, set()),
+        ("WholeChunks", {LENGTH}, {LENGTH}),
+        ("DropsSequences", set(), set()),
+        ("NotANumber", {CAUSAL, BATCH, LENGTH}, {CAUSAL, BATCH}),
+    ],
+)
+def test_leaks_are_looked_for_at_the_length_of_training_and_told_from_errors(
+    name: str, fails: set[str], raised: set[str]
+) -> None:
+    rows = check_decoder_parts(in_a_model(name), 64)[:3]
+    assert {row.check for row in rows if row.status == "fail"} == fails, rows
+    assert {row.check for row in rows if row.raised} == raised

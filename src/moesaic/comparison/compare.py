@@ -22,7 +22,7 @@ from moesaic.comparison.request import (
     tokens_per_step,
     unequal_training,
 )
-from moesaic.comparison.verdict import costs_table, next_steps, sentence
+from moesaic.comparison.verdict import UNCHECKED, costs_table, next_steps, sentence
 from moesaic.config import from_mapping
 from moesaic.data import Data, DataConfig
 from moesaic.files import lock
@@ -93,8 +93,9 @@ def _check(request: Request, subjects: Mapping[str, Subject], decided: Decided, 
         rows = decided.get(
             "checks",
             name,
-            lambda model=subject.candidate.model: [  # type: ignore[misc]
-                {"check": row.check, "status": row.status, "detail": row.detail} for row in check_decoder_parts(model)
+            lambda asked=subject.candidate: [  # type: ignore[misc]
+                {"check": row.check, "status": row.status, "detail": row.detail, "raised": row.raised}
+                for row in check_decoder_parts(asked.model, asked.seq_len)
             ],
         )
         failed = [row for row in rows if row["status"] == "fail"]
@@ -114,8 +115,13 @@ def _failed_checks(decided: Decided) -> dict[str, list[str]]:
 
 
 def _marks(decided: Decided) -> dict[str, str]:
-    failed = _failed_checks(decided)
-    return {name: LEAKS[leaks[0]] for name, checks in failed.items() if (leaks := [x for x in LEAKS if x in checks])}
+    marks = {}
+    for name, rows in decided.stored["checks"].items():
+        leaks = {row["check"]: row for row in rows if row["status"] == "fail" and row["check"] in LEAKS}
+        seen = [check for check in LEAKS if check in leaks and not leaks[check].get("raised")]
+        if leaks:
+            marks[name] = LEAKS[seen[0]] if seen else UNCHECKED
+    return marks
 
 
 def _make_fair(request: Request, subjects: Mapping[str, Subject], decided: Decided, say: _Teller) -> None:

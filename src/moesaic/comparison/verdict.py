@@ -11,9 +11,12 @@ from moesaic.statistics import Interval, student_t
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.results import ArmResult
 
-__all__ = ["costs_table", "next_steps", "seeds_to_see", "sentence", "unit_of"]
+__all__ = ["UNCHECKED", "costs_table", "next_steps", "seeds_to_see", "sentence", "unit_of"]
 
 MOST_SEEDS = 30
+
+UNCHECKED = "could not be checked for leaks"
+"""The mark of an arm whose checks raised."""
 
 
 def unit_of(metric: str) -> str:
@@ -48,7 +51,8 @@ def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str]) -> str:
         text += f" (95% interval {low:.4f} to {high:.4f}, {difference.n} pairs of runs){price}"
     if marks:
         told = " and ".join(f"{each} {mark}" for each, mark in marks.items())
-        text += f". It does not count: {told}, which no honest language model can"
+        text += f". It does not count: {told}"
+        text += "" if UNCHECKED in marks.values() else ", which no honest language model can"
     return f"{text}."
 
 

@@ -206,7 +206,8 @@ def outcome(row: CheckResult, measure: Callable[[], str | None]) -> CheckResult:
         except Failed as failure:
             return replace(row, status="fail", detail=str(failure))
         except Exception as error:
-            return replace(row, status="fail", detail=f"{type(error).__name__}: {_first_lines(str(error))}")
+            detail = f"{type(error).__name__}: {_first_lines(str(error))}"
+            return replace(row, status="fail", detail=detail, raised=True)
 
 
 @contextmanager

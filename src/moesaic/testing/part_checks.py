@@ -60,14 +60,23 @@ def causality(place: Place) -> str:
     placed = place.fresh()
     worst = 0.0
     for training in (False, True):
-        x = placed.random(1, LENGTH)  # one sequence: what others of a batch do is for the next check to say
-        for t, reach in enumerate(_reach(placed, x, training, [(slice(None), t) for t in range(LENGTH)])):
+        length = place.length
+        x = placed.random(1, length)  # one sequence: what others of a batch do is for the next check to say
+        ends = range(0, length, length // LENGTH)
+        for t, reach in zip(ends, _reach(placed, x, training, [(slice(None), t) for t in ends]), strict=False):
             worst = max(worst, _refuse(reach[:, t + 1 :], reach, f"the output of token {t} depends on later tokens"))
         y = placed.run(x, training=training)
-        for t in (1, 4, 8, 9, 16, LENGTH - 1):
+        for t in (1, 4, 8, 9, 16, length // 2, length - 1):
             for what, later in _replacements(placed, x[:, t:], x[:, :1]):
                 found = placed.run(torch.cat([x[:, :t], later], dim=1), training=training)
                 worst = max(worst, _same(found[:, :t], y[:, :t], f"the first {t} outputs when later tokens are {what}"))
+        if place.longest > length:  # what spans chunks or windows shows in sequences as long as those of training
+            x, other = (placed.random(1, place.longest, seed=seed) for seed in (0, 7))
+            y = placed.run(x, training=training)
+            for t in (place.longest // 3, place.longest // 2, place.longest - 1):
+                found = placed.run(torch.cat([x[:, :t], other[:, t:]], dim=1), training=training)
+                what = f"the first {t} of {place.longest} outputs when later tokens are others"
+                worst = max(worst, _same(found[:, :t], y[:, :t], what))
     return _measured(worst)
 
 
@@ -80,7 +89,7 @@ def batch_independence(place: Place) -> str:
     placed = place.fresh()
     worst = 0.0
     for training in (False, True):
-        x = placed.random(3, LENGTH)
+        x = placed.random(3, place.length)
         y = placed.run(x, training=training)
         for b, reach in enumerate(_reach(placed, x, training, [(b, slice(None)) for b in range(3)])):
             others = torch.cat([reach[:b], reach[b + 1 :]])
@@ -90,7 +99,7 @@ def batch_independence(place: Place) -> str:
                 found = placed.run(torch.where(own, x, mates), training=training)[b]
                 worst = max(worst, _same(found, y[b], f"a sequence when the others of its batch are {what}"))
         if place.is_deterministic(training):
-            more = torch.cat([placed.random(4, LENGTH, seed=5), x])
+            more = torch.cat([placed.random(4, place.length, seed=5), x])
             for size, found in (
                 (1, torch.cat([placed.run(x[b : b + 1], training=training) for b in range(3)])),
                 (2, torch.cat([placed.run(x[:2], training=training), placed.run(x[1:], training=training)[1:]])),
@@ -279,6 +288,8 @@ def _reach(placed: Placed, x: Tensor, training: bool, places: Sequence[Any]) -> 
     """For each place in the output, the gradient for x of what stands there, weighted at random."""
     leaf = x.clone().requires_grad_()
     y = placed.run(leaf, training=training, with_graph=True)
+    if not bool(y.isfinite().all()):
+        raise ValueError("outputs are not finite, so nothing can be told of them")
     weighted = y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
     for place in places if y.requires_grad else ():
         yield torch.autograd.grad(weighted[place].sum(), leaf, retain_graph=True, materialize_grads=True)[0]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from moesaic.models.custom import construct, custom_modules
 from moesaic.models.decoder import build_block
 from moesaic.models.seams import SMALL, Seam
 from moesaic.testing.part_checks import PART_CHECKS
-from moesaic.testing.placing import Place, Placed, put
+from moesaic.testing.placing import LENGTH, Place, Placed, put
 from moesaic.testing.report import CheckResult, Report
 
 __all__ = ["check_decoder_parts", "check_named_part", "check_part"]
@@ -57,11 +58,14 @@ def check_named_part(seam: Seam, path: str) -> Report:
     return _report(path, Place(lambda: put(seam, make(), DIM)))
 
 
-def check_decoder_parts(config: DecoderConfig) -> list[CheckResult]:
+def check_decoder_parts(config: DecoderConfig, seq_len: int = LENGTH) -> list[CheckResult]:
     """The checks of every custom module of a model, each once, where it stands in the model.
 
     Everything is made small, with dim 32, unless a module wants the model's own width. The number of experts and top_k
     are the model's.
+
+    Args:
+        seq_len: the length of the sequences of training, on which causality is seen to hold too.
 
     Raises:
         InputError: a module that cannot be imported or made.
@@ -72,7 +76,7 @@ def check_decoder_parts(config: DecoderConfig) -> list[CheckResult]:
             distinct.setdefault(f"{_attribute(where)}: {custom}", where)
     rows = []
     for where in distinct.values():
-        place = Place(_maker(config, where))
+        place = Place(_maker(config, where, seq_len), seq_len)
         rows += [_at(where, row) if len(distinct) > 1 else row for row in _report(where, place).rows]
     return rows
 
@@ -90,7 +94,7 @@ def _report(name: str, place: Place) -> Report:
     return Report(name, tuple(check.run(place) for check in PART_CHECKS))
 
 
-def _maker(config: DecoderConfig, where: str) -> Callable[[], Placed]:
+def _maker(config: DecoderConfig, where: str, seq_len: int) -> Callable[[], Placed]:
     """What makes a custom module of a model, in its block: a small one if that can be built and run."""
     in_moe, attribute = where.startswith("moe."), _attribute(where)
     index = (_first_moe(config) or 0) if in_moe else int(where.split(".")[1])
@@ -101,11 +105,12 @@ def _maker(config: DecoderConfig, where: str) -> Callable[[], Placed]:
         part = getattr(whole, attribute) if in_moe else whole
         return Placed(part if isinstance(part, nn.Module) else whole, whole, config.dim)
 
-    for candidate in (_small(_alone(config, where)), _small(config)):
+    smaller = (_small(_alone(config, where)), _small(config))
+    for length, candidate in itertools.product((3, seq_len), smaller):
         try:
             with torch.random.fork_rng(devices=[]):
                 placed = make(candidate)
-                placed.run(placed.random(2, 3))
+                placed.run(placed.random(2, length))
         except Exception:  # what a foreign module raises has no common base
             continue
         return lambda candidate=candidate: make(candidate)  # type: ignore[misc]

@@ -21,6 +21,8 @@ class CheckResult:
     """What the check holds."""
     bug: str
     """The public bug that it guards against."""
+    raised: bool = False
+    """Whether an exception ended a check that failed, so that nothing was measured."""
 
 
 @dataclass(frozen=True)
