@@ -9,7 +9,7 @@ from moesaic.comparison.request import Request
 from moesaic.config import require_same
 from moesaic.files import write_json
 from moesaic.models import DecoderConfig
-from moesaic.models.custom import sources
+from moesaic.models.custom import sources, with_packages
 from moesaic.reading import read_json, reading
 from moesaic.studies.jobs import canonical
 
@@ -65,7 +65,8 @@ class Decided:
         """Copy the code of custom parts, for whoever gets the directory."""
         for model in models.values():
             for source in sources(model).values():
-                for module, file in source.files.items():
-                    place = folder / Path(*module.split(".")).with_suffix(".py")
+                for module, file in with_packages(source.files).items():
+                    name = Path(*module.split("."))
+                    place = folder / (name / "__init__.py" if file.name == "__init__.py" else name.with_suffix(".py"))
                     place.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, place)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ __all__ = [
     "require_trusted_modules",
     "source_hashes",
     "sources",
+    "with_packages",
 ]
 
 _KNOWN = {"moesaic", "torch", "lightning", *sys.stdlib_module_names}
@@ -181,6 +183,20 @@ def sources(config: DecoderConfig) -> dict[str, Source]:
         if files:
             digest = hashlib.sha256(b"".join(file.read_bytes() for _, file in sorted(files.items())))
             found[custom["type"]] = Source(files, digest.hexdigest())
+    return found
+
+
+def with_packages(files: Mapping[str, Path]) -> dict[str, Path]:
+    """These files and those of their packages, with what they import: enough to import them elsewhere."""
+    found = dict(files)
+    for module, file in files.items():
+        names = module.split(".")
+        folder = file.parent.parent if file.name == "__init__.py" else file.parent
+        for depth in range(len(names) - 1, 0, -1):
+            if (folder / "__init__.py").is_file():
+                found[".".join(names[:depth])] = folder / "__init__.py"
+            folder = folder.parent
+    _add_helpers(found)
     return found
 
 
