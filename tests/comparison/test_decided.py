@@ -10,6 +10,7 @@ from moesaic.comparison.arms import Arm, part_overrides
 from moesaic.comparison.decided import Decided
 from moesaic.comparison.request import Request
 from moesaic.config import from_mapping, to_mapping
+from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
 from moesaic.overrides import apply_overrides
 from moesaic.training.config import RunConfig
@@ -37,3 +38,16 @@ def test_a_package_is_kept_as_a_package(tmp_path: Path, monkeypatch: pytest.Monk
     assert kept == files.keys()
     for name in [name for name in sys.modules if name.split(".")[0] == "kept_package"]:
         del sys.modules[name]
+
+
+def test_what_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
+    run = to_mapping(RunConfig())
+    request = Request(
+        Arm("baseline", run), (Arm("new", apply_overrides(run, {"model.moe.top_k": 2}, "new")),), tmp_path
+    )
+    assert Decided(request, {}).get("plan", "runs", lambda: {"steps": 4, "rates": (1.0,)})["steps"] == 4
+    assert Decided(request, {}).get("plan", "runs", lambda: {})["steps"] == 4
+    path = tmp_path / "comparison.json"
+    path.write_text(path.read_text().replace('"steps": 4', '"steps": "x"'))
+    with pytest.raises(InputError, match=r"comparison\.json.*its content has not its digest"):
+        Decided(request, {})

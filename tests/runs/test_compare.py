@@ -196,7 +196,7 @@ def test_keys_that_move_together_and_a_module_that_is_drawn_anew_for_every_run(c
         (["new=model.dense_twin=true", "seed=5"], r"seed: must be given as seeds"),
         (["new=top_k=2"], r"did you mean model.moe.top_k\?"),
         (["new=seed=3"], r"seed: must be the same in all arms"),
-        (["new=training.seq_len=64", "training.validation_seq_len=null"], r"training.seq_len: scores would be of"),
+        (["new=training.seq_len=32", "training.validation_seq_len=null"], r"training.seq_len: scores would be of"),
         (["new=data.path=elsewhere"], r"data.path: scores would be of different texts"),
         (["new=training.validation_seq_len=16"], r"validation_seq_len: scores would be of different"),
         (["new=model=enormous"], r"enormous"),

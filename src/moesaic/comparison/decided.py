@@ -1,5 +1,7 @@
 """What a comparison has decided, kept in comparison.json."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 from moesaic.comparison.request import Request
 from moesaic.config import require_same
+from moesaic.errors import InputError
 from moesaic.files import write_json
 from moesaic.models import DecoderConfig
 from moesaic.models.custom import sources, with_packages
@@ -44,6 +47,9 @@ class Decided:
             return
         with reading(self.path):
             self.stored = read_json(self.path)
+            digest = self.stored.pop("digest", None)
+            if digest is not None and digest != _digest(self.stored):
+                raise InputError("its content has not its digest; put it back, or remove it to decide again")
             for section in SECTIONS:
                 self.stored[section].keys()
             found = {key: self.stored[key] for key in wanted}
@@ -54,7 +60,7 @@ class Decided:
         """What was decided under a name; `make` decides it, once."""
         if name not in self.stored[section]:
             self.stored[section][name] = make()
-            write_json(self.path, self.stored)
+            write_json(self.path, {**self.stored, "digest": _digest(self.stored)})
         return self.stored[section][name]
 
     def forget(self, section: str, name: str) -> None:
@@ -70,3 +76,7 @@ class Decided:
                     place = folder / (name / "__init__.py" if file.name == "__init__.py" else name.with_suffix(".py"))
                     place.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, place)
+
+
+def _digest(stored: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
