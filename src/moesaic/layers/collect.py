@@ -71,21 +71,27 @@ class _Tap:
     def __init__(self, layer: nn.Module) -> None:
         self.run = getattr(layer, METHOD)
         self.collectors: list[tuple[str, _Collector]] = []
+        # here and not as a decorator, which would load the compiler with every import
+        self.collect = torch.compiler.disable(_collect, recursive=False, reason=OUTSIDE_OF_GRAPHS)
 
-    @torch.compiler.disable(recursive=False, reason=OUTSIDE_OF_GRAPHS)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing]:
-        if torch._C._current_graph_task_id() != -1:  # autograd runs: activation checkpointing recomputes
-            return self.run(*args, **kwargs)
-        began = [(name, collector, len(collector.taken)) for name, collector in self.collectors]
-        y, routing = self.run(*args, **kwargs)
-        for name, collector, before in began:
-            if collector.trains and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
-                raise RuntimeError(
-                    f"collect_routings: {name} runs under checkpoint(..., use_reentrant=True), whose routing has no "
-                    "gradient; it must be use_reentrant=False"
-                )
-            collector.take(name, routing, before)
+        y, routing = self.collect(self, *args, **kwargs)
         return y, routing
+
+
+def _collect(tap: _Tap, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing]:
+    if torch._C._current_graph_task_id() != -1:  # autograd runs: activation checkpointing recomputes
+        return tap.run(*args, **kwargs)
+    began = [(name, collector, len(collector.taken)) for name, collector in tap.collectors]
+    y, routing = tap.run(*args, **kwargs)
+    for name, collector, before in began:
+        if collector.trains and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+            raise RuntimeError(
+                f"collect_routings: {name} runs under checkpoint(..., use_reentrant=True), whose routing has no "
+                "gradient; it must be use_reentrant=False"
+            )
+        collector.take(name, routing, before)
+    return y, routing
 
 
 @contextmanager
