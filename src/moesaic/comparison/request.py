@@ -149,7 +149,7 @@ def candidate_of(run: RunConfig, model: DecoderConfig) -> Candidate:
 
 
 def tokens_per_step(run: RunConfig) -> int:
-    """Of one process."""
+    """Tokens of one optimizer step of one process."""
     return run.training.batch_size * run.training.seq_len * run.training.accumulate
 
 
@@ -160,7 +160,7 @@ def own_differences(request: Request, arm: Arm) -> Overrides:
 
 
 def unequal_training(request: Request, arm: Arm) -> tuple[str, ...]:
-    """In which respects a new arm is trained on other batches, such as "2.00 times the tokens"."""
+    """The respects in which a new arm is trained on other batches, such as "2.00 times the tokens"."""
     base, changed = request.baseline.config["training"], own_differences(request, arm)
 
     def both(name: str) -> tuple[int, int]:
