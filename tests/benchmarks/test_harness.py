@@ -112,6 +112,7 @@ def test_clocks_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture[str]) 
 
 def test_quantiles_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == pytest.approx([1.8, 3.0, 4.2])
+    parse_options("", [])  # not those of a smoke run before
     print_table("title", ["a", "b"], [["x", "1"], ["long", "22"]])
     assert capsys.readouterr().out == "\ntitle\na      b\n----  --\nx      1\nlong  22\n"
 

@@ -227,6 +227,7 @@ def test_a_study_writes_where_you_stand(tmp_path: Path) -> None:
     assert default_results("mine", CONFIG_DIR.parent) == Path("docs/studies/mine")
 
 
+@pytest.mark.slow_but_for("Could not load", "a file is among", "a file must be YAML")
 @pytest.mark.parametrize(
     ("content", "message"),
     [

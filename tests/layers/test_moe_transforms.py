@@ -68,7 +68,7 @@ def test_second_derivatives() -> None:
     torch.testing.assert_close(hessian, torch.stack(rows), atol=1e-9, rtol=1e-7)
 
 
-@pytest.mark.slow_but_for("auto-False")
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "padded", "loop"])
 def test_export(backend: str, strict: bool) -> None:

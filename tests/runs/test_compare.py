@@ -103,6 +103,7 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return int(stopped.value.code or 0), shown.out + shown.err
 
 
+@pytest.mark.slow
 def test_costs_alone_tell_validity_costs_and_fairness(common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, shown = run("new=mine.parts:Softmax", "new=model.moe.top_k=2", "only=costs", *common, capsys=capsys)
     assert status == 0
@@ -175,6 +176,15 @@ def test_keys_that_move_together_and_a_module_that_is_drawn_anew_for_every_run(c
     assert "no verdict" in found.verdicts[0]
 
 
+@pytest.mark.slow_but_for(
+    "new: missing",
+    "-m: several",
+    "seeds=0,1",
+    "cannot be imported",
+    "budget=10:",
+    "seed: must be given",
+    "no MoE layer",
+)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -185,7 +185,7 @@ def test_one_command_begins_continues_and_ends(
     overrides = ["resume=true", f"run_dir={tmp_path / 'run'}", *STEPS]
     again = composed(*overrides)
     with interruptible(), pytest.raises(KeyboardInterrupt):
-        train.train({**again, "callbacks": composed(signalled(0, signal.SIGINT))["callbacks"]}, overrides)
+        train.train({**again, "callbacks": composed(signalled(0, signal.SIGTERM))["callbacks"]}, overrides)
     (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()  # as if it had been killed before the first
     (tmp_path / "run" / "slurm-17.out").write_text("kept")
     config = (tmp_path / "run" / "config.yaml").read_text()

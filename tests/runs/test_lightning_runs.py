@@ -166,6 +166,7 @@ def test_a_run_that_goes_on_takes_more_than_the_first_batches(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_same_batches_come_again_in_a_resumed_run(composed: Composed, tmp_path: Path) -> None:
     same = ["++trainer.overfit_batches=2", "training.steps=4", "training.log_every=1"]
     run(composed(*same, f"run_dir={tmp_path / 'whole'}"))

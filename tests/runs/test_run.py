@@ -85,6 +85,7 @@ def test_a_run_leaves_everything_behind(composed: Composed, capsys: pytest.Captu
         assert words in shown, words
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_pictures")
 @pytest.mark.usefixtures("with_plots")
 def test_a_run_that_only_scores_draws_nothing_and_says_on_what(

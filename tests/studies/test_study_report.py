@@ -329,4 +329,4 @@ def test_a_sample_of_windows_is_named_with_every_score(
     assert "- Scores are on 64 of 1,234 windows of the validation split, drawn with a fixed seed" in table
     effects = plot_effects(study, summarize_study(study, rows))
     assert effects is not None
-    assert effects.axes[0].get_xlabel() == "validation/bits_per_byte on 64 of 1,234 windows (lower is better)"
+    assert effects.axes[0].get_xlabel() == "validation/bits_per_byte on 64 of 1,234 windows\n(lower is better)"

@@ -204,6 +204,7 @@ def test_twelve_arms_are_named_by_what_is_special_about_them(tmp_path: Path) -> 
     assert "- Where a name does not say otherwise: bias=false, norm=true, scale=0.5, top_k=1, width=64." in text
 
 
+@pytest.mark.slow
 def test_experiments_of_several_names_have_a_table_each(tmp_path: Path) -> None:
     for name in ("first", "second"):
         for arm in (1, 2):

@@ -119,15 +119,18 @@ class Subject:
 def read_arms(request: Request) -> tuple[dict[str, Subject], Data]:
     """Every arm as a config of its own, with the vocabulary of its data; and the baseline's data."""
     base = request.baseline.config
-    subjects, loaded = {}, {}
-    for arm in request.arms:
+    runs: dict[str, RunConfig] = {}
+    for arm in request.arms:  # what a model says wrongly is refused before any data is read
         with naming(arm.name):
             _require_comparable(base, arm.config)
-            run = from_mapping(RunConfig, arm.config)
-            # what the model says wrongly is refused before any data is read
+            run = runs[arm.name] = from_mapping(RunConfig, arm.config)
             model = {**run.model, "vocab_size": run.model["vocab_size"] or 1}
             require_accelerator("trainer.accelerator", run.trainer.accelerator)
             require_memory_of_run(run, from_mapping(DecoderConfig, model, "model"))
+    subjects, loaded = {}, {}
+    for arm in request.arms:
+        run = runs[arm.name]
+        with naming(arm.name):
             key = repr(run.data)
             if key not in loaded:
                 loaded[key] = load_data(run.data)
