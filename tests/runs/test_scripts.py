@@ -354,6 +354,6 @@ def test_unknown_key_on_the_command_line() -> None:
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith(
-        "error: optimizer.lr: unknown key; must be one of optimizer.name, optimizer.learning_rate"
+        "error: optimizer.lr: unknown key (did you mean optimizer.learning_rate?); must be one of optimizer.name, "
     )
     assert refused.stderr.count("\n") == 1
