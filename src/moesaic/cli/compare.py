@@ -23,8 +23,8 @@ from moesaic.comparison.arms import (
     is_assignment,
     name_of,
     named_apart,
-    part_overrides,
     split_words,
+    with_parts,
 )
 from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare
@@ -32,9 +32,8 @@ from moesaic.comparison.fairness import Equal
 from moesaic.comparison.request import Request
 from moesaic.config import LARGEST_SEED, from_mapping
 from moesaic.errors import InputError, naming
-from moesaic.models import DecoderConfig
 from moesaic.models.seams import find_part
-from moesaic.overrides import apply_overrides, command_line
+from moesaic.overrides import command_line
 
 __all__ = ["main", "request_of"]
 
@@ -114,9 +113,7 @@ def _arm(key: str, text: str, common: Sequence[str], base: dict[str, Any]) -> Ar
         check_overrides("train", overrides, users_config_dir())
         config = composed("train", overrides)
         given = frozenset(differences(base, config)) if base else frozenset()
-        for seam, path in found.values():
-            model = from_mapping(DecoderConfig, {**config["model"], "vocab_size": 1}, "model")
-            config = apply_overrides(config, part_overrides(seam, path, model), key)
+        config = with_parts(config, found.values(), key)
     if config["trainer"]["precision"] == "auto":  # each machine would choose its own
         config["trainer"]["precision"] = "32-true"
     return Arm(name_of(words), config, given, tuple(words))

@@ -4,12 +4,15 @@ import dataclasses
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
 from moesaic.models.custom import custom_modules
+from moesaic.models.seams import FoundPart
+from moesaic.overrides import apply_overrides
 from moesaic.studies.config import Overrides
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "own_parts",
     "part_overrides",
     "split_words",
+    "with_parts",
 ]
 
 LONGEST_NAME = 40
@@ -110,6 +114,22 @@ def _last(path: str) -> str:
     """The last part of a path; with the one before it if it says nothing alone, as in optimizer.name."""
     parts = re.split(r"[.:]", path)
     return ".".join(parts[-2:]) if parts[-1] == "name" else parts[-1]
+
+
+def with_parts(config: Mapping[str, Any], parts: Iterable[FoundPart], key: str) -> dict[str, Any]:
+    """A run config with each part in its place, one after the other.
+
+    Args:
+        key: names the candidate in messages.
+
+    Raises:
+        InputError: the model has no place for one.
+    """
+    changed = dict(config)
+    for seam, path in parts:
+        model = from_mapping(DecoderConfig, {**changed["model"], "vocab_size": 1}, "model")
+        changed = apply_overrides(changed, part_overrides(seam, path, model), key)
+    return changed
 
 
 def part_overrides(seam: str, path: str, model: DecoderConfig) -> Overrides:

@@ -15,6 +15,7 @@ from moesaic.comparison.decided import Decided
 from moesaic.comparison.fairness import make_fair
 from moesaic.comparison.request import (
     OF_BATCHES,
+    STEPS,
     Request,
     Subject,
     own_differences,
@@ -183,7 +184,7 @@ def _plan(
             budget=request.budget,
             num_seeds=len(request.seeds),
             workers=_workers(request),
-            steps=subjects[request.baseline.name].run.training.steps if "training.steps" in request.fixed else None,
+            steps=subjects[request.baseline.name].run.training.steps if STEPS in request.fixed else None,
             rates=tuned,
         )
         return {**dataclasses.asdict(plan), "rates": list(plan.rates), "overrides": _lengths(request, plan)}
@@ -245,7 +246,7 @@ def _lengths(request: Request, plan: Plan) -> dict[str, Any]:
     """Keys of all runs that follow from their number of steps, but for those that the person set."""
     steps = plan.steps
     wanted = {
-        "training.steps": steps,
+        STEPS: steps,
         "training.validate_every": max(1, steps // CHECKS_DURING_A_RUN),
         "training.checkpoint_every": max(1, steps // 4),
         "training.score_windows": SCORE_WINDOWS,

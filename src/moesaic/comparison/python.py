@@ -18,18 +18,17 @@ from moesaic.comparison.arms import (
     is_assignment,
     name_of,
     named_apart,
-    part_overrides,
     split_words,
+    with_parts,
 )
 from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare as run_comparison
 from moesaic.comparison.fairness import Equal
 from moesaic.comparison.handed import digest_of
 from moesaic.comparison.request import Request
-from moesaic.config import flatten, from_mapping, to_mapping
+from moesaic.config import flatten, to_mapping
 from moesaic.errors import InputError
 from moesaic.imports import HANDED_IN, handing_in
-from moesaic.models import DecoderConfig
 from moesaic.models.seams import find_part, seam_of
 from moesaic.overrides import apply_overrides, merge, parse_overrides
 from moesaic.studies.jobs import Row
@@ -168,11 +167,7 @@ def _arm(
     words = split_words(key, candidate) if isinstance(candidate, str) else [_word_for(key, candidate, handed, within)]
     config = _applied(base, parse_overrides([word for word in words if is_assignment(word)]), key)
     given = frozenset(differences(baseline, config))
-    for word in words:
-        if not is_assignment(word):
-            model = from_mapping(DecoderConfig, {**config["model"], "vocab_size": 1}, "model")
-            seam, path = find_part(word)
-            config = apply_overrides(config, part_overrides(seam, path, model), key)
+    config = with_parts(config, (find_part(word) for word in words if not is_assignment(word)), key)
     return Arm(name_of(words), config, given, tuple(words))
 
 

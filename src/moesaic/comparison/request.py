@@ -23,6 +23,7 @@ from moesaic.training.run import fit_vocabulary
 
 __all__ = [
     "OF_BATCHES",
+    "STEPS",
     "Request",
     "Subject",
     "candidate_of",
