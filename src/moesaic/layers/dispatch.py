@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moesaic.layers.checks import differentiates_forward
 from moesaic.layers.router import Routing
 
 __all__ = ["Dispatched", "Dispatcher", "LocalDispatcher", "LocalRows"]
@@ -57,14 +58,13 @@ class LocalDispatcher:
         row_of_slot = torch.empty_like(slot_of_row)
         row_of_slot[slot_of_row] = torch.arange(slot_of_row.size(0), device=x.device)
         slot_of_row = slot_of_row[: routing.num_rows]  # slots without an expert come last
-        rows: Tensor = TakeRows.apply(x, slot_of_row, row_of_slot, top_k)
+        rows = TakeRows.of(x, slot_of_row, row_of_slot, top_k)
         row_scores = routing.scores.reshape(-1, 1).index_select(0, slot_of_row)
         return rows, LocalRows(row_scores, routing.tokens_per_expert, slot_of_row, row_of_slot, top_k)
 
     def combine(self, rows: Tensor, context: LocalRows) -> Tensor:
         """Rows (R, D) in the order of `dispatch` -> (T, K, D) summed over K: (T, D)."""
-        y: Tensor = SumRows.apply(rows, context.slot_of_row, context.row_of_slot, context.top_k)
-        return y
+        return SumRows.of(rows, context.slot_of_row, context.row_of_slot, context.top_k)
 
 
 class Reordering(torch.autograd.Function):
@@ -76,11 +76,17 @@ class Reordering(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    @classmethod
+    def of(cls, rows: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
+        # torch.compile cannot trace a Function with a jvp, so forward mode differentiates the gathers themselves
+        call = cls.forward if differentiates_forward() else cls.apply
+        reordered: Tensor = call(rows, slot_of_row, row_of_slot, top_k)
+        return reordered
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *order, ctx.top_k = inputs
         ctx.save_for_backward(*order)
-        ctx.save_for_forward(*order)
 
 
 class TakeRows(Reordering):
@@ -89,11 +95,6 @@ class TakeRows(Reordering):
     @staticmethod
     def forward(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
         return x.index_select(0, slot_of_row if top_k == 1 else slot_of_row // top_k)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        y: Tensor = TakeRows.apply(tangent, *ctx.saved_tensors, ctx.top_k)
-        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -115,11 +116,6 @@ class SumRows(Reordering):
         if top_k > 2 and rows.dtype in (torch.bfloat16, torch.float16):
             return slots.sum(dim=1)  # rounds once
         return functools.reduce(torch.add, slots.unbind(1))  # on a CPU up to 10 times faster than sum
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        y: Tensor = SumRows.apply(tangent, *ctx.saved_tensors, ctx.top_k)
-        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
