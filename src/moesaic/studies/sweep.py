@@ -307,6 +307,9 @@ def _read(directory: Path) -> Run:
             metrics = read_json(path)
             if not isinstance(metrics["status"], str):
                 raise InputError(f"status={metrics['status']!r}: must be a string")
+            for name, value in metrics.items():
+                if "/" in name and not isinstance(value, (int, float, type(None))):  # a score, not a remark
+                    raise InputError(f"{name}={value!r}: must be a number")
         if (directory / "metrics.csv").exists():
             read_columns(directory / "metrics.csv", "step")
         return Run(directory, config, metrics["status"], metrics)
