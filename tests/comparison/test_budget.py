@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.comparison.budget import Workload, choose_plan, estimate, parse_budget, told
+from moesaic.comparison.budget import Workload, choose_plan, estimate, parse_budget
 from moesaic.errors import InputError
 
 ARMS = {"baseline": Workload(0.1, 10, 20), "Mine": Workload(0.2, 10, 20)}
@@ -50,7 +50,3 @@ def test_a_hopeless_budget_says_what_it_would_take() -> None:
         InputError, match=r"budget=20 s: 10 steps in every run take \d+ s on this machine; must be longer"
     ):
         choose_plan(ARMS, budget=20, num_seeds=3, workers=1)
-
-
-def test_durations_are_told_in_units_of_their_size() -> None:
-    assert [told(x) for x in (45, 720, 9000)] == ["45 s", "12 min", "2.5 h"]

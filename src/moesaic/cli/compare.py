@@ -6,7 +6,6 @@ See conf/compare.yaml, and docs/architecture.md for the five steps. The same com
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,14 +18,11 @@ from moesaic.cli.common import composed, launch, plain, typed, users_config_dir
 from moesaic.comparison.arms import (
     Arm,
     differences,
-    folder_name,
     is_assignment,
     name_of,
-    named_apart,
     split_words,
     with_parts,
 )
-from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare
 from moesaic.comparison.fairness import Equal
 from moesaic.comparison.request import Request
@@ -72,29 +68,23 @@ def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
     new = tuple(str(one) for each in candidates for one in (each if isinstance(each, list) else [each]))
     if any(o.key_or_group == "seed" for o in parsed):
         raise InputError("seed: must be given as seeds: how many, or a list as in seeds=[5]")
-    if isinstance(config["budget"], (int, float)):
-        raise InputError(f"budget={config['budget']}: must be a duration such as 90s, 10m or 1h30m")
     seeds = config["seeds"]
-    if type(seeds) is int:
-        if not 1 <= seeds <= 1000:
-            raise InputError(f"seeds={seeds}: must be a number from 1 to 1000, or a list of seeds")
-        seeds = list(range(seeds))
-    options = from_mapping(Options, {**{key: config[key] for key in OWN}, "new": list(new), "seeds": seeds})
+    asked = {"new": list(new), "seeds": [0] if type(seeds) is int else seeds, "budget": str(config["budget"])}
+    options = from_mapping(Options, {**{key: config[key] for key in OWN}, **asked})
     common = as_additions([str(o.input_line) for o in parsed if o.key_or_group not in OWN])
     baseline = _arm("baseline", options.baseline, common, {})
-    baseline, *arms = named_apart([baseline, *(_arm("new", text, common, baseline.config) for text in options.new)])
+    arms = [_arm("new", text, common, baseline.config) for text in options.new]
     if not arms:
         raise InputError(
             "new: missing; must name a part (my.parts:Router), or be key=value of the model or of training"
         )
     keys = frozenset(o.key_or_group for o in parsed if o.key_or_group not in OWN)
-    name = config["name"] if "name" in keys else folder_name([arm.name for arm in arms], baseline.name)
-    return Request(
-        baseline=baseline,
-        new=tuple(arms),
-        directory=Path(options.results_dir) if options.results_dir else Path("comparisons") / name,
-        seeds=options.seeds,
-        budget=parse_budget(options.budget),
+    return Request.as_given(
+        [baseline, *arms],
+        seeds=seeds if type(seeds) is int else options.seeds,
+        budget=config["budget"],
+        results_dir=options.results_dir,
+        name=config["name"] if "name" in keys else None,
         equal=options.equal,
         rates=options.rates,
         workers=options.workers,

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from moesaic.errors import InputError
+from moesaic.studies.progress import duration
 
-__all__ = ["Plan", "Workload", "choose_plan", "estimate", "parse_budget", "told"]
+__all__ = ["Plan", "Workload", "choose_plan", "estimate", "parse_budget"]
 
 RATES = (0.5, 1.0, 2.0)
 """Factors on the learning rates that are tried for every arm."""
@@ -122,8 +123,8 @@ def choose_plan(
         if steps < FEWEST_STEPS:
             needed = estimate(arms, FEWEST_STEPS, wanted, num_seeds, workers)[0]
             raise InputError(
-                f"budget={told(budget)}: {FEWEST_STEPS} steps in every run take {told(needed)} on this machine; "
-                f"must be longer, or give a smaller model or fewer seeds"
+                f"budget={duration(budget)}: {FEWEST_STEPS} steps in every run take {duration(needed)} on this "
+                f"machine; must be longer, or give a smaller model or fewer seeds"
             )
         steps = _rounded(steps)
     expected, at_most = estimate(arms, steps, wanted, num_seeds, workers)
@@ -134,10 +135,3 @@ def _rounded(steps: int) -> int:
     """Two leading digits, downwards."""
     unit = 10 ** max(0, len(str(steps)) - 2)
     return steps // unit * unit
-
-
-def told(seconds: float) -> str:
-    """A duration for people: 45 s, 12 min, 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from moesaic.comparison.arms import Arm, own_parts
-from moesaic.comparison.budget import Plan, Workload, choose_plan, told
+from moesaic.comparison.budget import Plan, Workload, choose_plan
 from moesaic.comparison.decided import Decided
 from moesaic.comparison.fairness import make_fair
 from moesaic.comparison.request import (
@@ -30,6 +30,7 @@ from moesaic.files import lock
 from moesaic.imports import names_in, trusting
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig, TuneConfig
+from moesaic.studies.progress import duration
 from moesaic.studies.report import write_study_report
 from moesaic.studies.results import summarize_study
 from moesaic.studies.runner import read_rows, run_study
@@ -199,10 +200,10 @@ def _plan(
         f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "
         f"{tokens:,} tokens in every run"
     )
-    more = "" if plan["at_most"] <= plan["seconds"] else f", {told(plan['at_most'])} if rates at the edge are best"
+    more = "" if plan["at_most"] <= plan["seconds"] else f", {duration(plan['at_most'])} if rates at the edge are best"
     workers = _workers(request)
     at_a_time = "one run" if workers == 1 else f"{workers} runs"
-    say.say(f"about {told(plan['seconds'])} with {at_a_time} at a time{more}")
+    say.say(f"about {duration(plan['seconds'])} with {at_a_time} at a time{more}")
     return plan
 
 

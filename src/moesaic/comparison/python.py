@@ -14,14 +14,11 @@ from torch import nn
 from moesaic.comparison.arms import (
     Arm,
     differences,
-    folder_name,
     is_assignment,
     name_of,
-    named_apart,
     split_words,
     with_parts,
 )
-from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.compare import compare as run_comparison
 from moesaic.comparison.fairness import Equal
 from moesaic.comparison.handed import digest_of
@@ -104,15 +101,12 @@ def compare(
     handed: dict[str, Any] = {}
     with contextlib.ExitStack() as within:
         first = _arm("baseline", baseline, base, base, handed, within)
-        asked = (_arm("new", each, base, first.config, handed, within) for each in candidates)
-        first, *arms = named_apart([first, *asked])
-        name = folder_name([arm.name for arm in arms], first.name)
-        request = Request(
-            baseline=first,
-            new=tuple(arms),
-            directory=Path(results_dir) if results_dir is not None else Path("comparisons") / name,
-            seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
-            budget=parse_budget(budget),
+        asked = [_arm("new", each, base, first.config, handed, within) for each in candidates]
+        request = Request.as_given(
+            [first, *asked],
+            seeds=seeds,
+            budget=budget,
+            results_dir=results_dir,
             equal=equal,
             rates=None if rates is None else tuple(rates),
             workers=workers,

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.comparison.arms import Arm, differences
+from moesaic.comparison.arms import Arm, differences, folder_name, named_apart
+from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.costs import Candidate
 from moesaic.comparison.fairness import Equal
 from moesaic.config import from_mapping
@@ -80,7 +81,8 @@ class Request:
     """Dotted keys that the person set for all arms. The budget leaves them."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+        distinct = set(self.seeds)
+        if not distinct or len(distinct) < len(self.seeds) or any(type(x) is not int or x < 0 for x in distinct):
             raise InputError(f"seeds={list(self.seeds)}: must be one or more different integers >= 0")
         if self.rates is not None and (
             not self.rates or min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates)
@@ -106,6 +108,39 @@ class Request:
     @property
     def arms(self) -> tuple[Arm, ...]:
         return (self.baseline, *self.new)
+
+    @classmethod
+    def as_given(
+        cls,
+        arms: Sequence[Arm],
+        *,
+        seeds: Any,
+        budget: Any,
+        results_dir: str | Path | None,
+        name: str | None = None,
+        **others: Any,
+    ) -> "Request":
+        """A request as people give it: seeds as a number of them or a list, the budget as text.
+
+        Args:
+            arms: the baseline and the new ones; those of one name are named apart.
+            results_dir: None for comparisons/`name`.
+            name: None for the names of the arms.
+            others: the other fields.
+
+        Raises:
+            InputError: a value that cannot be.
+        """
+        if type(seeds) is int:
+            if not 1 <= seeds <= 1000:
+                raise InputError(f"seeds={seeds}: must be a number from 1 to 1000, or a list of seeds")
+            seeds = range(seeds)
+        if not isinstance(budget, str):
+            raise InputError(f"budget={budget}: must be a duration such as 90s, 10m or 1h30m")
+        baseline, *new = named_apart(arms)
+        name = name or folder_name([arm.name for arm in new], baseline.name)
+        directory = Path(results_dir) if results_dir else Path("comparisons") / name
+        return cls(baseline, tuple(new), directory, seeds=tuple(seeds), budget=parse_budget(budget), **others)
 
 
 @dataclasses.dataclass(frozen=True)
