@@ -28,9 +28,7 @@ def test_the_signature_says_it(text: str, seam: str) -> None:
     assert find_part(text) == (seam, text.replace(":", "."))
 
 
-@pytest.mark.parametrize(
-    "text", ["custom_samples:RunningMean", "custom_samples.TwoMatrices", "custom_samples:BothWays"]
-)
+@pytest.mark.parametrize("text", ["custom_samples:RunningMean", "custom_samples:BothWays"])
 def test_what_fits_two_seams_is_refused_with_the_words_that_help(text: str) -> None:
     path = text.replace(":", ".")
     with pytest.raises(InputError, match="fits the seams") as error:
@@ -65,8 +63,40 @@ def test_a_module_may_be_called_like_a_seam(tmp_path, monkeypatch) -> None:  # t
         ("router:custom_samples:LinearRoutr", "router:custom_samples:LinearRouter"),
         ("rooter:custom_samples:LinearRouter", "router:custom_samples:LinearRouter"),
         ("custom_samples.py:LinearRouter", "custom_samples:LinearRouter"),
+        ("./my/parts.py:Router", "my.parts:Router"),
+        ("router:my/parts:Router", "router:my.parts:Router"),
+        ("my/parts.py", "my.parts:NAME"),
+        ("GatedAverage", "moesaic.examples.custom_modules:GatedAverage"),
     ],
 )
 def test_a_near_miss_says_what_was_meant(text: str, meant: str) -> None:
     with pytest.raises(InputError, match=rf"\(did you mean {meant}\?\)"):
         find_part(text)
+
+
+def test_a_name_alone_is_looked_for_in_the_files_here(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "__init__.py").write_text("class Ours:\n    pass\n")
+    (tmp_path / "not-a-module.py").write_text("class Ours:\n    pass\n")
+    (tmp_path / "made.py").write_text("Ours = print\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"new='Ours'.*\(did you mean deep\.er:Ours or made:Ours\?\)"):
+        find_part("Ours", "new")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("builtins:print", r"new='builtins:print' is a function of builtins; must be a torch\.nn\.Module, or code of"),
+        ("router:math.sqrt", r"is a function of math"),
+        ("custom_samples:torch", r"is a module; must be a class, or a function"),
+        ("pathlib:Path", r"is the class Path; must be a torch\.nn\.Module"),
+        (
+            "custom_samples:TwoMatrices",
+            r"new: custom_samples.TwoMatrices\(dim\) failed: .*'hidden_dim'. By name it can",
+        ),
+    ],
+)
+def test_what_is_no_part_is_refused_as_such(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_part(text, "new")

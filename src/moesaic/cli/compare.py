@@ -3,6 +3,7 @@
 See conf/compare.yaml, and docs/architecture.md for the five steps. The same command goes on with what was stopped.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -97,9 +98,9 @@ def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
 def _arm(key: str, text: str, common: Sequence[str], base: dict[str, Any]) -> Arm:
     """The arm that these words describe: overrides first, then parts, which take their places in what is there."""
     words = split_words(key, text)
-    found = {word: find_part(word) for word in words if not is_assignment(word)}
+    found = {word: find_part(word, key) for word in words if not is_assignment(word)}
     overrides = [*common, *as_additions([word for word in words if word not in found])]
-    with naming(key):
+    with naming(key) if words else contextlib.nullcontext():  # else all that is wrong stands beside new= and baseline=
         check_overrides("train", overrides, users_config_dir())
         config = composed("train", overrides)
         given = frozenset(differences(base, config)) if base else frozenset()

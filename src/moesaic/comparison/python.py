@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +117,7 @@ def compare(
             handed={name: digest_of(part) for name, part in handed.items()},
             fixed=frozenset({*differences(to_mapping(RunConfig()), base), *flatten(fixed)}),
         )
-        console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 140)
+        console = console or Console(emoji=False, width=None if _is_terminal() else 140)
         found = run_comparison(request, console, "the same call of moesaic.compare")
     return Comparison(
         verdicts=tuple(found["verdict"]),
@@ -125,6 +127,11 @@ def compare(
         failed=found["failed"],
         directory=request.directory,
     )
+
+
+def _is_terminal() -> bool:
+    """Whether standard output is one; programs may have none, or one of their own."""
+    return bool(getattr(sys.stdout, "isatty", lambda: False)())
 
 
 def _data_keys(data: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -161,19 +168,22 @@ def _arm(
     words = split_words(key, candidate) if isinstance(candidate, str) else [_word_for(key, candidate, handed, within)]
     config = _applied(base, parse_overrides([word for word in words if is_assignment(word)]), key)
     given = frozenset(differences(baseline, config))
-    config = with_parts(config, (find_part(word) for word in words if not is_assignment(word)), key)
+    config = with_parts(config, (find_part(word, key) for word in words if not is_assignment(word)), key)
     return Arm(name_of(words), config, given, tuple(words))
 
 
 def _word_for(key: str, part: Any, handed: dict[str, Any], within: contextlib.ExitStack) -> str:
     """The dotted path of a part; one that no file can name is handed in under its name."""
-    if not callable(part):
+    if not callable(part) or inspect.isbuiltin(part):
         raise InputError(
             f"{key}: found a {type(part).__name__}; must be words, keys, or a part: class, factory or module"
         )
-    name = getattr(part, "__name__", type(part).__name__)
-    module, qualified = getattr(part, "__module__", None), getattr(part, "__qualname__", "")
-    if not isinstance(part, nn.Module) and module not in (None, "__main__") and qualified == name:
+    named = part
+    while isinstance(named, functools.partial):
+        named = named.func
+    name = getattr(named, "__name__", type(named).__name__)
+    module = getattr(part, "__module__", None)
+    if module not in (None, "__main__") and getattr(sys.modules.get(module), name, None) is part:
         return f"{module}.{name}"
     name = "part" if not name.isidentifier() else name
     if name in handed and handed[name] is not part:

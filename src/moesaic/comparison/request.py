@@ -1,5 +1,6 @@
 """What a comparison is asked, and its arms as models that can be compared."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -157,7 +158,7 @@ def read_arms(request: Request) -> tuple[dict[str, Subject], Data]:
     base = request.baseline.config
     runs: dict[str, RunConfig] = {}
     for arm in request.arms:  # what a model says wrongly is refused before any data is read
-        with naming(arm.name):
+        with naming(arm.name) if arm.words else contextlib.nullcontext():  # else it holds for all arms
             _require_comparable(base, arm.config)
             run = runs[arm.name] = from_mapping(RunConfig, arm.config)
             model = {**run.model, "vocab_size": run.model["vocab_size"] or 1}
@@ -166,10 +167,11 @@ def read_arms(request: Request) -> tuple[dict[str, Subject], Data]:
     subjects, loaded = {}, {}
     for arm in request.arms:
         run = runs[arm.name]
-        with naming(arm.name):
-            key = repr(run.data)
-            if key not in loaded:
+        key = repr(run.data)
+        if key not in loaded:  # the baseline's are those of all arms, but for the tokenizer
+            with naming(arm.name) if loaded else contextlib.nullcontext():
                 loaded[key] = load_data(run.data)
+        with naming(arm.name) if arm.words else contextlib.nullcontext():
             subjects[arm.name] = Subject(arm, run, candidate_of(run, fit_vocabulary(run, loaded[key])))
     first = from_mapping(DataConfig, base["data"], "data")
     return subjects, loaded[repr(first)]

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ __all__ = [
     "build_custom",
     "construct",
     "custom_modules",
+    "require_fresh",
+    "require_maker",
     "require_trusted_modules",
     "source_hashes",
     "sources",
@@ -57,7 +60,7 @@ def construct(custom: CustomModule, where: str, /, *, dispatches: bool = True, *
     path = custom["type"]
     cls = resolve(path, f"{where}: type")
     if not path.startswith(f"{HANDED_IN}."):  # the person handed it over to be called
-        _require_maker(cls, f"{where}: {path}", dispatches)
+        require_maker(cls, f"{where}: {path}", dispatches)
     arguments = {key: value for key, value in custom.items() if key != "type"}
     try:
         asked = inspect.signature(cls).parameters
@@ -120,14 +123,18 @@ def require_trusted_modules(config: DecoderConfig, where: object) -> None:
         found = resolve(custom["type"], f"{where}: {place}: type")
         if custom["type"].startswith(f"{HANDED_IN}."):
             continue
-        _require_maker(found, f"{where}: {place}: {custom['type']}", place == "moe.dispatcher")
+        require_maker(found, f"{where}: {place}: {custom['type']}", place == "moe.dispatcher")
         package, written = custom["type"].replace(":", ".").split(".")[0], str(_code_of(found).__module__)
         if not inspect.isclass(found) and written.split(".")[0] != package:
             raise InputError(f"{where}: {place}: {custom['type']} is of {written}; must be written in {package} itself")
 
 
-def _require_maker(found: Any, where: str, dispatches: bool) -> None:
-    """Refuse, before it is called, what is neither a class for its place nor a function of a user's own."""
+def require_maker(found: Any, where: str, dispatches: bool) -> None:
+    """Refuse, before it is called, what is neither a class for its place nor a function of a user's own.
+
+    Raises:
+        InputError: it begins with `where`.
+    """
     code = _code_of(found)
     module = str(getattr(code, "__module__", None))
     if module.split(".")[0] == "moesaic" and not module.startswith(PARTS):
@@ -167,8 +174,49 @@ def custom_modules(config: DecoderConfig) -> dict[str, CustomModule]:
 
 
 def source_hashes(config: DecoderConfig | None) -> dict[str, str]:
-    """The SHA-256 of every file of `sources`, for comparisons; none for a decoder without a config."""
-    return {} if config is None else {path: source.sha256 for path, source in sources(config).items()}
+    """The SHA-256 of every file of `sources`, for comparisons; none for a decoder without a config.
+
+    What was handed in has none: nobody imports it from its file, and a script changes with every call that it makes.
+    """
+    found = {} if config is None else sources(config)
+    return {path: source.sha256 for path, source in found.items() if not path.startswith(f"{HANDED_IN}.")}
+
+
+def require_fresh(config: DecoderConfig) -> None:
+    """Refuse custom modules whose files have changed since this process imported them: other processes would import
+    other code under the same hash.
+
+    Raises:
+        InputError: it names the module.
+    """
+    for path, source in sources(config).items():
+        for module in source.files if not path.startswith(f"{HANDED_IN}.") else ():
+            if _is_stale(module):
+                raise InputError(
+                    f"{path}: the file of {module} has changed since this process imported it; restart Python, or "
+                    f"reload it: importlib.reload(sys.modules[{module!r}])"
+                )
+
+
+def _is_stale(module: str) -> bool:
+    """Whether a function of an imported module is not in its file as that is now."""
+    loaded = sys.modules.get(module)
+    loader = getattr(getattr(loaded, "__spec__", None), "loader", None)
+    if loaded is None or not hasattr(loader, "get_code"):
+        return False
+    try:
+        whole = loader.get_code(module)  # as an import would, import hooks included
+    except (ImportError, OSError, SyntaxError):
+        return False
+    there, waiting = set(), [whole]
+    while waiting:
+        code = waiting.pop()
+        there.add(code)
+        waiting += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    held = [*vars(loaded).values()]
+    held += [each for found in held if inspect.isclass(found) for each in vars(found).values()]
+    mine = [each.__code__ for each in held if inspect.isfunction(each)]
+    return any(code not in there for code in mine if code.co_filename == whole.co_filename)
 
 
 def sources(config: DecoderConfig) -> dict[str, Source]:

@@ -1,17 +1,21 @@
 """Seams by name: where in a model a part of a user's own belongs, as its signature says or as the user says."""
 
 import difflib
+import importlib
 import inspect
+import itertools
+import re
 import sys
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.errors import InputError
-from moesaic.imports import resolve
+from moesaic.imports import HANDED_IN, resolve
 from moesaic.layers import Attention, Experts, FeedForward, MoE, Routing, TopKRouter
-from moesaic.models.custom import construct
+from moesaic.models.custom import construct, require_maker
 
 __all__ = ["SEAMS", "SMALL", "FoundPart", "Seam", "find_part", "seam_of", "split_seam"]
 
@@ -35,6 +39,9 @@ SMALL: dict[str, Any] = {
 }
 """What a part is given that asks for it by name, where it is made outside a model."""
 
+MOST_FILES = 2000
+"""Files that are looked into for a name without its module."""
+
 
 class FoundPart(NamedTuple):
     """A part as the words of a command name it."""
@@ -44,34 +51,42 @@ class FoundPart(NamedTuple):
     """Dotted: package.module.Name."""
 
 
-def find_part(text: str) -> FoundPart:
+def find_part(text: str, key: str = "part") -> FoundPart:
     """The seam and the dotted path that a word such as `my.parts:Router` or `mixer:my.parts.Mine` stands for.
 
     Dots and colon both name a part. The seam before a colon counts before what the signature says.
 
+    Args:
+        key: names the word in messages.
+
     Raises:
-        InputError: it cannot be imported, or its signature fits several seams or none.
+        InputError: it cannot be imported, is no part, or its signature fits several seams or none.
     """
     given, path = split_seam(text)
     try:
-        found = resolve(path, "part")
+        found = resolve(path, key)
     except InputError as error:
         hint = _nearest(text, path)
         raise InputError(f"{error} (did you mean {hint}?)" if hint else str(error)) from error
+    if not path.startswith(f"{HANDED_IN}."):  # the person handed it over to be called
+        require_maker(found, f"{key}={text!r}", dispatches=given in (None, "dispatcher"))
     if given is not None:
         return FoundPart(given, path)
-    fitting = seam_of(found) or _tried_out(path)
+    fitting = seam_of(found) or _tried_out(path, key)
     if len(fitting) == 1:
         return FoundPart(fitting[0], path)
     listed = " or ".join(f"{seam}:{path}" for seam in fitting or SEAMS)
     fits = f"fits the seams {', '.join(fitting)}" if fitting else "fits no seam"
-    raise InputError(f"{text}: {_signature(found)} {fits}; must be given as {listed}")
+    raise InputError(f"{key}={text!r}: {_signature(found)} {fits}; must be given as {listed}")
 
 
 def _nearest(text: str, path: str) -> str | None:
     """What was probably meant by a word that names nothing; None if nothing is near."""
-    if ".py" in text:
-        return text.replace(".py", "").replace("/", ".")
+    if "/" in text or ".py" in text:
+        dotted = re.sub(r"\.py(?=:|$)", "", text.replace(f"{Path.cwd()}/", "").replace("./", "")).replace("/", ".")
+        return dotted if ":" in dotted else f"{dotted}:NAME"
+    if "." not in path:
+        return " or ".join(_places_of(path)) or None
     first, _, rest = text.partition(":")
     if first not in SEAMS and ":" in rest and (close := difflib.get_close_matches(first, SEAMS, n=1)):
         return f"{close[0]}:{rest}"
@@ -79,6 +94,22 @@ def _nearest(text: str, path: str) -> str | None:
     names = vars(sys.modules[module]) if module in sys.modules else {}
     seam = f"{first}:" if first in SEAMS else ""
     return f"{seam}{module}:{close[0]}" if (close := difflib.get_close_matches(name, names, n=1)) else None
+
+
+def _places_of(name: str) -> list[str]:
+    """module:name where the parts that ship, or the files of the working directory and its folders, have this name."""
+    shipped = ("moesaic.layers", "moesaic.examples.custom_modules")
+    found = [f"{module}:{name}" for module in shipped if hasattr(importlib.import_module(module), name)]
+    has_it = re.compile(rf"^(?:class|def)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", re.MULTILINE)
+    files = itertools.chain.from_iterable(Path().glob(pattern) for pattern in ("*.py", "*/*.py", "*/*/*.py"))
+    for file in itertools.islice(files, MOST_FILES):
+        module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+        try:
+            if has_it.search(file.read_text(encoding="utf-8")) and all(map(str.isidentifier, module.split("."))):
+                found.append(f"{module}:{name}")
+        except (OSError, ValueError):
+            continue
+    return sorted(found)[:3]
 
 
 def split_seam(text: str) -> tuple[Seam | None, str]:
@@ -147,16 +178,22 @@ def _signature(found: Any) -> str:
     return f"a {type(found).__name__}" if not callable(found) else f"{getattr(found, '__name__', found)}, once called,"
 
 
-def _tried_out(path: str) -> tuple[Seam, ...]:
-    """The seams that a part fits which its signature does not say: it is made small, and run where it takes x alone."""
+def _tried_out(path: str, key: str) -> tuple[Seam, ...]:
+    """The seams that a part fits which its signature does not say: it is made small, and run where it takes x alone.
+
+    Raises:
+        InputError: it cannot be called with what a model gives it.
+    """
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            made = construct({"type": path}, "part", **SMALL)
+            made = construct({"type": path}, key, **SMALL)
             said = seam_of(made)
             if said or not isinstance(made, nn.Module):
                 return said
             answer = made(torch.randn(6, SMALL["dim"]))
-    except Exception:  # it needs arguments of its own, or other inputs: what it raises has no common base
+    except Exception as error:  # it needs another size, or other inputs: what it raises has no common base
+        if isinstance(error, InputError) and isinstance(error.__cause__, TypeError):  # no model could make it either
+            raise
         return ("mixer", "ffn")
     if isinstance(answer, tuple) and len(answer) >= 3 and all(isinstance(each, Tensor) for each in answer[:3]):
         return ("router",)
