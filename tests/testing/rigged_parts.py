@@ -1,7 +1,9 @@
 """Parts alone in which nothing is wrong, and relatives of them with one bug each."""
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -254,6 +256,57 @@ class KeepsATable(Average):
 
     def make_cache(self) -> None:  # type: ignore[override]
         raise NotImplementedError
+
+
+NOISE = torch.Generator()
+
+
+class DrawsBeyondSeeds(nn.Module):
+    """Adds noise of a generator that stands outside of it."""
+
+    generator = NOISE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + torch.randn(x.shape, generator=self.generator).to(x))
+
+
+class DrawsFromItsOwn(DrawsBeyondSeeds):
+    """Has its generator for itself, outside the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+
+class DrawsFromNumpy(DrawsBeyondSeeds):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + torch.from_numpy(np.random.standard_normal(x.shape)).to(x))  # noqa: NPY002
+
+
+class DrawsFromPython(DrawsBeyondSeeds):
+    """Nothing is wrong: a run seeds this generator and its checkpoint keeps it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x * random.uniform(0.5, 1.5))
+
+
+class Remembers(DrawsBeyondSeeds):
+    """Adds the mean of the batch before, also in evaluation."""
+
+    before: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("before", torch.zeros(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.out(x + self.before)
+        self.before = x.detach().mean(dim=(0, 1))
+        return y
 
 
 class ForgetsTheMask(Average):

@@ -16,6 +16,7 @@ from moesaic.models.seams import Seam
 from moesaic.testing import check_decoder_parts, check_part
 
 ORDER = [
+    "repeatability",
     "causality",
     "batch independence",
     "length independence",
@@ -25,21 +26,22 @@ ORDER = [
     "padding",
     "cached decoding",
 ]
-CAUSAL, BATCH, LENGTH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
+REPEATS, CAUSAL, BATCH, LENGTH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
 
 
 @pytest.mark.parametrize(
     ("seam", "make", "applies"),
     [
-        ("router", parts.LinearRouter, 6),
-        ("router", parts.NoisyRouter, 6),
-        ("router", partial(parts.RunningLoad, persistent=True), 6),
-        ("mixer", parts.Average, 8),
-        ("mixer", parts.OnlySingle, 8),
-        ("mixer", partial(parts.Counts, "saved"), 8),
-        ("expert", parts.Stacked, 6),
-        ("mixer", lambda: Attention(32, num_heads=4, rotary=RotaryEmbedding(8), attention_chunk_size=8), 8),
-        ("ffn", lambda: MoE.build(32, 16, 4, top_k=2, expert_bias=True), 6),
+        ("router", parts.LinearRouter, 7),
+        ("router", parts.NoisyRouter, 7),
+        ("router", partial(parts.RunningLoad, persistent=True), 7),
+        ("mixer", parts.Average, 9),
+        ("mixer", parts.OnlySingle, 9),
+        ("mixer", partial(parts.Counts, "saved"), 9),
+        ("mixer", parts.DrawsFromPython, 6),
+        ("expert", parts.Stacked, 7),
+        ("mixer", lambda: Attention(32, num_heads=4, rotary=RotaryEmbedding(8), attention_chunk_size=8), 9),
+        ("ffn", lambda: MoE.build(32, 16, 4, top_k=2, expert_bias=True), 7),
     ],
 )
 def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: int) -> None:
@@ -71,6 +73,10 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
         ("mixer", partial(parts.Counts, "buffer"), {STATE}, "not in the state dict: steps"),
         ("mixer", parts.BeginsAnew, {CAUSAL, BATCH, STATE}, "the output two steps after loading"),
         ("mixer", parts.RandomProjection, {STATE}, "not in the state dict: projection"),
+        ("mixer", parts.DrawsBeyondSeeds, {REPEATS, STATE}, "two calls with one input and one seed differ"),
+        ("mixer", parts.DrawsFromItsOwn, {STATE}, "not in the state dict: generator"),
+        ("mixer", parts.DrawsFromNumpy, {STATE}, "which no checkpoint keeps"),
+        ("mixer", parts.Remembers, {BATCH}, "a batch in evaluation when another one came before it"),
         ("mixer", parts.ForgetsTheMask, {PADDING}, "real tokens with padding on the left and alone"),
         ("mixer", parts.ForgetsTheCount, {CACHE}, "tokens one by one and at once"),
         ("expert", parts.CenteredExperts, {CAUSAL, BATCH, LENGTH}, "depends on later tokens"),
@@ -98,8 +104,8 @@ def test_a_module_is_copied_and_its_width_found() -> None:
 
 def test_a_part_that_cannot_run_fails_in_words() -> None:
     report = check_part(parts.Broken, "mixer", dim=32)
-    assert len(report.failures) == 6
-    assert "found shape (1, 24, 64) for an input of shape (1, 24, 32); must be a tensor" in report.rows[0].detail
+    assert len(report.failures) == 7
+    assert "found shape (2, 24, 64) for an input of shape (2, 24, 32); must be a tensor" in report[CAUSAL].detail
 
 
 def with_parts(**moe: Any) -> DecoderConfig:
@@ -162,6 +168,6 @@ def in_a_model(name: str) -> DecoderConfig:
 def test_leaks_are_looked_for_at_the_length_of_training_and_told_from_errors(
     name: str, fails: set[str], raised: set[str]
 ) -> None:
-    rows = check_decoder_parts(in_a_model(name), 64)[:3]
+    rows = check_decoder_parts(in_a_model(name), 64)[:4]
     assert {row.check for row in rows if row.status == "fail"} == fails, rows
     assert {row.check for row in rows if row.raised} == raised

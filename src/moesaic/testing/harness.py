@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import random
 import unittest
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,10 +214,15 @@ def outcome(row: CheckResult, measure: Callable[[], str | None]) -> CheckResult:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """The caller's random generator, gradient mode and warning filters are as before, whatever a layer does."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """The caller's random generators, gradient mode and warning filters are as before, whatever a layer does."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
 
 
 def try_out(factory: Factory) -> Layer:

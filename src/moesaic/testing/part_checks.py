@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,11 +53,27 @@ def part_check(name: str, statement: str, bug: str) -> Callable[[Callable[[Place
 
 
 @part_check(
+    "repeatability",
+    "the same input and seeds of torch, numpy and random give the same output: else no outputs can be compared",
+    "Novartis/scar#97: results that the seed of torch alone did not repeat",
+)
+def repeatability(place: Place) -> str:
+    for training in (False, True):
+        if not place.is_repeatable(training):
+            when = "training" if training else "evaluation"
+            raise Failed(f"in {when} two calls with one input and one seed differ: it is random beyond all seeds")
+    modes = {"evaluation": False, "training": True}
+    draws = [when for when, training in modes.items() if not place.is_deterministic(training)]
+    return f"random in {' and in '.join(draws)}, by its seed" if draws else "it draws no random numbers"
+
+
+@part_check(
     "causality",
     "an output does not depend on what later tokens are, by its gradient and when they are replaced",
     "piotrpiekos/MoSA#3 and allenai/OLMoE#46: experts that choose tokens let later ones decide about earlier ones",
 )
 def causality(place: Place) -> str:
+    _require_repeatable(place)
     placed = place.fresh()
     worst = 0.0
     for training in (False, True):
@@ -86,6 +103,7 @@ def causality(place: Place) -> str:
     "vllm-project/vllm#16744 and marin-community/marin#8134: results that changed with the prompts beside them",
 )
 def batch_independence(place: Place) -> str:
+    _require_repeatable(place)
     placed = place.fresh()
     worst = 0.0
     for training in (False, True):
@@ -106,6 +124,12 @@ def batch_independence(place: Place) -> str:
                 (7, placed.run(more, training=training)[4:]),
             ):
                 worst = max(worst, _same(found, y, f"a sequence in a batch of {size} and in one of 3"))
+    if place.is_deterministic(training=False):
+        placed.whole.eval()
+        with torch.no_grad():
+            y = placed.run(x)
+            placed.call(placed.random(3, place.length, seed=5))
+            worst = max(worst, _same(placed.call(x), y, "a batch in evaluation when another one came before it"))
     return _measured(worst)
 
 
@@ -115,6 +139,7 @@ def batch_independence(place: Place) -> str:
     "huggingface/transformers#25104: RoPE scaled by the length of the whole sequence",
 )
 def length_independence(place: Place) -> str:
+    _require_repeatable(place)
     placed = place.fresh()
     worst = 0.0
     modes = [training for training in (False, True) if place.is_deterministic(training)]
@@ -196,6 +221,9 @@ def state(place: Place) -> str:
     trained = place.fresh()
     for step in range(3):
         _train(trained, step)
+    # `_train` seeds it with the step
+    if repr(np.random.get_state()) != repr(np.random.RandomState(2).get_state()):  # noqa: NPY002
+        raise Failed("it draws from numpy's generator, which no checkpoint keeps; torch's and random's are kept")
     file = io.BytesIO()
     torch.save(trained.whole.state_dict(), file)
     file.seek(0)
@@ -341,7 +369,13 @@ def _evaluate(placed: Placed, x: Tensor) -> Tensor:
     return placed.call(x)
 
 
+def _require_repeatable(place: Place) -> None:
+    if not (place.is_repeatable(training=False) and place.is_repeatable(training=True)):
+        raise NotApplicable("it is random beyond all seeds, so no outputs can be compared")
+
+
 def _require_deterministic(place: Place) -> None:
+    _require_repeatable(place)
     if not place.is_deterministic(training=False):
         raise NotApplicable("evaluation is random")
 

@@ -2,9 +2,11 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,9 @@ HIDDEN = 16
 
 DRAWS = 64
 """Seeds that are tried of what draws random numbers: one that drops a sequence in ten shows it."""
+
+REPEATS = 16
+"""Calls that are compared of what may draw random numbers that no seed reaches."""
 
 
 class Placed:
@@ -38,7 +43,7 @@ class Placed:
 
     def call(self, x: Tensor, *state: Any, seed: int = 0) -> Tensor:
         """The part as a block calls it, here and now. Noise of its own is drawn from `seed`."""
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow: it seeds GPUs, with a stack trace
+        _seed(seed)
         y = self.whole(x, *state)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
@@ -84,6 +89,7 @@ class Place:
         self._length: int | None = None
         self._dtype = torch.float64
         self._deterministic: dict[bool, bool] = {}
+        self._repeatable: dict[bool, bool] = {}
 
     @property
     def length(self) -> int:
@@ -115,11 +121,52 @@ class Place:
         if training not in self._deterministic:
             placed = self.fresh()
             x = placed.random(2, self.length)
-            y = placed.run(x, training=training)
-            drew = not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(0).get_state())
+            copied = placed._copy(training)
+            _seed(0)
+            seeded, own = _global_states(), list(_own_states(copied.whole))
+            with torch.no_grad():
+                y = copied.call(x)
+            drew = _global_states() != seeded
             others = (placed.run(x, training=training, seed=seed) for seed in range(1, DRAWS))
-            self._deterministic[training] = not drew or all(torch.equal(y, other) for other in others)
+            self._deterministic[training] = list(_own_states(copied.whole)) == own and (
+                not drew or all(torch.equal(y, other) for other in others)
+            )
         return self._deterministic[training]
+
+    def is_repeatable(self, training: bool) -> bool:
+        """Whether the same input and seeds give the same output, so that two outputs can be compared."""
+        if training not in self._repeatable:
+            placed = self.fresh()
+            x = placed.random(2, self.length)
+            y = placed.run(x, training=training).nan_to_num()
+            others = (placed.run(x, training=training).nan_to_num() for _ in range(REPEATS))
+            bound = 1e-5 * y.abs().max().item() if y.numel() else 0.0
+            self._repeatable[training] = all(torch.allclose(y, other, rtol=0, atol=bound) for other in others)
+        return self._repeatable[training]
+
+
+def _seed(seed: int) -> None:
+    """Seed what a run seeds."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow: it seeds GPUs, with a stack trace
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+
+
+def _global_states() -> tuple[str, ...]:
+    """The generators that a run seeds, as they stand."""
+    return str(torch.get_rng_state().tolist()), repr(random.getstate()), repr(np.random.get_state())  # noqa: NPY002
+
+
+def _own_states(module: nn.Module) -> Iterator[str]:
+    """The generators that a module and those below it hold."""
+    for each in module.modules():
+        for value in vars(each).values():
+            if isinstance(value, torch.Generator):
+                yield str(value.get_state().tolist())
+            elif isinstance(value, random.Random):
+                yield repr(value.getstate())
+            elif isinstance(value, np.random.Generator):
+                yield repr(value.bit_generator.state)
 
 
 def _runs(placed: Placed, length: int) -> bool:
