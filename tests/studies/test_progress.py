@@ -108,12 +108,12 @@ def test_a_study_says_at_once_what_it_does_and_then_how_far_it_is(
         return lines
 
     shown = StudyProgress(console, workers=2, estimate=600.0)
-    shown.begin("mine", 0, 4)
+    shown.begin("mine", 0, 4, may_grow=True)
     assert said() == ["study mine: 0 of about 4 runs are done, the others run 2 at a time; it should take about 10 min"]
     work = Work(steps=100, check_every=1000, check=0.0, score=0.0)
     shown.started("a", "moe", "moe, seed 0", work, tmp_path / "a.csv")
     shown.started("b", "moe", "moe, seed 1", work, tmp_path / "b.csv")
-    shown.plan(0, 4, [("moe", work)])  # and one that the plan does not have yet
+    shown.plan(0, 4, [("moe", work)], may_grow=True)  # and one that the plan does not have yet
     shown.tick()
     assert said() == []
     clock.now += 6

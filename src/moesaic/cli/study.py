@@ -19,7 +19,7 @@ from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.overrides import command_line
 from moesaic.studies.config import StudyConfig
-from moesaic.studies.report import PICTURES, write_study_report
+from moesaic.studies.report import write_study_report, written
 from moesaic.studies.runner import read_rows, run_study
 
 __all__ = ["main", "study"]
@@ -56,9 +56,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
     rows = read_rows(results, study_config, config)
     if rows:
         write_study_report(study_config, config, rows, results, command, console)
-        made = ("rows.jsonl", "table.md", "summary.json", *PICTURES)
-        names = ", ".join(name for name in made if (results / name).exists())
-        console.print(f"written: {results}/{names}", markup=False, highlight=False, soft_wrap=True)
+        console.print(written(results), markup=False, highlight=False, soft_wrap=True)
     for run, reason in failed.items():
         console.print(f"error: {run} failed: {reason}", markup=False, highlight=False, soft_wrap=True)
     return FAILED if failed else 0

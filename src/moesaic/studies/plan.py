@@ -30,7 +30,8 @@ class Plan:
 
     missing: list[Job]  # what can start now: preparations first, then runs for tuning
     done: int
-    total: int  # as far as known: a learning rate at the edge of its grid adds some
+    total: int
+    may_grow: bool  # a learning rate at the edge of its grid adds some to the total
 
 
 def score(study: StudyConfig, row: Row) -> float:
@@ -76,12 +77,13 @@ def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], p
             them, a second time if they have a row.
     """
     jobs: dict[str, list[Job]] = {"tune": [], "measure": []}
-    unknown = 0
+    unknown, may_grow = 0, False
     for cell in study.cells:
         tuned = tuning(study, cell, rows)
         if study.tune is not None:
             jobs["tune"] += [job_of(study, base, cell, "tune", study.tune.seed, factor) for factor in tuned.factors]
         if tuned.best is None:
+            may_grow = True
             unknown += len(study.seeds)
         else:
             jobs["measure"] += [job_of(study, base, cell, "measure", seed, tuned.best) for seed in study.seeds]
@@ -94,7 +96,7 @@ def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], p
     preparations = [prepare_job(study, base, name) for name in study.prepare]
     there = sum(job.key in rows and job.arm not in lacking for job in preparations)
     done = len(known) - len(missing) + there
-    return Plan(ready, done, len(known) + unknown + there + len(lacking))
+    return Plan(ready, done, len(known) + unknown + there + len(lacking), may_grow)
 
 
 def _add_lacking(

@@ -7,6 +7,7 @@ run and its final score count as well.
 import csv
 import dataclasses
 import heapq
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -172,20 +173,22 @@ class StudyProgress:
         self._running: dict[str, _Run] = {}
         self._planned: list[tuple[str, Work]] = []
         self._done = self._total = 0
+        self._may_grow = False
         self._began = time.monotonic()
         self._next_look = self._began
         self._next_line = self._began + FIRST_LINE
 
-    def begin(self, name: str, done: int, total: int) -> None:
-        """Say at once what will be done."""
+    def begin(self, name: str, done: int, total: int, may_grow: bool = False) -> None:
+        """Say at once what will be done; the total may grow."""
+        self._may_grow = may_grow
         estimate = "" if self.estimate is None else f"; it should take about {duration(self.estimate)}"
         at_a_time = f"{self.workers} at a time" if self.workers > 1 else "one at a time"
-        self._say(f"study {name}: {done} of about {total} runs are done, the others run {at_a_time}{estimate}")
+        self._say(f"study {name}: {done} of {self._of(total)} runs are done, the others run {at_a_time}{estimate}")
         self._next_line = self._began + FIRST_LINE
 
-    def plan(self, done: int, total: int, planned: Sequence[tuple[str, Work]]) -> None:
-        """Set how many runs are done, and the kind and work of those that could begin."""
-        self._done, self._total, self._planned = done, total, list(planned)
+    def plan(self, done: int, total: int, planned: Sequence[tuple[str, Work]], may_grow: bool = False) -> None:
+        """Set how many runs are done, of how many, and the kind and work of those that could begin."""
+        self._done, self._total, self._planned, self._may_grow = done, total, list(planned), may_grow
 
     def started(self, key: str, kind: str, shown: str, work: Work, metrics_csv: Path) -> None:
         """Note a run that has begun; runs of one kind take equally long."""
@@ -203,7 +206,7 @@ class StudyProgress:
         self.ended_here += 1
         result = f"{row['metrics'][metric]:.4f}" if metric in row["metrics"] else row["status"]
         self._say(
-            f"run {self._done} of about {self._total}: {shown}: {result} in {row['cpu_seconds']:.0f} CPU s; "
+            f"run {self._done} of {self._of(self._total)}: {shown}: {result} in {row['cpu_seconds']:.0f} CPU s; "
             f"{duration(self._elapsed())} so far, {self._words_left()}"
         )
 
@@ -219,13 +222,14 @@ class StudyProgress:
             here = sum(1 - run.left / run.work.whole for run in self._running.values())
             self.bar.update(self._task, completed=self._done + here, total=self._total, description=words)
         elif now >= self._next_line:
-            self._say(f"{duration(self._elapsed())}: {self._done} of about {self._total} runs are done, {words}")
+            self._say(f"{duration(self._elapsed())}: {self._done} of {self._of(self._total)} runs are done, {words}")
 
     def left(self) -> float | None:
         """Seconds until the study is done; None if nobody knows yet."""
         now, runs = time.monotonic(), list(self._running.values())
         if not self._pace.is_known:
-            return None if self.estimate is None else max(0.0, self.estimate - self._elapsed())
+            left = math.inf if self.estimate is None else self.estimate - self._elapsed()
+            return left if 0 < left < math.inf else None  # it was estimated wrongly
         running = [max(0.0, self._pace.seconds(run.kind, run.left) - (now - run.changed)) for run in runs]
         planned = [self._pace.seconds(kind, work.whole) for kind, work in self._planned]
         known = [*planned, *(self._pace.seconds(run.kind, run.work.whole) for run in runs)]
@@ -243,6 +247,9 @@ class StudyProgress:
     def _words_left(self) -> str:
         left = self.left()
         return "time left not known yet" if left is None else f"about {duration(left)} left"
+
+    def _of(self, total: int) -> str:
+        return f"about {total}" if self._may_grow else str(total)
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began

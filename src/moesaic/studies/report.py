@@ -20,7 +20,7 @@ from moesaic.studies.plots import plot_by_position, plot_curves, plot_effects, p
 from moesaic.studies.results import ArmResult, processors, scored_windows, summarize_study
 from moesaic.studies.tables import bounds, markdown_table, number
 
-__all__ = ["PICTURES", "write_study_report"]
+__all__ = ["PICTURES", "write_study_report", "written"]
 
 PICTURES = {
     "effect.png": "differences to the baseline with 95% intervals",
@@ -33,6 +33,16 @@ PICTURES = {
 
 
 EDGE = "†"
+
+
+def written(results: Path, *also: str) -> str:
+    """The line that names what a study left in its directory.
+
+    Args:
+        also: names of further files.
+    """
+    made = ("rows.jsonl", "table.md", "summary.json", *PICTURES, *also)
+    return f"written: {results}/{', '.join(name for name in made if (results / name).exists())}"
 
 
 def write_study_report(
@@ -169,7 +179,10 @@ def _notes(
     if len(kinds := processors(rows.values())) > 1:
         notes.append(f"Seconds of arms cannot be compared: processors with {' and with '.join(kinds)}.")
     cpu = math.fsum(row["cpu_seconds"] for row in rows.values())
-    where = {name: sorted({str(row[name])[:12] for row in rows.values()}) for name in ("data_hash", "commit", "torch")}
+    where = {
+        name: sorted({str(row[name])[:12] for row in rows.values() if row[name] is not None})
+        for name in ("data_hash", "commit", "torch")
+    }
     where["Python"] = sorted({row["python"] for row in rows.values() if "python" in row})
     known = ", ".join(f"{name} {' and '.join(values)}" for name, values in where.items() if values)
     notes.append(f"{len(rows)} rows, {cpu / 3600:.2f} CPU hours. {known}")

@@ -230,7 +230,7 @@ def _run_study(
             return {}
         if not rows:  # there may be the config of a study that was stopped before its first row
             write_yaml(results / "config.yaml", {**base, "study": _evaluations(study)})
-        progress.begin(base["name"], todo.done, todo.total)
+        progress.begin(base["name"], todo.done, todo.total, todo.may_grow)
         return _Running(study, base, results, runs, rows, progress, make_worker).until_done()
 
 
@@ -303,7 +303,7 @@ class _Running:
         """Tell the progress what is done and what is left."""
         busy = self.failed.keys() | {job.key for job, _ in self.jobs.values()}
         planned = [(_kind(job), self.work_of(job)) for job in todo.missing if job.key not in busy]
-        self.progress.plan(todo.done, todo.total, planned)
+        self.progress.plan(todo.done, todo.total, planned, todo.may_grow)
 
     def work_of(self, job: Job) -> Work:
         """What a run does; of data that have not been read yet, as with those that have."""

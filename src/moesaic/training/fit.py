@@ -28,7 +28,7 @@ from moesaic.training.rate_finder import LearningRateFinder
 from moesaic.training.records import RunLogger
 from moesaic.training.starting import Start
 
-__all__ = ["WARNED", "Fitted", "build", "fit"]
+__all__ = ["WARNED", "Fitted", "build", "fit", "shown_loggers"]
 
 WARNED = "the scheduler's warning (SIGUSR1)"
 """Why a run stopped that a scheduler warned."""
@@ -122,7 +122,7 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
         for table in (own.table, monitor.table):
             table.keep_until(start.checkpoint["global_step"])
     step = start.checkpoint["global_step"] if start.kind == "resumed" else 0
-    trainer = _trainer(prepared, [own, *make_loggers(_shown_loggers(prepared.config), run_dir, step)], monitor)
+    trainer = _trainer(prepared, [own, *make_loggers(shown_loggers(prepared.config), run_dir, step)], monitor)
     try:
         with warnings.catch_warnings():
             _ignore_lightning_advice()
@@ -146,7 +146,7 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
     return Fitted(prepared, module, trainer, monitor.warnings, status)
 
 
-def _shown_loggers(config: RunConfig) -> dict[str, Any]:
+def shown_loggers(config: RunConfig) -> dict[str, Any]:
     """The loggers of a run; TensorBoard is for runs that somebody looks at."""
     presents = config.finish == "all"
     return {name: each for name, each in config.logger.items() if presents or each["_target_"] != BOARD}

@@ -22,7 +22,7 @@ from moesaic.overrides import command_line, for_shell, override
 from moesaic.reading import read_json
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, PRESENTING, score_run
-from moesaic.training.fit import Fitted, build, fit
+from moesaic.training.fit import Fitted, build, fit, shown_loggers
 from moesaic.training.launched import rank, settle_rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
@@ -248,20 +248,21 @@ def trust_of(names: Collection[str]) -> str:
 def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) -> list[str]:
     """Lines to paste after a run has ended like this."""
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    board = shlex.join(["tensorboard", "--logdir", config.output_dir])
+    has_board = any(each["_target_"].endswith(".TensorBoardLogger") for each in shown_loggers(config).values())
+    board = [shlex.join(["tensorboard", "--logdir", config.output_dir])] if has_board else []
     if metrics["status"] == "stopped":
-        return [resume_command(run_dir, config), board]
+        return [resume_command(run_dir, config), *board]
     found = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("learning_rate_finder/")}
     if factor := found.pop("factor", None):
         rates = (override(key, float(f"{rate:.3g}")) for key, rate in found.items())
-        return [f"{command_line('train', *rates)}   # and your other keys: {factor:.3g}x the rates of this run", board]
+        return [f"{command_line('train', *rates)}   # and your other keys: {factor:.3g}x the rates of this run", *board]
     if config.data.make_task() is not None:
         mixers = ("model.nope_layer_interval=0,1,2", "model.attention.attention_chunk_size=null")
         task = f"data={config.data.source}"
         sweep = command_line("train", "-m", "experiment=recall", task, "seed=0,1,2", *mixers)
-        return [f"{sweep}   # positions in all layers, in none, in every second", board]
+        return [f"{sweep}   # positions in all layers, in none, in every second", *board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
     generate = command_line("generate", checkpoint, "import os") + trust_of(names_in(config.model))
     there = metrics["status"] != "diverged" or checkpoint.is_file()
     is_default = (config.name, config.data.source) == ("default", "stdlib")  # that line would run another experiment
-    return [*([generate] if there else []), board, *([f"{twins}   # is the mixture worth it?"] if is_default else [])]
+    return [*([generate] if there else []), *board, *([f"{twins}   # is the mixture worth it?"] if is_default else [])]
