@@ -13,6 +13,7 @@ from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
 from moesaic.overrides import apply_overrides
+from moesaic.studies.jobs import write_row
 from moesaic.training.config import RunConfig
 
 
@@ -51,3 +52,38 @@ def test_what_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"steps": 4', '"steps": "x"'))
     with pytest.raises(InputError, match=r"comparison\.json.*its content has not its digest"):
         Decided(request, {})
+
+
+def test_a_part_that_was_mended_is_decided_again_and_its_rows_are_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from moesaic.layers import TopKRouter\nclass Mine(TopKRouter):\n    pass\n"
+    (tmp_path / "mended_part.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = to_mapping(RunConfig())
+    custom = apply_overrides(run, {"model.moe.router": {"type": "mended_part.Mine"}}, "new")
+    arms = (Arm("Mine", custom), Arm("top_k=2", apply_overrides(run, {"model.moe.top_k": 2}, "new")))
+    request = Request(Arm("baseline", run), arms, tmp_path / "out")
+    models = {
+        arm.name: from_mapping(DecoderConfig, {**arm.config["model"], "vocab_size": 9}, "model") for arm in request.arms
+    }
+    decided = Decided(request, models)
+    for section, name in (("checks", "Mine"), ("fair", "Mine"), ("fair", "top_k=2"), ("plan", "runs")):
+        decided.get(section, name, lambda: {"old": 1})
+    rows = request.directory / "rows.jsonl"
+    lines = [write_row({"arm": name, "metrics": {}}) for name in ("baseline", "Mine", "top_k=2", "Mine")]
+    rows.write_text("".join(f"{line}\n" for line in lines))
+    assert Decided(request, models).renewed == {}
+    (tmp_path / "mended_part.py").write_text(code + "# mended\n")
+    decided = Decided(request, models)
+    assert decided.renewed == {"Mine": 2}
+    assert {section: list(decided.stored[section]) for section in ("checks", "fair", "plan")} == {
+        "checks": [], "fair": ["top_k=2"], "plan": ["runs"]
+    }  # fmt: skip
+    assert rows.read_text().splitlines() == [lines[0], lines[2]]
+    assert (request.directory / "replaced.jsonl").read_text().splitlines() == [lines[1], lines[3]]
+    assert (request.directory / "parts" / "mended_part.py").read_text().endswith("# mended\n")
+    assert Decided(request, models).renewed == {}
+    with pytest.raises(InputError, match="another comparison"):
+        Decided(dataclasses.replace(request, equal="none"), models)
+    del sys.modules["mended_part"]

@@ -84,16 +84,21 @@ def test_seeds_to_see_are_as_many_as_make_the_interval_leave_zero_out() -> None:
 
 
 def test_next_steps_name_seeds_checks_edges_and_untuned_rates() -> None:
-    assert any("seeds=" in text or "more than 30 seeds" in text for text in next_steps(study(), [UNKNOWN], {}, True))
-    assert next_steps(study(marks={"Mine": "sees later tokens"}), [BETTER], {"Mine": ["causality"]}, True) == [
+    assert any("seeds=" in text or "more than 30 seeds" in text for text in next_steps(study(), [UNKNOWN], {}))
+    assert next_steps(study(marks={"Mine": "sees later tokens"}), [BETTER], {"Mine": ["causality"]}) == [
         "Mend Mine first: it fails causality."
     ]
-    assert any(
-        "at the edge" in text
-        for text in next_steps(study(), [dataclasses.replace(BETTER, tuning=Tuning((1, 2), 2, True))], {}, True)
+    for best, given in ((2.0, "rates=[0.5,1,2,4]"), (0.5, "rates=[0.25,0.5,1,2]")):
+        at_edge = dataclasses.replace(BETTER, tuning=Tuning((0.5, 1.0, 2.0), best, True))
+        assert any(
+            f"at the edge of what was tried: give {given} and another results_dir." in text
+            for text in next_steps(study(), [at_edge], {})
+        )
+    assert "Learning rates were not tuned: give a longer budget and another results_dir." in next_steps(
+        study(), [BETTER], {}, "a longer budget"
     )
-    assert any("not tuned" in text for text in next_steps(study(), [BETTER], {}, False))
-    assert "Give seeds=3 for an interval." in next_steps(study(), [result([1.4], [1.5])], {}, True)
+    assert not any("tuned" in text for text in next_steps(study(), [BETTER], {}))
+    assert "Give seeds=3 for an interval." in next_steps(study(seeds=(0,)), [result([1.4], [1.5])], {})
 
 
 @pytest.mark.parametrize("higher", [True, False])
@@ -109,6 +114,41 @@ def test_a_baseline_that_leaks_is_said_too() -> None:
     text = sentence(marked, BETTER, [])
     assert "better than baseline (sees later tokens) by" in text
     assert text.endswith("It does not count: baseline sees later tokens, which no honest language model can.")
-    assert (
-        next_steps(marked, [BETTER], {"baseline": ["causality"]}, True)[0] == "Mend baseline first: it fails causality."
-    )
+    baseline = dataclasses.replace(BETTER, arm="baseline", shown="baseline", difference=None)
+    found = next_steps(marked, [baseline, BETTER], {"baseline": ["causality"]})
+    assert found[0] == "Mend baseline first: it fails causality."
+
+
+def test_runs_that_are_in_no_mean_are_said_after_the_verdict() -> None:
+    rows = tuple({"seed": seed, "status": "diverged" if seed == 3 else "finished", "metrics": {}} for seed in range(4))
+    ours = dataclasses.replace(BETTER, rows=rows)
+    theirs = dataclasses.replace(BETTER, arm="baseline", shown="baseline", rows=rows[:2], missing=(2, 3))
+    text = sentence(study(), ours, [], theirs)
+    assert text.endswith("3 pairs of runs). 1 of 4 runs of Mine diverged. 2 of 4 runs of baseline have no score yet.")
+    theirs = dataclasses.replace(theirs, difference=None)
+    assert "Repeat the command: 2 runs of baseline have no score yet." in next_steps(study(), [theirs, ours], {})
+
+
+def test_a_baseline_at_the_edge_of_its_learning_rates_is_said_too() -> None:
+    tuned = Tuning((0.5, 1.0, 2.0), 2.0, True)
+    baseline = dataclasses.replace(BETTER, arm="baseline", shown="baseline", difference=None, tuning=tuned)
+    first = next_steps(study(), [baseline, BETTER], {})[0]
+    assert first.startswith("The best learning rate of baseline is at the edge")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.07, 0.06, 0.065], "No arm answers more than chance, 0.0625: give more training.steps"),
+        ([1.0, 1.0, 1.0], "All arms answer nearly everything: a harder data.task"),
+        ([0.5, 0.5, 0.5], "Look for what keeps Mine at the score of baseline"),
+    ],
+)
+def test_ties_and_accuracies_that_compare_nothing_are_said(values: list[float], said: str) -> None:
+    recall = study(metric="recall/accuracy", higher_is_better=True)
+    rows = tuple({"seed": seed, "status": "finished", "metrics": {"recall/chance": 0.0625}} for seed in range(3))
+    tie = dataclasses.replace(result(values, values), rows=rows)
+    assert sentence(recall, tie, []) == "Mine and baseline have the same score in all 3 pairs of runs."
+    found = next_steps(recall, [tie], {})
+    assert found[0].startswith(said)
+    assert not any("seeds" in text for text in found)

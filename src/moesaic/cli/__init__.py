@@ -26,6 +26,8 @@ class Command:
     """Keys that leading words without `=` fill, in this order. A name that ends in ... takes all that are left."""
     usage: str = ""
     """These words as the help shows them."""
+    at_once: str = ""
+    """What it says before anything is imported, where it would be silent for long."""
 
 
 COMMANDS = {
@@ -34,7 +36,10 @@ COMMANDS = {
     "generate": Command("Continue a prompt with a trained model.", ("checkpoint", "prompt"), "CHECKPOINT [PROMPT]"),
     "study": Command("Run arms over seeds, with tuned learning rates, and report intervals and a verdict."),
     "report": Command("Turn a tree of runs into one table and one plot.", ("directory",), "DIRECTORY"),
-    "compare": Command("Ask whether an idea beats the baseline: checked, made fair, run on several seeds."),
+    "compare": Command(
+        "Ask whether an idea beats the baseline: checked, made fair, run on several seeds.",
+        at_once="loading torch, then the parts and the data",
+    ),
     "scaffold": Command("Write a study's file to fill in.", ("name",), "NAME"),
     "convert": Command(
         "Convert between transformers' Llama 4 directories and checkpoints.",
@@ -76,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if prepared.only_shows:
             common.launch(name, prepared, lambda config: None)
             return
+        if COMMANDS[name].at_once:
+            print(COMMANDS[name].at_once, flush=True)
         module = importlib.import_module(f"moesaic.cli.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "moesaic":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,8 @@ from rich.console import Console
 
 from moesaic.comparison.arms import Arm, own_parts
 from moesaic.comparison.budget import Plan, Workload, choose_plan
-from moesaic.comparison.decided import Decided
+from moesaic.comparison.costs import measure_costs
+from moesaic.comparison.decided import REPLACED, Decided
 from moesaic.comparison.fairness import make_fair
 from moesaic.comparison.request import (
     OF_BATCHES,
@@ -23,15 +25,16 @@ from moesaic.comparison.request import (
     tokens_per_step,
     unequal_training,
 )
-from moesaic.comparison.verdict import UNCHECKED, costs_table, next_steps, sentence
+from moesaic.comparison.verdict import RANDOM, UNCHECKED, costs_table, next_steps, sentence
 from moesaic.config import from_mapping
 from moesaic.data import Data, DataConfig
 from moesaic.files import lock
 from moesaic.imports import names_in, trusting
+from moesaic.models.custom import require_fresh
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig, TuneConfig
 from moesaic.studies.progress import duration
-from moesaic.studies.report import write_study_report
+from moesaic.studies.report import write_study_report, written
 from moesaic.studies.results import summarize_study
 from moesaic.studies.runner import read_rows, run_study
 from moesaic.testing import check_decoder_parts
@@ -54,19 +57,30 @@ def compare(request: Request, console: Console, command: str) -> dict[str, Any]:
     Raises:
         InputError: what cannot be compared, or a directory of another comparison.
     """
+    say = _Teller(console)
     with trusting(names_in([arm.config for arm in request.arms])):
+        say.say(_what_is_read(request))
         subjects, data = read_arms(request)
         request.directory.mkdir(parents=True, exist_ok=True)
         with lock(request.directory, f"{request.directory}: another process is running this comparison"):
             models = {name: subject.candidate.model for name, subject in subjects.items()}
+            for model in models.values():
+                require_fresh(model)
             decided = Decided(request, models)
-            say = _Teller(console)
+            for name, rows in decided.renewed.items():
+                say.say(f"{name}: its code has changed: it is checked and run again, {rows} rows are in {REPLACED}")
             _check(request, subjects, decided, say)
             _make_fair(request, subjects, decided, say)
             if request.only == "costs":
                 return decided.stored
             plan = _plan(request, subjects, data, decided, say)
         return _run(request, decided, plan, say, command)
+
+
+def _what_is_read(request: Request) -> str:
+    data = request.baseline.config["data"]
+    text = f"{data['source']} {data['path'] or ''}".strip()
+    return f"{', '.join(arm.name for arm in request.arms)}: reading {text}; all is kept in {request.directory}"
 
 
 class _Teller:
@@ -107,7 +121,7 @@ def _check(request: Request, subjects: Mapping[str, Subject], decided: Decided, 
             say.say(f"FAILS {row['check']}: {row['detail']}", "bold red")
 
 
-LEAKS = {"causality": "sees later tokens", "batch independence": "sees other sequences"}
+LEAKS = {"causality": "sees later tokens", "batch independence": "sees other sequences", "repeatability": RANDOM}
 """Checks whose failure makes a score meaningless, the worst first, and the mark that follows it."""
 
 
@@ -130,13 +144,19 @@ def _make_fair(request: Request, subjects: Mapping[str, Subject], decided: Decid
     """Steps 2 and 3."""
     say.step("2. What does it cost?", "A training step is counted by torch, and steps of all arms are timed in turn.")
     baseline = subjects[request.baseline.name].candidate
+    costs = functools.cache(lambda: measure_costs(baseline))  # the same beside every arm
     fairs: dict[str, Any] = {}
     for arm in request.new:
 
         def solve(arm: Arm = arm) -> dict[str, Any]:
             with _one_thread():
                 fair = make_fair(
-                    baseline, subjects[arm.name].candidate, request.equal, given=arm.given, rounds=request.rounds
+                    baseline,
+                    subjects[arm.name].candidate,
+                    request.equal,
+                    given=arm.given,
+                    rounds=request.rounds,
+                    costs=costs(),
                 )
             unequal = (*unequal_training(request, arm), *fair.unequal)
             return dataclasses.asdict(dataclasses.replace(fair, unequal=unequal))
@@ -176,8 +196,7 @@ def _plan(
 
     def decide() -> dict[str, Any]:
         tuned = request.rates
-        keys = [key for key in _rate_keys(request) if any(key in arm.given for arm in request.new)]
-        if keys:
+        if keys := _compared_rates(request):
             say.say(f"{', '.join(keys)}: is what is compared, so no learning rate is tuned")
             tuned = (1.0,)
         plan = choose_plan(
@@ -215,6 +234,18 @@ def _workers(request: Request) -> int:
 def _rate_keys(request: Request) -> list[str]:
     muon = any(arm.config["optimizer"]["name"] == "muon" for arm in request.arms)
     return ["optimizer.learning_rate", *(["optimizer.muon_learning_rate"] if muon else [])]
+
+
+def _compared_rates(request: Request) -> list[str]:
+    """The learning rates that the arms differ in, which tuning would level."""
+    return [key for key in _rate_keys(request) if any(key in arm.given for arm in request.new)]
+
+
+def _how_to_tune(request: Request, plan: Mapping[str, Any]) -> str | None:
+    """What to give for tuned learning rates; None where they are, or cannot be."""
+    if len(plan["rates"]) > 1 or _compared_rates(request):
+        return None
+    return "a longer budget" if request.rates is None else "rates=[0.5,1,2]"
 
 
 def _tune_seed(request: Request) -> int:
@@ -297,14 +328,15 @@ def _run(request: Request, decided: Decided, plan: Mapping[str, Any], say: _Tell
         raise
     rows = read_rows(results, study, base)
     say.step("5. Verdict", "")
-    found = [arm for arm in summarize_study(study, rows) if arm.difference is not None]
-    sentences = [sentence(study, arm, fair[arm.arm]["unequal"]) for arm in found]
-    then = next_steps(study, found, _failed_checks(decided), tuned)
+    found = summarize_study(study, rows)
+    [against, *new] = found
+    sentences = [sentence(study, arm, fair[arm.arm]["unequal"], against) for arm in new]
+    then = next_steps(study, found, _failed_checks(decided), _how_to_tune(request, plan))
     if rows:
         write_study_report(study, base, rows, results, command, say.console, sentences, then)
     for run, reason in failed.items():
         say.say(f"failed: {run}: {reason}")
-    say.say(f"written: {results}/table.md, summary.json, effect.png, curves.png")
+    say.say(written(results, "comparison.json"))
     return {**decided.stored, "verdict": sentences, "next": then, "failed": failed, "rows": list(rows.values())}
 
 

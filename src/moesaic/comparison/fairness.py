@@ -59,6 +59,7 @@ def make_fair(
     given: Collection[str] = frozenset(),
     rounds: int = 5,
     device: str = "cpu",
+    costs: Costs | None = None,
 ) -> Fair:
     """Solve the width of the new model, for "both" its number of experts too, and say what is unequal.
 
@@ -70,13 +71,14 @@ def make_fair(
         given: dotted keys that the user set for the new model. They stay as they are.
         rounds: steps to time of each model; 0 leaves seconds out.
         device: where steps are timed.
+        costs: those of the baseline, if they have been measured.
 
     Raises:
         InputError: equal="seconds" with rounds=0, or models that cannot be timed in memory.
     """
     if equal == "seconds" and rounds == 0:
         raise InputError("rounds=0: equal=seconds needs measured steps; must be a number >= 1")
-    costs, before = measure_costs(baseline), measure_costs(new)
+    costs, before = costs or measure_costs(baseline), measure_costs(new)
     if equal == "seconds":
         overrides, reason = _solve_seconds(baseline, new, given, rounds, device)
     else:

@@ -11,12 +11,15 @@ from moesaic.statistics import Interval, student_t
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.results import ArmResult
 
-__all__ = ["UNCHECKED", "costs_table", "next_steps", "seeds_to_see", "sentence", "unit_of"]
+__all__ = ["RANDOM", "UNCHECKED", "costs_table", "next_steps", "seeds_to_see", "sentence", "unit_of"]
 
 MOST_SEEDS = 30
 
 UNCHECKED = "could not be checked for leaks"
 """The mark of an arm whose checks raised."""
+
+RANDOM = "is random beyond all seeds"
+"""The mark of an arm of which no two outputs can be compared."""
 
 
 def unit_of(metric: str) -> str:
@@ -25,12 +28,14 @@ def unit_of(metric: str) -> str:
     return units.get(metric, metric.replace("_", " ").replace("/", " "))
 
 
-def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str]) -> str:
-    """One plain sentence: better, worse or not to be told, by how much, and at what price.
+def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str], against: ArmResult | None = None) -> str:
+    """One plain sentence: better, worse or not to be told, by how much, and at what price. Runs that are left out
+    follow.
 
     Args:
         arm: a new arm that has its difference to the baseline.
         unequal: what is not held equal, as "22% fewer parameters".
+        against: the baseline.
     """
     difference, unit = arm.difference, unit_of(study.metric)
     assert difference is not None  # only the baseline has none
@@ -40,6 +45,8 @@ def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str]) -> str:
     if difference.n < 2:
         found = f"is {difference.mean:+.4f} {unit} from {baseline} on one seed" if difference.n else "has no score"
         text = f"{name} {found}, so there is no verdict"
+    elif difference.low == difference.high == 0:
+        text = f"{name} and {baseline} have the same score in all {difference.n} pairs of runs{price}"
     elif difference.low <= 0 <= difference.high:
         bounds = f"{difference.low:+.4f} to {difference.high:+.4f}"
         text = f"No difference seen between {name} and {baseline}: 95% interval {bounds} {unit}"
@@ -52,8 +59,16 @@ def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str]) -> str:
     if marks:
         told = " and ".join(f"{each} {mark}" for each, mark in marks.items())
         text += f". It does not count: {told}"
-        text += "" if UNCHECKED in marks.values() else ", which no honest language model can"
-    return f"{text}."
+        text += "" if {UNCHECKED, RANDOM} & {*marks.values()} else ", which no honest language model can"
+    left_out = [each for result in (arm, against) if result is not None for each in _left_out(result)]
+    return " ".join(f"{each}." for each in (text, *left_out))
+
+
+def _left_out(arm: ArmResult) -> list[str]:
+    """Which runs of an arm are in no mean, and why."""
+    whole = len(arm.rows) + len(arm.missing)
+    found = [("diverged", len(arm.diverged)), ("have no score yet", len(arm.missing))]
+    return [f"{count} of {whole} runs of {arm.name} {why}" for why, count in found if count]
 
 
 def _listed(texts: Sequence[str]) -> str:
@@ -70,22 +85,27 @@ def seeds_to_see(difference: Interval) -> int | None:
     return None
 
 
+HARDLY = 0.02
+"""Share of the way from chance to 1 that is no learning yet, and that hardly can be learned."""
+
+ELSEWHERE = "and another results_dir"
+"""What a comparison has decided stays in its directory."""
+
+
 def next_steps(
-    study: StudyConfig, arms: Sequence[ArmResult], failed: Mapping[str, Sequence[str]], is_tuned: bool
+    study: StudyConfig, arms: Sequence[ArmResult], failed: Mapping[str, Sequence[str]], how_to_tune: str | None = None
 ) -> list[str]:
     """What to try next, one sentence each.
 
     Args:
+        arms: the baseline, and those that are compared with it.
         failed: names of the checks that an arm failed.
+        how_to_tune: what to give for tuned learning rates, where none were.
     """
     found = []
-    if study.baseline in study.marks:
-        found.append(f"Mend {study.baseline} first: it fails {_listed(failed.get(study.baseline, ()))}.")
+    several = sum(arm.difference is not None for arm in arms) > 1
     for arm in arms:
-        difference = arm.difference
-        if difference is None:
-            continue
-        checks = failed.get(arm.arm, ())
+        difference, checks = arm.difference, failed.get(arm.arm, ())
         if arm.arm in study.marks:
             found.append(f"Mend {arm.arm} first: it fails {_listed(checks)}.")
             continue
@@ -93,13 +113,22 @@ def next_steps(
             found.append(f"{arm.arm} fails {_listed(checks)}, which its score does not show.")
         if arm.diverged:
             found.append(
-                f"{arm.name} diverged on {len(arm.diverged)} seeds: try smaller rates, as in rates=[0.1,0.25,0.5]."
+                f"{arm.name} diverged on {len(arm.diverged)} seeds: try smaller rates, as in rates=[0.1,0.25,0.5], "
+                f"{ELSEWHERE}."
             )
-        if difference.n < 2:
+        if arm.missing:
+            found.append(f"Repeat the command: {len(arm.missing)} runs of {arm.name} have no score yet.")
+        if difference is None:
+            pass
+        elif len(study.seeds) < 2:
             found.append("Give seeds=3 for an interval.")
+        elif difference.n < 2:
+            found.append(f"See in the logs why so few runs of {arm.name} have a score.")
+        elif difference.low == difference.high == 0:
+            found.append(f"Look for what keeps {arm.name} at the score of {study.baseline}: a part that does nothing?")
         elif difference.low <= 0 <= difference.high:
             half = (difference.high - difference.low) / 2
-            whose = f"{arm.name}: with" if len(arms) > 1 else "With"
+            whose = f"{arm.name}: with" if several else "With"
             seen = f"{whose} {difference.n} pairs, differences below about {half:.4f} cannot be seen"
             n = seeds_to_see(difference)
             if n is None:
@@ -109,10 +138,36 @@ def next_steps(
         else:
             found.append(f"See whether {arm.arm} keeps its place at another size: model.dim, training.steps, data.")
         if arm.tuning.at_edge:
-            found.append(f"The best learning rate of {arm.name} is at the edge of what was tried: give more rates.")
-    if not is_tuned:
-        found.append("Learning rates were not tuned: a longer budget tries three for every arm.")
+            found.append(
+                f"The best learning rate of {arm.name} is at the edge of what was tried: give {_more_rates(arm)} "
+                f"{ELSEWHERE}."
+            )
+    if told := _level(study, arms):
+        found.insert(0, told)
+    if how_to_tune is not None:
+        found.append(f"Learning rates were not tuned: give {how_to_tune} {ELSEWHERE}.")
     return list(dict.fromkeys(found))
+
+
+def _level(study: StudyConfig, arms: Sequence[ArmResult]) -> str | None:
+    """Whether the accuracies of all arms are those of a guess, or as high as can be: then they compare nothing."""
+    chances = [row["metrics"]["recall/chance"] for arm in arms for row in arm.rows if "recall/chance" in row["metrics"]]
+    values = [value for arm in arms for value in arm.values.values()]
+    if not (study.metric.startswith("recall/") and chances and values):
+        return None
+    chance = max(chances)
+    if max(values) < chance + HARDLY * (1 - chance):
+        return f"No arm answers more than chance, {chance:.3g}: give more training.steps, or an easier data.task."
+    if min(values) > 1 - HARDLY * (1 - chance):
+        return "All arms answer nearly everything: a harder data.task would tell them apart."
+    return None
+
+
+def _more_rates(arm: ArmResult) -> str:
+    """The factors that were tried, and the next one beyond the best."""
+    tried = list(arm.tuning.factors)
+    tried = [tried[0] ** 2 / tried[1], *tried] if arm.tuning.best == tried[0] else [*tried, tried[-1] ** 2 / tried[-2]]
+    return f"rates=[{','.join(f'{factor:.3g}' for factor in tried)}]"
 
 
 SHOWN = {
