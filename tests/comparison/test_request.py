@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moesaic.comparison.arms import Arm
-from moesaic.comparison.request import Request, own_differences, unequal_training
+from moesaic.comparison.request import Request, own_differences, read_arms, unequal_training
 from moesaic.config import to_mapping
 from moesaic.errors import InputError
 from moesaic.overrides import apply_overrides
@@ -40,3 +40,25 @@ def test_the_budgets_steps_hold_for_all_arms() -> None:
     of_experiment = request("experiment=long", steps=600, log_every=7)
     assert own_differences(of_experiment, of_experiment.new[0]) == {"training.log_every": 7}
     assert told(of_experiment) == ()
+
+
+def test_text_that_no_window_fits_into_is_refused_once_and_a_path_is_no_fault_of_an_arm(tmp_path: Path) -> None:
+    (tmp_path / "little.txt").write_text("one line\n" * 30)
+
+    def asked(path: str, **lengths: int) -> Request:
+        base = apply_overrides(
+            RUN,
+            {"data.source": "files", "data.path": str(tmp_path / path), "data.tokenizer": "bytes"}
+            | {"data.cache_dir": str(tmp_path / "cache")},
+            "data",
+        )
+        base = apply_overrides(base, {f"training.{key}": value for key, value in lengths.items()}, "config")
+        arm = Arm("top_k=2", apply_overrides(base, {"model.moe.top_k": 2}, "new"), words=("model.moe.top_k=2",))
+        return Request(Arm("baseline", base), (arm,), tmp_path / "out")
+
+    with pytest.raises(InputError, match=r"^training\.seq_len=256: the training split has \d+ tokens; at least 513"):
+        read_arms(asked("little.txt"))
+    with pytest.raises(InputError, match=r"^data\.path=.*nothing.*: no such file"):
+        read_arms(asked("nothing"))
+    subjects, data = read_arms(asked("little.txt", seq_len=32, validation_seq_len=32))
+    assert len(subjects) == 2 and data.task is None

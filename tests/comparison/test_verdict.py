@@ -124,9 +124,11 @@ def test_runs_that_are_in_no_mean_are_said_after_the_verdict() -> None:
     ours = dataclasses.replace(BETTER, rows=rows)
     theirs = dataclasses.replace(BETTER, arm="baseline", shown="baseline", rows=rows[:2], missing=(2, 3))
     text = sentence(study(), ours, [], theirs)
-    assert text.endswith("3 pairs of runs). 1 of 4 runs of Mine diverged. 2 of 4 runs of baseline have no score yet.")
+    assert text.endswith(
+        "3 pairs of runs). Left out: 1 of 4 runs of Mine, diverged. Left out: 2 of 4 runs of baseline, without a score."
+    )
     theirs = dataclasses.replace(theirs, difference=None)
-    assert "Repeat the command: 2 runs of baseline have no score yet." in next_steps(study(), [theirs, ours], {})
+    assert "Repeat the command: 2 runs of baseline must still end." in next_steps(study(), [theirs, ours], {})
 
 
 def test_a_baseline_at_the_edge_of_its_learning_rates_is_said_too() -> None:
@@ -152,3 +154,9 @@ def test_ties_and_accuracies_that_compare_nothing_are_said(values: list[float], 
     found = next_steps(recall, [tie], {})
     assert found[0].startswith(said)
     assert not any("seeds" in text for text in found)
+
+
+def test_scores_of_few_windows_are_said_to_be_of_little_text() -> None:
+    rows = tuple({"seed": seed, "status": "finished", "metrics": {"validation/windows": 3}} for seed in range(3))
+    first = next_steps(study(), [dataclasses.replace(BETTER, rows=rows)], {})[0]
+    assert first == "Scores are of 3 windows of text, which says little of any other: give more data."

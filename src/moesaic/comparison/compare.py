@@ -47,6 +47,9 @@ CHECKS_DURING_A_RUN = 6
 
 TUNE_SEED = 100
 
+REPETITIONS = 4
+"""Passes over the training text that are worth a word: more of them teach little (Muennighoff et al., 2023)."""
+
 
 def compare(request: Request, console: Console, command: str) -> dict[str, Any]:
     """Run a comparison, or go on with it; returns what summary.json and comparison.json hold.
@@ -219,6 +222,9 @@ def _plan(
         f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "
         f"{tokens:,} tokens in every run"
     )
+    if data.task is None and tokens > REPETITIONS * len(data.train.tokens):
+        times = tokens / len(data.train.tokens)
+        say.say(f"the training split has {len(data.train.tokens):,} tokens: each is seen about {times:,.0f} times")
     more = "" if plan["at_most"] <= plan["seconds"] else f", {duration(plan['at_most'])} if rates at the edge are best"
     workers = _workers(request)
     at_a_time = "one run" if workers == 1 else f"{workers} runs"

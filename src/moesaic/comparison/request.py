@@ -13,7 +13,7 @@ from moesaic.comparison.budget import parse_budget
 from moesaic.comparison.costs import Candidate
 from moesaic.comparison.fairness import Equal
 from moesaic.config import from_mapping
-from moesaic.data import Data, DataConfig, load_data
+from moesaic.data import Data, DataConfig, evaluation_loader, load_data, training_loader
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, naming
 from moesaic.models import DecoderConfig
@@ -172,9 +172,21 @@ def read_arms(request: Request) -> tuple[dict[str, Subject], Data]:
             with naming(arm.name) if loaded else contextlib.nullcontext():
                 loaded[key] = load_data(run.data)
         with naming(arm.name) if arm.words else contextlib.nullcontext():
+            _require_windows(run, loaded[key])
             subjects[arm.name] = Subject(arm, run, candidate_of(run, fit_vocabulary(run, loaded[key])))
     first = from_mapping(DataConfig, base["data"], "data")
     return subjects, loaded[repr(first)]
+
+
+def _require_windows(run: RunConfig, data: Data) -> None:
+    """Refuse splits that no window of training or of the score fits into.
+
+    Raises:
+        InputError: it names the length, and how many tokens there are.
+    """
+    training = run.training
+    training_loader(data, seq_len=training.seq_len, batch_size=training.batch_size, num_batches=1, seed=0)
+    evaluation_loader(data, seq_len=training.validation_seq_len or training.seq_len, batch_size=1, max_batches=1)
 
 
 def candidate_of(run: RunConfig, model: DecoderConfig) -> Candidate:

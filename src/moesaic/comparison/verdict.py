@@ -67,8 +67,12 @@ def sentence(study: StudyConfig, arm: ArmResult, unequal: Sequence[str], against
 def _left_out(arm: ArmResult) -> list[str]:
     """Which runs of an arm are in no mean, and why."""
     whole = len(arm.rows) + len(arm.missing)
-    found = [("diverged", len(arm.diverged)), ("have no score yet", len(arm.missing))]
-    return [f"{count} of {whole} runs of {arm.name} {why}" for why, count in found if count]
+    found = [("diverged", len(arm.diverged)), ("without a score", len(arm.missing))]
+    return [f"Left out: {count} of {_times(whole, 'run')} of {arm.name}, {why}" for why, count in found if count]
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _listed(texts: Sequence[str]) -> str:
@@ -87,6 +91,9 @@ def seeds_to_see(difference: Interval) -> int | None:
 
 HARDLY = 0.02
 """Share of the way from chance to 1 that is no learning yet, and that hardly can be learned."""
+
+FEW_WINDOWS = 16
+"""Windows of text below which a score is of this text alone."""
 
 ELSEWHERE = "and another results_dir"
 """What a comparison has decided stays in its directory."""
@@ -112,12 +119,10 @@ def next_steps(
         if checks:
             found.append(f"{arm.arm} fails {_listed(checks)}, which its score does not show.")
         if arm.diverged:
-            found.append(
-                f"{arm.name} diverged on {len(arm.diverged)} seeds: try smaller rates, as in rates=[0.1,0.25,0.5], "
-                f"{ELSEWHERE}."
-            )
+            count = _times(len(arm.diverged), "run")
+            found.append(f"{arm.name} diverged in {count}: try smaller rates, as in rates=[0.1,0.25,0.5], {ELSEWHERE}.")
         if arm.missing:
-            found.append(f"Repeat the command: {len(arm.missing)} runs of {arm.name} have no score yet.")
+            found.append(f"Repeat the command: {_times(len(arm.missing), 'run')} of {arm.name} must still end.")
         if difference is None:
             pass
         elif len(study.seeds) < 2:
@@ -142,8 +147,7 @@ def next_steps(
                 f"The best learning rate of {arm.name} is at the edge of what was tried: give {_more_rates(arm)} "
                 f"{ELSEWHERE}."
             )
-    if told := _level(study, arms):
-        found.insert(0, told)
+    found = [*filter(None, [_level(study, arms), _little_text(study, arms)]), *found]
     if how_to_tune is not None:
         found.append(f"Learning rates were not tuned: give {how_to_tune} {ELSEWHERE}.")
     return list(dict.fromkeys(found))
@@ -161,6 +165,16 @@ def _level(study: StudyConfig, arms: Sequence[ArmResult]) -> str | None:
     if min(values) > 1 - HARDLY * (1 - chance):
         return "All arms answer nearly everything: a harder data.task would tell them apart."
     return None
+
+
+def _little_text(study: StudyConfig, arms: Sequence[ArmResult]) -> str | None:
+    """Whether the scores are of so few windows that other text would give others."""
+    windows = [row["metrics"].get("validation/windows", math.inf) for arm in arms for row in arm.rows]
+    if not study.metric.startswith("validation/") or min(windows, default=math.inf) >= FEW_WINDOWS:
+        return None
+    return (
+        f"Scores are of {_times(int(min(windows)), 'window')} of text, which says little of any other: give more data."
+    )
 
 
 def _more_rates(arm: ArmResult) -> str:
