@@ -1,8 +1,14 @@
 """Set-up of every test: one thread per worker, a fixed seed, reproducible property tests."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from moesaic.parallel.workers import Workers
 
 torch.set_num_threads(1)  # pytest-xdist runs one worker per core
 
@@ -37,3 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if whole and (missing := [f"{function}: {word!r}" for (function, word), left in unused.items() if left]):
         raise pytest.UsageError(f"slow_but_for: words in no id of the test: {', '.join(missing)}")
     items.sort(key=lambda item: "runs" not in item.path.parts)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator["Workers"]:
+    """Processes that stand by to be the ranks of small jobs."""
+    from moesaic.parallel.workers import Workers
+
+    pool = Workers(patience=120)
+    yield pool
+    pool.close()

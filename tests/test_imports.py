@@ -33,6 +33,7 @@ TIERS = {
     "layers": 0,
     "losses": 1,
     "models": 1,
+    "parallel": 2,
     "data": 2,
     "formats": 2,
     "interop": 2,

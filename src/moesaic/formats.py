@@ -52,6 +52,8 @@ def translate_model(model: Mapping[str, Any]) -> dict[str, Any]:
 def translate_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of a run as it was stored; what it lacks is left out."""
     translated = dict(config)
+    if "parallel" not in config:
+        translated |= _of_all_processes(config)
     if isinstance(model := config.get("model"), Mapping):
         translated["model"] = translate_model(model)
         distillation = config.get("distillation") or {}
@@ -60,6 +62,19 @@ def translate_run(config: Mapping[str, Any]) -> dict[str, Any]:
             changed = {**distillation["teacher_model"], "pattern": teacher["pattern"]}
             translated["distillation"] = {**distillation, "teacher_model": changed}
     return translated
+
+
+def _of_all_processes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `training` of a run that had a batch for each of several processes: today it is that of all."""
+    trainer, training = config.get("trainer"), config.get("training")
+    if not isinstance(trainer, Mapping) or not isinstance(training, Mapping):
+        return {}
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    devices = len(devices) if isinstance(devices, (list, tuple)) else devices
+    batch_size = training.get("batch_size")
+    if not all(type(each) is int and each >= 1 for each in (devices, nodes, batch_size)) or devices * nodes == 1:
+        return {}
+    return {"training": {**training, "batch_size": batch_size * devices * nodes}}
 
 
 def translate_overrides(overrides: Mapping[str, Any], config: Mapping[str, Any], version: int) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from moesaic.layers.checks import require_choice, require_dtype, require_last, r
 from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName
 from moesaic.layers.part import Parametrization
 
-__all__ = ["Experts"]
+__all__ = ["Experts", "held"]
+
+
+def held(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight: of a DTensor its shard, through which gradients flow, else all of it.
+
+    Told by its method, so that nothing here imports torch's distributed tensors.
+    """
+    to_local = getattr(weight, "to_local", None)
+    return weight if to_local is None else to_local()
 
 
 class Experts(nn.Module):
@@ -66,11 +75,13 @@ class Experts(nn.Module):
         return 2 * (self.gate_up_proj.numel() + self.down_proj.numel()) / self.num_experts
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """rows (R, D) sorted by expert, rows_per_expert (E,) int64 that sums to R -> (R, D)."""
+        """rows (R, D) sorted by expert, rows_per_expert (E,) int64 that sums to R -> (R, D).
+
+        Where the experts are spread over ranks, the weights are DTensors, and E is the number of those on this rank.
+        """
         require_last(rows, self.dim, "Experts")
-        return run_experts(
-            rows, self.gate_up_proj, self.down_proj, rows_per_expert, ACTIVATIONS[self.activation], self.backend
-        )
+        gate_up, down = held(self.gate_up_proj), held(self.down_proj)
+        return run_experts(rows, gate_up, down, rows_per_expert, ACTIVATIONS[self.activation], self.backend)
 
     def extra_repr(self) -> str:
         weight = self.down_proj

@@ -18,8 +18,8 @@ KEYS = frozenset(
 )
 """Keys that say where a run happens and what is seen of it."""
 
-SECTIONS = ("sample", "logger")
-"""Sections that decide what is shown of a run."""
+SECTIONS = ("sample", "logger", "parallel")
+"""Sections that decide what is shown of a run, or how several processes share it."""
 
 WATCHERS = frozenset(
     {
@@ -34,7 +34,7 @@ WATCHERS = frozenset(
 def defining(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a run config that define the experiment, by dotted path.
 
-    How many devices there are is one of them, because every process has a batch of its own; which ones is not.
+    How many devices there are is one of them, because sums over them round otherwise; which ones is not.
     """
     callbacks = config.get("callbacks")
     if isinstance(callbacks, Mapping):

@@ -76,7 +76,7 @@ class RunBatches(pl.LightningDataModule):
         self.data = data
 
     def training(self, rank: int = 0, world_size: int = 1) -> AnyTrainingLoader:
-        """The loader of one rank.
+        """The loader of one rank: its share of every batch of the run, which are the same for any number of ranks.
 
         Raises:
             InputError: the data do not fill a window.
@@ -86,7 +86,7 @@ class RunBatches(pl.LightningDataModule):
         return training_loader(
             self.data,
             seq_len=training.seq_len,
-            batch_size=training.batch_size,
+            batch_size=training.batch_size // world_size,  # `require_degrees` has seen that it goes round
             num_batches=training.steps * training.accumulate,
             seed=config.seed,
             fixed_windows=training.fixed_windows or cached,  # as targets are kept for

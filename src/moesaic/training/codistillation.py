@@ -71,7 +71,7 @@ class Codistillation:
             head: (V, D) weight of its head.
             progress: share of the run that is done.
             num_valid: labels of the whole optimizer step, () int64; all means are over these.
-            share: micro-batches times ranks of the step, a factor on the loss and on what is logged.
+            share: micro-batches of the step, a factor on the loss and on what is logged.
 
         Returns:
             (scalar loss, what a teacher that trains along decided in its MoE layers).

@@ -10,6 +10,7 @@ from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.sampling import SampleConfig
 from moesaic.models.presets import small
+from moesaic.parallel.config import ParallelConfig
 from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, option_names
 
 __all__ = [
@@ -84,7 +85,10 @@ class BalanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How much is trained on what. One optimizer step sees batch_size * seq_len * accumulate tokens per process."""
+    """How much is trained on what. One optimizer step sees batch_size * seq_len * accumulate tokens, of all processes.
+
+    So one configuration is one training, whatever the number of processes that share its batches.
+    """
 
     steps: int = dataclasses.field(default=1200, metadata={"most": 10**9})
     batch_size: int = dataclasses.field(default=8, metadata={"most": 2**20})
@@ -118,12 +122,13 @@ class TrainerConfig:
     precision: Precision = "auto"  # auto: what is faster here
     compile: bool = False  # torch.compile of every block
     checkpoint_activations: bool = False
-    threads: int | None = dataclasses.field(default=None, metadata={"most": 2**10})  # CPU threads; null: torch's choice
+    # CPU threads of each process; null: torch's choice, and of several processes the cores shared among them
+    threads: int | None = dataclasses.field(default=None, metadata={"most": 2**10})
     keep_freed_memory: bool = True  # glibc on a CPU: do not return memory to the system, which is slow to get again
     # of each node: a number, auto, or a list of indices
     devices: int | str | tuple[int, ...] = dataclasses.field(default=1, metadata={"most": 2**10})
     num_nodes: int = dataclasses.field(default=1, metadata={"most": 2**16})
-    strategy: str = "auto"
+    strategy: str = "auto"  # what `parallel` says, or a name of Lightning's
     max_time: str | None = None  # DD:HH:MM:SS of training per process; resume=true continues
     lightning: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"other_keys": option_names})
 
@@ -159,6 +164,7 @@ class RunConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     distillation: DistillationConfig | None = None  # null: labels only
     finish: Literal["all", "score"] = "all"  # score: numbers alone, without pictures, sample and TensorBoard

@@ -241,7 +241,17 @@ def sample(run: Finished) -> dict[str, float]:
 
 
 PLACES = (
-    *("output_dir", "run_dir", "resume", "logger", "sample", "data.cache_dir", "model.format", "trainer.threads"),
+    *(
+        "output_dir",
+        "run_dir",
+        "resume",
+        "logger",
+        "sample",
+        "data.cache_dir",
+        "model.format",
+        "trainer.threads",
+        "parallel",
+    ),
     *("training.log_every", "training.checkpoint_every", "training.validate_every", "training.validation_batches"),
 )
 """Keys and sections that say nothing of a result."""

@@ -184,7 +184,6 @@ def _trainer(prepared: Prepared, loggers: list[Logger], monitor: RunMonitor) -> 
     quiet_lightning()
     options: dict[str, Any] = {
         "accelerator": trainer.accelerator,
-        "precision": trainer.precision,  # "auto" has been resolved
         "max_steps": training.steps,
         "max_epochs": -1,
         "accumulate_grad_batches": training.accumulate,
@@ -196,9 +195,9 @@ def _trainer(prepared: Prepared, loggers: list[Logger], monitor: RunMonitor) -> 
         "enable_model_summary": False,
         "enable_progress_bar": sys.stdout.isatty(),
         "default_root_dir": run_dir,
-        **trainer_options(prepared.config),
+        **trainer_options(prepared.config),  # whose precision has been resolved
     }
-    options["plugins"] = [*options.get("plugins", []), RunCheckpointIO(prepared.start.checkpoint)]
+    options["plugins"] = [*options["plugins"], RunCheckpointIO(prepared.start.checkpoint)]
     if isinstance(options.get("profiler"), str) and options["profiler"] in PROFILERS:
         options["profiler"] = PROFILERS[options["profiler"]](dirpath=run_dir, filename="profile")
     checkpoints = run_dir / "checkpoints"

@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from moesaic.errors import InputError
+from moesaic.training.lightning_options import require_options
 
-__all__ = ["is_one_process", "rank", "rank_run_dir", "settle_rank", "tell_ranks"]
+__all__ = ["is_one_process", "processes", "rank", "rank_run_dir", "settle_rank", "tell_ranks"]
 
 VARIABLE = "MOESAIC_RUN_DIR"
 
@@ -22,6 +23,20 @@ def rank() -> int:
 def is_one_process(trainer: Mapping[str, Any]) -> bool:
     """Whether a run with these `trainer` keys is one process, whatever a scheduler's variables say."""
     return _devices(trainer) == 1 and trainer.get("num_nodes", 1) == 1
+
+
+def processes(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run with these `trainer` keys has. Lightning says what `auto` and the like mean here.
+
+    Raises:
+        InputError: no number of devices, or none that this machine has.
+    """
+    devices = _devices(trainer)
+    if devices is None:
+        made = require_options({"accelerator": trainer.get("accelerator", "cpu"), "devices": trainer["devices"]})
+        devices = made.num_devices
+    nodes: int = trainer.get("num_nodes", 1)
+    return devices * nodes
 
 
 def settle_rank(trainer: Mapping[str, Any]) -> None:

@@ -53,8 +53,8 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def require_options(options: Mapping[str, Any]) -> None:
-    """Let Lightning check its own options, before a run writes anything.
+def require_options(options: Mapping[str, Any]) -> pl.Trainer:
+    """Let Lightning check its own options, before a run writes anything; returns the Trainer that it makes of them.
 
     Args:
         options: keyword arguments of Lightning's Trainer.
@@ -64,7 +64,8 @@ def require_options(options: Mapping[str, Any]) -> None:
     """
     quiet_lightning()
     try:
-        pl.Trainer(**{"enable_progress_bar": False, "enable_model_summary": False, "logger": False, **options})
+        return pl.Trainer(**{"enable_progress_bar": False, "enable_model_summary": False, "logger": False, **options})
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        given = ", ".join(f"trainer.{name}={value}" for name, value in options.items() if name != "plugins")
+        plain = {name: value for name, value in options.items() if isinstance(value, (str, int, float, list))}
+        given = ", ".join(f"trainer.{name}={value}" for name, value in plain.items() if name != "plugins")
         raise InputError(f"{given}: Lightning refuses this: {error}") from error

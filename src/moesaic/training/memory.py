@@ -8,6 +8,7 @@ from moesaic.distillation.config import teacher_mapping
 from moesaic.models import DecoderConfig
 from moesaic.models.memory import MemoryEstimate, estimate_memory
 from moesaic.training.config import RunConfig
+from moesaic.training.launched import is_one_process
 
 __all__ = ["require_memory_of_run"]
 
@@ -18,7 +19,7 @@ WEIGHT_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 def require_memory_of_run(config: RunConfig, model: DecoderConfig, workers: int = 1) -> None:
     """Refuse a run whose weights, gradients, optimizer state and activations of one micro-batch do not fit.
 
-    Custom modules are left out, and named in the message. Runs that shard their model over devices are not counted.
+    Custom modules are left out, and named in the message. Runs of several processes are not counted.
 
     Args:
         workers: runs of this size at a time, as a study has them.
@@ -27,7 +28,7 @@ def require_memory_of_run(config: RunConfig, model: DecoderConfig, workers: int 
         InputError: with what is needed and what there is.
     """
     trainer, training = config.trainer, config.training
-    if trainer.strategy.startswith(("fsdp", "deepspeed", "model_parallel")) or "_target_" in trainer.strategy:
+    if not is_one_process(to_mapping(trainer)):
         return
     student = _estimate(config, model)
     needed, parts = _needed(config, model, student), f"weights {gigabytes(student.weights)}"

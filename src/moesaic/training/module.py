@@ -26,6 +26,7 @@ from moesaic.losses import (
 )
 from moesaic.models import Account, Decoder, DecoderConfig, account, build_decoder
 from moesaic.models.custom import source_hashes
+from moesaic.parallel.clipping import clip_gradients
 from moesaic.training.codistillation import Codistillation
 from moesaic.training.config import RunConfig, TrainingConfig
 from moesaic.training.forensics import describe_break
@@ -33,6 +34,7 @@ from moesaic.training.optimizers import apply_settings, build_optimizer, learnin
 from moesaic.training.progress import Progress, move_positions
 from moesaic.training.step_log import StepLog
 from moesaic.training.stored_state import optimizer_steps
+from moesaic.training.strategies import ShardedStrategy
 
 __all__ = ["Diverged", "LanguageModel"]
 
@@ -42,8 +44,8 @@ Batch = dict[str, Tensor]
 class StepCounts(NamedTuple):
     """What a whole optimizer step holds, all its micro-batches on all ranks: every mean of a loss is over these.
 
-    A micro-batch gives its sum over them. Lightning divides by the micro-batches and averages over ranks, so its loss
-    is multiplied by `share`.
+    A micro-batch of a rank gives its sum over them. Lightning divides by the micro-batches, so it is multiplied by
+    `share`.
     """
 
     labels: Tensor
@@ -51,7 +53,7 @@ class StepCounts(NamedTuple):
     tokens: Tensor
     """Valid tokens, () int64."""
     share: int
-    """Micro-batches times ranks."""
+    """Micro-batches of the step."""
 
 
 class Diverged(RuntimeError):
@@ -106,6 +108,7 @@ class LanguageModel(pl.LightningModule):
         self.progress = Progress(0, self.training_flops_per_token)
         """Tokens and FLOPs so far; `setup` fills in the ranks."""
         self._continues = False
+        self._is_spread = False
         self.step_load: dict[str, Tensor] = {}
         """Valid tokens per expert and MoE layer since the last optimizer step."""
         self.logged_load: dict[str, Tensor] = {}
@@ -142,7 +145,14 @@ class LanguageModel(pl.LightningModule):
         if self._is_logged(self.trainer.global_step + 1):
             for name, decided in routing.items():
                 self.step_routing[name] = routing_sums(decided, valid).plus(self.step_routing.get(name))
-        return loss + self._balance_loss("train", routing, valid, self.step_load, counts)
+        loss = loss + self._balance_loss("train", routing, valid, self.step_load, counts)
+        # gradients are sums over ranks; where a strategy averages them, this makes sums of its means
+        return loss if self._averaged_ranks == 1 else loss * self._averaged_ranks
+
+    @property
+    def _averaged_ranks(self) -> int:
+        """Ranks by which the strategy divides gradients."""
+        return 1 if isinstance(self.trainer.strategy, ShardedStrategy) else self.trainer.world_size
 
     def _count_step(self, batch: Batch) -> StepCounts:
         """The counts of the optimizer step that `batch` begins.
@@ -160,7 +170,7 @@ class LanguageModel(pl.LightningModule):
             [batch] = with_step_counts([batch])
         counts = torch.stack((batch["step_labels"], batch["step_tokens"]))
         labels, tokens = self._over_ranks(counts.to(batch["tokens"].device))
-        return StepCounts(labels, tokens, accumulate * self.trainer.world_size)
+        return StepCounts(labels, tokens, accumulate)
 
     def _codistillation_loss(
         self,
@@ -196,7 +206,11 @@ class LanguageModel(pl.LightningModule):
             over_global_batch = balance.load_balance_scope == "global_batch"
             terms = []
             for name, decided in routing.items():
-                load = self._over_ranks(step_load[name]) if over_global_batch else None
+                load = None
+                if over_global_batch:
+                    load = self._over_ranks(step_load[name])
+                elif self.trainer.world_size > 1:  # a micro-batch is that of all ranks
+                    load = self._over_ranks(count_tokens(decided.expert_ids, decided.logits.size(1), valid))
                 terms.append(
                     load_balance_loss(decided.logits, decided.expert_ids, valid, load, num_valid=counts.tokens)
                 )
@@ -244,6 +258,31 @@ class LanguageModel(pl.LightningModule):
                 if isinstance(expert_bias, Tensor):
                     update_expert_bias(expert_bias, self._over_ranks(counts), rate)
 
+    def configure_model(self) -> None:
+        """Spread the networks over the ranks of a sharded run, once."""
+        strategy = self.trainer.strategy
+        if self._is_spread or not isinstance(strategy, ShardedStrategy):
+            return
+        self._is_spread = True
+        strategy.precision_plugin.convert_module(self)  # before: FSDP2 keeps the dtype that it has found
+        for decoder in (self.teacher, self.decoder):
+            if decoder is not None:
+                strategy.parallelize(decoder)
+
+    def make_whole(self) -> None:
+        """Put the student together again on rank 0, where a sharded run has spread it. Every rank must call it."""
+        if not self._is_spread:
+            return
+        for name in ("teacher", "decoder"):
+            if (spread := getattr(self, name)) is None:
+                continue
+            weights = ShardedStrategy.gather(spread.state_dict())
+            if weights:
+                with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+                    decoder = build_decoder(spread.config, device=spread.device, dtype=spread.dtype)
+                decoder.load_state_dict(weights)
+                setattr(self, name, decoder)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -256,7 +295,7 @@ class LanguageModel(pl.LightningModule):
         for name, decoder in (("teacher", self.teacher), ("train", self.decoder)):
             if decoder is None:
                 continue
-            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), limit)
+            norm = clip_gradients(decoder.parameters(), limit)
             if not math.isfinite(norm):
                 raise Diverged(self._describe_divergence(decoder))
             self.log_book.auxiliary[f"{name}/grad_norm"] = norm
@@ -264,10 +303,10 @@ class LanguageModel(pl.LightningModule):
     def _describe_divergence(self, decoder: Decoder) -> str:
         """What broke, and the likely cause."""
         place, codistillation = describe_break(decoder, self._tokens_in), self.codistillation
-        loss, whose = self._last_loss, "the loss"
+        loss, whose = self._over_ranks(self._last_loss), "the loss"
         key, rate = "optimizer.learning_rate", self.config.optimizer.learning_rate
         if codistillation is not None and decoder is self.teacher:
-            loss, whose = codistillation.teacher_loss, "the loss of the teacher that trains along"
+            loss, whose = self._over_ranks(codistillation.teacher_loss), "the loss of the teacher that trains along"
             rate = codistillation.teacher_optimizer(self.config.optimizer).learning_rate
             key = "distillation.teacher_learning_rate"
         elif codistillation is not None and not codistillation.teacher_loss.isfinite():
@@ -288,12 +327,26 @@ class LanguageModel(pl.LightningModule):
         step, book = self.trainer.global_step, self.log_book
         if book.micro_batches < self.config.training.accumulate or not self._is_logged(step):
             return False
+        if self.trainer.world_size > 1:
+            self._add_up_ranks()
         distillation = {} if self.codistillation is None else self.codistillation.row(book.micro_batches)
         row = book.row(self.progress.tokens(step), self.trainer.optimizers[0].param_groups[0]["lr"], distillation)
         row |= self._router_row()
         self.log_row(row)
         self.log_dict({"loss": row["train/loss"], "tokens/s": book.tokens_per_second}, prog_bar=True, logger=False)
         return True
+
+    def _add_up_ranks(self) -> None:
+        """Make those of all ranks of the sums since the last row."""
+        book = self.log_book
+        book.nats = self._over_ranks(book.nats)
+        book.auxiliary = {
+            name: value if name.endswith("/grad_norm") else self._over_ranks(value)
+            for name, value in book.auxiliary.items()
+        }
+        self.logged_load = {name: self._over_ranks(load) for name, load in self.logged_load.items()}
+        if self.codistillation is not None:
+            self.codistillation.statistics = self._over_ranks(self.codistillation.statistics)
 
     def _router_row(self) -> dict[str, float]:
         """Router health of the step, of all its micro-batches on all ranks."""
@@ -365,7 +418,7 @@ class LanguageModel(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: dict[str, Any] = {
             "sources": self.sources,
-            "logged_load": self.logged_load,
+            "logged_load": {name: self._over_ranks(load) for name, load in self.logged_load.items()},
             "drift": self.drift.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "python_rng": random.getstate(),
@@ -374,8 +427,10 @@ class LanguageModel(pl.LightningModule):
         for optimizer in checkpoint.get("optimizer_states", []):
             state["optimizer_steps"] = optimizer_steps(optimizer)
         self.log_book.save(state)
+        state["nats"] = self._over_ranks(state["nats"])
         if self.codistillation is not None:
             self.codistillation.save(state)
+            state["distillation"] = self._over_ranks(state["distillation"])
         checkpoint["moesaic"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -387,6 +442,11 @@ class LanguageModel(pl.LightningModule):
         self.drift.load_state_dict(state.get("drift", {}))
         if self.codistillation is not None:
             self.codistillation.load(state, same_run=self.config.resume)
+        if self.trainer.global_rank:  # sums of all ranks go on in the first
+            self.log_book.nats = torch.zeros_like(self.log_book.nats)
+            self.logged_load = {name: torch.zeros_like(load) for name, load in self.logged_load.items()}
+            if self.codistillation is not None:
+                self.codistillation.statistics = torch.zeros_like(self.codistillation.statistics)
         torch.set_rng_state(state["torch_rng"].cpu())
         version, internal, gauss = state["python_rng"]
         random.setstate((version, tuple(internal), gauss))
@@ -401,7 +461,7 @@ class LanguageModel(pl.LightningModule):
 
     def _tokens_per_step(self) -> int:
         training = self.config.training
-        return training.batch_size * training.seq_len * training.accumulate * self.trainer.world_size
+        return training.batch_size * training.seq_len * training.accumulate
 
     def _go_on_from(self, checkpoint: dict[str, Any]) -> None:
         """Count on from where a checkpoint is, though it may have had batches of another size."""
@@ -413,13 +473,13 @@ class LanguageModel(pl.LightningModule):
             tokens = before["batch_size"] * before["seq_len"] * before["accumulate"]
             model = from_mapping(DecoderConfig, stored["model"], "model")
             progress = Progress(tokens, account(model, before["seq_len"]).training_flops)
-        move_positions(checkpoint, before, self.config.training, self.trainer.world_size, progress)
+        move_positions(checkpoint, before, self.config.training)
         self.progress = progress.then(step, self._tokens_per_step(), self.training_flops_per_token)
 
     def _over_ranks(self, counts: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return counts
-        return self.trainer.strategy.reduce(counts.clone(), reduce_op="sum")
+        return self.trainer.strategy.reduce(counts.to(self.device, copy=True), reduce_op="sum")
 
 
 def _build_teacher(config: RunConfig, model: dict[str, Any]) -> Decoder | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers import ParameterKind, Parametrization, parameter_kinds
+from moesaic.parallel.shards import gather_matrices, held, held_slices, is_sharded, layout
 from moesaic.training.config import OptimizerConfig, ScheduleConfig
 
 __all__ = [
@@ -120,6 +121,10 @@ class MuonAdamW(torch.optim.AdamW):
     (E, in, out), which are E matrices, and because one optimizer keeps Lightning's accumulation, clipping and
     checkpoints. On 2-D weights it takes the steps of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` with
     Nesterov momentum 0.95, so learning rates have AdamW's scale.
+
+    Where a run is sharded, parameters are DTensors, and each rank steps the part that it holds. AdamW looks at one
+    number at a time, and Muon at one matrix. So whole experts stay where they are, and a matrix that is split over
+    ranks is gathered to be orthogonalized.
     """
 
     momentum = 0.95
@@ -140,26 +145,29 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, group: Group) -> None:
-        """Matrices of one shape are orthogonalised as one batch: far fewer and larger products."""
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        """Matrices of one shape and layout are orthogonalised as one batch: far fewer and larger products."""
+        alike: dict[tuple[torch.Size, Any], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape[-2:], []).append(parameter)
-        for shape, parameters in by_shape.items():
+                alike.setdefault((parameter.shape[-2:], layout(parameter)), []).append(parameter)
+        for (shape, _), parameters in alike.items():
             self._step_together(shape, parameters, group)
 
     def _step_together(self, shape: torch.Size, parameters: list[nn.Parameter], group: Group) -> None:
-        sizes = [parameter.numel() // shape.numel() for parameter in parameters]
+        slices = [held_slices(parameter) for parameter in parameters]
+        sizes = [math.prod(each.stop - each.start for each in held_here[:-2]) for held_here in slices]
         # bf16 on GPUs, as in Jordan's; fp32 on CPUs, where small bf16 products are not faster
         dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
-        gradients = parameters[0].new_empty(sum(sizes), *shape, dtype=dtype)
+        gradients = held(parameters[0]).new_empty(sum(sizes), *shape, dtype=dtype)
         for parameter, gradient in zip(parameters, gradients.split(sizes), strict=True):
-            self._with_momentum(parameter, gradient.view_as(parameter))
+            self._with_momentum(parameter, gradient)
         factors = orthogonalizer(gradients)
         decay, size = 1 - group["lr"] * group["weight_decay"], -group["lr"] * 0.2 * math.sqrt(max(shape))
-        for parameter, gradient, factor in zip(parameters, gradients.split(sizes), factors.split(sizes), strict=True):
+        every = zip(parameters, slices, gradients.split(sizes), factors.split(sizes), strict=True)
+        for parameter, (*_, rows, columns), gradient, factor in every:
             left, right = (gradient, factor) if shape[0] > shape[1] else (factor, gradient)
-            matrices = parameter.view(-1, *shape)
+            left, right = left[:, rows], right[:, :, columns]  # the part of the product that is held here
+            matrices = held(parameter).view(left.size(0), left.size(1), right.size(2))
             if left.dtype == matrices.dtype:  # in one pass over the weights
                 matrices.baddbmm_(left, right, beta=decay, alpha=size)
             else:
@@ -167,18 +175,27 @@ class MuonAdamW(torch.optim.AdamW):
             parameter.grad = None
 
     def _with_momentum(self, parameter: nn.Parameter, out: Tensor) -> None:
-        """Into `out` the gradient looked at through Nesterov momentum."""
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
+        """Into `out` (N, m, n) the gradient looked at through Nesterov momentum, of whole matrices."""
+        state = self.state[parameter]
+        assert parameter.grad is not None
         if not state:
             state["step"] = torch.zeros(())  # AdamW looks for it in every state when it loads a checkpoint
-            state["momentum_buffer"] = torch.zeros_like(gradient)
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         state["step"] += 1
-        state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
-        if out.dtype == gradient.dtype:
-            torch.lerp(gradient, state["momentum_buffer"], self.momentum, out=out)
+        gradient, momentum = held(parameter.grad), held(state["momentum_buffer"])
+        momentum.lerp_(gradient, 1 - self.momentum)
+        if gradient.numel() != out.numel() or out.dtype != gradient.dtype:
+            ahead = gradient.lerp(momentum, self.momentum)
+            out.copy_((gather_matrices(ahead, parameter) if is_sharded(parameter) else ahead).reshape(out.shape))
         else:
-            out.copy_(gradient.lerp(state["momentum_buffer"], self.momentum))
+            torch.lerp(gradient, momentum, self.momentum, out=out.view_as(gradient))
+
+    def _init_group(self, group: Group, *lists: Any) -> bool:
+        """The tensors of a group that AdamW steps, of which it sees what is held here: fused, on any layout."""
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [held(tensor) for tensor in tensors]
+        return bool(has_complex)
 
 
 def orthogonalizer(gradient: Tensor, steps: int = 5) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from moesaic.files import lock, remove_partials, require_disk_space, write_atomi
 from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
+from moesaic.parallel.config import require_degrees
 from moesaic.training.batches import RunBatches, require_same_batches
 from moesaic.training.components import make_callbacks, require_loggers
 from moesaic.training.config import RunConfig, TrainerConfig
@@ -41,12 +43,13 @@ from moesaic.training.continuing import (
     require_steps_left,
     tokenizer_to_keep,
 )
-from moesaic.training.launched import is_one_process, rank, rank_run_dir, tell_ranks
+from moesaic.training.launched import is_one_process, processes, rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
 from moesaic.training.memory import require_memory_of_run
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import create_run_dir, environment
 from moesaic.training.starting import Found, Start, busy, clear_unstarted, read_start, require_free
+from moesaic.training.strategies import strategy_options
 
 __all__ = ["Prepared", "fit_vocabulary", "prepare", "trainer_options"]
 
@@ -110,13 +113,15 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
 
 
 def trainer_options(config: RunConfig) -> dict[str, Any]:
-    """Keyword arguments of Lightning's Trainer that `trainer.*` gives as they are."""
+    """Keyword arguments of Lightning's Trainer that `trainer.*` and `parallel` give."""
     trainer = config.trainer
     devices = list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices
-    options = {"devices": devices, "num_nodes": trainer.num_nodes, "strategy": trainer.strategy, **trainer.lightning}
+    options = {"devices": devices, "num_nodes": trainer.num_nodes, **trainer.lightning}
+    chosen = strategy_options(trainer.strategy, config.parallel, trainer.precision, processes(to_mapping(trainer)))
+    plugins = [*_listed(options.get("plugins")), *chosen.pop("plugins", [])]
     if is_one_process(to_mapping(trainer)):  # whatever the variables of a scheduler say
-        options["plugins"] = [*_listed(options.get("plugins")), LightningEnvironment()]
-    return options
+        plugins.append(LightningEnvironment())
+    return {**options, **chosen, "plugins": plugins}
 
 
 def _listed(value: Any) -> list[Any]:
@@ -145,16 +150,28 @@ def _require_sound(config: RunConfig) -> None:
     model = {**config.model}
     if model.get("vocab_size") is None:
         model["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
+    _require_processes(config, from_mapping(DecoderConfig, model, "model"))
     require_memory_of_run(config, from_mapping(DecoderConfig, model, "model"))
     if (distillation := config.distillation) is not None:
         overridden = teacher_mapping(model, distillation.teacher_model)
         from_mapping(DecoderConfig, overridden, "distillation.teacher_model")
         require_paths(distillation)
-    require_accelerator("trainer.accelerator", config.trainer.accelerator)
     require_loggers(config.logger)
     if to_mapping(config.trainer) != to_mapping(TrainerConfig()):
-        require_options({**trainer_options(config), "accelerator": config.trainer.accelerator})
+        options = {**trainer_options(config), "accelerator": config.trainer.accelerator}
+        require_options({name: value for name, value in options.items() if (name, value) != ("precision", "auto")})
     require_same_batches(config)
+
+
+def _require_processes(config: RunConfig, model: DecoderConfig) -> None:
+    """Refuse a number of processes that cannot share the model or the batch."""
+    require_accelerator("trainer.accelerator", config.trainer.accelerator)
+    number = processes(to_mapping(config.trainer))
+    if config.parallel.expert > 1 and config.trainer.strategy != "auto":
+        raise InputError(
+            f"trainer.strategy={config.trainer.strategy!r}: must be auto with parallel.expert={config.parallel.expert}"
+        )
+    require_degrees(config.parallel, number, config.training.batch_size, model)
 
 
 def _settle(config: RunConfig) -> None:
@@ -163,6 +180,8 @@ def _settle(config: RunConfig) -> None:
         keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
+        if not is_one_process(to_mapping(config.trainer)):  # else Lightning gives each rank its share of the cores
+            os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)
 
 

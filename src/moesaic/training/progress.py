@@ -37,32 +37,23 @@ class Progress:
         return Progress(tokens_per_step, flops_per_token, step, self.tokens(step), self.flops(step))
 
 
-def move_positions(
-    checkpoint: dict[str, Any], before: Mapping[str, Any], now: TrainingConfig, world_size: int, progress: Progress
-) -> None:
+def move_positions(checkpoint: dict[str, Any], before: Mapping[str, Any], now: TrainingConfig) -> None:
     """Let the positions in a checkpoint of Lightning's, counted in micro-batches, mean the same sequences as before.
 
     Args:
         checkpoint: changed in place.
         before: the keys of `training` that the checkpoint was written with.
-        progress: of the run that wrote it.
     """
     step, loops = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
-    sequences_before = before["batch_size"] * (ranks_before := _ranks(before, progress))
-    sequences_now = now.batch_size * world_size
-    same = (sequences_before, before["accumulate"], before["seq_len"], ranks_before)
-    if same == (sequences_now, now.accumulate, now.seq_len, world_size):
+    same = (before["batch_size"], before["accumulate"], before["seq_len"])
+    if same == (now.batch_size, now.accumulate, now.seq_len):
         return
     batches = step * now.accumulate
     for state in loops["state_dict"].get("combined_loader", []):
-        seen = state.get("offset", 0) + state["next_batch"] * sequences_before
+        seen = state.get("offset", 0) + state["next_batch"] * before["batch_size"]
         seen = -(-seen * before["seq_len"] // now.seq_len)
-        state.update(next_batch=batches, offset=seen - batches * sequences_now)
+        state.update(next_batch=batches, offset=seen - batches * now.batch_size)
     counts = loops["epoch_loop.batch_progress"]
     for which in ("total", "current"):
         if counts[which]["ready"] == step * before["accumulate"]:  # else of another epoch, which begins anew
             counts[which] = dict.fromkeys(counts[which], batches)
-
-
-def _ranks(before: Mapping[str, Any], progress: Progress) -> int:
-    return progress.tokens_per_step // (before["batch_size"] * before["seq_len"] * before["accumulate"])

@@ -108,6 +108,8 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
     prepared, trainer, run_dir = fitted.prepared, fitted.trainer, fitted.prepared.run_dir
     if fitted.status["status"] == "finished":  # one that was stopped saved the state from which it can go on
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    if fitted.has_verdict:
+        fitted.module.make_whole()
     if not trainer.is_global_zero:
         return fitted.status
     metrics = _cost(fitted) | _suggested_rates(fitted, console)

@@ -81,10 +81,14 @@ COMPONENTS = (
 FREE = (
     "data.cache_dir",
     "logger",
+    "parallel",
     "sample",
+    "trainer.devices",
     "trainer.enable_progress_bar",
     "trainer.keep_freed_memory",
     "trainer.max_time",
+    "trainer.num_nodes",
+    "trainer.strategy",
     "trainer.threads",
     "training.checkpoint_every",
 )
@@ -175,14 +179,15 @@ def find_run(config: Mapping[str, Any]) -> Found:
         return Found("new", {**config, "resume": False})
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
-    if is_locked(run_dir) and not _is_other_rank(run_dir):
+    if is_locked(run_dir) and not _is_other_rank(run_dir, config):
         raise InputError(busy(run_dir))
     return _existing(run_dir, config)
 
 
-def _is_other_rank(run_dir: Path) -> bool:
+def _is_other_rank(run_dir: Path, typed: Mapping[str, Any]) -> bool:
     """Whether this is one of several processes of a run, and not the one that holds the lock."""
-    return rank() > 0 and not is_one_process(read_run_config(run_dir).get("trainer") or {})
+    asked = (read_run_config(run_dir).get("trainer") or {}, typed.get("trainer") or {})
+    return rank() > 0 and not all(map(is_one_process, asked))
 
 
 def busy(run_dir: Path) -> str:

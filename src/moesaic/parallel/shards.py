@@ -1,0 +1,95 @@
+"""Tensors of which each rank holds a part (torch's DTensor): what is held here, and the whole of it.
+
+Of a plain tensor the part is all of it, so that callers need not ask.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.layers.experts import held
+
+__all__ = ["gather_matrices", "held", "held_slices", "is_sharded", "layout", "load_shards", "shard_like", "whole"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def layout(tensor: Any) -> Any:
+    """What two tensors must share to be worked on together: mesh and placements; None of a plain tensor."""
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+
+
+def whole(tensor: Any) -> Any:
+    """The whole tensor; every rank of its mesh must ask for it. What is no DTensor comes back as it is."""
+    return tensor.full_tensor() if isinstance(tensor, Tensor) and is_sharded(tensor) else tensor
+
+
+def held_slices(tensor: Any) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds, a slice for each dimension."""
+    bounds = [(0, size) for size in tensor.shape]
+    if is_sharded(tensor):
+        coordinates, mesh = tensor.device_mesh.get_coordinate(), tensor.device_mesh
+        for i in _in_order_of_sharding(tensor.placements):
+            dim = tensor.placements[i].dim
+            first, last = bounds[dim]
+            size = math.ceil((last - first) / mesh.size(i))
+            begin = min(first + coordinates[i] * size, last)
+            bounds[dim] = (begin, min(begin + size, last))
+    return tuple(slice(*each) for each in bounds)
+
+
+def _in_order_of_sharding(placements: Any) -> list[int]:
+    """Dimensions of a mesh that shard, in the order in which they did.
+
+    FSDP2 comes last though its dimension of the mesh is the first: its placement is then a strided one.
+    """
+    sharding = [i for i, placement in enumerate(placements) if hasattr(placement, "dim")]
+    return sorted(sharding, key=lambda i: hasattr(placements[i], "split_factor"))
+
+
+def shard_like(tensor: Tensor, like: Any) -> Tensor:
+    """A whole tensor, laid out as `like` is: each rank takes its part of what it has."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    part = tensor[held_slices(like)].to(like.device, copy=True).contiguous()
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+@torch.no_grad()
+def load_shards(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fill the parameters and buffers of a module from whole tensors by name.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    for name, tensor in module.state_dict().items():
+        held(tensor).copy_(weights[name][held_slices(tensor)])
+
+
+def gather_matrices(part: Tensor, like: Any) -> Tensor:
+    """Of a stack whose matrices are split over ranks, the whole ones of those that this rank has a part of.
+
+    Args:
+        part: what this rank holds, laid out as `like` (..., m, n).
+
+    Returns:
+        (..., m, n), with the first dimensions as far as `held_slices` of `like` go.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    matrix = (like.ndim - 2, like.ndim - 1)
+    placements = [Replicate() if getattr(each, "dim", None) in matrix else each for each in like.placements]
+    stacked = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return stacked.redistribute(placements=placements).to_local()

@@ -1,0 +1,259 @@
+"""One training on several processes beside one process, number by number: `Workers` run it in a second or so."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, distributed
+
+from moesaic.config import to_mapping
+from moesaic.data import with_step_counts
+from moesaic.models import AttentionConfig, DecoderConfig, MoEConfig
+from moesaic.parallel.clipping import total_norm
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.workers import Workers
+from moesaic.training.config import BalanceConfig, OptimizerConfig, Precision, RunConfig, TrainerConfig, TrainingConfig
+from moesaic.training.module import LanguageModel
+from moesaic.training.strategies import ShardedStrategy, strategy_options
+
+__all__ = ["LAYOUTS", "MODELS", "Layout", "Trained", "Training", "deviations", "train_on"]
+
+Batch = dict[str, Tensor]
+
+VOCABULARY, LENGTH, SEQUENCES = 40, 12, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """So many ranks, and how the model is laid out over them."""
+
+    ranks: int
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "one process": Layout(1),
+    "copies on 2": Layout(2, ParallelConfig(shard=False)),
+    "shards on 2": Layout(2),
+    "shards on 4": Layout(4),
+    "experts on 2": Layout(2, ParallelConfig(expert=2)),
+    "experts on 4": Layout(4, ParallelConfig(expert=4)),
+    "experts on 2, each sharded on 2": Layout(4, ParallelConfig(expert=2)),
+}
+
+_ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, attention_chunk_size=8)
+
+MODELS: dict[str, DecoderConfig] = {
+    "Llama 4: top-1 sigmoid, shared expert": DecoderConfig(
+        vocab_size=VOCABULARY,
+        dim=8,
+        num_layers=2,
+        attention=_ATTENTION,
+        moe=MoEConfig(num_experts=4, hidden_dim=12, expert_bias=True),
+        interleave_moe_layer_step=1,
+    ),
+    "top-2 softmax, first layer dense": DecoderConfig(
+        vocab_size=VOCABULARY,
+        dim=8,
+        num_layers=2,
+        attention=_ATTENTION,
+        moe=MoEConfig(
+            num_experts=4,
+            hidden_dim=12,
+            top_k=2,
+            score_function="softmax",
+            normalize_scores=True,
+            score_before_experts=False,
+            expert_bias=True,
+        ),
+        interleave_moe_layer_step=2,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What is trained: the same on any layout.
+
+    Args:
+        model: a name in `MODELS`.
+        uneven: whether sequences have ends that do not count, other ones on every rank.
+        starved: whether the second half of the experts gets no token.
+    """
+
+    model: str
+    optimizer: OptimizerConfig
+    precision: Precision = "64-true"
+    steps: int = 3
+    accumulate: int = 1
+    uneven: bool = False
+    starved: bool = False
+    checkpoint_activations: bool = False
+
+    def config(self, parallel: ParallelConfig) -> RunConfig:
+        return RunConfig(
+            model={**to_mapping(MODELS[self.model])},
+            training=TrainingConfig(
+                steps=self.steps,
+                batch_size=SEQUENCES,
+                seq_len=LENGTH,
+                accumulate=self.accumulate,
+                log_every=1,
+                gradient_clip=0.5,
+            ),
+            optimizer=self.optimizer,
+            balance=BalanceConfig(
+                load_balance_loss_weight=0.1, router_z_loss_weight=0.01, expert_bias_update_rate=0.01
+            ),
+            trainer=TrainerConfig(precision=self.precision, checkpoint_activations=self.checkpoint_activations),
+            parallel=parallel,
+        )
+
+    def batch(self, i: int) -> Batch:
+        """Micro-batch i of all ranks."""
+        draw = torch.Generator().manual_seed(i)
+        tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=draw)
+        labels, valid = tokens[:, 1:].clone(), torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
+        if self.uneven:
+            for row, length in enumerate((2 + i % 3, 5, LENGTH, LENGTH - 3)):
+                valid[row, length:] = False
+            labels[~valid] = -100
+        return {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "valid": valid}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What came of a training: numbers of each step by name, and whole weights and buffers at the end."""
+
+    steps: list[dict[str, float]]
+    weights: dict[str, Tensor]
+
+
+def train_on(workers: Workers, training: Training, layout: Layout) -> Trained:
+    """Train on as many processes as the layout has."""
+    first: Trained = workers.run(_train, layout.ranks, training, layout.parallel)[0]
+    return first
+
+
+def deviations(found: Trained, wanted: Trained) -> dict[str, float]:
+    """The largest difference of each number over the steps, relative where it is above 1, and of all weights."""
+    differences = {
+        name: max(
+            abs(here[name] - there[name]) / max(1.0, abs(there[name]))
+            for here, there in zip(found.steps, wanted.steps, strict=True)
+        )
+        for name in wanted.steps[0]
+    }
+    for name, weight in wanted.weights.items():
+        what = "expert bias" if name.endswith("expert_bias") else "weights"
+        # inf, where one is not a number: max would drop it
+        difference = float((found.weights[name] - weight).abs().max())
+        differences[what] = max(differences.get(what, 0.0), difference if math.isfinite(difference) else math.inf)
+    return differences
+
+
+class _Watched(LanguageModel):
+    """Keeps the norms of gradients, before and after they are clipped."""
+
+    def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
+        gradients = {name: each.grad for name, each in self.decoder.named_parameters() if each.grad is not None}
+        for kind in ("experts", "mixer", "router"):
+            self.norms[f"norm/{kind}"] = float(total_norm(g for name, g in gradients.items() if f".{kind}." in name))
+        super().configure_gradient_clipping(*arguments, **named)
+        self.norms["norm/clipped"] = float(total_norm(gradients.values()))
+
+    norms: dict[str, float]
+
+
+class _Log(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(module, LanguageModel)
+        module.log_step()
+
+
+class _Rows(DummyLogger):
+    """Keeps what is logged, without what a clock says."""
+
+    def __init__(self, norms: dict[str, float]) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+        self._norms = norms
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append({name: value for name, value in metrics.items() if "second" not in name} | self._norms)
+
+
+class _Standing(LightningEnvironment):
+    """Processes that have met already."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return distributed.get_world_size()
+
+    def global_rank(self) -> int:
+        return distributed.get_rank()
+
+    def local_rank(self) -> int:
+        return distributed.get_rank()
+
+    def node_rank(self) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """The share of one rank."""
+
+    training: Training
+    rank: int
+    ranks: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = SEQUENCES // self.ranks
+        mine = slice(self.rank * size, (self.rank + 1) * size)
+        for step in range(self.training.steps):
+            numbers = range(step * self.training.accumulate, (step + 1) * self.training.accumulate)
+            yield from with_step_counts(
+                [{name: each[mine] for name, each in self.training.batch(i).items()} for i in numbers]
+            )
+
+
+def _train(training: Training, parallel: ParallelConfig) -> Trained:
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    torch.manual_seed(0)
+    config = training.config(parallel)
+    module = _Watched(to_mapping(config), to_mapping(MODELS[training.model]))
+    module.norms = {}
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if training.starved and name.endswith("expert_bias"):
+                buffer[buffer.numel() // 2 :] = -10.0
+    rows = _Rows(module.norms)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        max_steps=training.steps,
+        accumulate_grad_batches=training.accumulate,
+        logger=rows,
+        callbacks=[_Log()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **_with(strategy_options("auto", parallel, training.precision, ranks), _Standing()),
+    )
+    trainer.fit(module, _Batches(training, rank, ranks))
+    weights = ShardedStrategy.gather(module.decoder.state_dict())
+    return Trained(rows.rows, weights)
+
+
+def _with(options: dict[str, Any], environment: LightningEnvironment) -> dict[str, Any]:
+    return {**options, "plugins": [*options.get("plugins", []), environment]}
