@@ -32,6 +32,11 @@ def alone(workers: Workers, training: Training) -> Trained:
     return _alone[training]
 
 
+def too_far(found: dict[str, float], tolerance: float) -> dict[str, float]:
+    """Deviations above `tolerance`; entropies and margins of routers are sums in fp32 in any run."""
+    return {name: each for name, each in found.items() if not each <= max(tolerance, 1e-6 * name.startswith("router/"))}
+
+
 @pytest.mark.parametrize(
     ("layout", "case"),
     [
@@ -43,11 +48,11 @@ def alone(workers: Workers, training: Training) -> Trained:
 def test_equals_one_process(workers: Workers, layout: str, case: str) -> None:
     found = deviations(train_on(workers, CASES[case], LAYOUTS[layout]), alone(workers, CASES[case]))
     assert {"train/loss", "norm/experts", "norm/mixer", "norm/router", "norm/clipped", "expert bias"} <= found.keys()
-    assert {name: each for name, each in found.items() if not each <= 1e-10} == {}
+    assert too_far(found, 1e-10) == {}
 
 
 @pytest.mark.parametrize("layout", ["shards on 2", pytest.param("experts on 2", marks=pytest.mark.slow)])
 def test_equals_one_process_in_fp32(workers: Workers, layout: str) -> None:
     training = dataclasses.replace(CASES["uneven"], precision="32-true")
     found = deviations(train_on(workers, training, LAYOUTS[layout]), alone(workers, training))
-    assert {name: each for name, each in found.items() if not each <= 1e-5} == {}
+    assert too_far(found, 1e-5) == {}

@@ -1,5 +1,6 @@
 """Processes that stand by to be the ranks of small jobs, for checks and tests: a job costs milliseconds."""
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -54,9 +55,13 @@ class Workers:
         for connection, rank in waiting.items():
             connection.send_bytes(pickle.dumps((function, arguments, rank, ranks, str(meeting))))
         results: list[Any] = [None] * ranks
+        failures: list[str] = []
         while waiting:
-            ready = wait(list(waiting), timeout=self.patience)
-            failure = "" if ready else f"no answer within {self.patience:g} seconds"
+            # once one has failed, the others say soon what they know, or wait for it
+            ready = wait(list(waiting), timeout=5.0 if failures else self.patience)
+            if not ready:
+                failures.append(f"ranks {list(waiting.values())} of {ranks}: no answer")
+                break
             for each in ready:
                 assert isinstance(each, Connection)
                 try:
@@ -65,13 +70,17 @@ class Workers:
                     is_good, result = False, "the process ended"
                 rank = waiting.pop(each)
                 results[rank] = result
-                failure = failure if is_good else f"rank {rank} of {ranks}:\n{result}"
-            if failure:
-                self.close()
-                raise RuntimeError(failure)
+                if not is_good:
+                    failures.append(f"rank {rank} of {ranks}:\n{result}")
+        if failures:
+            self.close()
+            raise RuntimeError("\n".join(failures))
         return results
 
     def _fork(self) -> None:
+        # what distributed tensors need, once instead of in each process
+        importlib.import_module("torch._dynamo")
+        importlib.import_module("torch.distributed.fsdp")
         context = multiprocessing.get_context("fork")
         self._folder = tempfile.TemporaryDirectory(prefix="moesaic-ranks-")
         with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from moesaic.parallel.clipping import total_norm
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.workers import Workers
 from moesaic.training.config import BalanceConfig, OptimizerConfig, Precision, RunConfig, TrainerConfig, TrainingConfig
+from moesaic.training.lightning_options import quiet_lightning
 from moesaic.training.module import LanguageModel
 from moesaic.training.strategies import ShardedStrategy, strategy_options
 
@@ -52,14 +54,17 @@ MODELS: dict[str, DecoderConfig] = {
     "Llama 4: top-1 sigmoid, shared expert": DecoderConfig(
         vocab_size=VOCABULARY,
         dim=8,
+        hidden_dim=16,
         num_layers=2,
         attention=_ATTENTION,
         moe=MoEConfig(num_experts=4, hidden_dim=12, expert_bias=True),
         interleave_moe_layer_step=1,
+        nope_layer_interval=2,
     ),
     "top-2 softmax, first layer dense": DecoderConfig(
         vocab_size=VOCABULARY,
         dim=8,
+        hidden_dim=16,
         num_layers=2,
         attention=_ATTENTION,
         moe=MoEConfig(
@@ -72,6 +77,7 @@ MODELS: dict[str, DecoderConfig] = {
             expert_bias=True,
         ),
         interleave_moe_layer_step=2,
+        nope_layer_interval=2,
     ),
 }
 
@@ -237,6 +243,7 @@ def _train(training: Training, parallel: ParallelConfig) -> Trained:
             if training.starved and name.endswith("expert_bias"):
                 buffer[buffer.numel() // 2 :] = -10.0
     rows = _Rows(module.norms)
+    quiet_lightning()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -250,7 +257,10 @@ def _train(training: Training, parallel: ParallelConfig) -> Trained:
         use_distributed_sampler=False,
         **_with(strategy_options("auto", parallel, training.precision, ranks), _Standing()),
     )
-    trainer.fit(module, _Batches(training, rank, ranks))
+    with warnings.catch_warnings():
+        for message in (".*no `val_dataloader`.*", ".*LeafSpec.* is deprecated.*"):
+            warnings.filterwarnings("ignore", message)
+        trainer.fit(module, _Batches(training, rank, ranks))
     weights = ShardedStrategy.gather(module.decoder.state_dict())
     return Trained(rows.rows, weights)
 
