@@ -27,7 +27,15 @@ def layout(tensor: Any) -> Any:
 
 def whole(tensor: Any) -> Any:
     """The whole tensor; every rank of its mesh must ask for it. What is no DTensor comes back as it is."""
-    return tensor.full_tensor() if isinstance(tensor, Tensor) and is_sharded(tensor) else tensor
+    if not isinstance(tensor, Tensor) or not is_sharded(tensor):
+        return tensor
+    if strided := [i for i, each in enumerate(tensor.placements) if hasattr(each, "split_factor")]:
+        from torch.distributed.tensor import Replicate
+
+        # what was sharded last is gathered first: torch would do both at once, and say that it is slow
+        placements = [Replicate() if i in strided else each for i, each in enumerate(tensor.placements)]
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.full_tensor()
 
 
 def held_slices(tensor: Any) -> tuple[slice, ...]:

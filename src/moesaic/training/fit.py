@@ -21,7 +21,7 @@ from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBa
 from moesaic.training.checkpoint_io import RunCheckpointIO
 from moesaic.training.components import make_loggers
 from moesaic.training.config import RunConfig
-from moesaic.training.lightning_options import TENSORBOARD, quiet_lightning
+from moesaic.training.lightning_options import TENSORBOARD, ignore_advice, quiet_lightning
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
 from moesaic.training.rate_finder import LearningRateFinder
@@ -125,7 +125,7 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
     trainer = _trainer(prepared, [own, *make_loggers(shown_loggers(prepared.config), run_dir, step)], monitor)
     try:
         with warnings.catch_warnings():
-            _ignore_lightning_advice()
+            ignore_advice()
             trainer.fit(module, datamodule=prepared.batches, ckpt_path=start.fit_path, weights_only=True)
         status = _ended(trainer, prepared)
     except Diverged as error:
@@ -210,15 +210,3 @@ def _trainer(prepared: Prepared, loggers: list[Logger], monitor: RunMonitor) -> 
         LastCheckpoint(checkpoints / "last.ckpt", training.checkpoint_every, training.validate_every),
     ]
     return pl.Trainer(**options, logger=loggers, callbacks=callbacks)
-
-
-def _ignore_lightning_advice() -> None:
-    """Warnings about what is done on purpose (no loader workers, continued runs), and Lightning's own debts."""
-    for message in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
-        ".*The dirpath has changed from.*",
-        ".*LeafSpec.* is deprecated.*",
-    ):
-        warnings.filterwarnings("ignore", message)

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from moesaic.errors import InputError
 
-__all__ = ["DOUBLES", "TENSORBOARD", "option_names", "quiet_lightning", "require_options"]
+__all__ = ["DOUBLES", "TENSORBOARD", "ignore_advice", "option_names", "quiet_lightning", "require_options"]
 
 DOUBLES = {
     "max_steps": "training.steps",
@@ -51,6 +52,19 @@ def quiet_lightning() -> None:
     """Let Lightning say warnings only; the run's own summary names devices and what is trained."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def ignore_advice() -> None:
+    """Ignore warnings about what is done on purpose (no loader workers, continued runs), and Lightning's own debts."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*The dirpath has changed from.*",
+        ".*LeafSpec.* is deprecated.*",
+        ".*FSDPExperts.* returned a view tensor.*",  # nothing works on it in place
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def require_options(options: Mapping[str, Any]) -> pl.Trainer:

@@ -156,8 +156,9 @@ class MuonAdamW(torch.optim.AdamW):
     def _step_together(self, shape: torch.Size, parameters: list[nn.Parameter], group: Group) -> None:
         slices = [held_slices(parameter) for parameter in parameters]
         sizes = [math.prod(each.stop - each.start for each in held_here[:-2]) for held_here in slices]
-        # bf16 on GPUs, as in Jordan's; fp32 on CPUs, where small bf16 products are not faster
-        dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
+        # bf16 on GPUs, as in Jordan's; at least fp32 on CPUs, where small bf16 products are not faster
+        of_cpu = torch.promote_types(torch.float32, parameters[0].dtype)
+        dtype = torch.bfloat16 if parameters[0].is_cuda else of_cpu
         gradients = held(parameters[0]).new_empty(sum(sizes), *shape, dtype=dtype)
         for parameter, gradient in zip(parameters, gradients.split(sizes), strict=True):
             self._with_momentum(parameter, gradient)

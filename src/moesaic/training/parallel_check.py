@@ -19,7 +19,7 @@ from moesaic.parallel.clipping import total_norm
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.workers import Workers
 from moesaic.training.config import BalanceConfig, OptimizerConfig, Precision, RunConfig, TrainerConfig, TrainingConfig
-from moesaic.training.lightning_options import quiet_lightning
+from moesaic.training.lightning_options import ignore_advice, quiet_lightning
 from moesaic.training.module import LanguageModel
 from moesaic.training.strategies import ShardedStrategy, strategy_options
 
@@ -55,6 +55,7 @@ MODELS: dict[str, DecoderConfig] = {
         vocab_size=VOCABULARY,
         dim=8,
         hidden_dim=16,
+        init_std=0.3,
         num_layers=2,
         attention=_ATTENTION,
         moe=MoEConfig(num_experts=4, hidden_dim=12, expert_bias=True),
@@ -65,6 +66,7 @@ MODELS: dict[str, DecoderConfig] = {
         vocab_size=VOCABULARY,
         dim=8,
         hidden_dim=16,
+        init_std=0.3,
         num_layers=2,
         attention=_ATTENTION,
         moe=MoEConfig(
@@ -258,8 +260,8 @@ def _train(training: Training, parallel: ParallelConfig) -> Trained:
         **_with(strategy_options("auto", parallel, training.precision, ranks), _Standing()),
     )
     with warnings.catch_warnings():
-        for message in (".*no `val_dataloader`.*", ".*LeafSpec.* is deprecated.*"):
-            warnings.filterwarnings("ignore", message)
+        ignore_advice()
+        warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
         trainer.fit(module, _Batches(training, rank, ranks))
     weights = ShardedStrategy.gather(module.decoder.state_dict())
     return Trained(rows.rows, weights)
