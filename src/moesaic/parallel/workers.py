@@ -39,6 +39,8 @@ class Workers:
     def run(self, function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
         """Call function(*arguments) on each rank of a process group of its own; returns what each gave, rank 0 first.
 
+        One rank alone has no group.
+
         Args:
             function: of a module, so that a worker finds it by name.
 
@@ -116,11 +118,13 @@ def _serve(jobs: Connection, inherited: list[Connection]) -> None:
         except EOFError:
             return
         try:
-            distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+            if ranks > 1:
+                distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
             try:
                 result = function(*arguments)
             finally:
-                distributed.destroy_process_group()
+                if distributed.is_initialized():
+                    distributed.destroy_process_group()
             answer = pickle.dumps((True, result))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))

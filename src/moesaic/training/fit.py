@@ -21,6 +21,7 @@ from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBa
 from moesaic.training.checkpoint_io import RunCheckpointIO
 from moesaic.training.components import make_loggers
 from moesaic.training.config import RunConfig
+from moesaic.training.launched import rank
 from moesaic.training.lightning_options import TENSORBOARD, ignore_advice, quiet_lightning
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
@@ -118,7 +119,7 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
     """
     run_dir, start = prepared.run_dir, prepared.start
     own, monitor = RunLogger(run_dir), RunMonitor(run_dir)
-    if start.kind == "resumed":
+    if start.kind == "resumed" and not rank():
         for table in (own.table, monitor.table):
             table.keep_until(start.checkpoint["global_step"])
     step = start.checkpoint["global_step"] if start.kind == "resumed" else 0

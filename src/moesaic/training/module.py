@@ -259,12 +259,15 @@ class LanguageModel(pl.LightningModule):
                     update_expert_bias(expert_bias, self._over_ranks(counts), rate)
 
     def configure_model(self) -> None:
-        """Spread the networks over the ranks of a sharded run, once."""
+        """Give the weights the dtype of the run, and spread them over the ranks of a sharded one, once.
+
+        Lightning would convert them after it has restored a checkpoint, and so round fp64 weights to fp32 first.
+        """
         strategy = self.trainer.strategy
+        strategy.precision_plugin.convert_module(self)
         if self._is_spread or not isinstance(strategy, ShardedStrategy):
             return
         self._is_spread = True
-        strategy.precision_plugin.convert_module(self)  # before: FSDP2 keeps the dtype that it has found
         for decoder in (self.teacher, self.decoder):
             if decoder is not None:
                 strategy.parallelize(decoder)

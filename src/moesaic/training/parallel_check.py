@@ -235,7 +235,7 @@ class _Batches:
 
 
 def _train(training: Training, parallel: ParallelConfig) -> Trained:
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     torch.manual_seed(0)
     config = training.config(parallel)
     module = _Watched(to_mapping(config), to_mapping(MODELS[training.model]))
@@ -257,7 +257,7 @@ def _train(training: Training, parallel: ParallelConfig) -> Trained:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **_with(strategy_options("auto", parallel, training.precision, ranks), _Standing()),
+        **_with(strategy_options("auto", parallel, training.precision, ranks), _Standing() if ranks > 1 else None),
     )
     with warnings.catch_warnings():
         ignore_advice()
@@ -267,5 +267,5 @@ def _train(training: Training, parallel: ParallelConfig) -> Trained:
     return Trained(rows.rows, weights)
 
 
-def _with(options: dict[str, Any], environment: LightningEnvironment) -> dict[str, Any]:
-    return {**options, "plugins": [*options.get("plugins", []), environment]}
+def _with(options: dict[str, Any], environment: LightningEnvironment | None) -> dict[str, Any]:
+    return {**options, "plugins": [*options.get("plugins", []), *([environment] if environment else [])]}

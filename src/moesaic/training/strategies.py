@@ -50,7 +50,7 @@ class ShardedStrategy(ModelParallelStrategy):
     @staticmethod
     def gather(state: Any) -> Any:
         """Containers with whole tensors, on the CPU of rank 0; on the others with nothing. Every rank must ask."""
-        is_first = torch.distributed.get_rank() == 0
+        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if isinstance(state, Mapping):
             gathered = {key: ShardedStrategy.gather(value) for key, value in state.items()}
             return {key: value for key, value in gathered.items() if is_first or isinstance(value, (dict, list))}
