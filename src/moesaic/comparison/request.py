@@ -164,7 +164,8 @@ def read_arms(request: Request) -> tuple[dict[str, Subject], Data]:
             model = {**run.model, "vocab_size": run.model["vocab_size"] or 1}
             require_accelerator("trainer.accelerator", run.trainer.accelerator)
             require_memory_of_run(run, from_mapping(DecoderConfig, model, "model"))
-    subjects, loaded = {}, {}
+    subjects: dict[str, Subject] = {}
+    loaded: dict[str, Data] = {}
     for arm in request.arms:
         run = runs[arm.name]
         key = repr(run.data)

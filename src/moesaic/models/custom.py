@@ -201,7 +201,7 @@ def require_fresh(config: DecoderConfig) -> None:
 def _is_stale(module: str) -> bool:
     """Whether a function of an imported module is not in its file as that is now."""
     loaded = sys.modules.get(module)
-    loader = getattr(getattr(loaded, "__spec__", None), "loader", None)
+    loader: Any = getattr(getattr(loaded, "__spec__", None), "loader", None)
     if loaded is None or not hasattr(loader, "get_code"):
         return False
     try:
