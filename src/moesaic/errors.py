@@ -23,11 +23,15 @@ class CannotWrite(InputError):
     """A file could not be written: a full or read-only disk, missing rights. What was there before is intact."""
 
     def __init__(self, path: Path | str, error: OSError) -> None:
+        self.path, self.error = path, error
         reason = error.strerror or (os.strerror(error.errno) if error.errno else "no space left on the device?")
         super().__init__(
             f"{path}: cannot be written ({reason}); what was there is intact. Make room or choose another place, then "
             "repeat the command"
         )
+
+    def __reduce__(self) -> tuple[type["CannotWrite"], tuple[Path | str, OSError]]:
+        return CannotWrite, (self.path, self.error)  # it may cross from another process
 
 
 class UnknownKey(InputError):

@@ -51,6 +51,9 @@ COMMANDS = {
     "cache-targets": Command(
         "Compute a teacher's targets once, for any number of students.", ("teacher", "directory"), "TEACHER DIRECTORY"
     ),
+    "tokenize": Command(
+        "Write the token ids of text of any size, to train from.", ("data.path", "directory"), "SOURCE DIRECTORY"
+    ),
     "bench": Command("Measure layers and models on this machine.", ("name",), "[NAME]"),
 }
 

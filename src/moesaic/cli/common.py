@@ -45,8 +45,6 @@ __all__ = [
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable that lets Hydra raise what it finds wrong."""
 
-OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
-
 
 class Prepared(list[str]):
     """A checked command line as Hydra takes it: flags, then key=value.
@@ -83,23 +81,26 @@ def prepare(name: str, arguments: Sequence[str]) -> Prepared:
     return prepared
 
 
-def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], None]) -> None:
-    """Run a command: prepare its arguments, let Hydra compose conf/<name>.yaml, call `task` with it."""
+def launch(name: str, arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
+    """Run a command: prepare its arguments, let Hydra compose conf/<name>.yaml, call `task` with it.
+
+    Hydra's sweepers get what `task` returns, its launchers may call it in other processes.
+    """
     prepared = arguments if isinstance(arguments, Prepared) else prepare(name, arguments)
     before, sys.argv = sys.argv, [f"moesaic {name}", *prepared]
 
     @functools.wraps(task)
-    def guarded(config: DictConfig) -> None:
+    def guarded(config: DictConfig) -> Any:
         sys.argv = before  # Hydra has read the other; Lightning repeats this command in the processes it starts
 
-        def trusted_task() -> None:
+        def trusted_task() -> Any:
             with composing():
                 found = config.get("trust")
                 names = list(found) if isinstance(found, ListConfig) else found
             with trusting(names):
-                task(config)
+                return task(config)
 
-        exit_on_bad_input(trusted_task)
+        return exit_on_bad_input(trusted_task)
 
     config_name = name.replace("-", "_")
     command = hydra.main(config_path=str(CONFIG_DIR), config_name=config_name, version_base="1.3")(guarded)

@@ -70,7 +70,7 @@ OPTIONS = {
     "trainer=default": "trainer=cpu",
     "callbacks=default": "callbacks=none",
     "data=huggingface": "data.source=huggingface data.path=NAME",
-    "data=memmap": "data.source=memmap data.path=FOLDER",
+    "data=shards": "data=memmap data.path=FOLDER",
     "data=text": "data=files data.path=FOLDER",
 }
 """Options of config groups that other projects have, and what to type here."""

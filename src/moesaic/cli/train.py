@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
+import math
+import os
 import re
 import shlex
 import sys
@@ -14,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,18 +27,25 @@ from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.files import write_json, write_yaml
 from moesaic.overrides import for_shell, override
-from moesaic.studies.sweep import write_report
+from moesaic.studies.sweep import DEFAULT_METRICS, ENDED, collect_runs, write_report
 from moesaic.training.fit import WARNED
 from moesaic.training.run import run_found
 from moesaic.training.starting import Found, find_run, free_part, is_finished
 
-__all__ = ["main", "train", "train_in_sweep"]
+__all__ = ["OfSweep", "main", "objective", "train", "train_in_sweep"]
 
 sweeps: dict[Path, int] = {}
-"""Directory of each sweep of this process and how many of its runs failed."""
+"""Directory of each sweep of this process, and how many runs found that their place there was taken."""
 
-command_line: list[str] = []
-"""Arguments of the command that this process runs."""
+SWEPT = "MOESAIC_SWEPT"
+"""Environment variable with the keys that a command sweeps, for the processes in which a launcher puts its runs."""
+
+
+class OfSweep(Callback):
+    """What the process of a sweep hears of it, whose runs may be in other processes."""
+
+    def on_multirun_start(self, config: DictConfig, **others: Any) -> None:
+        sweeps[Path(config.hydra.sweep.dir).absolute()] = 0
 
 
 def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -88,26 +99,36 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def train_in_sweep(config: dict[str, Any], run_dir: Path) -> None:
-    """One run of a sweep: a failure is recorded and the sweep goes on. All have one precision, to be comparable."""
+def train_in_sweep(config: dict[str, Any], run_dir: Path) -> float:
+    """One run of a sweep: a failure is recorded and the sweep goes on. All have one precision, to be comparable.
+
+    Returns:
+        what a sweeper minimizes.
+    """
     if config["trainer"]["precision"] == "auto":
         config = {**config, "trainer": {**config["trainer"], "precision": "32-true"}}
-    sweeps.setdefault(run_dir.parent, 0)
     try:
         metrics = train({**config, "run_dir": str(run_dir)})
-        if metrics.get("stopped_by") == WARNED:
-            sys.exit(0)  # with the table of what there is
-        failed = metrics["status"] not in ("finished", "stopped")
     except Exception as error:
         if not isinstance(error, InputError):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        failed = True
-        if not is_finished(run_dir):
-            if not (run_dir / "config.yaml").exists():
-                write_yaml(run_dir / "config.yaml", config)
-            write_json(run_dir / "metrics.json", {"status": "failed", "error": f"{type(error).__name__}: {error}"})
-    sweeps[run_dir.parent] += failed
+        if is_finished(run_dir):
+            sweeps[run_dir.parent] = sweeps.get(run_dir.parent, 0) + 1
+            return math.inf
+        if not (run_dir / "config.yaml").exists():
+            write_yaml(run_dir / "config.yaml", config)
+        metrics = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        write_json(run_dir / "metrics.json", metrics)
+    if metrics.get("stopped_by") == WARNED:
+        sys.exit(0)  # with the table of what there is
+    return objective(metrics)
+
+
+def objective(metrics: Mapping[str, Any]) -> float:
+    """What a sweeper such as Optuna minimizes: bits per byte, or the loss; infinity of a run without numbers."""
+    found = [metrics[name] for name in DEFAULT_METRICS if name in metrics]
+    return float(found[0]) if found and metrics["status"] in ENDED and math.isfinite(found[0]) else math.inf
 
 
 def directory_of_job(number: int, overrides: Sequence[str]) -> str:
@@ -132,7 +153,7 @@ LONGEST = 80
 
 def _swept(overrides: Sequence[str]) -> dict[str, Any]:
     """Keys with several values on the command line, and their values here; all keys if a file says what is swept."""
-    several = {each.key_or_group for each in _parsed(command_line) if each.is_sweep_override()}
+    several = json.loads(os.environ.get(SWEPT, "[]"))
     here = {each.key_or_group: each.value() for each in _parsed(overrides)}
     return {key: value for key, value in here.items() if key in several or not several}
 
@@ -163,35 +184,45 @@ def _with_swept(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     return {**config, "logger": {**config["logger"], "tensorboard": {**board, "swept": list(_swept(overrides))}}}
 
 
-def _task(config: DictConfig) -> None:
+def _task(config: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
-        train_in_sweep(_with_swept(plain(config), overrides), Path(hydra_config.runtime.output_dir))
-    else:
-        metrics = train(plain(config), overrides)
-        if metrics["status"] == "diverged":
-            sys.exit(1)
+        return train_in_sweep(_with_swept(plain(config), overrides), Path(hydra_config.runtime.output_dir))
+    metrics = train(plain(config), overrides)
+    if metrics["status"] == "diverged":
+        sys.exit(1)
+    return objective(metrics)
 
 
 def main(arguments: Sequence[str]) -> None:
-    command_line[:] = arguments
+    os.environ[SWEPT] = json.dumps([each.key_or_group for each in _parsed(arguments) if each.is_sweep_override()])
     try:
         launch("train", arguments, _task)
     except BaseException:  # a sweep that ends early has a table too
-        with contextlib.suppress(InputError):
-            for directory in _write_reports():
-                print(f"the sweep in {directory} ended early: what is not in the table has not begun")
+        for directory in _write_reports():
+            print(f"the sweep in {directory} ended early: what is not in the table has not begun")
         raise
+    finally:
+        del os.environ[SWEPT]
     _write_reports()
-    if any(sweeps.values()):
-        print(f"error: {sum(sweeps.values())} run(s) of this sweep failed, see the table", file=sys.stderr)
+    if failed := sum(_number_of_failures(directory) for directory in sweeps):
+        print(f"error: {failed} run(s) of this sweep failed, see the table", file=sys.stderr)
         sys.exit(1)
 
 
 def _write_reports() -> list[Path]:
+    """Write the tables of the sweeps in which a run has begun; returns their directories."""
+    written = []
     for directory in sweeps:
-        print(write_report(directory))
-        print(f"written: {directory}/report.md, report.csv, report.png")
-        print(f"curves: {shlex.join(['tensorboard', '--logdir', str(directory)])}")
-    return list(sweeps)
+        with contextlib.suppress(InputError):  # no run in it
+            print(write_report(directory))
+            print(f"written: {directory}/report.md, report.csv, report.png")
+            print(f"curves: {shlex.join(['tensorboard', '--logdir', str(directory)])}")
+            written.append(directory)
+    return written
+
+
+def _number_of_failures(directory: Path) -> int:
+    """How many runs of a sweep have no numbers, or found their place taken."""
+    return sum(run.status not in ENDED for run in collect_runs(directory)) + sweeps[directory]

@@ -7,13 +7,31 @@ import os
 import platform
 import sysconfig
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moesaic.errors import InputError
 
-__all__ = ["Corpus", "Document", "expanded", "load_files", "load_huggingface", "load_packages", "load_stdlib"]
+__all__ = [
+    "END_OF_SPLIT",
+    "TAIL",
+    "Corpus",
+    "Document",
+    "expanded",
+    "facts_of",
+    "find_files",
+    "heading_of",
+    "load_files",
+    "load_huggingface",
+    "load_packages",
+    "load_stdlib",
+    "nothing_usable",
+    "place_to_cut",
+    "relative_name",
+    "too_short_to_cut",
+    "validation_names",
+]
 
 LEFT_OUT_FOLDERS = frozenset(
     {"test", "tests", "idlelib", "idle_test", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"}
@@ -48,19 +66,35 @@ class Corpus:
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             for document in split:
-                digest.update(f"{document.name}\0{len(document.text)}\0".encode())
+                digest.update(heading_of(document.name, len(document.text)))
                 digest.update(document.text)
-            digest.update(b"\1")
-        return {
-            "source": self.source,
-            "python": platform.python_version(),
-            "train_files": len(self.train),
-            "train_bytes": sum(len(document.text) for document in self.train),
-            "validation_files": len(self.validation),
-            "validation_bytes": sum(len(document.text) for document in self.validation),
-            "left_out": dict(sorted(self.left_out.items())),
-            "content_hash": digest.hexdigest(),
-        }
+            digest.update(END_OF_SPLIT)
+        sizes = [[len(document.text) for document in split] for split in (self.train, self.validation)]
+        return facts_of(self.source, sizes[0], sizes[1], self.left_out, digest.hexdigest())
+
+
+END_OF_SPLIT = b"\1"
+
+
+def heading_of(name: str, size: int) -> bytes:
+    """What stands before the text of a document in what the content hash is of."""
+    return f"{name}\0{size}\0".encode()
+
+
+def facts_of(
+    source: str, train: Sequence[int], validation: Sequence[int], left_out: Mapping[str, int], content_hash: str
+) -> dict[str, Any]:
+    """The facts of a corpus whose documents have these sizes in bytes."""
+    return {
+        "source": source,
+        "python": platform.python_version(),
+        "train_files": len(train),
+        "train_bytes": sum(train),
+        "validation_files": len(validation),
+        "validation_bytes": sum(validation),
+        "left_out": dict(sorted(left_out.items())),
+        "content_hash": content_hash,
+    }
 
 
 def load_stdlib(validation_fraction: float) -> Corpus:
@@ -82,6 +116,30 @@ def load_files(path: str, validation_fraction: float) -> Corpus:
         InputError: nothing there, only empty or unreadable files, or binary data.
     """
     left_out: Counter[str] = Counter()
+    root, paths = find_files(path, left_out)
+    documents: list[Document] = []
+    unusable: dict[str, Path] = {}
+    for file in paths:
+        text = _read_text(file)
+        if isinstance(text, str):
+            left_out[text] += 1
+            unusable.setdefault(text, file)
+        else:
+            documents.append(Document(relative_name(file, root), text))
+    if not documents:
+        raise nothing_usable(path, len(paths), unusable)
+    return _split(f"files: {path}", documents, validation_fraction, left_out)
+
+
+def find_files(path: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
+    """The folder and the files, in order, that a folder, a glob or one file stands for.
+
+    Args:
+        left_out: gets the number of folders that cannot be read.
+
+    Raises:
+        InputError: no file there.
+    """
     given = expanded(path)
     if given.is_dir():
         root = given
@@ -94,21 +152,15 @@ def load_files(path: str, validation_fraction: float) -> Corpus:
         paths = [p for p in paths if not _hidden(p.relative_to(root))]
     if not paths:
         raise InputError(f"data.path={path!r}: no such file or folder, or no file in it")
-    documents: list[Document] = []
-    unusable: dict[str, Path] = {}
-    for file in sorted(paths):
-        text = _read_text(file)
-        if isinstance(text, str):
-            left_out[text] += 1
-            unusable.setdefault(text, file)
-        else:
-            documents.append(Document(_relative(file, root), text))
+    return root, sorted(paths)
+
+
+def nothing_usable(path: str, found: int, unusable: Mapping[str, Path]) -> InputError:
+    """Why no text is in `found` files; `unusable` has the first one by each reason."""
     for reason, must in (("unreadable", "a file you may read"), ("binary", "UTF-8 text without NUL bytes")):
-        if not documents and reason in unusable:
-            raise InputError(f"data.path={path!r}: {reason} data ({unusable[reason]}); must be {must}")
-    if not documents:
-        raise InputError(f"data.path={path!r}: all {len(paths)} files are empty")
-    return _split(f"files: {path}", documents, validation_fraction, left_out)
+        if reason in unusable:
+            return InputError(f"data.path={path!r}: {reason} data ({unusable[reason]}); must be {must}")
+    return InputError(f"data.path={path!r}: all {found} files are empty")
 
 
 def load_huggingface(name: str, validation_fraction: float) -> Corpus:
@@ -140,7 +192,7 @@ def load_huggingface(name: str, validation_fraction: float) -> Corpus:
 def _python_sources(source: str, root: Path, validation_fraction: float) -> Corpus:
     documents, left_out = [], Counter[str]()
     found = [p for folder in _folders(root, left_out, LEFT_OUT_FOLDERS) for p in folder.glob("*.py") if p.is_file()]
-    for path in sorted(found, key=lambda p: _relative(p, root)):
+    for path in sorted(found, key=lambda p: relative_name(p, root)):
         folders = path.relative_to(root).parts[:-1]
         generated = path.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
         if generated or LEFT_OUT_FOLDERS.intersection(folders):
@@ -151,7 +203,7 @@ def _python_sources(source: str, root: Path, validation_fraction: float) -> Corp
         elif len(text) < SMALLEST:
             left_out[f"smaller than {SMALLEST} bytes"] += 1
         else:
-            documents.append(Document(_relative(path, root), text))
+            documents.append(Document(relative_name(path, root), text))
     if not documents:
         raise InputError(f"data.source={source!r}: no Python sources under {root}")
     return _split(source, documents, validation_fraction, left_out)
@@ -167,18 +219,24 @@ def _split(source: str, documents: list[Document], fraction: float, left_out: Co
     if len(documents) == 1:
         head, tail = _cut(documents[0], fraction)
         return Corpus(source, (head,), (tail,), left_out)
-    places = {document.name: _place(document.name) for document in documents}
-    validation = {name for name, place in places.items() if place < fraction}
-    if not validation:  # so few documents that none fell there
-        validation = {min(places, key=lambda name: places[name])}
-    elif len(validation) == len(documents):
-        validation.remove(max(places, key=lambda name: places[name]))
+    validation = validation_names([document.name for document in documents], fraction)
     return Corpus(
         source,
         tuple(document for document in documents if document.name not in validation),
         tuple(document for document in documents if document.name in validation),
         left_out,
     )
+
+
+def validation_names(names: Sequence[str], fraction: float) -> set[str]:
+    """Which of at least two documents are for validation; neither split is empty."""
+    places = {name: _place(name) for name in names}
+    validation = {name for name, place in places.items() if place < fraction}
+    if not validation:  # so few documents that none fell there
+        validation = {min(places, key=lambda name: places[name])}
+    elif len(validation) == len(places):
+        validation.remove(max(places, key=lambda name: places[name]))
+    return validation
 
 
 def _place(name: str) -> float:
@@ -191,13 +249,26 @@ def _place(name: str) -> float:
 
 def _cut(document: Document, fraction: float) -> tuple[Document, Document]:
     text = document.text
-    wanted = round(len(text) * (1 - fraction))
-    cut = text.rfind(b"\n", 0, wanted) + 1 or wanted
-    while cut < len(text) and text[cut] & 0xC0 == 0x80:  # not inside a UTF-8 sequence
-        cut += 1
+    cut = place_to_cut(text, round(len(text) * (1 - fraction)))
     if cut in (0, len(text)):
-        raise InputError(f"{document.name}: {len(text)} bytes are too few to cut a validation split from")
-    return Document(document.name, text[:cut]), Document(f"{document.name} (tail)", text[cut:])
+        raise too_short_to_cut(document.name, len(text))
+    return Document(document.name, text[:cut]), Document(f"{document.name}{TAIL}", text[cut:])
+
+
+TAIL = " (tail)"
+"""What the name of the validation text of a lone file ends in."""
+
+
+def place_to_cut(text: bytes, wanted: int) -> int:
+    """The last line end before `wanted`, or `wanted` if there is none; not inside a UTF-8 sequence."""
+    cut = text.rfind(b"\n", 0, wanted) + 1 or wanted
+    while cut < len(text) and text[cut] & 0xC0 == 0x80:
+        cut += 1
+    return cut
+
+
+def too_short_to_cut(name: str, size: int) -> InputError:
+    return InputError(f"{name}: {size} bytes are too few to cut a validation split from")
 
 
 def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
@@ -275,7 +346,7 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
 
 
-def _relative(path: Path, root: Path) -> str:
+def relative_name(path: Path, root: Path) -> str:
     """Its name; of bytes that are no UTF-8 what stands for them."""
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
     return os.fsencode(name).decode(errors="replace")

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moesaic.data.tokenizers import Ids
+from moesaic.data.shards import Tokens
 from moesaic.errors import InputError
 
 __all__ = ["EvaluationLoader", "ResumableLoader", "TrainingLoader", "windows_at", "with_step_counts"]
@@ -16,7 +16,7 @@ __all__ = ["EvaluationLoader", "ResumableLoader", "TrainingLoader", "windows_at"
 Batch = dict[str, Tensor]
 
 
-def windows_at(tokens: Ids, starts: npt.NDArray[np.int64], seq_len: int) -> Batch:
+def windows_at(tokens: Tokens, starts: npt.NDArray[np.int64], seq_len: int) -> Batch:
     """The windows of a stream (n,) that begin at `starts` (B,), each followed by at least one more token.
 
     Returns:
@@ -124,7 +124,7 @@ class TrainingLoader(ResumableLoader):
 
     def __init__(
         self,
-        tokens: Ids,
+        tokens: Tokens,
         *,
         seq_len: int,
         batch_size: int,
@@ -176,7 +176,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        tokens: Ids,
+        tokens: Tokens,
         *,
         seq_len: int,
         batch_size: int,

@@ -6,31 +6,51 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from moesaic.config import from_mapping, require, to_mapping
 from moesaic.data.corpora import Corpus, Document, expanded, load_files, load_huggingface, load_packages, load_stdlib
+from moesaic.data.shards import ShardedIds, Tokens
 from moesaic.data.tasks import TASKS, Task
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
-from moesaic.errors import InputError
-from moesaic.files import sync, write_atomically
+from moesaic.errors import CannotWrite, InputError
+from moesaic.files import sync, write_atomically, write_json
 from moesaic.reading import read_json, reading, require_finite
 
-__all__ = ["Data", "DataConfig", "TokenStream", "load_data"]
+__all__ = [
+    "BEGUN",
+    "MANIFEST",
+    "Data",
+    "DataConfig",
+    "TokenStream",
+    "baselines_of",
+    "dtype_for",
+    "load_data",
+    "manifest_hash",
+    "seal",
+    "shard_name",
+]
 
 VERSION = 1
 """Part of every cache key; raise it when the layout or the meaning of a cache folder changes."""
 
 MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+"""Of a folder that moesaic tokenize has not finished: what it is made from."""
 SEAL = "sha256"
 """Key of the manifest with the hash of each file, and under the manifest's own name that of its other keys."""
 
-FILES = ("train.bin", "validation.bin", "tokenizer.json")
+WORTH_A_STAMP = 1 << 28
+"""Bytes of a memory map that are not read again at each start where nothing has changed since they were checked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +94,7 @@ class DataConfig:
 class TokenStream:
     """A split: each document after an end-of-text id, and one more at the end."""
 
-    tokens: Ids
+    tokens: Tokens
     """(n,) uint16 or uint32, memory-mapped."""
     num_bytes: int | None
     """Bytes of text in it; None if nobody said."""
@@ -110,7 +130,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         return _task_data(config.source, task)
     if config.source == "memmap":
         assert config.path is not None  # checked by the config
-        data = _open(expanded(config.path))
+        data = _open_mapped(expanded(config.path), expanded(config.cache_dir))
         if tokenizer is not None and data.tokenizer is not None and data.tokenizer.to_dict() != tokenizer.to_dict():
             raise InputError(f"data.path={config.path!r}: its ids are of another tokeniser than the checkpoint's")
         return dataclasses.replace(data, facts={"content_hash": _sampled_hash(data), **data.facts})
@@ -125,7 +145,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         data = _open(folder)
         if SEAL not in (manifest := read_json(folder / MANIFEST)):  # an older version made it
             with contextlib.suppress(OSError):  # a cache that can only be read
-                _seal(folder, manifest)
+                seal(folder, manifest)
     except InputError:  # not there, or damaged
         try:
             with _only_one(folder):
@@ -149,7 +169,7 @@ def _sampled_hash(data: Data) -> str:
     """A hash of both streams: of up to 64 blocks of 1 MiB each, spread over a stream of any size."""
     digest, block = hashlib.sha256(), 1 << 20
     for stream in (data.train.tokens, data.validation.tokens):
-        content = stream.view(np.uint8)
+        content = np.asarray(stream).view(np.uint8)
         digest.update(f"{len(content)}\0".encode())
         for start in np.unique(np.linspace(0, max(0, len(content) - block), 64).astype(np.int64)):
             digest.update(content[start : start + block].tobytes())
@@ -219,7 +239,7 @@ def _build(
     temporary.mkdir()
     try:
         manifest: dict[str, Any] = {
-            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+            "dtype": dtype_for(tokenizer),
             "vocab_size": tokenizer.vocab_size,
             "facts": {**facts, "baselines": _baselines(corpus)},
         }
@@ -230,7 +250,7 @@ def _build(
             sync(temporary / f"{name}.bin")
             manifest[name] = {"tokens": len(stream), "bytes": sum(len(document.text) for document in documents)}
         (temporary / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
-        _seal(temporary, manifest)
+        seal(temporary, manifest)
         shutil.rmtree(folder, ignore_errors=True)  # damaged
         temporary.rename(folder)
         sync(folder.parent)
@@ -248,19 +268,35 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizer, dtype: str) -> 
     return np.concatenate(pieces)
 
 
+def dtype_for(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    """The smallest type of ids."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
 def _baselines(corpus: Corpus) -> dict[str, float]:
-    """Bits per byte of the validation text: two compressors, and byte frequencies learned on the training text."""
     text = b"".join(document.text for document in corpus.validation)
-    counts = np.ones(256)
+    counts = np.zeros(256, dtype=np.int64)
     for document in corpus.train:
         counts += np.bincount(np.frombuffer(document.text, dtype=np.uint8), minlength=256)
-    seen = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
-    unigram = -float((seen * np.log2(counts / counts.sum())).sum())
-    return {
-        "byte unigram": unigram / len(text),
-        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-        "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
-    }
+    return baselines_of(counts, np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256), text)
+
+
+def baselines_of(
+    train: npt.NDArray[np.int64], validation: npt.NDArray[np.int64], text: bytes | None
+) -> dict[str, float]:
+    """Bits per byte of the validation text: two compressors, and byte frequencies learned on the training text.
+
+    Args:
+        train: (256,) how often each byte is in the training text.
+        validation: (256,) the same of the validation text.
+        text: the validation text; None for no compressors.
+    """
+    counts, size = 1.0 + train, int(validation.sum())
+    baselines = {"byte unigram": -float((validation * np.log2(counts / counts.sum())).sum()) / size}
+    if text is not None:
+        baselines["gzip -9"] = 8 * len(gzip.compress(text, 9)) / size
+        baselines["xz -9e"] = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / size
+    return baselines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,10 +305,25 @@ class _Split:
 
     tokens: int | None = None
     bytes: int | None = None
+    shards: tuple[int, ...] | None = None  # tokens of each file, if there are several
 
     def __post_init__(self) -> None:
         for name in ("tokens", "bytes"):
             require(self, name, (getattr(self, name) or 0) >= 0, "a number >= 0, or null")
+        if self.shards is not None:
+            require(self, "shards", len(self.shards) > 0 and min(self.shards) > 0, "numbers of tokens above 0, or null")
+            require(self, "tokens", self.tokens == sum(self.shards), f"{sum(self.shards)}, the sum of the shards")
+
+    def files(self, split: str) -> dict[str, int | None]:
+        """Name of each file, and how many tokens are in it if that is known."""
+        if self.shards is None:
+            return {f"{split}.bin": self.tokens}
+        return {shard_name(split, i): tokens for i, tokens in enumerate(self.shards)}
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file of a part of a stream."""
+    return f"{split}-{number:05d}.bin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,11 +346,19 @@ class _Manifest:
             if not isinstance(self.facts.get(name, ""), str):
                 raise ValueError(f"facts.{name}={self.facts[name]!r}: must be a string")
 
+    def splits(self) -> dict[str, _Split]:
+        return {"train": self.train or _Split(), "validation": self.validation or _Split()}
 
-def _seal(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a folder, with the hashes of all that is in it."""
-    hashes = {name: _file_hash(folder / name) for name in FILES if (folder / name).exists()}
-    hashes[MANIFEST] = _manifest_hash(manifest)
+    def files(self) -> list[str]:
+        """Names of all files that may be beside it."""
+        return [*(name for split, entry in self.splits().items() for name in entry.files(split)), "tokenizer.json"]
+
+
+def seal(folder: Path, manifest: dict[str, Any], known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the manifest of a folder, with the hashes of all that is in it; those in `known` are not computed."""
+    names = [name for name in _manifest_of(manifest).files() if (folder / name).exists()]
+    hashes = {name: known.get(name) or _file_hash(folder / name) for name in names}
+    hashes[MANIFEST] = manifest_hash(manifest)
     write_atomically(folder / MANIFEST, json.dumps({**manifest, SEAL: hashes}, indent=2))
 
 
@@ -308,56 +367,126 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_hash(manifest: dict[str, Any]) -> str:
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """The hash of all but the hashes."""
     rest = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest_of(content: Mapping[str, Any]) -> _Manifest:
+    names = [field.name for field in dataclasses.fields(_Manifest)]
+    return from_mapping(_Manifest, {name: content[name] for name in names if name in content})
 
 
 def _read_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST
     if not path.exists():
-        raise InputError(f"data.path={str(folder)!r}: it has no {MANIFEST}")
+        begun = (folder / BEGUN).exists()
+        advice = "; the moesaic tokenize command that began it continues it" if begun else ""
+        raise InputError(f"data.path={str(folder)!r}: it has no {MANIFEST}{advice}")
     with reading(path):
         content = read_json(path)
         require_finite(content, "")
-        names = [field.name for field in dataclasses.fields(_Manifest)]
-        manifest = from_mapping(_Manifest, {name: content[name] for name in names if name in content})
-        if manifest.sha256 is not None and manifest.sha256.get(MANIFEST) != _manifest_hash(content):
+        manifest = _manifest_of(content)
+        if manifest.sha256 is not None and manifest.sha256.get(MANIFEST) != manifest_hash(content):
             raise InputError("damaged, it is not what was written")
-    for name in FILES if manifest.sha256 is not None else ():
-        with reading(folder / name):
-            if (folder / name).exists() and (manifest.sha256 or {}).get(name) != _file_hash(folder / name):
-                raise InputError(f"damaged, its sha256 is not that in {MANIFEST}")
     return manifest
 
 
-def _open(folder: Path) -> Data:
+def _require_unchanged(folder: Path, manifest: _Manifest) -> None:
+    """Raise InputError that names the first file whose content is not that of its hash."""
+    for name in manifest.files() if manifest.sha256 is not None else ():
+        with reading(folder / name):
+            if (folder / name).exists() and (manifest.sha256 or {}).get(name) != _file_hash(folder / name):
+                raise InputError(f"damaged, its sha256 is not that in {MANIFEST}")
+
+
+def _open_mapped(folder: Path, cache_dir: Path) -> Data:
+    """A folder as `_open` has it; the cache remembers that all of a large one was read and found whole.
+
+    What it remembers is sizes and times of the files, so that any change of one has all read again. The processes of
+    one machine do not all read it: they wait for the first.
+    """
+    stamp = cache_dir / f"verified-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.json"
+    state = _state_of(folder)
+    if sum(size for size, *_ in state.values()) < WORTH_A_STAMP:
+        return _open(folder)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a cache that can only be read
+            held.enter_context(_only_one(stamp))
+        if _stored_state(stamp) == state:
+            return _open(folder, verified=True)
+        began, data = time.time(), _open(folder)
+        settled = all(max(times) < (began - 2) * 1e9 for _, *times in state.values())  # later changes have other times
+        if settled and _state_of(folder) == state:
+            with contextlib.suppress(CannotWrite):
+                write_json(stamp, state)
+        return data
+
+
+def _state_of(folder: Path) -> dict[str, list[int]]:
+    """Size and times of every file of a folder."""
+    with reading(folder):
+        found = {path.name: path.stat() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found.items()}
+
+
+def _stored_state(stamp: Path) -> Any:
+    try:
+        return json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _open(folder: Path, verified: bool = False) -> Data:
     """A folder of train.bin, validation.bin, manifest.json and, optionally, tokenizer.json.
 
-    The manifest needs "dtype" and "vocab_size"; "train" and "validation" may give {"bytes": n}, for bits per byte.
+    The manifest needs "dtype" and "vocab_size"; "train" and "validation" may give {"bytes": n}, for bits per byte, and
+    {"shards": [tokens, ...], "tokens": their sum} for a stream in several files, train-00000.bin and so on.
     Where it has hashes, all files are read once and compared: about a second for 1 GB. Those of a cache always have.
+
+    Args:
+        verified: take the content of the files as good.
     """
     manifest = _read_manifest(folder)
-    vocab_size = manifest.vocab_size
-    train = _open_stream(folder / "train.bin", manifest.train or _Split(), manifest)
-    validation = _open_stream(folder / "validation.bin", manifest.validation or _Split(), manifest)
+    if not verified:
+        _require_unchanged(folder, manifest)
+    train, validation = (
+        TokenStream(_map(folder, entry.files(split), manifest, verified), entry.bytes)
+        for split, entry in manifest.splits().items()
+    )
     tokenizer = None
     if (path := folder / "tokenizer.json").exists():
         with reading(path):
             tokenizer = tokenizer_from_dict(read_json(path))
-            if tokenizer.vocab_size != vocab_size:
-                raise InputError(f"{path}: {tokenizer.vocab_size} entries, but the manifest says {vocab_size}")
-    return Data(train, validation, tokenizer, vocab_size, {"source": f"memmap: {folder}", **manifest.facts})
+            if tokenizer.vocab_size != manifest.vocab_size:
+                raise InputError(f"{path}: {tokenizer.vocab_size} entries, but the manifest says {manifest.vocab_size}")
+    facts = {"source": f"memmap: {folder}", **manifest.facts}
+    return Data(train, validation, tokenizer, manifest.vocab_size, facts)
 
 
-def _open_stream(path: Path, entry: _Split, manifest: _Manifest) -> TokenStream:
-    dtype, vocab_size = manifest.dtype, manifest.vocab_size
+def _map(folder: Path, files: Mapping[str, int | None], manifest: _Manifest, verified: bool) -> Tokens:
+    """A stream, memory-mapped."""
+    found = []
+    for name, expected in files.items():
+        tokens = _map_file(folder / name, expected, manifest.dtype)
+        if not verified:
+            _require_in_vocabulary(folder / name, tokens, manifest.vocab_size)
+        found.append(tokens)
+    return found[0] if len(found) == 1 else ShardedIds(found)
+
+
+def _map_file(path: Path, expected: int | None, dtype: str) -> Ids:
     size = path.stat().st_size if path.is_file() else 0
     if size == 0 or size % np.dtype(dtype).itemsize:
         raise InputError(f"{path}: {'missing or empty' if size == 0 else f'{size} bytes are not whole {dtype} ids'}")
     tokens: Ids = np.memmap(path, dtype=dtype, mode="r")
-    if entry.tokens is not None and len(tokens) != entry.tokens:
-        raise InputError(f"{path}: {len(tokens)} tokens, but the manifest says {entry.tokens}: truncated?")
+    if expected is not None and len(tokens) != expected:
+        raise InputError(f"{path}: {len(tokens)} tokens, but the manifest says {expected}: truncated?")
+    return tokens
+
+
+def _require_in_vocabulary(path: Path, tokens: Ids, vocab_size: int) -> None:
     block = 1 << 24
     for start in range(0, len(tokens), block):
         part = tokens[start : start + block]
@@ -366,4 +495,3 @@ def _open_stream(path: Path, entry: _Split, manifest: _Manifest) -> TokenStream:
             raise InputError(
                 f"{path}: token id {part[at]} at position {start + at}; the vocabulary has ids 0 to {vocab_size - 1}"
             )
-    return TokenStream(tokens, entry.bytes)

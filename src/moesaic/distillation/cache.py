@@ -41,7 +41,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from moesaic.config import from_mapping
-from moesaic.data.tokenizers import Ids
+from moesaic.data.shards import Tokens
 from moesaic.distillation.sparsify import IGNORE_INDEX, StoredTargets, TargetFormat
 from moesaic.errors import InputError
 from moesaic.files import LOCK, atomic, lock, write_atomically
@@ -187,7 +187,7 @@ def window_keys(tokens: Tensor, labels: Tensor) -> list[int]:
     return [_key(row.tobytes()) for row in torch.cat([tokens, labels[:, -1:]], dim=1).numpy().astype("<u4")]
 
 
-def stream_keys(tokens: Ids, seq_len: int) -> npt.NDArray[np.int64]:
+def stream_keys(tokens: Tokens, seq_len: int) -> npt.NDArray[np.int64]:
     """The keys (W,) of the windows on the fixed grid of a stream (n,), W = (n - 1) // seq_len.
 
     Raises:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moesaic.config import LARGEST_SEED, from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.data.loaders import Batch, windows_at
-from moesaic.data.tokenizers import Ids
+from moesaic.data.shards import Tokens
 from moesaic.devices import require_accelerator
 from moesaic.distillation.cache import CacheIdentity, TargetCache, forecast, stream_keys, window_keys
 from moesaic.distillation.sources import CacheThrough, FrozenTeacher, cache_identity
@@ -99,7 +99,7 @@ def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:
     }
 
 
-def _distinct_ids(teacher: FrozenTeacher, tokens: Ids, starts: Starts, identity: CacheIdentity) -> float:
+def _distinct_ids(teacher: FrozenTeacher, tokens: Tokens, starts: Starts, identity: CacheIdentity) -> float:
     """Mean number of distinct ids of a token, on a few of the windows that begin at `starts`."""
     count = min(len(starts), max(4, 4096 // identity.seq_len))
     found = []
@@ -116,7 +116,7 @@ def _distinct_ids(teacher: FrozenTeacher, tokens: Ids, starts: Starts, identity:
 
 
 def _missing_batches(
-    tokens: Ids, missing: Starts, there: int, seq_len: int, batch_size: int, console: Console
+    tokens: Tokens, missing: Starts, there: int, seq_len: int, batch_size: int, console: Console
 ) -> Iterator[Batch]:
     """The windows that begin at `missing`, with a progress bar, or a line every few seconds without a terminal.
 

@@ -13,7 +13,7 @@ import torch
 from moesaic.checkpoints import TrainedModel, load_model
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, load_data
-from moesaic.data.tokenizers import Ids
+from moesaic.data.shards import Tokens
 from moesaic.errors import InputError, naming
 from moesaic.evaluation.copying import CopyingConfig, copying_score, passages
 from moesaic.evaluation.long_context import (
@@ -53,7 +53,7 @@ class LongContextSource:
     """A checkpoint and the text to judge it on."""
 
     model: TrainedModel
-    tokens: Ids
+    tokens: Tokens
     train_length: int
     checkpoint_digest: str
 

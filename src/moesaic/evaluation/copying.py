@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import LARGEST_SEED
+from moesaic.data.shards import ShardedIds
 from moesaic.errors import InputError
 
 __all__ = ["CopyingConfig", "copying_score", "passages"]
@@ -31,7 +32,7 @@ class CopyingConfig:
             raise ValueError(f"seed={self.seed}: must be an integer >= 0")
 
 
-def passages(config: CopyingConfig, tokens: npt.NDArray[Any] | None, vocab_size: int) -> Tensor:
+def passages(config: CopyingConfig, tokens: npt.NDArray[Any] | ShardedIds | None, vocab_size: int) -> Tensor:
     """Passages (sequences, length) int64: from all over a stream, or of ids drawn uniformly if `tokens` is None.
 
     Raises:

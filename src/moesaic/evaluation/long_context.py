@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.data.shards import ShardedIds
 from moesaic.errors import InputError
 from moesaic.evaluation.results import ResultFile, is_numbers
 from moesaic.evaluation.variants import Variant
@@ -116,7 +117,12 @@ def log_buckets(length: int, train_length: int, per_octave: int = 2) -> tuple[in
 
 
 def choose_stretches(
-    tokens: Ids, length: int, *, limit: int | None, within: Literal["stream", "files"], end_of_text: int | None
+    tokens: Ids | ShardedIds,
+    length: int,
+    *,
+    limit: int | None,
+    within: Literal["stream", "files"],
+    end_of_text: int | None,
 ) -> Tensor:
     """Stretches that share no predicted token, spread evenly over a stream; (S, length + 1) int64.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import LARGEST_SEED
+from moesaic.data.shards import ShardedIds
 from moesaic.errors import InputError
 from moesaic.evaluation.results import ResultFile, is_numbers
 from moesaic.evaluation.variants import Variant
@@ -99,7 +100,9 @@ class NeedleTask:
         InputError: a context longer than the text, or too short for needle and question.
     """
 
-    def __init__(self, tokenizer: TextEncoder, tokens: Ids, config: NeedleConfig, train_length: int) -> None:
+    def __init__(
+        self, tokenizer: TextEncoder, tokens: Ids | ShardedIds, config: NeedleConfig, train_length: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.config = config

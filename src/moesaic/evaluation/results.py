@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesaic.config import require_same
+from moesaic.data.shards import ShardedIds
 from moesaic.errors import InputError
 from moesaic.files import write_atomically
 from moesaic.reading import read_json, reading
@@ -84,6 +85,6 @@ def is_numbers(row: Any, count: int) -> bool:
     )
 
 
-def digest(tokens: Ids) -> str:
+def digest(tokens: Ids | ShardedIds) -> str:
     """What identifies some text for `ResultFile`."""
     return hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()[:16]  # type: ignore[arg-type]

@@ -280,4 +280,4 @@ def file_kinds(stream: TokenStream, tokenizer: Tokenizer | None) -> FileKinds | 
     """Kinds of files of a split's tokens; None where the files are not known, as in a memory map or a recall task."""
     if stream.documents is None or tokenizer is None:
         return None
-    return FileKinds(stream.tokens, tokenizer.end_of_text, stream.documents)
+    return FileKinds(np.asarray(stream.tokens), tokenizer.end_of_text, stream.documents)

@@ -27,6 +27,7 @@ from moesaic.studies.where import matches, parse_where
 
 __all__ = [
     "DEFAULT_METRICS",
+    "ENDED",
     "Run",
     "SweepArm",
     "collect_runs",
