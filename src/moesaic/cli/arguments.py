@@ -284,7 +284,13 @@ def composing(where: str = "") -> Iterator[None]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{where}a file must be YAML: {in_one_line(error)}") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(where + in_one_line(error)) from error
+        raise InputError(where + in_one_line(error) + _plugin_to_install(str(error))) from error
+
+
+def _plugin_to_install(text: str) -> str:
+    """How to get the launcher or sweeper that Hydra cannot find; the names of its plugins are made alike."""
+    missing = re.search(r"Could not find 'hydra/(launcher|sweeper)/([a-z]+)", text)
+    return f"; it may need pip install hydra-{missing[2]}-{missing[1]}" if missing else ""
 
 
 def in_one_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from moesaic.cli.common import launch, options_of, plain, typed
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
 from moesaic.overrides import command_line
+from moesaic.studies.cluster import on_cluster
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.report import write_study_report, written
 from moesaic.studies.runner import read_rows, run_study
@@ -39,7 +40,7 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
         known = [name for name in options_of("experiment") if name.startswith("study_")]
         raise InputError(f"experiment: give a study; must be one of {', '.join(known)}")
     study_config = from_mapping(StudyConfig, config.pop("study"), "study")
-    workers, results_dir = config.pop("workers"), config.pop("results_dir")
+    workers, results_dir, launcher = config.pop("workers"), config.pop("results_dir"), config.pop("launcher", None)
     most = max(64, os.cpu_count() or 1)
     if type(workers) is not int or not 1 <= workers <= most:
         raise InputError(f"workers={workers!r}: must be an integer from 1 to {most}")
@@ -47,8 +48,17 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
         config["trainer"] = {**config["trainer"], "precision": "32-true"}
     results = Path(results_dir) if results_dir else default_results(config["name"], Path.cwd())
     runs = Path(config["output_dir"]) / f"study_{config['name']}"
+    make_worker = None if launcher is None else on_cluster(launcher, runs / "jobs")
     try:
-        failed = run_study(study_config, config, results=results, runs=runs, workers=workers, console=console)
+        failed = run_study(
+            study_config,
+            config,
+            results=results,
+            runs=runs,
+            workers=workers,
+            console=console,
+            make_worker=make_worker,
+        )
     except KeyboardInterrupt:
         console.print("interrupted; finished runs are kept, the others continue from their last checkpoints with")
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)

@@ -37,6 +37,7 @@ from moesaic.studies.progress import duration
 from moesaic.studies.report import write_study_report, written
 from moesaic.studies.results import summarize_study
 from moesaic.studies.runner import read_rows, run_study
+from moesaic.studies.slots import InThisProcess
 from moesaic.testing import check_decoder_parts
 
 __all__ = ["compare"]
@@ -326,7 +327,7 @@ def _run(request: Request, decided: Decided, plan: Mapping[str, Any], say: _Tell
             workers=_workers(request),
             console=say.console,
             estimate=plan["seconds"],
-            in_process=request.in_process,
+            make_worker=InThisProcess if request.in_process else None,
         )
     except KeyboardInterrupt:
         say.console.print("interrupted; finished runs are kept, the others continue with")

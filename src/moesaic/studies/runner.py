@@ -43,7 +43,7 @@ from moesaic.studies.jobs import (
 )
 from moesaic.studies.plan import Plan, plan
 from moesaic.studies.progress import FORWARD, StudyProgress, Work
-from moesaic.studies.slots import InThisProcess, Worker
+from moesaic.studies.slots import Slot, Worker
 from moesaic.training.config import TrainingConfig
 
 __all__ = ["read_rows", "run_study"]
@@ -189,7 +189,7 @@ def run_study(
     workers: int,
     console: Console,
     estimate: float | None = None,
-    in_process: bool = False,
+    make_worker: Callable[[Path], Slot] | None = None,
 ) -> dict[str, str]:
     """Run what has no row in `results` yet, until nothing is missing; returns the runs that failed and why.
 
@@ -200,15 +200,15 @@ def run_study(
         results: keeps rows.jsonl and config.yaml; they are enough to continue elsewhere.
         runs: keeps the run directories; a killed run continues from its last checkpoint there.
         estimate: seconds that it should take, shown until runs tell better.
-        in_process: do the runs here, one after the other; for parts that exist in no other process.
+        make_worker: makes what does one run after another, of which there are `workers`; by default a process.
 
     Raises:
         InputError: bad configuration, or results of another configuration or data.
         KeyboardInterrupt: Ctrl-C; no worker is left behind.
     """
     with trusting(names_in([base, dataclasses.asdict(study)])):
-        progress = StudyProgress(console, 1 if in_process else workers, estimate)
-        return _run_study(study, base, results, runs, progress, InThisProcess if in_process else Worker)
+        progress = StudyProgress(console, workers, estimate)
+        return _run_study(study, base, results, runs, progress, make_worker or Worker)
 
 
 def _run_study(
@@ -217,7 +217,7 @@ def _run_study(
     results: Path,
     runs: Path,
     progress: StudyProgress,
-    make_worker: Callable[[Path], Worker | InThisProcess],
+    make_worker: Callable[[Path], Slot],
 ) -> dict[str, str]:
     validate(study, base, progress.workers)
     with _locked(runs, "output_dir", runs.parent), _locked(results, "results_dir", results):
@@ -245,7 +245,7 @@ class _Running:
         runs: Path,
         rows: dict[str, Row],
         progress: StudyProgress,
-        make_worker: Callable[[Path], Worker | InThisProcess],
+        make_worker: Callable[[Path], Slot],
     ) -> None:
         self.study, self.base, self.runs, self.rows, self.progress = study, base, runs, rows, progress
         self.make_worker = make_worker
@@ -258,9 +258,9 @@ class _Running:
         self.prepared = {name: self.folder_of(prepare_job(study, base, name)) for name in study.prepare}
         self.failed: dict[str, tuple[str, str]] = {}
         """By key, what a run is called and why it failed."""
-        self.workers: list[Worker | InThisProcess] = []
+        self.workers: list[Slot] = []
         """All of them, with a job or without."""
-        self.jobs: dict[Worker | InThisProcess, tuple[Job, Path]] = {}
+        self.jobs: dict[Slot, tuple[Job, Path]] = {}
         self.sources: dict[str, str] = {}
         """Hashes of the source files of custom modules, as they were when the first run with them started."""
 
@@ -290,7 +290,7 @@ class _Running:
             text = f"workers: {seconds:.0f} CPU s to import what all runs need, in no row"
             self.progress.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def next_to_end(self) -> tuple[Worker | InThisProcess, int]:
+    def next_to_end(self) -> tuple[Slot, int]:
         """Wait for a job to end; returns its worker and its exit status."""
         while True:
             self.progress.tick()
@@ -343,7 +343,7 @@ class _Running:
         self.progress.started(job.key, _kind(job), self.shown(job), self.work_of(job), folder / "run" / "metrics.csv")
         worker.begin(folder)
 
-    def finish(self, worker: Worker | InThisProcess, status: int) -> None:
+    def finish(self, worker: Slot, status: int) -> None:
         """Keep the rows of a job that has ended, or why it failed."""
         job, folder = self.jobs.pop(worker)
         self.progress.ended(job.key, worker.ready_at)

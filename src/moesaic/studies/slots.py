@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,7 +20,33 @@ from moesaic.imports import VARIABLE, trusted
 from moesaic.studies.serving import FORKS, READY
 from moesaic.studies.worker import main
 
-__all__ = ["InThisProcess", "Worker"]
+__all__ = ["InThisProcess", "Slot", "Worker"]
+
+
+class Slot(Protocol):
+    """What does the jobs of one folder after another."""
+
+    import_seconds: float
+    """CPU seconds until it was ready, which are in no row."""
+    ready_at: float
+    """When it was seen to be ready, as time.monotonic has it."""
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether it can do another job after one that has ended."""
+        ...
+
+    def begin(self, folder: Path) -> None:
+        """Let it do the job of a folder, when it has none."""
+        ...
+
+    def poll(self) -> int | None:
+        """The exit status of its job; None while it runs."""
+        ...
+
+    def end(self) -> None:
+        """End it and its job, which is safe at any time: a run continues from its last checkpoint."""
+        ...
 
 
 class Worker:
@@ -33,10 +60,7 @@ class Worker:
     """
 
     def __init__(self, log: Path, command: Sequence[str] = ()) -> None:
-        self.import_seconds = 0.0
-        """CPU seconds until it was ready, which are in no row."""
-        self.ready_at = 0.0
-        """When it was seen to be ready, as time.monotonic has it."""
+        self.import_seconds = self.ready_at = 0.0
         self._status: int | None = None
         self._reports: queue.SimpleQueue[str] = queue.SimpleQueue()
         with log.open("ab") as file:
