@@ -141,6 +141,21 @@ def test_a_missing_package_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("moesaic sc", ["scaffold"]),
+        ("moesaic train model=ll", ["model=llama4_tiny"]),
+        ("moesaic evaluate loss_by_position.multi", ["loss_by_position.multiple="]),
+    ],
+)
+def test_a_shell_completes_commands_and_keys(line: str, expected: list[str]) -> None:
+    asks = [sys.executable, "-m", "moesaic", "-sc", "query=bash"]  # as what -sc install=bash prints does
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    found = subprocess.run(asks, env=environment, capture_output=True, text=True, check=True).stdout
+    assert [word for word in found.split() if word.startswith(line.split()[-1])] == expected
+
+
+@pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
         ("generate", ["a.ckpt", "def main("], {"checkpoint": "a.ckpt", "prompt": "def main("}),
@@ -157,6 +172,7 @@ def test_a_missing_package_is_one_sentence() -> None:
         ("conformance", ["moesaic", "mine.layers:make", "markdown=true"], {"layers": ["moesaic", "mine.layers:make"]}),
         ("convert", ["a b", "c.ckpt"], {"source": "a b", "destination": "c.ckpt"}),
         ("cache-targets", ["t.ckpt", "to"], {"teacher": "t.ckpt", "directory": "to"}),
+        ("tokenize", ["my texts/é=1", "ids[1]"], {"directory": "ids[1]"}),
         ("compare", ["new=model.dim=[1,2] model.x=3"], {"baseline": "", "new": "model.dim=[1,2] model.x=3"}),
         ("bench", ["experts", "smoke=true"], {"name": "experts", "smoke": True}),
     ],

@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return
+    if arguments[0] == "-sc":
+        arguments = _of_completion(arguments)
     name, *rest = arguments
     if name == "--version":
         print(f"moesaic {__version__}")
@@ -100,6 +102,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:  # outside of what a command guards itself
         print("interrupted", file=sys.stderr)
         sys.exit(exit_status(error))
+
+
+def _of_completion(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the command of the line that the shell completes; it asks with the program's name alone.
+
+    What moesaic train -sc install=bash prints does so.
+    """
+    if "COMP_LINE" not in os.environ:  # typed; what is printed serves all commands
+        return ["train", *arguments]
+    program, _, line = os.environ["COMP_LINE"].partition(" ")
+    name, blank, line = line.lstrip().partition(" ")
+    if not blank:
+        print(*(each for each in COMMANDS if each.startswith(name)), sep="\n")
+        sys.exit()
+    os.environ["COMP_LINE"] = f"{program} {line}"
+    return [name, *arguments]
 
 
 def overview() -> str:

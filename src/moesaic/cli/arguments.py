@@ -195,6 +195,10 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
     if config_dir and not Path(config_dir).samefile(CONFIG_DIR):
         _refuse_double_names(Path(config_dir))
     for override in overrides:
+        if override.key_or_group == "launcher" and config_name != "study":
+            raise InputError(
+                f"{override.input_line}: is for moesaic study; a sweep must have -m and hydra/launcher=NAME"
+            )
         if override.key_or_group in groups and not override.is_delete():
             _check_options(override, groups[override.key_or_group])
     chosen = [str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]

@@ -75,7 +75,8 @@ def prepare(name: str, arguments: Sequence[str]) -> Prepared:
             check_overrides(name.replace("-", "_"), overrides, found.config_dir)
             if not found.multirun:
                 require_single_values(overrides)
-        return Prepared([*flags, *overrides], arguments, bool(found.cfg or found.info or found.hydra_help))
+        only_shows = bool(found.cfg or found.info or found.hydra_help or found.shell_completion)
+        return Prepared([*flags, *overrides], arguments, only_shows)
 
     prepared: Prepared = exit_on_bad_input(checked)
     return prepared
