@@ -2,7 +2,7 @@
 
     python -m benchmarks.experts [--smoke] [--device cuda] [--output results.jsonl]
 
-"experts": every backend of `moesaic.layers.BACKENDS` on rows sorted by expert; "layer": a top-1 MoE with a shared
+"experts": every exact backend of `moesaic.layers.BACKENDS` on rows sorted by expert; "layer": a top-1 MoE with a shared
 expert, router and dispatch included, on the backend that it chooses. Both over the number of experts, which falls as
 the rows of each one rise, and over loads: every expert as many rows, Zipf's (the i-th expert 1/i), one expert 40 % of
 the rows, one expert all of them (on a CPU the layer in fp32 only, to save time). Ratios are to the limit, see
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers import BACKENDS, Experts, FeedForward, MoE, TopKRouter, choose_backend
+from moesaic.layers.backend_choice import ROUNDING_BACKENDS
 
 from .harness import Measurement, Options, Progress, finish, parse_options
 from .limit import (
@@ -30,6 +31,8 @@ from .limit import (
 )
 
 __all__ = ["LOADS", "Shape", "main", "measure"]
+
+EXACT = [name for name in BACKENDS if name not in ROUNDING_BACKENDS]
 
 
 def even(rows: int, experts: int) -> Tensor:
@@ -120,7 +123,7 @@ def build(shape: Shape, precision: Precision, device: torch.device) -> tuple[dic
         layers["dense"] = DenseSwiGLU(dim, hidden_dim)
         weights = Experts(shape.experts, dim, hidden_dim)
         matmul_dtype = torch.bfloat16 if precision.autocast else precision.dtype
-        for name in BACKENDS:
+        for name in EXACT:
             runs, why = choose_backend(device, matmul_dtype, dim, hidden_dim, name)
             if runs != name:
                 missing[name] = why
@@ -151,7 +154,7 @@ def require_agreement(layers: dict[str, nn.Module], x: Tensor, precision: Precis
 
 def measure(options: Options) -> Iterator[Measurement]:
     cells = {precision: shapes_for(options, precision) for precision in precisions_to_time(options)}
-    total = sum(len(PASSES) * (1 + len(BACKENDS)) * len(shapes) for shapes in cells.values())
+    total = sum(len(PASSES) * (1 + len(EXACT)) * len(shapes) for shapes in cells.values())
     progress = Progress("experts", total * options.rounds)
     even_ratios: dict[tuple[object, ...], float] = {}
     for precision, shapes in cells.items():

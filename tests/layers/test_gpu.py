@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesaic.layers import Attention, AttentionTemperature, MoE, RotaryEmbedding
+from moesaic.layers import Attention, AttentionTemperature, Experts, MoE, RotaryEmbedding
 from moesaic.models import build_decoder, generate, llama4_toy
 
 pytestmark = [
@@ -46,3 +46,21 @@ def test_generation_with_and_without_cache() -> None:
     prompt = torch.randint(0, 512, (1, 5), device="cuda")
     cached, uncached = (generate(decoder, prompt, 20, temperature=0, use_cache=c) for c in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU with FP8"
+)
+@pytest.mark.parametrize("counts", [[7, 1, 0, 40], [0, 0, 64, 0]])
+def test_experts_in_fp8_agree_with_the_emulation(counts: list[int]) -> None:
+    results = []
+    for backend in ("fp8", "fp8_emulated"):
+        torch.manual_seed(0)
+        experts = Experts(4, 64, 128, backend=backend, device="cuda", dtype=torch.bfloat16)
+        rows = torch.randn(sum(counts), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        y = experts(rows, torch.tensor(counts, device="cuda"))
+        y.backward(torch.randn_like(y))
+        gradients = [rows.grad, *(p.grad for p in experts.parameters())]
+        results.append([y, *gradients])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() / expected.norm() < 0.02

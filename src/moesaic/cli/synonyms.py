@@ -48,7 +48,7 @@ _KEYS = {
     "output_dir": "out_dir output log_dir logdir save_dir",
     "trainer.devices": "gpus num_gpus n_gpus ngpu world_size nproc_per_node",
     "trainer.accelerator": "device",
-    "trainer.precision": "dtype amp bf16 fp16",
+    "trainer.precision": "dtype amp bf16 fp16 float8",
     "trainer.compile": "torch_compile",
     "trainer.checkpoint_activations": "gradient_checkpointing activation_checkpointing",
     "sample.max_new_tokens": "max_tokens",

@@ -19,6 +19,8 @@ from moesaic.layers.control_routers import UniformRouter
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName, FeedForward
+from moesaic.layers.fp8 import Fp8Recipe
+from moesaic.layers.fp8_emulation import emulating_fp8
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.part import (
@@ -44,6 +46,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "Flops",
+    "Fp8Recipe",
     "Llama3RopeScaling",
     "LocalDispatcher",
     "MoE",
@@ -61,6 +64,7 @@ __all__ = [
     "choose_backend",
     "collect_routings",
     "count_tokens",
+    "emulating_fp8",
     "masked_attention",
     "mix_experts",
     "parameter_kinds",

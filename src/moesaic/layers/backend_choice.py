@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from moesaic.layers.checks import differentiates_forward
+from moesaic.layers.fp8_kernels import cannot_run_fp8
 from moesaic.layers.sliced import Activation, cannot_repeat
 
-__all__ = ["CASTING_BACKENDS", "BackendName", "backend_for", "choose_backend"]
+__all__ = ["CASTING_BACKENDS", "ROUNDING_BACKENDS", "BackendName", "backend_for", "choose_backend"]
 
-BackendName = Literal["auto", "loop", "padded", "grouped", "sliced", "sliced_recompute"]
+BackendName = Literal["auto", "loop", "padded", "grouped", "sliced", "sliced_recompute", "fp8_emulated", "fp8"]
 """What may be asked for: "auto", or a key of `moesaic.layers.BACKENDS`."""
 
 warn_once = functools.cache(logging.getLogger("moesaic.layers").warning)
 
 CASTING_BACKENDS = {"sliced", "sliced_recompute"}
 """Backends that cast weights themselves, one expert at a time."""
+
+ROUNDING_BACKENDS = {"fp8_emulated", "fp8"}
+"""Backends that round operands to 8 bits. They do not agree with `loop`, and nobody gets one without asking for it."""
+
 STRENGTHS = {
     "grouped": "no padding and no host synchronisation",
     "sliced": "on a CPU as fast as any, with the least memory",
@@ -29,7 +34,8 @@ def backend_for(rows: Tensor, hidden_dim: int, backend: BackendName, activation:
     """What runs for rows (R, D), also under vmap. A backend asked for by name that gives way is logged once.
 
     Raises:
-        ValueError: under vmap, which can map one backend only, another is asked for, or that one cannot run here.
+        ValueError: under vmap, which can map one backend only, another is asked for, or that one cannot run here; or
+            "fp8" is asked for where it cannot run.
     """
     sizes = (rows.device, rows.dtype, rows.size(1), hidden_dim)
     if not torch.compiler.is_compiling() and is_batched(rows):
@@ -40,6 +46,8 @@ def backend_for(rows: Tensor, hidden_dim: int, backend: BackendName, activation:
                 + (f"; and {obstacle}" if obstacle else "")
             )
         return "grouped"
+    if backend == "fp8" and (obstacle := find_obstacle(backend, *sizes)):
+        raise ValueError(f"backend='fp8': {obstacle}; it must be fp8_emulated, which rounds alike on any device")
     name, reason = choose_backend(*sizes, backend, activation if torch.is_grad_enabled() else None)
     if backend not in ("auto", name) and not torch.compiler.is_compiling():
         warn_once(f"backend={backend!r} gives way to {name!r}: {reason}")
@@ -56,7 +64,8 @@ def choose_backend(
 ) -> tuple[BackendName, str]:
     """What really runs for rows of this dtype when `backend` is asked for, and why: (name, reason).
 
-    A backend that cannot do it gives way to the next one, and the reason says what was in the way.
+    A backend that cannot do it gives way to the next one, and the reason says what was in the way. Instead of "fp8"
+    nothing else runs, as all others compute something else.
 
     Args:
         activation: with gradients, some backends cannot run one that has parameters or draws random numbers.
@@ -66,7 +75,7 @@ def choose_backend(
     else:
         candidates = ["sliced", "grouped", "loop"]
     if backend != "auto":
-        candidates.insert(0, backend)
+        candidates = ["fp8"] if backend == "fp8" else [backend, *candidates]
     reasons = []
     for name in candidates:
         obstacle = find_obstacle(name, device, dtype, dim, hidden_dim, activation)
@@ -96,6 +105,8 @@ def find_obstacle(
             return f"torch.compile traces grouped_mm in bfloat16 only, not {dtype}"
         if dim * dtype.itemsize % 16 or hidden_dim * dtype.itemsize % 16:
             return f"grouped_mm needs rows of a multiple of 16 bytes, not dim={dim}, hidden_dim={hidden_dim}"
+    if backend == "fp8" and (obstacle := cannot_run_fp8(device, dtype, dim, hidden_dim)):
+        return obstacle
     if backend != "loop" and differentiates_forward():
         return f"{backend} has no forward-mode derivatives"
     if backend == "padded" and torch.compiler.is_exporting():

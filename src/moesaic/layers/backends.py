@@ -1,7 +1,7 @@
 """Backends of the routed experts: pure functions of rows sorted by expert, stacked weights and row counts.
 
-All take what `run_experts` takes, and agree with `loop`, the oracle, in outputs and every gradient. To add one, write
-the function and register it in `BACKENDS`.
+All take what `run_experts` takes, and agree with `loop`, the oracle, in outputs and every gradient, but for those of
+FP8. To add one, write the function and register it in `BACKENDS`.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from moesaic.layers.backend_choice import CASTING_BACKENDS, BackendName, backend_for
 from moesaic.layers.checks import require_one_dtype
+from moesaic.layers.fp8 import fp8_emulated
+from moesaic.layers.fp8_kernels import fp8
 from moesaic.layers.sliced import Activation, sliced, sliced_recompute
 
-__all__ = ["BACKENDS", "grouped", "loop", "padded", "run_experts"]
+__all__ = ["BACKENDS", "Backend", "grouped", "loop", "padded", "run_experts"]
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 
@@ -62,6 +64,8 @@ BACKENDS: dict[BackendName, Backend] = {
     "grouped": grouped,
     "sliced": sliced,
     "sliced_recompute": sliced_recompute,
+    "fp8_emulated": fp8_emulated,
+    "fp8": fp8,
 }
 
 
@@ -71,9 +75,9 @@ def run_experts(
     down: Tensor,
     rows_per_expert: Tensor,
     activation: Activation,
-    backend: BackendName = "auto",
+    backend: BackendName | Backend = "auto",
 ) -> Tensor:
-    """The experts as a function of their weights, on a backend by name, or on another that can: see `choose_backend`.
+    """The experts as a function of their weights, on a backend, or by name on another that can: see `choose_backend`.
 
     Under autocast everything is computed in the autocast dtype, cast here or by the backend, because grouped_mm and
     bmm would not agree on what autocast means. Gradients are in the dtype of the weights.
@@ -84,18 +88,22 @@ def run_experts(
         down: (E, F, D).
         rows_per_expert: (E,) int64 that sums to R.
         activation: of the gate.
+        backend: a name, or a function as those in `BACKENDS`, which is then called whatever the device.
 
     Returns:
         (R, D).
 
     Raises:
-        ValueError: rows and weights differ in dtype, and not under autocast; or a backend that vmap cannot map.
+        ValueError: rows and weights differ in dtype, and not under autocast; a backend that vmap cannot map; or "fp8"
+            where it cannot run.
     """
     device = rows.device
     if torch.is_autocast_enabled(device.type):
         rows = rows.to(torch.get_autocast_dtype(device.type))
     else:
         require_one_dtype(" unless under autocast", rows=rows, gate_up=gate_up, down=down)
+    if not isinstance(backend, str):
+        return backend(rows, gate_up.to(rows.dtype), down.to(rows.dtype), rows_per_expert, activation)
     backend = backend_for(rows, down.size(1), backend, activation)
     if backend not in CASTING_BACKENDS:
         gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.backend_choice import BackendName, choose_backend
-from moesaic.layers.backends import run_experts
+from moesaic.layers.backends import Backend, run_experts
 from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
 from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName
 from moesaic.layers.part import Parametrization
@@ -57,7 +57,7 @@ class Experts(nn.Module):
         self.dim = dim
         self.hidden_dim = hidden_dim
         self.activation = activation
-        self.backend = backend
+        self.backend: BackendName | Backend = backend
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -84,7 +84,10 @@ class Experts(nn.Module):
         return run_experts(rows, gate_up, down, rows_per_expert, ACTIVATIONS[self.activation], self.backend)
 
     def extra_repr(self) -> str:
+        sizes = f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}"
         weight = self.down_proj
+        if not isinstance(self.backend, str):
+            return f"{sizes}, backend={self.backend}"
         runs, reason = choose_backend(weight.device, weight.dtype, self.dim, self.hidden_dim, self.backend)
         backend = self.backend if runs == self.backend else f"{self.backend} (runs {runs}: {reason})"
-        return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, backend={backend}"
+        return f"{sizes}, backend={backend}"

@@ -11,6 +11,7 @@ from moesaic import imports
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.distillation.config import teacher_mapping
 from moesaic.errors import InputError
+from moesaic.layers import Fp8Recipe
 from moesaic.models import DecoderConfig
 from moesaic.models.custom import source_hashes
 from moesaic.overrides import apply_overrides
@@ -51,7 +52,10 @@ Evaluation = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str,
 """(checkpoint, run config, study.evaluation_options) -> numbers that join the metrics of the row."""
 
 
-YOUNGER: dict[str, Any] = {"training.score_windows": None}
+YOUNGER: dict[str, Any] = {
+    "training.score_windows": None,
+    **{f"trainer.fp8.{key}": value for key, value in to_mapping(Fp8Recipe()).items()},
+}
 """Keys that are younger than rows, and the value that was meant before: with it the hash of a config is as it was."""
 
 

@@ -9,6 +9,7 @@ from moesaic.data import DataConfig
 from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.sampling import SampleConfig
+from moesaic.layers import Fp8Recipe
 from moesaic.models.presets import small
 from moesaic.parallel.config import ParallelConfig
 from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, option_names
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "64-true", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,7 @@ class TrainerConfig:
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "cpu"
     precision: Precision = "auto"  # auto: what is faster here
+    fp8: Fp8Recipe = dataclasses.field(default_factory=Fp8Recipe)  # what precision=fp8 rounds
     compile: bool = False  # torch.compile of every block
     checkpoint_activations: bool = False
     # CPU threads of each process; null: torch's choice, and of several processes the cores shared among them
@@ -142,6 +144,8 @@ class TrainerConfig:
             self.max_time is None or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time) is not None,
             "DD:HH:MM:SS, or null",
         )
+        if self.precision != "fp8" and self.fp8 != Fp8Recipe():
+            raise ValueError(f"precision={self.precision!r}: must be fp8, as only that reads the keys below fp8")
         require(self, "threads", self.threads is None or self.threads >= 1, "a number >= 1, or null")
 
 

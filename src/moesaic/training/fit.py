@@ -21,6 +21,7 @@ from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBa
 from moesaic.training.checkpoint_io import RunCheckpointIO
 from moesaic.training.components import make_loggers
 from moesaic.training.config import RunConfig
+from moesaic.training.fp8 import multiplying_in_fp8
 from moesaic.training.launched import rank
 from moesaic.training.lightning_options import TENSORBOARD, ignore_advice, quiet_lightning
 from moesaic.training.module import Diverged, LanguageModel
@@ -125,7 +126,7 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
     step = start.checkpoint["global_step"] if start.kind == "resumed" else 0
     trainer = _trainer(prepared, [own, *make_loggers(shown_loggers(prepared.config), run_dir, step)], monitor)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), multiplying_in_fp8(prepared.config.trainer, module):
             ignore_advice()
             trainer.fit(module, datamodule=prepared.batches, ckpt_path=start.fit_path, weights_only=True)
         status = _ended(trainer, prepared)

@@ -35,6 +35,7 @@ from moesaic.training.progress import Progress, move_positions
 from moesaic.training.step_log import StepLog
 from moesaic.training.stored_state import optimizer_steps
 from moesaic.training.strategies import ShardedStrategy
+from moesaic.training.utilization import peak_of_device
 
 __all__ = ["Diverged", "LanguageModel"]
 
@@ -234,6 +235,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._began_at = self.trainer.global_step
+        self._peak_flops = peak_of_device(self.device, self.config.trainer.precision)
         if self._continues:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)  # see `configure_optimizers`
@@ -334,7 +336,7 @@ class LanguageModel(pl.LightningModule):
             self._add_up_ranks()
         distillation = {} if self.codistillation is None else self.codistillation.row(book.micro_batches)
         row = book.row(self.progress.tokens(step), self.trainer.optimizers[0].param_groups[0]["lr"], distillation)
-        row |= self._router_row()
+        row |= self._utilization(book.tokens_per_second) | self._router_row()
         self.log_row(row)
         self.log_dict({"loss": row["train/loss"], "tokens/s": book.tokens_per_second}, prog_bar=True, logger=False)
         return True
@@ -350,6 +352,12 @@ class LanguageModel(pl.LightningModule):
         self.logged_load = {name: self._over_ranks(load) for name, load in self.logged_load.items()}
         if self.codistillation is not None:
             self.codistillation.statistics = self._over_ranks(self.codistillation.statistics)
+
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """MFU, the student's active FLOPs per second over the dense peak of all GPUs, where that is known."""
+        if self._peak_flops is None:
+            return {}
+        return {"mfu": tokens_per_second * self.training_flops_per_token / (self._peak_flops * self.trainer.world_size)}
 
     def _router_row(self) -> dict[str, float]:
         """Router health of the step, of all its micro-batches on all ranks."""

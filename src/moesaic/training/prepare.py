@@ -43,6 +43,7 @@ from moesaic.training.continuing import (
     require_steps_left,
     tokenizer_to_keep,
 )
+from moesaic.training.fp8 import lightning_precision, plan_fp8
 from moesaic.training.launched import is_one_process, processes, rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
 from moesaic.training.memory import require_memory_of_run
@@ -72,7 +73,7 @@ class Prepared:
     """Text of the comparison that ends a run with extend_context."""
     run_dir: Path
     why_precision: str
-    """Reason for what precision=auto chose; empty where it was given."""
+    """Reason for what precision=auto chose, or what precision=fp8 means here; empty where there is nothing to say."""
 
 
 def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) -> Prepared:
@@ -117,7 +118,8 @@ def trainer_options(config: RunConfig) -> dict[str, Any]:
     trainer = config.trainer
     devices = list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices
     options = {"devices": devices, "num_nodes": trainer.num_nodes, **trainer.lightning}
-    chosen = strategy_options(trainer.strategy, config.parallel, trainer.precision, processes(to_mapping(trainer)))
+    precision = lightning_precision(trainer)
+    chosen = strategy_options(trainer.strategy, config.parallel, precision, processes(to_mapping(trainer)))
     plugins = [*_listed(options.get("plugins")), *chosen.pop("plugins", [])]
     if is_one_process(to_mapping(trainer)):  # whatever the variables of a scheduler say
         plugins.append(LightningEnvironment())
@@ -151,6 +153,7 @@ def _require_sound(config: RunConfig) -> None:
     if model.get("vocab_size") is None:
         model["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
     _require_processes(config, from_mapping(DecoderConfig, model, "model"))
+    _require_fp8(config)
     require_memory_of_run(config, from_mapping(DecoderConfig, model, "model"))
     if (distillation := config.distillation) is not None:
         overridden = teacher_mapping(model, distillation.teacher_model)
@@ -172,6 +175,18 @@ def _require_processes(config: RunConfig, model: DecoderConfig) -> None:
             f"trainer.strategy={config.trainer.strategy!r}: must be auto with parallel.expert={config.parallel.expert}"
         )
     require_degrees(config.parallel, number, config.training.batch_size, model)
+
+
+def _require_fp8(config: RunConfig) -> None:
+    """Refuse FP8 that cannot run here; of an accelerator that is there."""
+    moe, accelerator = config.model.get("moe"), config.trainer.accelerator
+    if config.trainer.precision == "fp8":
+        plan_fp8(config.trainer)
+    elif isinstance(moe, dict) and moe.get("backend") == "fp8" and accelerator in ("cpu", "mps"):
+        raise InputError(
+            f"model.moe.backend='fp8': trainer.accelerator={accelerator!r} has no FP8; must be fp8_emulated, or "
+            "another accelerator"
+        )
 
 
 def _settle(config: RunConfig) -> None:
@@ -223,6 +238,8 @@ def _require_fitting(config: RunConfig, model: DecoderConfig, start: Start, data
 
 
 def _choose_precision(config: RunConfig, model: DecoderConfig) -> tuple[RunConfig, str]:
+    if config.trainer.precision == "fp8":
+        return config, plan_fp8(config.trainer).why
     if config.trainer.precision != "auto":
         return config, ""
     precision, why = choose_precision(model, config.training, config.trainer.accelerator)

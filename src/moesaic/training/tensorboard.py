@@ -23,6 +23,7 @@ TAGS = {
     "validation/loss": "loss/validation",
     "validation/bits_per_byte": "loss/validation_bits_per_byte",
     "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
     "train/load_balance_loss": "router/load_balance_loss",
     "train/router_z_loss": "router/z_loss",
     "learning_rate": "training/learning_rate",

@@ -1,0 +1,135 @@
+"""Products in FP8, emulated: every operand is rounded to 8 bits and back, then multiplied as usual.
+
+Emulation shows on any device what FP8 does to numbers. It is slower than products without it, not faster. Formats are
+those of Micikevicius et al. 2022 (arXiv 2209.05433); the two recipes are those of torchao's float8 training.
+"""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moesaic.layers.checks import require_choice
+from moesaic.layers.sliced import Activation
+
+__all__ = ["Fp8Recipe", "Operand", "fp8_emulated", "fp8_product", "quantize", "round_to_fp8", "scales_for"]
+
+Operand = Literal["activations", "weights", "gradients"]
+"""What is multiplied in training; each of the three products of a layer has two of them."""
+
+EXPONENTS = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
+"""n, where the largest number of a format is 1.75 * 2**n: 448 and 57344."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Recipe:
+    """Which operands are rounded, and which numbers share a scale. Scales are powers of two.
+
+    "rowwise": the numbers that are summed in one product share one, and everything is e4m3 (4 bits of exponent, 3 of
+    mantissa). "tensorwise": a whole matrix shares one, and gradients are e5m2, which has more range and less precision.
+    Each expert is a matrix of its own.
+    """
+
+    scaling: Literal["rowwise", "tensorwise"] = "rowwise"
+    operands: tuple[Operand, ...] = get_args(Operand)
+
+    def __post_init__(self) -> None:
+        require_choice(("rowwise", "tensorwise"), scaling=self.scaling)
+        if not self.operands:
+            raise ValueError(f"operands=(): must be one or more of {', '.join(get_args(Operand))}")
+        for operand in self.operands:
+            require_choice(get_args(Operand), operands=operand)
+
+    def round(self, operand: Operand, x: Tensor, contracted: int) -> Tensor:
+        """What FP8 leaves of x (M, N), an operand of a product that sums over dimension `contracted`."""
+        if operand not in self.operands:
+            return x
+        if self.scaling == "rowwise":
+            return round_to_fp8(x, contracted)
+        return round_to_fp8(x, None, torch.float8_e5m2 if operand == "gradients" else torch.float8_e4m3fn)
+
+
+def round_to_fp8(x: Tensor, dim: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """The numbers of x (..., M, N) after `quantize` and back, in the dtype of x. No gradient flows."""
+    if not x.numel():
+        return x.detach()
+    values, factors = quantize(x, dim, dtype)
+    return (values.float() * factors).to(x.dtype)
+
+
+@torch.no_grad()
+def quantize(x: Tensor, dim: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """x (..., M, N), not empty, in an FP8 format; nan and infinities stay what they are, or become nan.
+
+    Args:
+        dim: the numbers along it share a scale; None: a whole matrix does.
+
+    Returns:
+        values in `dtype`, and factors in fp32 of size 1 along what shares them: x is about values * factors.
+    """
+    largest = x.abs().amax((-2, -1) if dim is None else dim, keepdim=True)
+    up, down = scales_for(largest, dtype)
+    return (x * up).to(dtype), down
+
+
+def scales_for(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest powers of two that take `largest` >= 0 into the range of an FP8 format, and their inverses: fp32.
+
+    By integers, because powers of floating-point numbers are not exact on every device.
+    """
+    bits = largest.float().view(torch.int32)
+    exponent = (bits + 0x1FFFFF >> 23) - 127  # the least n with largest <= 1.75 * 2**n
+    up = (EXPONENTS[dtype] - exponent).clamp(-126, 126)
+    return (up + 127 << 23).view(torch.float32), (127 - up << 23).view(torch.float32)
+
+
+def fp8_product(x: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """x (R, K) @ weight (K, N) -> (R, N), both of one dtype, which the result has too.
+
+    The product, the gradient of x and that of the weight round their operands along what each of them sums over. First
+    derivatives only.
+    """
+    y: Tensor = _Fp8Product.apply(x, weight, recipe)
+    return y
+
+
+class _Fp8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
+        return recipe.round("activations", x, 1) @ recipe.round("weights", weight, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.recipe = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        recipe: Fp8Recipe = ctx.recipe
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = recipe.round("gradients", d_y, 1) @ recipe.round("weights", weight, 1).t()
+        if ctx.needs_input_grad[1]:
+            d_weight = recipe.round("activations", x, 0).t() @ recipe.round("gradients", d_y, 0)
+        return d_x, d_weight, None
+
+
+@torch.compiler.disable
+def fp8_emulated(
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    rows_per_expert: Tensor,
+    activation: Activation,
+    recipe: Fp8Recipe = Fp8Recipe(),
+) -> Tensor:
+    """One expert after the other, as `loop`, by `fp8_product`. Any device, dtype and number of rows."""
+    outputs = []
+    for x, gate_up_e, down_e in zip(rows.split(rows_per_expert.tolist()), gate_up.unbind(), down.unbind(), strict=True):
+        gate, up = fp8_product(x, gate_up_e, recipe).chunk(2, dim=-1)
+        outputs.append(fp8_product(activation(gate) * up, down_e, recipe))
+    return torch.cat(outputs)

@@ -1,0 +1,33 @@
+"""Model FLOPs utilization (MFU): the share of a GPU's peak that a run's active FLOPs are."""
+
+import torch
+
+from moesaic.training.config import Precision
+
+__all__ = ["dense_peak", "peak_of_device"]
+
+BF16, FP8 = ("bf16-mixed", "bf16-true"), ("fp8",)
+
+PEAKS: dict[str, dict[tuple[str, ...], float]] = {
+    "A100": {BF16: 312e12},
+    "H100": {BF16: 989e12, FP8: 1979e12},
+    "H200": {BF16: 989e12, FP8: 1979e12},
+}
+"""FLOPs per second without sparsity by GPU and precision, from NVIDIA's data sheets. H100 and H200 are the SXM ones."""
+
+OTHERS = ("PCIe", "NVL", "MIG")
+"""Words in the names of H100 and H200 that have another peak: slower clocks, or a part of a GPU."""
+
+
+def dense_peak(device_name: str, precision: Precision) -> float | None:
+    """The peak in FLOPs per second of a GPU, by the name that CUDA gives it, None if this table does not know it."""
+    words = device_name.replace("-", " ").split()
+    for name, peaks in PEAKS.items():
+        if name in words and not ("MIG" in words or (name != "A100" and any(other in words for other in OTHERS))):
+            return next((peak for precisions, peak in peaks.items() if precision in precisions), None)
+    return None
+
+
+def peak_of_device(device: torch.device, precision: Precision) -> float | None:
+    """`dense_peak` of a device; None on everything but a GPU of CUDA."""
+    return dense_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
