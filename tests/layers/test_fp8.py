@@ -39,6 +39,8 @@ def test_rounding_equals_the_reference(name: str, dim: int | None, dtype: torch.
     x[:, 3] = 0
     x = x.to(dtype)
     assert torch.equal(round_to_fp8(x, dim, FORMATS[name]).double(), rounded(x, dim, name))
+    values, factors = quantize(x, dim, FORMATS[name])
+    assert torch.equal(values.double() * factors, rounded(x, dim, name))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -52,7 +54,7 @@ def test_scales_at_the_edges_of_the_range(name: str) -> None:
         assert values.float().isfinite().all() and factor.shape == (1, 1)
         assert float(factor).hex().startswith("0x1.0000000000000p"), "a power of two"
         if edge > 1e-30:
-            assert largest / 2 < values.float().abs().max() <= largest
+            assert largest / 2 <= values.float().abs().max() <= largest
             assert torch.equal(values.float() * factor, rounded(x, 1, name).float())
 
 
@@ -307,7 +309,7 @@ def test_a_decoder_in_fp8_keeps_head_router_and_norms_exact() -> None:
         logits.square().mean().backward()
     assert changed and not [name for name in changed if "router" in name or "head" in name or "norm" in name]
     assert {name.split(".")[-1] for name in changed} >= {"q_proj", "o_proj", "gate_proj", "down_proj"}
-    assert 0.001 < float((logits - exact).norm() / exact.norm()) < 0.5
+    assert 0.001 < ((logits - exact).norm() / exact.norm()).item() < 0.5
     assert all(p.grad is not None for p in decoder.parameters())
     assert {name: type(part) for name, part in decoder.named_modules()} == before
     assert torch.equal(decoder(tokens).logits, exact)
@@ -320,7 +322,7 @@ def test_each_linear_layer_is_the_product_with_its_transposed_weight_and_its_bia
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(x).dtype == torch.bfloat16
         assert linear(x[:0]).shape == (0, 3, 4)
-    expected = product_and_gradients(x.flatten(0, 1), linear.weight.T, torch.zeros(6, 4), "tensorwise")[0]
+    expected = product_and_gradients(x.flatten(0, 1), linear.weight.detach().T, torch.zeros(6, 4), "tensorwise")[0]
     assert_close(y, expected.view(2, 3, 4) + linear.bias, 1e-6, "y")
 
 
@@ -344,6 +346,7 @@ def test_emulation_within_emulation_counts_inside() -> None:
     assert not torch.equal(inner, outer)
 
 
+@pytest.mark.filterwarnings("ignore")  # the tracer warns of what it does itself
 def test_compiled_blocks_round_as_others_do() -> None:
     moe, x = MoE.build(16, 24, 4), torch.randn(5, 16)
     with emulating_fp8(moe):

@@ -19,7 +19,6 @@ class Fp8Linear(nn.Linear):
 
     recipe = Fp8Recipe()
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the autocast dtype under autocast."""
         weight = self.weight
@@ -36,19 +35,21 @@ def emulating_fp8(module: nn.Module, recipe: Fp8Recipe = Fp8Recipe()) -> Iterato
 
     Parameters and their names stay as they are, so optimizers and checkpoints may be made before, within or after.
     """
-    linears = list(hidden_linears(module).values())
+    linears = [(part, part.__class__, part.__dict__.get("recipe")) for part in hidden_linears(module).values()]
     experts = [(part, part.backend) for part in module.modules() if isinstance(part, Experts)]
     try:
-        for linear in linears:
+        for linear, _, _ in linears:
             linear.__class__ = Fp8Linear
-            linear.recipe = recipe  # type: ignore[assignment]
+            linear.__dict__["recipe"] = recipe
         for part, _ in experts:
             part.backend = functools.partial(fp8_emulated, recipe=recipe)
         yield
     finally:
-        for linear in linears:
-            linear.__class__ = nn.Linear
-            del linear.recipe
+        for linear, kind, outer in linears:
+            linear.__class__ = kind
+            linear.__dict__["recipe"] = outer
+            if outer is None:
+                del linear.__dict__["recipe"]
         for part, backend in experts:
             part.backend = backend
 
@@ -56,11 +57,11 @@ def emulating_fp8(module: nn.Module, recipe: Fp8Recipe = Fp8Recipe()) -> Iterato
 def hidden_linears(module: nn.Module) -> dict[str, nn.Linear]:
     """The `nn.Linear`s from hidden features to hidden features, by name: not heads, and not routers.
 
-    Subclasses are left out, as they compute something else. `parameter_kinds` decides.
+    `parameter_kinds` decides. Subclasses of others are left out, as they compute something else.
     """
     kinds = parameter_kinds(module)
     return {
         name: part
         for name, part in module.named_modules()
-        if type(part) is nn.Linear and kinds[f"{name}.weight".lstrip(".")] == "matrix"
+        if type(part) in (nn.Linear, Fp8Linear) and kinds[f"{name}.weight".lstrip(".")] == "matrix"
     }

@@ -1,5 +1,7 @@
 """Whether a run has room in memory, counted from its config before anything is read or built."""
 
+import dataclasses
+
 import torch
 
 from moesaic.config import from_mapping, to_mapping
@@ -52,6 +54,8 @@ def require_memory_of_run(config: RunConfig, model: DecoderConfig, workers: int 
 
 
 def _estimate(config: RunConfig, model: DecoderConfig, dtype: torch.dtype | None = None) -> MemoryEstimate:
+    if config.trainer.precision == "fp8" and model.moe is not None:
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, backend="fp8_emulated"))
     return estimate_memory(
         model,
         batch_size=config.training.batch_size,
