@@ -17,17 +17,17 @@ from moesaic.models import Decoder
 
 __all__ = ["flipped_choices_evaluation"]
 
-MOST_TOKENS = 16_384
+MOST_TOKENS = 8192
 
 
 @torch.inference_mode()
 def flipped_choices_evaluation(
     checkpoint: Path, run_config: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Share of choices of experts that are others than in fp32, on 16,384 tokens of the validation split at most.
+    """Share of choices of experts that are others than in fp32, on 8192 tokens of the validation split at most.
 
     Args:
-        run_config: of which the data, training.seq_len and trainer.precision are used; fp8 is emulated.
+        run_config: of which the data, the size of a micro-batch and the precision are used; fp8 is emulated.
         options: not used.
 
     Returns:
@@ -35,10 +35,11 @@ def flipped_choices_evaluation(
     """
     model = load_model(checkpoint)
     decoder = model.decoder.eval()
-    seq_len = run_config["training"]["seq_len"]
+    seq_len, batch_size = (run_config["training"][key] for key in ("seq_len", "batch_size"))
+    max_batches = max(1, MOST_TOKENS // (seq_len * batch_size))
     data = load_data(from_mapping(DataConfig, run_config["data"], "data"), model.tokenizer)
     changed: dict[str, list[Tensor]] = {}
-    for batch in evaluation_loader(data, seq_len=seq_len, batch_size=1, max_batches=max(1, MOST_TOKENS // seq_len)):
+    for batch in evaluation_loader(data, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches):
         exact = decoder.hidden_states(batch["tokens"])[1]
         with _precision(decoder, run_config["trainer"]):
             rounded = decoder.hidden_states(batch["tokens"])[1]
