@@ -36,8 +36,10 @@ def cannot_run_fp8(device: torch.device, dtype: torch.dtype, dim: int, hidden_di
 
 def scaled_grouped_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor) -> Tensor:
     """Grouped product of e4m3 matrices with rowwise fp32 factors, in bf16, by torch's kernel."""
-    rowwise = F.ScalingType.RowWise
-    return F.scaled_grouped_mm(a, b, scale_a, rowwise, scale_b, rowwise, offs=ends, use_fast_accum=True)
+    functional: Any = F  # torch's stubs do not name the function
+    rowwise = functional.ScalingType.RowWise
+    y: Tensor = functional.scaled_grouped_mm(a, b, scale_a, rowwise, scale_b, rowwise, offs=ends, use_fast_accum=True)
+    return y
 
 
 def fp8(
