@@ -30,7 +30,7 @@ from .limit import (
     print_ratios,
 )
 
-__all__ = ["LOADS", "Shape", "main", "measure"]
+__all__ = ["EXACT", "LOADS", "Shape", "main", "measure"]
 
 EXACT = [name for name in BACKENDS if name not in ROUNDING_BACKENDS]
 

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks import experts
-from benchmarks.experts import LOADS, GivenLoad, Shape, SortedRows
+from benchmarks.experts import EXACT, LOADS, GivenLoad, Shape, SortedRows
 from benchmarks.limit import PRECISIONS
-from moesaic.layers import BACKENDS
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +43,9 @@ def test_the_router_sends_what_it_was_told_to() -> None:
 def test_backends_share_their_weights_and_a_wrong_one_is_not_timed() -> None:
     shape, precision = Shape("experts", 4, 64, 32, 48), PRECISIONS[0]
     layers, missing = experts.build(shape, precision, torch.device("cpu"))
-    assert [*layers] == ["dense", *BACKENDS] and not missing
+    assert [*layers] == ["dense", *EXACT] and not missing
     weights = [layer.experts.gate_up_proj for layer in layers.values() if isinstance(layer, SortedRows)]
-    assert len(weights) == len(BACKENDS) and len({id(weight) for weight in weights}) == 1
+    assert len(weights) == len(EXACT) and len({id(weight) for weight in weights}) == 1
     x = torch.randn(64, 32)
     experts.require_agreement(layers, x, precision)
     wrong = layers["padded"]
@@ -59,7 +58,7 @@ def test_backends_share_their_weights_and_a_wrong_one_is_not_timed() -> None:
 @pytest.mark.slow
 def test_every_backend_is_in_every_cell_and_uneven_loads_are_held_against_even_ones() -> None:
     rows = experts.main(["--smoke"])
-    parts = {"experts": {"dense", *BACKENDS}, "layer": {"dense", "MoE"}}
+    parts = {"experts": {"dense", *EXACT}, "layer": {"dense", "MoE"}}
     cells = {(*row.shape.values(), row.dtype, row.what) for row in rows}
     assert len(cells) == 10 * 3 * 2  # 2 + 1 numbers of experts, 3 uneven loads in 2 parts, one layer with more tokens
     for cell in cells:
