@@ -63,7 +63,7 @@ class Fp8Recipe:
 def round_to_fp8(x: Tensor, dim: int | None, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
     """The numbers of x (..., M, N) after `quantize` and back, in the dtype of x. No gradient flows.
 
-    In fp32, because a CPU takes six times as long to cast 8 bits back. What is added and taken away again is so large
+    By additions in fp32, because casts from 8 bits are slow on a CPU. What is added and taken away again is so large
     that its last bit is the last one that the format leaves of a number.
     """
     if not x.numel():
