@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from small_runs import BPE
+from test_parallel_runs import on_a_rank, several
 
 from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.errors import InputError
@@ -18,6 +19,7 @@ from moesaic.evaluation.precision import flipped_choices_evaluation
 from moesaic.imports import trusting
 from moesaic.interrupts import Interrupted, interruptible
 from moesaic.models import generate
+from moesaic.parallel.workers import Workers
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]
@@ -94,3 +96,24 @@ def test_experts_for_gpus_are_refused_before_anything_is_written(composed: Compo
     with pytest.raises(InputError, match=r"model\.moe\.backend='fp8': trainer\.accelerator='cpu' has no FP8; must be"):
         run(composed("model.moe.backend=fp8", f"run_dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_with_experts_on_both_train_near_one(
+    composed: Composed, tmp_path: Path, workers: Workers
+) -> None:
+    """Not the same: a process rounds the gradients of weights by the rows that it has."""
+    found = []
+    for processes, degrees in ((1, ()), (2, several(2, 2))):
+        run_dir = tmp_path / str(processes)
+        overrides = (
+            *STEPS,
+            "trainer.precision=fp8",
+            "training.batch_size=4",
+            "finish=score",
+            f"run_dir={run_dir}",
+            *degrees,
+        )
+        workers.run(on_a_rank, processes, composed(*overrides), overrides)
+        found.append(losses(run_dir))
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.02)
