@@ -16,10 +16,12 @@ from moesaic.comparison.arms import (
     own_parts,
     part_overrides,
     split_words,
+    with_parts,
 )
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
+from moesaic.models.seams import FoundPart
 from moesaic.overrides import apply_overrides
 from moesaic.training.config import RunConfig, default_model
 
@@ -123,3 +125,12 @@ def test_differences_turn_one_config_into_the_other(base: dict[str, Any], other:
 
 def test_no_difference_is_no_override() -> None:
     assert differences(RUN, {**RUN, "model": default_model()}) == {}
+
+
+def test_a_part_that_another_one_would_replace_is_refused() -> None:
+    ours, theirs = FoundPart("router", "a.Ours"), FoundPart("router", "a.Theirs")
+    with pytest.raises(InputError, match=r"new: a.Ours and a.Theirs are both a router, .* must be two candidates"):
+        with_parts(RUN, [ours, theirs], "new")
+    with pytest.raises(InputError, match=r"new: a.Mix takes the place of the MoE layers, which a.Ours needs"):
+        with_parts(RUN, [ours, FoundPart("ffn", "a.Mix")], "new")
+    assert own_parts(model_of(with_parts(RUN, [ours, FoundPart("mixer", "a.Mix")], "new"))) == ["a.Mix", "a.Ours"]

@@ -205,6 +205,8 @@ def test_keys_that_move_together_and_a_module_that_is_drawn_anew_for_every_run(c
         (["new=model.dense_twin=true", "budget=10"], r"budget=10: must be a duration such as"),
         (["new=model.dense_twin=true", "seed=5"], r"seed: must be given as seeds"),
         (["new=top_k=2"], r"did you mean model.moe.top_k\?"),
+        (["new=model.moe.top_k=1,2"], r"new: model.moe.top_k=1,2: several values must be several candidates"),
+        (["new=[mine.parts:Softmax,model.moe.top_k=2]"], r"several candidates must be several new="),
         (["new=seed=3"], r"seed: must be the same in all arms"),
         (["new=training.seq_len=32", "training.validation_seq_len=null"], r"training.seq_len: scores would be of"),
         (["new=data.path=elsewhere"], r"data.path: scores would be of different texts"),

@@ -35,6 +35,7 @@ __all__ = [
     "compose_with",
     "composing",
     "in_one_line",
+    "is_sweep",
     "read_flags",
     "require_candidate",
     "require_single_values",
@@ -159,6 +160,11 @@ def require_single_values(arguments: Sequence[str]) -> None:
             raise InputError(
                 f"{argument}: several values are a sweep, which must have -m{'' if key in groups else text}"
             )
+
+
+def is_sweep(argument: str) -> bool:
+    """Whether an override has several values."""
+    return bool(_parse(argument).is_sweep_override())
 
 
 def require_candidate(arguments: Sequence[str], is_sweep: bool) -> None:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from rich.console import Console
 
-from moesaic.cli.arguments import as_additions, check_overrides
+from moesaic.cli.arguments import as_additions, check_overrides, is_sweep
 from moesaic.cli.common import composed, launch, plain, typed, users_config_dir
 from moesaic.comparison.arms import (
     Arm,
@@ -98,6 +98,11 @@ def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
 def _arm(key: str, text: str, common: Sequence[str], base: dict[str, Any]) -> Arm:
     """The arm that these words describe: overrides first, then parts, which take their places in what is there."""
     words = split_words(key, text)
+    for word in words:
+        if word.startswith("["):
+            raise InputError(f"{key}={text}: several candidates must be several {key}=")
+        if is_assignment(word) and is_sweep(word):
+            raise InputError(f"{key}: {word}: several values must be several candidates, each with a {key}= of its own")
     found = {word: find_part(word, key) for word in words if not is_assignment(word)}
     overrides = [*common, *as_additions([word for word in words if word not in found])]
     with naming(key) if words else contextlib.nullcontext():  # else all that is wrong stands beside new= and baseline=

@@ -28,6 +28,9 @@ __all__ = [
     "with_parts",
 ]
 
+OF_MOE = ("router", "dispatcher", "expert")
+"""Seams within a MoE layer."""
+
 LONGEST_NAME = 40
 
 LONGEST_FOLDER = 120
@@ -123,12 +126,20 @@ def with_parts(config: Mapping[str, Any], parts: Iterable[FoundPart], key: str) 
         key: names the candidate in messages.
 
     Raises:
-        InputError: the model has no place for one.
+        InputError: the model has no place for one, or one takes the place of another.
     """
     changed = dict(config)
+    placed: dict[str, str] = {}
     for seam, path in parts:
+        if seam in placed:
+            raise InputError(
+                f"{key}: {placed[seam]} and {path} are both a {seam}, and a model has one; must be two candidates"
+            )
+        placed[seam] = path
         model = from_mapping(DecoderConfig, {**changed["model"], "vocab_size": 1}, "model")
         changed = apply_overrides(changed, part_overrides(seam, path, model), key)
+    if "ffn" in placed and (lost := [placed[seam] for seam in placed if seam in OF_MOE]):
+        raise InputError(f"{key}: {placed['ffn']} takes the place of the MoE layers, which {lost[0]} needs")
     return changed
 
 
@@ -141,7 +152,7 @@ def part_overrides(seam: str, path: str, model: DecoderConfig) -> Overrides:
         InputError: the model has no place for it.
     """
     custom = {"type": path}
-    if seam in ("router", "dispatcher", "expert"):
+    if seam in OF_MOE:
         if model.moe is None or not any(layer.ffn == "moe" for layer in model.layers):
             raise InputError(f"{path}: is a {seam}, and the baseline has no MoE layer")
         return {f"model.moe.{'experts' if seam == 'expert' else seam}": custom}

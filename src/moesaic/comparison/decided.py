@@ -10,7 +10,7 @@ from typing import Any
 from moesaic.comparison.request import Request
 from moesaic.config import require_same
 from moesaic.errors import InputError
-from moesaic.files import write_atomically, write_json
+from moesaic.files import write_atomically, write_json, writing
 from moesaic.models import DecoderConfig
 from moesaic.models.custom import sources, with_packages
 from moesaic.reading import read_json, reading
@@ -94,8 +94,9 @@ class Decided:
                 for module, file in with_packages(source.files).items():
                     name = Path(*module.split("."))
                     place = folder / (name / "__init__.py" if file.name == "__init__.py" else name.with_suffix(".py"))
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, place)
+                    with writing(place):
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(file, place)
 
 
 def _differs_in_code(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:

@@ -109,7 +109,8 @@ def next_steps(
         failed: names of the checks that an arm failed.
         how_to_tune: what to give for tuned learning rates, where none were.
     """
-    found = []
+    level = _level(study, arms)
+    found = list(filter(None, [level, _little_text(study, arms)]))
     several = sum(arm.difference is not None for arm in arms) > 1
     for arm in arms:
         difference, checks = arm.difference, failed.get(arm.arm, ())
@@ -123,7 +124,7 @@ def next_steps(
             found.append(f"{arm.name} diverged in {count}: try smaller rates, as in rates=[0.1,0.25,0.5], {ELSEWHERE}.")
         if arm.missing:
             found.append(f"Repeat the command: {_times(len(arm.missing), 'run')} of {arm.name} must still end.")
-        if difference is None:
+        if difference is None or level is not None:
             pass
         elif len(study.seeds) < 2:
             found.append("Give seeds=3 for an interval.")
@@ -147,7 +148,6 @@ def next_steps(
                 f"The best learning rate of {arm.name} is at the edge of what was tried: give {_more_rates(arm)} "
                 f"{ELSEWHERE}."
             )
-    found = [*filter(None, [_level(study, arms), _little_text(study, arms)]), *found]
     if how_to_tune is not None:
         found.append(f"Learning rates were not tuned: give {how_to_tune} {ELSEWHERE}.")
     return list(dict.fromkeys(found))
@@ -200,7 +200,7 @@ def costs_table(baseline: str, fairs: Mapping[str, Mapping[str, Any]]) -> Table:
     """The costs of the baseline and of the new arms as they run, with ratios."""
     table = Table(box=None, pad_edge=True)
     for heading in ("", baseline, *(word for name in fairs for word in (name, "ratio"))):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(escape(heading), justify="right" if heading else "left")
     [first, *_] = fairs.values()
     for key, (label, unit, form) in SHOWN.items():
         theirs = first["baseline"].get(key)

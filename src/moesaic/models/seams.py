@@ -71,6 +71,7 @@ def find_part(text: str, key: str = "part") -> FoundPart:
     if not path.startswith(f"{HANDED_IN}."):  # the person handed it over to be called
         require_maker(found, f"{key}={text!r}", dispatches=given in (None, "dispatcher"))
     if given is not None:
+        _tried_out(path, key)
         return FoundPart(given, path)
     fitting = seam_of(found) or _tried_out(path, key)
     if len(fitting) == 1:
