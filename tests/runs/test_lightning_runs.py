@@ -194,7 +194,7 @@ def test_without_validation_there_are_checkpoints_too(composed: Composed, tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_share_one_run_and_go_on_with_it(corpus: Path, tmp_path: Path) -> None:
-    """Lightning repeats the command for the second; each step sees the windows of two batches."""
+    """Lightning repeats the command for the second; each step sees the windows of one batch."""
     overrides = [*SMOKE, f"data.path={corpus}", "training.steps=4", "training.log_every=1", "sample.max_new_tokens=0"]
     command = [sys.executable, "-m", "moesaic", "train", *overrides, "trainer.devices=2", f"run_dir={tmp_path / 'run'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -204,6 +204,6 @@ def test_two_processes_share_one_run_and_go_on_with_it(corpus: Path, tmp_path: P
         assert done.returncode == 0, done.stderr
         metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
         assert metrics["status"] == status
-    assert (metrics["status"], metrics["steps"], metrics["tokens"]) == ("finished", 4, 2 * 4 * 2 * 64)
+    assert (metrics["status"], metrics["steps"], metrics["tokens"]) == ("finished", 4, 4 * 2 * 64)
     assert list(column(tmp_path / "run", "train/loss")) == ["1", "2", "3", "4"], "one of the two writes"
     assert not (tmp_path / "outputs").exists()

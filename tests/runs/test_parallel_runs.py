@@ -1,7 +1,6 @@
 """Whole runs of several processes: they are the run of one process, and go on with any other number of them."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.cli.train import train
 from moesaic.errors import InputError
 from moesaic.parallel.workers import Workers
-from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]
 
@@ -92,3 +90,75 @@ def test_a_run_goes_on_with_any_number_of_processes(
     assert metrics["validation/loss"] == pytest.approx(whole["validation/loss"], rel=1e-7)
     require_equal_runs(tmp_path / "moved", tmp_path / "whole")
     load_model(tmp_path / "moved" / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["trainer.devices=3", "training.batch_size=4"],
+            r"^training\.batch_size=4: counts the sequences of all 3 processes, and must be a multiple of 3, such as 3 "
+            r"or 6; as it is, 1, 2, 4 processes are allowed$",
+        ),
+        (
+            ["trainer.devices=4", "parallel.expert=3", "training.batch_size=4"],
+            r"^parallel\.expert=3: must divide the 4 processes of the run \(trainer\.devices \* trainer\.num_nodes\); "
+            r"allowed: 1, 2, 4$",
+        ),
+        (["parallel.expert=2"], r"^parallel\.expert=2: must divide the 1 process of the run .*; allowed: 1$"),
+        (
+            [
+                *("trainer.devices=4", "trainer.num_nodes=2", "parallel.expert=8"),
+                *("training.batch_size=8", "model.moe.num_experts=12"),
+            ],
+            r"^parallel\.expert=8: must divide model\.moe\.num_experts=12; allowed with 8 processes: 1, 2, 4$",
+        ),
+        (
+            ["trainer.devices=2", "parallel.expert=2", "model.dense_twin=true"],
+            r"^parallel\.expert=2: must be 1 for a model without MoE layers$",
+        ),
+        (
+            ["trainer.devices=2", "parallel.expert=2", "trainer.strategy=ddp"],
+            r"^trainer\.strategy='ddp': must be auto with parallel\.expert=2$",
+        ),
+        (
+            ["trainer.devices=2", "parallel.tensor=2"],
+            r"^parallel\.tensor=2: must be 1: tensor parallelism is not there",
+        ),
+        (["parallel.expert=0"], r"^parallel\.expert=0: must be a number >= 1$"),
+        (["parallel.expert=2", "parallel.shard=false"], r"^parallel\.shard=false: must be true with expert=2$"),
+        (
+            ["trainer.devices=2", "callbacks=ema"],
+            r"^callbacks: an average of the weights, with 2 processes; must be left",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_anything_is_written(
+    composed: Composed, overrides: list[str], message: str
+) -> None:
+    config = composed(*overrides)
+    with pytest.raises(InputError, match=message):
+        train(config, overrides)
+    assert not Path(config["output_dir"]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["lightning", "torchrun"])
+def test_the_command_on_two_processes_is_that_of_one(
+    corpus: Path, tmp_path: Path, starter: str, composed: Composed, workers: Workers
+) -> None:
+    [whole] = workers.run(on_a_rank, 1, composed(*STEPS, f"run_dir={tmp_path / 'one'}"), STEPS)
+    python = [sys.executable]
+    if starter == "torchrun":
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    typed = [*SMOKE, *STEPS, f"data.path={corpus}", "sample.max_new_tokens=0", *several(2, 2)]
+    where = [f"output_dir={tmp_path / 'outputs'}"] if starter == "torchrun" else [f"run_dir={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*python, "-m", "moesaic", "train", *typed, *where]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written") == 1, "one rank prints"
+    [run_dir] = [path.parent for path in tmp_path.rglob("metrics.json") if path.parent.name != "one"]
+    require_equal_runs(run_dir, tmp_path / "one")
+    assert [path.name for path in run_dir.parent.iterdir() if path != tmp_path / "one"] == [run_dir.name]
+    assert whole["status"] == "finished"

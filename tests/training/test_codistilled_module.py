@@ -141,18 +141,19 @@ def some_teacher(seed: int = 9) -> Decoder:
 
 
 @pytest.mark.parametrize("source", ["joint", "frozen"])
-def test_two_ranks_train_as_one_that_accumulates(source: str) -> None:
+def test_two_ranks_train_as_one(source: str) -> None:
     """Gradients, running losses of the gap control, and expert biases of student and teacher are those of all ranks."""
     data = batches(6)
     policy = SoftWeightConfig(value=0.9, gap=0.5, ema=0.5)
     distillation = joint(soft_weight=policy) if source == "joint" else frozen(policy)
     teacher = some_teacher() if source == "frozen" else None
-    one, two = (make(STUDENT, distillation, teacher, accumulate=accumulate) for accumulate in (2, 1))
+    one, two = (make(STUDENT, distillation, teacher) for _ in range(2))
     begin = copy.deepcopy(one.state_dict())
-    fit(one, data)
+    shared = zip(data[::2], data[1::2], strict=True)
+    fit(one, [{name: torch.cat((value, other[name])) for name, value in each.items()} for each, other in shared])
     fit(two, data, ranks=2)
     expected, found = one.state_dict(), two.state_dict()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # AdamW divides by gradients near 0
     moved = [name for name, value in begin.items() if not torch.equal(value, expected[name])]
     assert {"soft_weight.student_loss", "soft_weight.teacher_loss"} < set(moved)
     assert sum("expert_bias" in name for name in moved) == sum("expert_bias" in name for name in begin)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
 from rich.console import Console
 
 from moesaic.allocator import keep_freed_memory
@@ -91,9 +92,10 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     run_config = dataclasses.replace(run_config, model={**run_config.model, "format": FORMAT})
     if found.run_dir is not None:
         _lock(found.run_dir, at_the_end)
-    elif run_config.run_dir is not None and Path(run_config.run_dir) != rank_run_dir():
+    elif run_config.run_dir is not None and not rank():
         require_free(Path(run_config.run_dir))
     callbacks = make_callbacks(run_config.callbacks)
+    _require_processes(run_config, _checked_model(run_config), callbacks)
     start = read_start(run_config, found.resumed_dir)
     _settle(run_config)
     data = _read_data(run_config, start, console)
@@ -149,16 +151,14 @@ def fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
 
 def _require_sound(config: RunConfig) -> None:
     """Refuse what is wrong whatever the data are."""
-    model = {**config.model}
-    if model.get("vocab_size") is None:
-        model["vocab_size"] = 1  # until the data say; shapes are checked before any data is read
-    _require_processes(config, from_mapping(DecoderConfig, model, "model"))
-    _require_fp8(config)
-    require_memory_of_run(config, from_mapping(DecoderConfig, model, "model"))
+    model = _checked_model(config)
+    require_memory_of_run(config, model)
     if (distillation := config.distillation) is not None:
-        overridden = teacher_mapping(model, distillation.teacher_model)
+        overridden = teacher_mapping(to_mapping(model), distillation.teacher_model)
         from_mapping(DecoderConfig, overridden, "distillation.teacher_model")
         require_paths(distillation)
+    require_accelerator("trainer.accelerator", config.trainer.accelerator)
+    _require_fp8(config)
     require_loggers(config.logger)
     if to_mapping(config.trainer) != to_mapping(TrainerConfig()):
         options = {**trainer_options(config), "accelerator": config.trainer.accelerator}
@@ -166,15 +166,27 @@ def _require_sound(config: RunConfig) -> None:
     require_same_batches(config)
 
 
-def _require_processes(config: RunConfig, model: DecoderConfig) -> None:
+def _checked_model(config: RunConfig) -> DecoderConfig:
+    """The model, with a vocabulary of 1 until the data say: shapes are checked before any data is read."""
+    model = {**config.model}
+    if model.get("vocab_size") is None:
+        model["vocab_size"] = 1
+    return from_mapping(DecoderConfig, model, "model")
+
+
+def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[Callback]) -> None:
     """Refuse a number of processes that cannot share the model or the batch."""
-    require_accelerator("trainer.accelerator", config.trainer.accelerator)
     number = processes(to_mapping(config.trainer))
     if config.parallel.expert > 1 and config.trainer.strategy != "auto":
         raise InputError(
             f"trainer.strategy={config.trainer.strategy!r}: must be auto with parallel.expert={config.parallel.expert}"
         )
     require_degrees(config.parallel, number, config.training.batch_size, model)
+    is_sharded = number > 1 and config.parallel.shard and config.trainer.strategy == "auto"
+    if is_sharded and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise InputError(
+            f"callbacks: an average of the weights, with {number} processes; must be left out, or parallel.shard=false"
+        )
 
 
 def _require_fp8(config: RunConfig) -> None:
@@ -270,7 +282,8 @@ def _require_room(config: RunConfig, model: DecoderConfig) -> Account:
 def _claim_directory(found: Found, config: RunConfig, at_the_end: contextlib.ExitStack) -> Path:
     """The run directory, made if it is not there, and locked for this run."""
     if rank():
-        return found.run_dir or rank_run_dir() or _new_run_dir(config)
+        # where somebody else started the ranks, none but the first knows the directory, or writes in it
+        return found.run_dir or rank_run_dir() or Path(config.run_dir or config.output_dir)
     run_dir = found.run_dir or _new_run_dir(config)
     if found.run_dir is None:
         _lock(run_dir, at_the_end)

@@ -23,7 +23,7 @@ from moesaic.reading import read_json
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, PRESENTING, score_run
 from moesaic.training.fit import Fitted, build, fit, shown_loggers
-from moesaic.training.launched import rank, settle_rank
+from moesaic.training.launched import processes, rank, settle_rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
 from moesaic.training.peak_memory import forget_peak_memory, peak_memory
@@ -150,6 +150,7 @@ def _surviving(what: str, metrics: dict[str, Any]) -> Iterator[None]:
 def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> None:
     config, training = prepared.config, prepared.config.training
     accounted = prepared.account
+    ranks = processes(to_mapping(config.trainer))
     print_summary(
         console,
         config,
@@ -157,7 +158,7 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
         accounted,
         prepared.data.facts,
         _num_tokens(config, prepared.data),
-        activation_bytes(module.decoder, training.batch_size, training.seq_len),
+        activation_bytes(module.decoder, training.batch_size // ranks, training.seq_len),
         prepared.run_dir,
         None if config.distillation is None else describe_teacher(prepared.targets, module.teacher_account),
     )

@@ -45,7 +45,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Spread a decoder, the same on all ranks, over them in place."""
         from moesaic.parallel.apply import parallelize  # torch's FSDP2, which no other run needs
 
-        parallelize(decoder, self.parallel, self.root_device)
+        parallelize(decoder.to(self.root_device), self.parallel, self.root_device)
 
     @staticmethod
     def gather(state: Any) -> Any:
