@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["DISK_ERRORS", "CannotWrite", "InputError", "UnknownKey", "naming"]
+__all__ = ["DISK_ERRORS", "CannotWrite", "InputError", "UnknownKey", "naming", "reason", "require_short"]
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Numbers of the system's errors about a full, read-only or failing disk."""
@@ -24,14 +24,32 @@ class CannotWrite(InputError):
 
     def __init__(self, path: Path | str, error: OSError) -> None:
         self.path, self.error = path, error
-        reason = error.strerror or (os.strerror(error.errno) if error.errno else "no space left on the device?")
         super().__init__(
-            f"{path}: cannot be written ({reason}); what was there is intact. Make room or choose another place, then "
-            "repeat the command"
+            f"{path}: cannot be written ({reason(error)}); what was there is intact. Make room or choose another "
+            "place, then repeat the command"
         )
 
     def __reduce__(self) -> tuple[type["CannotWrite"], tuple[Path | str, OSError]]:
         return CannotWrite, (self.path, self.error)  # it may cross from another process
+
+
+def reason(error: OSError) -> str:
+    """Say why the system refused a file; of a name that is too long, how long it may be."""
+    if error.errno == errno.ENAMETOOLONG and isinstance(error.filename, str | bytes):
+        try:
+            require_short(os.fsdecode(error.filename))
+        except InputError as found:
+            return str(found)
+    return error.strerror or (os.strerror(error.errno) if error.errno else "no space left on the device?")
+
+
+def require_short(path: str) -> None:
+    """Raise InputError for a path, or a name in it, that is longer than a file system takes."""
+    names = [len(os.fsencode(name)) for name in Path(path).parts]
+    for what, found in (("name", max(names, default=0)), ("path", len(os.fsencode(path)))):
+        limit = os.pathconf("/", f"PC_{what.upper()}_MAX") if hasattr(os, "pathconf") else 255
+        if found > limit:
+            raise InputError(f"a {what} of {found} bytes; must be at most {limit}, the limit of the file system")
 
 
 class UnknownKey(InputError):

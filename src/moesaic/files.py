@@ -1,14 +1,15 @@
 """Files that appear whole or not at all, room for them, and locks of directories."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import CannotWrite, InputError
+from moesaic.errors import CannotWrite, InputError, reason
 
 try:
     import fcntl
@@ -22,6 +23,7 @@ __all__ = [
     "find_all",
     "is_locked",
     "lock",
+    "make_folder",
     "partial_of",
     "remove_partials",
     "require_disk_space",
@@ -46,6 +48,20 @@ def require_disk_space(path: Path, needed: int) -> None:
             f"{path}: {free / 1e6:.0f} MB free, but checkpoints and logs of this run need about {needed / 1e6:.0f} MB; "
             "free some space or choose another output_dir"
         )
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Make the folder that a key asks for, if it is not there.
+
+    Raises:
+        InputError: it cannot be made, or nothing can be made in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"{key}={str(path)!r}: cannot be written ({reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -139,10 +155,14 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def find_all(root: Path, name: str) -> list[Path]:
-    """All files of a name below `root`, sorted. Linked folders are looked into, each folder once."""
+def find_all(root: Path, name: str, tell: Callable[[OSError], None] | None = None) -> list[Path]:
+    """All files of a name below `root`, sorted. Linked folders are looked into, each folder once.
+
+    Args:
+        tell: called for each folder that cannot be looked into.
+    """
     found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=tell, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()

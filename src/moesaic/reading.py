@@ -9,13 +9,14 @@ import csv
 import json
 import math
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import InputError, UnknownKey
+from moesaic.errors import InputError, UnknownKey, reason
 
-__all__ = ["read_csv", "read_json", "read_yaml", "reading", "require_file", "require_finite"]
+__all__ = ["is_number", "read_csv", "read_json", "read_yaml", "reading", "require_file", "require_finite"]
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def reading(file: object) -> Iterator[None]:
         named = "" if str(error).startswith(str(file)) else f"{file}: "
         raise InputError(f"{named}{error}{newer}") from error
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{file}: cannot be read ({reason(error)})") from error
     except Exception as error:  # what parsers and wrong types raise has no common base
         what = (str(error).splitlines() or [""])[0][:200]
         raise InputError(f"{file}: damaged ({type(error).__name__}: {what})") from error
@@ -59,24 +60,31 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InputError: it cannot be read, is no JSON, or holds something else.
+        InputError: it cannot be read, is no JSON, holds something else, or a key twice.
     """
     with reading(path):
         require_file(path)
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+        return _mapping(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file of plain values.
 
     Raises:
-        InputError: it cannot be read, is no YAML, or holds something else.
+        InputError: it cannot be read, is no YAML, holds something else, or a key twice.
     """
     import yaml  # an optional package
 
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            _each_once([(key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep)
+
     with reading(path):
         require_file(path)
-        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = yaml.load(path.read_text(encoding="utf-8"), Strict)
+        _require_tree(content)
+        return _mapping(content)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -90,6 +98,35 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
             return [{name: value or "" for name, value in row.items() if name is not None} for row in rows]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping of these pairs; of two values under one key nobody knows which one was meant."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"{key}: stands twice; must be there once")
+        found[key] = value
+    return found
+
+
+MOST_VALUES = 10**6
+"""A file of this many values is none of ours; a few aliases of YAML can stand for any number."""
+
+
+def _require_tree(content: Any) -> None:
+    """Raise InputError for a value that is within itself, or that its aliases repeat without end."""
+    waiting, count = [content], 0
+    while waiting:
+        value, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise InputError(f"its aliases make more than {MOST_VALUES:,} values of it; must be plain values")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def is_number(value: Any) -> bool:
+    """Whether this, read from a file, is a finite number; true and false are none, nor is what no float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def require_finite(value: Any, key: str) -> None:

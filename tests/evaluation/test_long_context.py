@@ -333,6 +333,23 @@ def test_results_of_another_evaluation_are_refused_and_kept(tmp_path: Path) -> N
         ResultFile(path / "below" / "it.json", {})
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["summary", "done"])
+def test_what_could_not_be_written_again_is_refused_before_any_work(tmp_path: Path, place: str, value: float) -> None:
+    path = tmp_path / "it.json"
+    path.write_text(json.dumps({"identity": {}, "summary": {}, "done": {}, place: {"other": [[value]]}}))
+    with pytest.raises(InputError, match=r"it\.json: not a result file of this evaluation"):
+        ResultFile(path, {})
+
+
+@pytest.mark.parametrize("value", [True, None, "1.0", 10**400])
+def test_other_variants_count_only_if_they_are_whole(tmp_path: Path, value: Any) -> None:
+    path, edges = tmp_path / "it.json", (0, 8)
+    path.write_text(json.dumps({"identity": {}, "summary": {}, "done": {"other": [[value]], "good": [[2.0]]}}))
+    found = loss_by_position([Variant("it", toy())], text(1, 8), edges, results=ResultFile(path, {}))
+    assert sorted(found) == ["good", "it"]
+
+
 def test_a_loss_that_is_not_finite_is_refused() -> None:
     decoder = toy()
     with torch.no_grad():

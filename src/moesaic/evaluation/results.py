@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import numpy.typing as npt
 from moesaic.config import require_same
 from moesaic.data.shards import ShardedIds
 from moesaic.errors import InputError
-from moesaic.files import write_atomically
-from moesaic.reading import read_json, reading
+from moesaic.files import make_folder, write_atomically
+from moesaic.reading import is_number, read_json, reading, require_finite
 
 __all__ = ["ResultFile", "digest", "is_numbers"]
 
@@ -38,21 +37,19 @@ class ResultFile:
         self.identity = json.loads(json.dumps(identity))
         self.done: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                if (picture := path.with_suffix(".png")).exists():
-                    raise InputError(
-                        f"{picture}: would be overwritten, and {path.name} is not beside it; choose another output"
-                    )
-                self.save()  # whose folder this is has to be known before the first result
-        except OSError as error:
-            raise InputError(f"output={str(path.parent)!r}: cannot be written ({error.strerror})") from error
+        make_folder(path.parent, "output")
+        if not path.exists():
+            if (picture := path.with_suffix(".png")).exists():
+                raise InputError(
+                    f"{picture}: would be overwritten, and {path.name} is not beside it; choose another output"
+                )
+            self.save()  # whose folder this is has to be known before the first result
         self._read()
 
     def _read(self) -> None:
         try:
             stored = read_json(self.path)
+            require_finite(stored, "")  # it is written again, where numbers must be finite
             old, done, summary = dict(stored["identity"]), dict(stored["done"]), dict(stored["summary"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path}: not a result file of this evaluation; choose another output") from error
@@ -80,9 +77,7 @@ class ResultFile:
 
 def is_numbers(row: Any, count: int) -> bool:
     """Whether this, read from JSON, is a list of so many finite numbers."""
-    return (
-        isinstance(row, list) and len(row) == count and all(type(x) in (int, float) and math.isfinite(x) for x in row)
-    )
+    return isinstance(row, list) and len(row) == count and all(map(is_number, row))
 
 
 def digest(tokens: Ids | ShardedIds) -> str:
