@@ -1,6 +1,7 @@
 """The directory of a comparison."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def test_what_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
     assert Decided(request, {}).get("plan", "runs", lambda: {})["steps"] == 4
     path = tmp_path / "comparison.json"
     path.write_text(path.read_text().replace('"steps": 4', '"steps": "x"'))
+    with pytest.raises(InputError, match=r"comparison\.json.*its content has not its digest"):
+        Decided(request, {})
+    content = json.loads(path.read_text())
+    del content["digest"]
+    path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"comparison\.json.*its content has not its digest"):
         Decided(request, {})
 

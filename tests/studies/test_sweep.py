@@ -81,6 +81,75 @@ def test_failed_unfinished_damaged_and_missing_are_all_named(tmp_path: Path) -> 
     assert "**missing** top_k=2: no finished run with seed 1" in text
 
 
+@pytest.mark.parametrize("value", ["1.5", True, [1.5], {}, 10**400])
+@pytest.mark.parametrize("key", [LOSS, "seconds", "validation/seq_len", "parameters/total", "validation/windows"])
+def test_a_number_that_is_none_makes_its_run_damaged(tmp_path: Path, key: str, value: Any) -> None:
+    make_run(tmp_path / "good", seed=0, loss=1.0)
+    run = make_run(tmp_path / "bad", seed=1, loss=2.0)
+    (run / "metrics.json").write_text(json.dumps({**json.loads((run / "metrics.json").read_text()), key: value}))
+    [row] = summarize_runs(collect_runs(tmp_path), LOSS)
+    assert row.values(LOSS) == [1.0]
+    said = f"**damaged** {run} ((all equal), seed 1): metrics.json: {key}={value!r}: must be a number"
+    assert said in to_markdown([row], [LOSS])
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "good", loss=1.0)
+    make_run(tmp_path / "theirs/bad", loss=2.0)
+    look = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path) in refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    refused = [tmp_path / "theirs"]
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"**damaged** {tmp_path}/theirs ((config unreadable), seed None): cannot be read (Perm" in write_report(
+        tmp_path
+    )
+    refused = [tmp_path]
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        collect_runs(tmp_path)
+
+
+@pytest.mark.parametrize("section", [None, [1], "text"])
+def test_an_odd_section_of_a_stored_config_ends_no_report(tmp_path: Path, section: Any) -> None:
+    run = make_run(tmp_path / "a", loss=1.0, sections={"training": section})
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "steps": 4, "stopped_by": "x", "validation/seq_len": 8}))
+    assert "4 of ? steps, x" in to_markdown(summarize_runs(collect_runs(tmp_path), LOSS), [LOSS])
+
+
+@pytest.mark.parametrize(("name", "line"), [("config.yaml", "seed: 7\n"), ("metrics.json", '{"status": "finished", ')])
+def test_a_key_that_stands_twice_makes_its_run_damaged(tmp_path: Path, name: str, line: str) -> None:
+    run = make_run(tmp_path / "bad", loss=1.0)
+    text = (run / name).read_text()
+    (run / name).write_text(text + line if name == "config.yaml" else line + text[1:])
+    [found] = collect_runs(tmp_path)
+    assert found.status == "damaged"
+    assert "stands twice" in found.metrics["error"]
+
+
+@pytest.mark.parametrize(
+    "line", ["a: &a [*a]", "a: &a [x, x]\n" + "\n".join(f"{b}: &{b} [{f'*{a}, ' * 99}]" for a, b in ("ab", "bc", "cd"))]
+)
+def test_aliases_without_end_make_their_run_damaged(tmp_path: Path, line: str) -> None:
+    run = make_run(tmp_path / "bad", loss=1.0)
+    (run / "config.yaml").write_text(f"{line}\n{(run / 'config.yaml').read_text()}")
+    [found] = collect_runs(tmp_path)
+    assert found.metrics["error"].startswith("config.yaml: its aliases make more than 1,000,000 values")
+
+
+def test_a_table_without_steps_makes_its_run_damaged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "bad", loss=1.0)
+    (run / "metrics.csv").write_bytes(b"\xef\xbb\xbf" + (run / "metrics.csv").read_bytes())
+    [found] = collect_runs(tmp_path)
+    assert (
+        found.metrics["error"].startswith("metrics.csv: found columns ") and "must have step" in found.metrics["error"]
+    )
+
+
 def callback(name: str, **arguments: Any) -> dict[str, Any]:
     return {"callbacks": {"each": {"_target_": f"lightning.pytorch.callbacks.{name}", **arguments}}}
 

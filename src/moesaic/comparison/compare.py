@@ -28,8 +28,7 @@ from moesaic.comparison.request import (
 from moesaic.comparison.verdict import RANDOM, UNCHECKED, costs_table, next_steps, sentence
 from moesaic.config import from_mapping
 from moesaic.data import Data, DataConfig
-from moesaic.errors import InputError
-from moesaic.files import lock
+from moesaic.files import lock, make_folder
 from moesaic.imports import names_in, trusting
 from moesaic.models.custom import require_fresh
 from moesaic.overrides import apply_overrides
@@ -66,13 +65,7 @@ def compare(request: Request, console: Console, command: str) -> dict[str, Any]:
     with trusting(names_in([arm.config for arm in request.arms])):
         say.say(_what_is_read(request))
         subjects, data = read_arms(request)
-        try:
-            request.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"results_dir={str(request.directory)!r}: cannot be written ({error.strerror}); must be a folder, or "
-                "where one can be made"
-            ) from error
+        make_folder(request.directory, "results_dir")
         with lock(request.directory, f"{request.directory}: another process is running this comparison"):
             models = {name: subject.candidate.model for name, subject in subjects.items()}
             for model in models.values():

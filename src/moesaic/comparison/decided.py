@@ -55,8 +55,7 @@ class Decided:
             return
         with reading(self.path):
             self.stored = read_json(self.path)
-            digest = self.stored.pop("digest", None)
-            if digest is not None and digest != _digest(self.stored):
+            if self.stored.pop("digest", None) != _digest(self.stored):
                 raise InputError("its content has not its digest; put it back, or remove it to decide again")
             for section in SECTIONS:
                 self.stored[section].keys()

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moesaic.config import from_mapping, require_same
 from moesaic.data import DataConfig, load_data
-from moesaic.errors import InputError
+from moesaic.errors import InputError, reason
 from moesaic.files import lock, write_atomically, write_json, write_yaml
 from moesaic.formats import translate_overrides, translate_run, translate_study, version_of
 from moesaic.imports import names_in, require_trusted, trusting
@@ -496,6 +496,6 @@ def _locked(folder: Path, key: str, value: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{key}={str(value)!r}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{key}={str(value)!r}: cannot be written ({reason(error)})") from error
     with lock(folder, f"{folder}: another process is running this study"):
         yield

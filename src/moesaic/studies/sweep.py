@@ -13,13 +13,13 @@ from typing import Any
 
 from moesaic.arms import name_arms, short_value
 from moesaic.config import flatten
-from moesaic.errors import InputError
+from moesaic.errors import InputError, reason
 from moesaic.evaluation.language_modeling import on_windows
 from moesaic.evaluation.plots import plot_curves, read_columns
 from moesaic.evaluation.plotting import Floats
 from moesaic.files import find_all, write_atomically
 from moesaic.formats import translate_run
-from moesaic.reading import read_json, read_yaml, reading
+from moesaic.reading import is_number, read_csv, read_json, read_yaml, reading
 from moesaic.statistics import half_width, interval
 from moesaic.studies.defining import defining
 from moesaic.studies.tables import markdown_table, number
@@ -32,6 +32,7 @@ __all__ = [
     "SweepArm",
     "collect_runs",
     "group_runs",
+    "read_metrics",
     "summarize_runs",
     "tables_of",
     "to_csv",
@@ -91,7 +92,7 @@ class SweepArm:
 
     def values(self, metric: str) -> list[float]:
         found = [run.metrics.get(metric) for run in self.finished]
-        return [float(value) for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
+        return [float(value) for value in found if is_number(value)]
 
     def windows(self) -> str:
         """Tokens of a window of validation, on which scores depend, and of one of training; how many, if not all."""
@@ -119,7 +120,12 @@ def collect_runs(root: Path) -> list[Run]:
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such directory")
-    runs = [_read(path.parent) for path in find_all(root, "config.yaml") if _counts(path.parent)]
+    unreadable: list[OSError] = []
+    runs = [_read(path.parent) for path in find_all(root, "config.yaml", unreadable.append) if _counts(path.parent)]
+    for error in unreadable:
+        if Path(error.filename) == root:
+            raise InputError(f"{root}: cannot be read ({reason(error)})")
+        runs.append(Run(Path(error.filename), {}, "damaged", {"error": f"cannot be read ({reason(error)})"}))
     if not runs:
         raise InputError(f"{root}: no run in it; a run is a directory with a config.yaml, as moesaic train writes it")
     return runs
@@ -200,7 +206,7 @@ def _notes_on(row: SweepArm) -> list[str]:
     notes = []
     for run in row.runs:
         if why := run.metrics.get("stopped_by"):
-            wanted = run.config.get("training", {}).get("steps", "?")
+            wanted = flatten(run.config).get("training.steps", "?")
             steps = f"{run.metrics.get('steps', '?')} of {wanted} steps"
             notes.append(f"**fewer steps** {run.directory} ({row.label}, seed {run.seed}): {steps}, {why}")
         if run.status not in ENDED:
@@ -242,7 +248,7 @@ def write_report(root: Path, metrics: Sequence[str] = (), where: str | None = No
         InputError: no runs, a metric that no run has, or a condition that is no condition or that no run meets.
     """
     runs = _chosen(collect_runs(root), where)
-    found = {name for run in runs for name, value in run.metrics.items() if isinstance(value, (int, float))}
+    found = {name for run in runs for name, value in run.metrics.items() if is_number(value)}
     for metric in metrics:
         if metric not in found:
             raise InputError(f"metrics: no run has {metric}; found: {', '.join(sorted(found)) or 'none'}")
@@ -292,6 +298,28 @@ def _counts(directory: Path) -> bool:
     return True
 
 
+NUMBERS = ("steps", "tokens", "seconds", "tokens_per_second", "active_flops", "teacher_flops", "peak_memory_bytes")
+"""Keys of metrics.json that are numbers, beside those with a / in them."""
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What metrics.json of a run holds.
+
+    Raises:
+        InputError: it cannot be read, or a value is of another kind than its key.
+    """
+    with reading(path):
+        metrics = read_json(path)
+        if not isinstance(metrics["status"], str):
+            raise InputError(f"status={metrics['status']!r}: must be a string")
+        for name, value in metrics.items():
+            if "/" not in name and name not in NUMBERS:  # a remark
+                continue
+            if not (value is None or is_number(value) or (type(value) is float and not math.isfinite(value))):
+                raise InputError(f"{name}={value!r}: must be a number")
+    return metrics
+
+
 def _read(directory: Path) -> Run:
     config: dict[str, Any] = {}
     path = directory / "config.yaml"
@@ -304,15 +332,12 @@ def _read(directory: Path) -> Run:
         path = directory / "metrics.json"
         if not path.exists():
             return Run(directory, config, "unfinished", {})
-        with reading(path):
-            metrics = read_json(path)
-            if not isinstance(metrics["status"], str):
-                raise InputError(f"status={metrics['status']!r}: must be a string")
-            for name, value in metrics.items():
-                if "/" in name and not isinstance(value, (int, float, type(None))):  # a score, not a remark
-                    raise InputError(f"{name}={value!r}: must be a number")
-        if (directory / "metrics.csv").exists():
-            read_columns(directory / "metrics.csv", "step")
+        metrics = read_metrics(path)
+        if (path := directory / "metrics.csv").exists():
+            with reading(path):
+                if (rows := read_csv(path)) and "step" not in rows[0]:
+                    raise InputError(f"found columns {', '.join(rows[0])[:80]!r}; must have step")
+            read_columns(path, "step")
         return Run(directory, config, metrics["status"], metrics)
     except InputError as error:
         return Run(directory, config, "damaged", {"error": str(error).removeprefix(f"{directory}/")})

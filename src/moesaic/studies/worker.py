@@ -31,10 +31,11 @@ from moesaic.evaluation.recall import recall_numbers, score_recall
 from moesaic.files import write_atomically, write_json
 from moesaic.models import DecoderConfig, account
 from moesaic.overrides import apply_overrides
-from moesaic.reading import read_json
+from moesaic.reading import read_json, reading, require_finite
 from moesaic.studies.config import VariantConfig
 from moesaic.studies.jobs import Row, import_evaluation, sources_of, variant_options
 from moesaic.studies.serving import serve
+from moesaic.studies.sweep import read_metrics
 from moesaic.training.records import environment
 from moesaic.training.run import run
 
@@ -71,7 +72,7 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
         "python": here["python"],
         "processor": here["processor"],
         "metrics": {key: value for key, value in result.items() if _is_number(value)},
-        "warnings": result["warnings"],
+        "warnings": result.get("warnings", []),
     }
     if prepares:
         if row["status"] != "finished":
@@ -179,7 +180,7 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
 def _train(config: Mapping[str, Any], run_dir: Path, needs_checkpoint: bool) -> dict[str, Any]:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     metrics = run_dir / "metrics.json"
-    found: dict[str, Any] = read_json(metrics) if metrics.exists() else {}
+    found: dict[str, Any] = read_metrics(metrics) if metrics.exists() else {}
     if found.get("status") == "diverged" or (
         found.get("status") == "finished" and (checkpoint.is_file() or not needs_checkpoint)
     ):
@@ -219,7 +220,9 @@ class _CpuClock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.began = time.process_time()
-        self.before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+        with reading(path):
+            self.before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+            require_finite(self.before, "CPU seconds")
         self.done = threading.Event()
 
     def __enter__(self) -> "_CpuClock":
