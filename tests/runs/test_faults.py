@@ -413,7 +413,7 @@ def test_a_run_goes_on_from_the_sequence_it_was_at(
     assert seen * sizes["seq_len"] == pytest.approx(metrics["tokens"], abs=sizes["seq_len"])
 
 
-def test_an_optimizer_of_other_parameters_is_refused(composed: Composed, unfinished: Path) -> None:
+def test_an_optimizer_of_other_parameters_is_refused(composed: Composed, unfinished: Path, tmp_path: Path) -> None:
     path = unfinished / "checkpoints" / "last.ckpt"
     checkpoint = load_checkpoint(path)
     _, outputs, vectors, *_ = checkpoint["optimizer_states"][0]["param_groups"]
@@ -421,6 +421,10 @@ def test_an_optimizer_of_other_parameters_is_refused(composed: Composed, unfinis
     write_checkpoint(path, checkpoint)
     with pytest.raises(InputError, match=r"last.ckpt: its optimizer has groups of .*'vectors': 12.*must be .* 13"):
         run(composed("resume=true", f"run_dir={unfinished}"))
+    with pytest.raises(InputError, match=r"last.ckpt: its optimizer has groups of .*'vectors': 12.*must be .* 13"):
+        run(composed(*STEPS, "training.steps=20", f"ckpt_path={path}", f"run_dir={tmp_path / 'on'}"))
+    assert not (tmp_path / "on").exists()
+    assert not (unfinished / "metrics.json").exists()
 
 
 # ---- strangers' checkpoints, and edits of what is stored

@@ -12,11 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from rich.console import Console
 
-from moesaic.checkpoints import decoder_weights
-from moesaic.config import to_mapping
-from moesaic.data import token_bytes
 from moesaic.errors import DISK_ERRORS, CannotWrite, InputError
-from moesaic.evaluation.extension import keep_start
 from moesaic.training.callbacks import LastCheckpoint, PlainProgress, ProgressBar, RunMonitor, TimeLimit
 from moesaic.training.checkpoint_io import RunCheckpointIO
 from moesaic.training.components import make_loggers
@@ -28,9 +24,8 @@ from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
 from moesaic.training.rate_finder import LearningRateFinder
 from moesaic.training.records import RunLogger
-from moesaic.training.starting import Start
 
-__all__ = ["WARNED", "Fitted", "build", "fit", "shown_loggers"]
+__all__ = ["WARNED", "Fitted", "fit", "shown_loggers"]
 
 WARNED = "the scheduler's warning (SIGUSR1)"
 """Why a run stopped that a scheduler warned."""
@@ -63,53 +58,6 @@ class Fitted:
     def finder(self) -> LearningRateFinder | None:
         """The range test that this run was, if it was one."""
         return next((each for each in self.prepared.callbacks if isinstance(each, LearningRateFinder)), None)
-
-
-def build(prepared: Prepared) -> LanguageModel:
-    """Build the module of a run, with the weights it starts from unless Lightning restores them.
-
-    Raises:
-        InputError: a checkpoint with the state of another optimizer.
-    """
-    start, tokenizer, targets = prepared.start, prepared.data.tokenizer, prepared.targets
-    module = LanguageModel(
-        to_mapping(prepared.config),
-        to_mapping(prepared.model),
-        None if tokenizer is None else tokenizer.to_dict(),
-        None if tokenizer is None else token_bytes(tokenizer),
-        None if targets is None else targets.source,
-    )
-    if start.fit_path is not None:
-        _require_same_groups(module, start)
-    if start.kind == "extended":
-        keep_start(prepared.run_dir, start.checkpoint)
-    if start.kind in ("weights", "extended"):
-        module.decoder.load_state_dict(decoder_weights(start.checkpoint))
-    return module
-
-
-def _require_same_groups(module: LanguageModel, start: Start) -> None:
-    """Refuse an optimizer state of other parameters than the run's, or, of the same run, with other rates to begin."""
-    [stored], [schedule] = start.checkpoint["optimizer_states"], start.checkpoint["lr_schedulers"]
-    now = module.configure_optimizers()["optimizer"].param_groups
-    found, wanted = (
-        {group["name"]: len(group["params"]) for group in groups} for groups in (stored["param_groups"], now)
-    )
-    where = f"checkpoint {start.path}"
-    if found != wanted:
-        raise InputError(
-            f"{where}: its optimizer has groups of {found} parameters; must be {wanted}, as those of this model"
-        )
-    for there, here, base in zip(stored["param_groups"], now, schedule["base_lrs"], strict=True):
-        if start.kind == "resumed" and not there.get("initial_lr") == base == here["initial_lr"]:
-            raise InputError(f"{where}: base_lrs of {here['name']}: found {base}; must be {here['initial_lr']}")
-        for i, parameter in zip(there["params"], here["params"], strict=True):
-            for name, value in stored["state"].get(i, {}).items():
-                if name != "step" and value.shape != parameter.shape:
-                    raise InputError(
-                        f"{where}: optimizer_states[0].state.{i}.{name}: found shape {list(value.shape)}; must be "
-                        f"{list(parameter.shape)}"
-                    )
 
 
 def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:

@@ -82,4 +82,4 @@ def require_options(options: Mapping[str, Any]) -> pl.Trainer:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         plain = {name: value for name, value in options.items() if isinstance(value, (str, int, float, list))}
         given = ", ".join(f"trainer.{name}={value}" for name, value in plain.items() if name != "plugins")
-        raise InputError(f"{given}: Lightning refuses this: {error}") from error
+        raise InputError(f"{given}: Lightning refuses this: {' '.join(str(error).split())}") from error

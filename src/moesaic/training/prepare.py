@@ -28,12 +28,21 @@ from moesaic.distillation.opened import (
 )
 from moesaic.errors import InputError
 from moesaic.evaluation.extension import Stretches, checkpoint_tokenizer, open_stretches, require_extendable, start_of
-from moesaic.files import lock, remove_partials, require_disk_space, write_atomically, write_json, write_yaml
+from moesaic.files import (
+    lock,
+    make_folder,
+    remove_partials,
+    require_disk_space,
+    write_atomically,
+    write_json,
+    write_yaml,
+)
 from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
 from moesaic.parallel.config import require_degrees
 from moesaic.training.batches import RunBatches, require_same_batches
+from moesaic.training.building import build
 from moesaic.training.components import make_callbacks, require_loggers
 from moesaic.training.config import RunConfig, TrainerConfig
 from moesaic.training.continuing import (
@@ -48,6 +57,7 @@ from moesaic.training.fp8 import lightning_precision, plan_fp8
 from moesaic.training.launched import is_one_process, processes, rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
 from moesaic.training.memory import require_memory_of_run
+from moesaic.training.module import LanguageModel
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import create_run_dir, environment
 from moesaic.training.starting import Found, Start, busy, clear_unstarted, read_start, require_free
@@ -64,6 +74,7 @@ class Prepared:
     model: DecoderConfig
     account: Account
     """Parameters and FLOPs of the model."""
+    module: LanguageModel
     start: Start
     data: Data
     batches: RunBatches
@@ -78,7 +89,7 @@ class Prepared:
 
 
 def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) -> Prepared:
-    """Read, check and open what a run needs, then create its directory.
+    """Read, check and open what a run needs, build its model, then create its directory.
 
     Args:
         at_the_end: takes what has to be closed, also where the run fails.
@@ -109,10 +120,13 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     if targets is not None:
         at_the_end.callback(targets.close)  # also where the run fails: other runs may want to add to the cache
     accounts = _require_room(run_config, model)
+    module = build(run_config, model, start, data, targets)
     run_dir = _claim_directory(found, run_config, at_the_end)
     if not rank():
         _begin_records(run_dir, run_config, model, start, data, targets)
-    return Prepared(run_config, model, accounts, start, data, batches, callbacks, targets, stretches, run_dir, why)
+    return Prepared(
+        run_config, model, accounts, module, start, data, batches, callbacks, targets, stretches, run_dir, why
+    )
 
 
 def trainer_options(config: RunConfig) -> dict[str, Any]:
@@ -327,8 +341,5 @@ def _new_run_dir(config: RunConfig) -> Path:
     if config.run_dir is None:
         return create_run_dir(Path(config.output_dir), config.name)
     run_dir = Path(config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run_dir={config.run_dir!r}: cannot be written ({error.strerror})") from error
+    make_folder(run_dir, "run_dir")
     return run_dir

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moesaic import __version__
 from moesaic.checkout import git
-from moesaic.errors import InputError
+from moesaic.errors import InputError, reason
 from moesaic.files import append, write_atomically
 from moesaic.reading import read_csv, reading
 
@@ -36,7 +36,7 @@ def create_run_dir(output_dir: Path, name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise InputError(f"output_dir={str(output_dir)!r}: cannot be written ({error.strerror})") from error
+            raise InputError(f"output_dir={str(output_dir)!r}: cannot be written ({reason(error)})") from error
         return path
     raise InputError(f"output_dir={str(output_dir)!r}: a thousand runs of {name} started in this second")
 

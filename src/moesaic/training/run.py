@@ -14,6 +14,7 @@ from rich.markup import escape
 from moesaic.config import to_mapping
 from moesaic.data import Data
 from moesaic.errors import CannotWrite, InputError
+from moesaic.evaluation.extension import keep_start
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
 from moesaic.imports import names_in, trust_argument, trusting
@@ -22,7 +23,7 @@ from moesaic.overrides import command_line, for_shell, override
 from moesaic.reading import read_json
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, PRESENTING, score_run
-from moesaic.training.fit import Fitted, build, fit, shown_loggers
+from moesaic.training.fit import Fitted, fit, shown_loggers
 from moesaic.training.launched import processes, rank, settle_rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
@@ -59,9 +60,10 @@ def run_found(found: Found, console: Console | None = None) -> dict[str, Any]:
         forget_peak_memory()
         prepared = prepare(found, console, at_the_end)
         at_the_end.enter_context(_recorded(prepared.run_dir, prepared.config, console))
-        module = build(prepared)
-        _show_plan(prepared, module, console)
-        fitted = fit(prepared, module, console)
+        if prepared.start.kind == "extended" and not rank():
+            keep_start(prepared.run_dir, prepared.start.checkpoint)
+        _show_plan(prepared, prepared.module, console)
+        fitted = fit(prepared, prepared.module, console)
         return _finish(fitted, console)
 
 
