@@ -30,7 +30,9 @@ from .harness import (
     Measurement,
     Options,
     Progress,
+    count,
     finish,
+    gigabytes,
     parse_options,
     peak_memory,
     print_table,
@@ -189,12 +191,12 @@ def report(rows: Sequence[Measurement]) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     extra = [
         (["--models"], {"nargs": "+", "choices": list(TOP_K), "default": ["llama4", "mixtral", "qwen3_moe"]}),
-        (["--experts"], {"nargs": "+", "type": int, "default": [8, 16, 64, 128]}),
-        (["--tokens"], {"type": int, "default": 512}),
-        (["--dim"], {"type": int, "default": 256}),
-        (["--hidden-dim"], {"type": int, "default": 512, "help": "width of each expert"}),
+        (["--experts"], {"nargs": "+", "type": count, "default": [8, 16, 64, 128]}),
+        (["--tokens"], {"type": count, "default": 512}),
+        (["--dim"], {"type": count, "default": 256}),
+        (["--hidden-dim"], {"type": count, "default": 512, "help": "width of each expert"}),
         (["--dtype"], {"choices": list(DTYPES), "default": "fp32"}),
-        (["--memory-gb"], {"type": float, "default": 6.0, "help": "batched_mm is left out above this"}),
+        (["--memory-gb"], {"type": gigabytes, "default": 6.0, "help": "batched_mm is left out above this"}),
     ]
     options, given = parse_options(__doc__ or "", arguments, *extra)
     tokens, dim, hidden_dim = (32, 32, 32) if options.smoke else (given.tokens, given.dim, given.hidden_dim)

@@ -29,6 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from moesaic.allocator import keep_freed_memory
 from moesaic.checkout import git
+from moesaic.errors import CannotWrite, reason
+from moesaic.files import append
 
 from . import SMOKE
 
@@ -38,7 +40,10 @@ __all__ = [
     "Progress",
     "bf16_obstacle",
     "bf16_over_fp32",
+    "count",
+    "device_of",
     "dtypes_to_time",
+    "gigabytes",
     "held_memory",
     "parse_options",
     "peak_memory",
@@ -105,7 +110,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     """The common options, and the namespace with those that `extra` (pairs of flags and keywords) added."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes and one round: does it run at all?")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_of, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=["cpu", "wall", "cuda"], help="default: cpu, or cuda on a GPU")
     parser.add_argument("--threads", type=int, help="default: 1 under --clock cpu, else torch's choice")
     parser.add_argument("--rounds", type=int, default=5)
@@ -113,8 +118,9 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     parser.add_argument("--output", type=Path, help="append JSON lines to this file")
     for flags, keywords in extra:
         parser.add_argument(*flags, **keywords)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
-    device = torch.device(given.device)
+    device = given.device
     clock: Clock = given.clock or ("cuda" if device.type == "cuda" else "cpu")
     if (clock == "cuda") != (device.type == "cuda"):
         parser.error(
@@ -127,11 +133,41 @@ def parse_options(description: str, arguments: Sequence[str] | None = None, *ext
     threads = given.threads or (1 if clock == "cpu" else torch.get_num_threads())
     if clock == "cpu" and threads != 1:
         parser.error("--clock cpu counts the time of all threads: it needs --threads 1")
+    if given.output is not None:
+        try:  # before minutes of measuring
+            given.output.parent.mkdir(parents=True, exist_ok=True)
+            append(given.output, "")
+        except OSError as error:
+            parser.error(f"--output {given.output}: cannot be written ({reason(error)})")
+        except CannotWrite as error:
+            parser.error(f"--output {error}")
     torch.set_num_threads(threads)
     kept = device.type == "cpu" and given.keep_freed_memory and keep_freed_memory()
     rounds = 1 if given.smoke else given.rounds
     _below_titles[:] = [f"({SMOKE})"] if given.smoke else []
     return Options(given.smoke, device, clock, threads, rounds, given.output, kept), given
+
+
+def device_of(name: str) -> torch.device:
+    """The device of --device."""
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["cuda"] * torch.cuda.is_available()]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name}: must be one of {', '.join(known)}, which are here")
+    return torch.device(name)
+
+
+def count(text: str) -> int:
+    """A number of something, of a flag."""
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 2**24):
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 to {2**24:,}")
+    return int(text)
+
+
+def gigabytes(text: str) -> float:
+    """An amount of memory, of a flag."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number >= 0")
+    return value
 
 
 # ---- precision
@@ -306,7 +342,7 @@ class Progress:
 
 
 def finish(rows: Iterable[Measurement], options: Options) -> list[Measurement]:
-    """Add to each row where it was measured, and append all to the output file.
+    """Add to each row where it was measured, and append it to the output file.
 
     Where `bf16_obstacle` is in the way, that is said here and is one row more in the file.
     """
@@ -317,17 +353,25 @@ def finish(rows: Iterable[Measurement], options: Options) -> list[Measurement]:
         "keeps_freed_memory": options.keeps_freed_memory,
         "commit": commit(),
     }
-    done = [dataclasses.replace(row, **where) for row in rows]
-    not_run = []
+    done, output = [], options.output
+    for row in rows:
+        done.append(dataclasses.replace(row, **where))
+        output = _keep(done[-1], output)
     if obstacle := bf16_obstacle(options):
         print(f"\nbf16 and mixed precision not run: {obstacle}")
-        not_run = [Measurement(done[0].benchmark, "all", {}, "bf16", "all", note=f"not run: {obstacle}", **where)]
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("a", encoding="utf-8") as file:
-            for row in done + not_run:
-                file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+        _keep(Measurement(done[0].benchmark, "all", {}, "bf16", "all", note=f"not run: {obstacle}", **where), output)
     return done
+
+
+def _keep(row: Measurement, output: Path | None) -> Path | None:
+    """Append a row as soon as it is measured; returns where the next one goes: nowhere once it cannot be written."""
+    if output is not None:
+        try:
+            append(output, json.dumps(dataclasses.asdict(row)) + "\n")
+        except CannotWrite as error:
+            print(f"warning: {error}; what follows is only shown", file=sys.stderr)
+            return None
+    return output
 
 
 def cpu_name() -> str:

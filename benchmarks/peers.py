@@ -31,7 +31,7 @@ from moesaic.testing import MoEUnderTest
 from moesaic.testing.peers import PEERS as KNOWN
 from moesaic.testing.recognize import describe
 
-from .harness import Measurement, Options, Progress, finish, parse_options, print_table
+from .harness import Measurement, Options, Progress, finish, gigabytes, parse_options, print_table
 from .layer import benchmark_layer
 from .limit import PASSES, DenseSwiGLU, Precision, compare, forward, precisions_to_time, reason
 
@@ -462,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
                 "help": "a layer of your own, measured with the others; may be repeated",
             },
         ),
-        (["--memory-gb"], {"type": float, "default": 4.0, "help": "batched_mm is left out above this"}),
+        (["--memory-gb"], {"type": gigabytes, "default": 4.0, "help": "batched_mm is left out above this"}),
     ]
     options, given = parse_options(__doc__ or "", arguments, *extra)
     contenders = peers(options.device) | dict(given.layer)

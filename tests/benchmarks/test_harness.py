@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from benchmarks.harness import (
     Measurement,
     bf16_obstacle,
     commit,
+    count,
     dtypes_to_time,
     finish,
+    gigabytes,
     held_memory,
     parse_options,
     peak_memory,
@@ -108,6 +111,44 @@ def test_clocks_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             parse_options("", arguments)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "error: argument --device: tpu: must be one of cpu"),
+        (["--device", "cuda:77"], "error: argument --device: cuda:77: must be one of cpu"),
+        (["--output", "/dev/null/a/b"], "error: --output /dev/null/a/b: cannot be written (Not a direct"),
+        (["--tokens", "0"], "error: argument --tokens: 0: must be 1 to 16,777,216"),
+        (["--memory-gb", "nan"], "error: argument --memory-gb: nan: must be a number >= 0"),
+        (["--rounds", "many"], "error: argument --rounds: invalid int value: 'many'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = [(["--tokens"], {"type": count}), (["--memory-gb"], {"type": gigabytes})]
+    with pytest.raises(SystemExit) as stopped:
+        parse_options("", arguments, *extra)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith(message) and said.count("\n") == 1
+
+
+def test_rows_are_kept_as_they_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rows.jsonl"
+    options, _ = parse_options("", ["--device", "cpu", "--smoke", "--output", str(output)])
+
+    def measured() -> Iterator[Measurement]:
+        yield Measurement("loss", "one", {}, "fp32", "step")
+        assert json.loads(output.read_text())["variant"] == "one"
+        output.unlink()
+        output.mkdir()  # as if the disk were full from here on
+        yield from [Measurement("loss", name, {}, "fp32", "step") for name in ("two", "three")]
+
+    assert [row.variant for row in finish(measured(), options)] == ["one", "two", "three"]
+    said = capsys.readouterr().err
+    assert said.count("rows.jsonl: cannot be written (Is a directory)") == 1 and "is only shown" in said
 
 
 def test_quantiles_and_table(capsys: pytest.CaptureFixture[str]) -> None:
