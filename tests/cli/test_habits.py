@@ -55,6 +55,8 @@ HABITS = {
     "model.num_experts=4": "did you mean model.moe.num_experts?",
     "training.stpes=5": "did you mean training.steps?",
     "data=stdlibs": "did you mean stdlib?",
+    "data=my/code": "did you mean data=files data.path=my/code?",
+    "data=my text.txt": "did you mean data=files 'data.path=my text.txt'?",
     "optimizer.warmup_steps=10": "did you mean schedule.warmup_steps?",
     # a value with signs that Hydra reads otherwise
     "data.path=my texts/a, b = ü": "a text with special signs must be in quotes inside quotes",

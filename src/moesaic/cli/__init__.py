@@ -78,11 +78,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {name}: unknown command{hint}; must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     try:
-        if {"-h", "--help"} & set(rest):
-            print(importlib.import_module("moesaic.cli.config_files").help_text(name, rest))
+        with interruptible():  # while it imports, too
+            _run(name, rest)
+    except KeyboardInterrupt as error:  # outside of what a command guards itself
+        print("interrupted", file=sys.stderr)
+        sys.exit(exit_status(error))
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    """Run a command that exists."""
+    try:
+        if {"-h", "--help"} & set(arguments):
+            print(importlib.import_module("moesaic.cli.config_files").help_text(name, arguments))
             return
         common = importlib.import_module("moesaic.cli.common")
-        prepared = common.prepare(name, rest)  # a typo ends it before torch
+        prepared = common.prepare(name, arguments)  # a typo ends it before torch
         if prepared.only_shows:
             common.launch(name, prepared, lambda config: None)
             return
@@ -96,12 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra = "hf" if package == "transformers" else "train"
         print(f"error: moesaic {name} needs the package {package}: pip install 'moesaic[{extra}]'", file=sys.stderr)
         sys.exit(2)
-    try:
-        with interruptible():
-            module.main(prepared)
-    except KeyboardInterrupt as error:  # outside of what a command guards itself
-        print("interrupted", file=sys.stderr)
-        sys.exit(exit_status(error))
+    module.main(prepared)
 
 
 def _of_completion(arguments: Sequence[str]) -> list[str]:

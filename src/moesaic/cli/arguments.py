@@ -4,9 +4,10 @@ import argparse
 import contextlib
 import difflib
 import functools
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moesaic.checkout import CONFIG_DIR
 from moesaic.cli import COMMANDS
-from moesaic.cli.config_files import config_groups
+from moesaic.cli.config_files import config_groups, default_options
 from moesaic.cli.synonyms import OPTIONS, key_known_as
 from moesaic.config import flatten
-from moesaic.errors import InputError
-from moesaic.overrides import for_shell, quoted
+from moesaic.errors import InputError, naming, require_short
+from moesaic.overrides import for_shell, override, quoted
+from moesaic.reading import reading
 
 __all__ = [
     "as_additions",
@@ -34,11 +36,15 @@ __all__ = [
     "complete",
     "compose_with",
     "composing",
+    "did_you_mean",
     "in_one_line",
     "is_sweep",
     "read_flags",
     "require_candidate",
+    "require_known",
+    "require_list",
     "require_single_values",
+    "require_switches",
     "require_text",
 ]
 
@@ -47,6 +53,15 @@ OVERRIDE = re.compile(r"(?:\+{0,2}|~)(?:[\w.$@:-]*|hydra/[\w/@]+)=|~[\w.]+$")
 
 TEXT = {"new", "baseline", "prompt", "where"}
 """Keys whose value is text to the end, whatever signs are in it; so are the keys that words fill."""
+
+GLOBAL_GROUPS = ("experiment", "debug")
+"""Groups whose files are differences to the whole config; without their first line they would be a section of it."""
+
+PATHS = {
+    *("checkpoint", "other_checkpoint", "ckpt_path", "teacher", "cache", "cache_dir", "path", "source", "destination"),
+    *("directory", "folder", "name", "output", "output_dir", "results_dir", "run_dir"),
+}
+"""Last parts of keys whose value is a path, or a name in one."""
 
 SIGNS = re.compile(r"""[][(){}'",]""")
 """What makes a value more than text to Hydra."""
@@ -91,7 +106,9 @@ def _number_of_words(arguments: Sequence[str]) -> int:
 
 def _no_place_for(name: str, word: str) -> str:
     options = [f"{group}={word}" for group, names in config_groups(CONFIG_DIR).items() if word in names]
-    hint = f" (did you mean {options[0]}?)" if options else ""
+    if not options and "data" in default_options(name.replace("-", "_")) and _is_path(word):
+        options = [_as_data(word)]
+    hint = did_you_mean(options)
     usage = " ".join(["moesaic", name, *filter(None, [COMMANDS[name].usage]), "[key=value ...]"])
     return f"{word}: no place for this word{hint}; must be {usage}"
 
@@ -200,17 +217,20 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
     groups = config_groups(*folders)
     if config_dir and not Path(config_dir).samefile(CONFIG_DIR):
         _refuse_double_names(Path(config_dir))
-    for override in overrides:
-        if override.key_or_group == "launcher" and config_name != "study":
-            raise InputError(
-                f"{override.input_line}: is for moesaic study; a sweep must have -m and hydra/launcher=NAME"
-            )
-        if override.key_or_group in groups and not override.is_delete():
-            _check_options(override, groups[override.key_or_group])
+    for each in overrides:
+        if each.key_or_group == "launcher" and config_name != "study":
+            raise InputError(f"{each.input_line}: is for moesaic study; a sweep must have -m and hydra/launcher=NAME")
+        if each.key_or_group in groups and not each.is_delete():
+            _check_options(each, groups[each.key_or_group])
+            _check_files(each, folders[1:])
     chosen = [str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]
     config = compose_with(config_dir, config_name, chosen)  # an experiment may fill a section that is null by default
-    for override in overrides:
-        _check_key(override, config, groups)
+    for group in GLOBAL_GROUPS:
+        if config.get(group) is not None:
+            raise InputError(f"{group}: its file must begin with # @package _global_, without a byte order mark before")
+    for each in overrides:
+        _check_key(each, config, groups)
+        _check_path(each)
 
 
 def _refuse_double_names(folder: Path) -> None:
@@ -235,6 +255,14 @@ def _parse(argument: str) -> Override:
         ) from error
 
 
+def _check_files(override: Override, folders: Sequence[Path]) -> None:
+    """Name the user's own file that is no text: Hydra's error would not."""
+    for file in (folder / override.key_or_group / f"{override.value()}.yaml" for folder in folders):
+        if file.is_file():
+            with reading(file):
+                file.read_text(encoding="utf-8")
+
+
 def _check_options(override: Override, options: Sequence[str]) -> None:
     value = override.value()
     if isinstance(value, ChoiceSweep):
@@ -246,8 +274,37 @@ def _check_options(override: Override, options: Sequence[str]) -> None:
         if str(name) in options:
             continue
         elsewhere = OPTIONS.get(f"{override.key_or_group}={str(name).lower()}")
-        hint = _did_you_mean([elsewhere] if elsewhere else difflib.get_close_matches(str(name), options, n=1))
+        if override.key_or_group == "data" and _is_path(str(name)):
+            elsewhere = _as_data(str(name))
+        hint = did_you_mean([elsewhere] if elsewhere else difflib.get_close_matches(str(name), options, n=1))
         raise InputError(f"{override.input_line}: no such option{hint}; must be one of {', '.join(options)}")
+
+
+def _check_path(override: Override) -> None:
+    """Refuse a path that no file system takes, before anything asks whether it is there.
+
+    An empty one is what a shell makes of a variable that is not set; it would mean the working directory, or nothing.
+    """
+    key, value = override.key_or_group, override.value()
+    if key.rpartition(".")[2] not in PATHS:
+        return
+    for path in value.list if isinstance(value, ChoiceSweep) else [value]:
+        if not isinstance(path, (str, QuotedString)):
+            continue
+        text = path if isinstance(path, str) else path.text
+        if not text:
+            raise InputError(f"{key}=: empty; must be a path or a name, or be left out")
+        with naming(key):
+            require_short(text)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is no name of an option, but says where files are."""
+    return bool(re.search(r"[/\\*?]|\.\w+$", text)) or os.access(text, os.F_OK)
+
+
+def _as_data(path: str) -> str:
+    return f"data=files {for_shell(override('data.path', path))}"
 
 
 def compose_with(folder: str | Path | None, config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -325,7 +382,7 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
     known = leaves if "." in key else [*groups, *at_top, *leaves]
     if root not in at_top:
         raise InputError(
-            f"{key}: unknown key{_did_you_mean(_close(key, known, at_top))}; must be one of {', '.join(at_top)}"
+            f"{key}: unknown key{did_you_mean(_close(key, known, at_top))}; must be one of {', '.join(at_top)}"
         )
     if override.is_add() or override.is_force_add():
         ours = key_known_as(key) if root == "trainer" else None
@@ -341,7 +398,7 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
     siblings = [path + str(other) for other in section]
     if key not in siblings:
         raise InputError(
-            f"{key}: unknown key{_did_you_mean(_close(key, known, siblings))}; must be one of {', '.join(siblings)}"
+            f"{key}: unknown key{did_you_mean(_close(key, known, siblings))}; must be one of {', '.join(siblings)}"
         )
     value = override.value()
     if isinstance(section[name], DictConfig) and section[name] and isinstance(value, (str, int, float, QuotedString)):
@@ -364,5 +421,26 @@ def _close(key: str, known: Sequence[str], siblings: Sequence[str]) -> list[str]
     return []
 
 
-def _did_you_mean(found: Sequence[str]) -> str:
+def did_you_mean(found: Sequence[str]) -> str:
+    """The hint that follows what was typed wrongly: the first of what it may have meant, or nothing."""
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def require_list(key: str, value: object) -> None:
+    """Raise InputError unless the value of a key is a list of names or numbers."""
+    if not isinstance(value, list) or not all(type(each) in (str, int) for each in value):
+        raise InputError(f"{key}={value!r}: must be a list, such as {key}=[{value if type(value) is str else 'NAME'}]")
+
+
+def require_switches(given: Mapping[str, object], *keys: str) -> None:
+    """Raise InputError unless the values of these keys are true or false: any text would count as true."""
+    for key in keys:
+        if not isinstance(given[key], bool):
+            raise InputError(f"{key}={given[key]!r}: must be true or false")
+
+
+def require_known(key: str, value: object, known: Sequence[str], or_else: str = "") -> None:
+    """Raise InputError, which suggests the nearest name, unless the value of a key is a known one."""
+    if value not in known:
+        hint = did_you_mean(difflib.get_close_matches(str(value), known, n=1))
+        raise InputError(f"{key}={value}{hint}: must be one of {', '.join(known)}{or_else}")

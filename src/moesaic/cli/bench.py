@@ -1,6 +1,8 @@
 """Measure on this machine: moesaic bench [NAME] [key=value ...]"""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,10 +11,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from moesaic.checkout import checkout
+from moesaic.cli.arguments import require_known, require_list, require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 
-__all__ = ["main"]
+__all__ = ["exit_status_of", "main"]
 
 ALL = ("smoke", "directory")
 ONE = ("smoke", "output", "device", "clock", "threads", "rounds", "keep_freed_memory")
@@ -36,8 +39,9 @@ def flags_of(given: Mapping[str, Any]) -> list[str]:
         InputError: no such benchmark, or a key that it does not have.
     """
     name = given["name"]
-    if name is not None and name not in NAMES:
-        raise InputError(f"name={name}: must be one of {', '.join(NAMES)}, or null for all")
+    if name is not None:
+        require_known("name", name, NAMES, ", or null for all")
+    require_switches(given, "smoke", "keep_freed_memory", "torch")
     takes = ALL if name is None else (*ONE, *MORE.get(name, ()))
     flags = []
     for key, value in given.items():
@@ -49,6 +53,7 @@ def flags_of(given: Mapping[str, Any]) -> list[str]:
             )
         flag = f"--{key.replace('_', '-')}"
         if key == "layers":
+            require_list(key, value)
             flags += [word for layer in value for word in ("--layer", layer)]
         elif value is True:
             flags.append(flag)
@@ -66,7 +71,20 @@ def _task(config: DictConfig) -> None:
     paths = [*filter(None, [None if root is None else str(root), os.environ.get("PYTHONPATH")])]
     # a process of its own, as every benchmark has: without what Hydra and we have imported here
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    sys.exit(subprocess.run([sys.executable, "-m", module, *flags], env=environment).returncode)
+    sys.exit(exit_status_of([sys.executable, "-m", module, *flags], environment))
+
+
+def exit_status_of(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a process; what ends this one, ends it too, with all processes that it has started."""
+    # a terminal's Ctrl-C is for this process alone: the other would answer it with a traceback
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM) if hasattr(os, "killpg") else process.terminate()
+            raise
+    return 128 - status if status < 0 else status
 
 
 def main(arguments: Sequence[str]) -> None:

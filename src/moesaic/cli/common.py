@@ -26,7 +26,7 @@ from moesaic.cli.arguments import (
     require_text,
 )
 from moesaic.cli.config_files import config_groups
-from moesaic.errors import DISK_ERRORS, CannotWrite, InputError
+from moesaic.errors import DISK_ERRORS, CannotWrite, InputError, reason
 from moesaic.imports import trusting
 from moesaic.interrupts import exit_status
 
@@ -38,6 +38,7 @@ __all__ = [
     "options_of",
     "plain",
     "prepare",
+    "printable",
     "typed",
     "users_config_dir",
 ]
@@ -159,6 +160,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items() if key != "trust"}
 
 
+def printable(message: object) -> str:
+    """A message in one line, whose names of files and keys of strangers tell the terminal nothing."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(message))
+
+
 def exit_on_bad_input(action: Callable[[], Any]) -> Any:
     """Run `action`; what a person can mend ends the process with one line.
 
@@ -167,17 +173,17 @@ def exit_on_bad_input(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except CannotWrite as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(1)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         whole = error.errno in DISK_ERRORS  # else it may have been read
-        text = CannotWrite(error.filename or "a file", error) if whole else f"{error.filename}: {error.strerror}"
-        print(f"error: {text}", file=sys.stderr)
+        text = CannotWrite(error.filename or "a file", error) if whole else f"{error.filename}: {reason(error)}"
+        print(f"error: {printable(text)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         print(f"interrupted ({error})" if str(error) else "interrupted", file=sys.stderr)

@@ -3,6 +3,7 @@
 Exits with 1 if a check failed, with 2 if a layer could not be made. Without names, the ones known here are listed.
 """
 
+import difflib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moesaic import imports
+from moesaic.cli.arguments import did_you_mean, require_list, require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.layers import MoE
@@ -74,7 +76,8 @@ def examine(name: str) -> Report:
     if seam is not None:
         return check_named_part(seam, path)
     if "." not in path:
-        raise InputError(f"{name}: must be package.module:factory, or one of {', '.join(LAYERS)}")
+        hint = did_you_mean(difflib.get_close_matches(name, LAYERS, n=1))
+        raise InputError(f"{name}{hint}: must be package.module:factory, or one of {', '.join(LAYERS)}")
     found = imports.resolve(path, "layer")
     if not callable(found):
         raise InputError(f"{name} is {type(found).__name__}: must be a function that returns a layer")
@@ -118,10 +121,12 @@ def markdown(reports: Mapping[str, Report]) -> str:
 
 def _task(config: DictConfig) -> None:
     given = plain(config)
+    require_list("layers", given["layers"])
+    require_switches(given, "markdown")
     if not given["layers"]:
         print(f"Known layers: {', '.join(LAYERS)}")
         return
-    reports = {name: examine(name) for name in given["layers"]}
+    reports = {name: examine(name) for name in map(str, given["layers"])}
     if given["markdown"]:
         print(markdown(reports))
     else:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moesaic.checkpoints import load_model, save_model
+from moesaic.cli.arguments import require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.data import BPETokenizer, Tokenizer
 from moesaic.data.tokenizers import END_OF_TEXT
@@ -47,9 +48,9 @@ def convert(
                 if tokenizer is not None and tokenizer.vocab_size > decoder.vocab_size:
                     raise InputError(f"it has {tokenizer.vocab_size} ids, the model {decoder.vocab_size}")
         else:
+            loaded = load_model(source)
             if to_checkpoint:
                 raise InputError(f"{source}: a checkpoint already; a destination that ends in .ckpt takes a directory")
-            loaded = load_model(source)
             decoder, tokenizer = loaded.decoder, loaded.tokenizer
             if not decoder.foreign_files and isinstance(tokenizer, BPETokenizer):
                 decoder.foreign_files = _tokenizer_files(tokenizer)
@@ -124,6 +125,7 @@ def _task(config: DictConfig) -> None:
     given = plain(config)
     console = Console(emoji=False)
     started = time.perf_counter()
+    require_switches(given, "dry_run")
     for key in ("source", "destination"):
         if not isinstance(given[key], str) and (key == "source" or not given["dry_run"]):
             raise InputError(f"{key}: missing; give moesaic convert SOURCE DESTINATION, or SOURCE dry_run=true")
@@ -136,8 +138,6 @@ def _task(config: DictConfig) -> None:
     limit = given["max_shard_gb"]
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < 1e9:
         raise InputError(f"max_shard_gb={limit!r}: must be a number > 0 and < 1e9")
-    if not isinstance(given["dry_run"], bool):
-        raise InputError(f"dry_run={given['dry_run']!r}: must be true or false")
     dtype = DTYPES.get(given["dtype"])
     decoder = convert(source, Path(given["destination"]), dtype, int(limit * 1e9))
     parameters = dict(decoder.named_parameters())

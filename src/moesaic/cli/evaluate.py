@@ -10,7 +10,6 @@ moesaic evaluate CHECKPOINT task=loss_by_position|needle variants=[as_trained,no
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from moesaic.cli.common import launch, plain
 from moesaic.config import flatten, from_mapping, require_same
 from moesaic.data import AnyEvaluationLoader, Data, DataConfig, Task, TokenStream, load_data, token_strings
 from moesaic.devices import require_accelerator
-from moesaic.errors import InputError
+from moesaic.errors import InputError, reason
 from moesaic.evaluation.checkpoint_evaluations import (
     checkpoint_digest,
     open_source,
@@ -48,10 +47,11 @@ from moesaic.evaluation.recall import RecallScore, plot_recall, recall_numbers, 
 from moesaic.evaluation.routing import load_health
 from moesaic.evaluation.specialization import Specialization, file_kinds
 from moesaic.evaluation.specialization_plots import plot_specialization
-from moesaic.files import write_json
+from moesaic.files import make_folder, write_json
 from moesaic.layers import Routing
 from moesaic.models import Decoder
 from moesaic.models.custom import custom_modules
+from moesaic.reading import read_json
 
 __all__ = ["main"]
 
@@ -162,12 +162,8 @@ def _open(config: dict[str, Any]) -> _Evaluation:
 
 
 def _make_output(config: dict[str, Any]) -> None:
-    if not config["output"]:
-        return
-    try:
-        Path(config["output"]).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output={config['output']!r}: cannot be written ({error.strerror})") from error
+    if config["output"]:
+        make_folder(Path(config["output"]), "output")
 
 
 def _score(given: _Evaluation, decoder: Decoder, watchers: Sequence[Specialization | Drift]) -> LanguageModelScore:
@@ -223,16 +219,19 @@ def _require_same_evaluation(config: dict[str, Any], digest: str | None) -> None
         return
     path = Path(config["output"]) / "evaluation.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            if found := [name for name in PICTURES if path.with_name(name).exists()]:
+                raise InputError(
+                    f"{path.with_name(found[0])}: would be overwritten, and {path.name} is not beside it; choose "
+                    "another output"
+                )
+            return
+        record = read_json(path)
+    except OSError as error:
+        raise InputError(f"output={config['output']!r}: cannot be read ({reason(error)})") from error
+    try:
         stored = _deciding(record["config"], record["checkpoint_digest"])
-    except (FileNotFoundError, NotADirectoryError):
-        if found := [name for name in PICTURES if path.with_name(name).exists()]:
-            raise InputError(
-                f"{path.with_name(found[0])}: would be overwritten, and {path.name} is not beside it; choose another "
-                "output"
-            ) from None
-        return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a result of moesaic evaluate; choose another output") from error
     where = ("checkpoint", "output", "batch_size", "accelerator", "data.cache_dir", "variants")
     choose = "results of another evaluation, choose another output"

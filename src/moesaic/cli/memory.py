@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.cli.arguments import require_known, require_switches
 from moesaic.cli.common import composed, launch, options_of, plain
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
@@ -19,6 +20,8 @@ from moesaic.training.optimizers import build_optimizer
 __all__ = ["main"]
 
 PRESETS = {"scout": llama4_scout, "maverick": llama4_maverick, "behemoth_guess": llama4_behemoth_guess}
+LARGEST = 2**40
+"""Sequences, or tokens in one."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 ROWS = {
     "weights": "",
@@ -34,17 +37,16 @@ ROWS = {
 }
 
 
-def find_config(name: str) -> DecoderConfig:
+def find_config(name: object) -> DecoderConfig:
     """A preset, or a file of conf/model with the vocabulary of the default data.
 
     Raises:
         InputError: there is no such model.
     """
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]()
     files = options_of("model")
-    if name not in files:
-        raise InputError(f"name={name}: must be one of {', '.join([*PRESETS, *files])}")
+    require_known("name", name, [*PRESETS, *files])
     config = composed("train", [f"model={name}"])
     model = config["model"]
     return from_mapping(DecoderConfig, {**model, "vocab_size": model["vocab_size"] or config["data"]["vocab_size"]})
@@ -70,8 +72,9 @@ def report(given: Mapping[str, Any]) -> Table:
         if given[key] not in allowed:
             raise InputError(f"{key}={given[key]!r}: must be one of {', '.join(x or 'null' for x in allowed)}")
     for key in ("batch_size", "seq_len"):
-        if type(given[key]) is not int:
-            raise InputError(f"{key}={given[key]!r}: must be an integer >= 1")
+        if type(given[key]) is not int or given[key] > LARGEST:
+            raise InputError(f"{key}={given[key]!r}: must be an integer >= 1, and at most {LARGEST:,}")
+    require_switches(given, "checkpoint_activations", "trace")
     config, dtype, optimizer = find_config(given["name"]), DTYPES[given["dtype"]], given["optimizer"]
     sizes = {"batch_size": given["batch_size"], "seq_len": given["seq_len"]}
     checkpoint = given["checkpoint_activations"]

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
-from moesaic.files import write_atomically
+from moesaic.files import make_folder, write_atomically
 from moesaic.overrides import command_line
 
 __all__ = ["main", "scaffold"]
@@ -55,7 +55,7 @@ def scaffold(name: str, folder: Path) -> Path:
     path = folder / "experiment" / f"study_{name}.yaml"
     if path.exists():
         raise InputError(f"{path}: is there already; must have another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "folder")
     write_atomically(path, STUDY.format(name=name))
     return path
 
@@ -64,7 +64,9 @@ def _task(config: DictConfig) -> None:
     given = plain(config)
     if not isinstance(given["name"], str):
         raise InputError("name: missing; give moesaic scaffold NAME")
-    folder = Path(str(given["folder"]))
+    if not isinstance(given["folder"], str):
+        raise InputError(f"folder={given['folder']!r}: must be a path; before a number write ./")
+    folder = Path(given["folder"])
     path = scaffold(given["name"], folder)
     print(f"written: {path}; fill it in, then run")
     print(f"  {command_line('study', '--config-dir', folder, f'experiment={path.stem}')}")

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from moesaic.arms import short_keys, short_value
-from moesaic.cli.common import launch, plain
+from moesaic.cli.common import launch, plain, printable
 from moesaic.config import flatten
 from moesaic.errors import InputError
 from moesaic.files import write_json, write_yaml
@@ -112,7 +112,7 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> float:
     except Exception as error:
         if not isinstance(error, InputError):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         if is_finished(run_dir):
             sweeps[run_dir.parent] = sweeps.get(run_dir.parent, 0) + 1
             return math.inf
