@@ -122,9 +122,13 @@ def test_unusable_files_are_refused(tmp_path: Path, files: dict[str, bytes], pat
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     write(many(tmp_path), **{"image.png": b"\x89PNG\0\0", "none.txt": b"", "copy.txt": b"text number 3\n"})
     (tmp_path / "gone.txt").symlink_to("/proc/self/mem")  # may not be read by anyone
-    corpus = load_files(str(tmp_path), 0.1)
-    assert "image.png" not in set.union(*names(corpus))
-    assert corpus.facts()["left_out"] == {"binary": 1, "duplicates": 1, "empty": 1, "unreadable": 1}
+    (tmp_path / "broken.txt").symlink_to("nowhere")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    for path in (tmp_path, tmp_path / "**" / "*"):
+        corpus = load_files(str(path), 0.1)
+        assert "image.png" not in set.union(*names(corpus))
+        counts = {"binary": 1, "duplicates": 1, "empty": 1, "links to nowhere": 2, "unreadable": 1}
+        assert corpus.facts()["left_out"] == counts
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:

@@ -143,13 +143,18 @@ def find_files(path: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
     given = expanded(path)
     if given.is_dir():
         root = given
-        paths = [p for folder in _folders(root, left_out) for p in _visible(folder) if p.is_file()]
+        found = [p for folder in _folders(root, left_out) for p in _visible(folder)]
     elif given.is_file():
-        root, paths = given.parent, [given]
+        root, found = given.parent, [given]
     else:
-        paths = [p for match in set(_matches(str(given), left_out)) if (p := Path(match)).is_file()]
-        root = Path(os.path.commonpath([p.parent for p in paths])) if paths else Path()
-        paths = [p for p in paths if not _hidden(p.relative_to(root))]
+        found = [Path(match) for match in set(_matches(str(given), left_out))]
+        root = Path(os.path.commonpath([p.parent for p in found if p.is_file()] or [Path()]))
+        found = [p for p in found if p.is_relative_to(root) and not _hidden(p.relative_to(root))]
+    paths = [p for p in found if p.is_file()]
+    if broken := sum(p.is_symlink() and not p.exists() for p in found):
+        left_out["links to nowhere"] = broken
+    if not paths and left_out["unreadable"]:
+        raise InputError(f"data.path={path!r}: unreadable; must be a folder you may look into")
     if not paths:
         raise InputError(f"data.path={path!r}: no such file or folder, or no file in it")
     return root, sorted(paths)

@@ -22,7 +22,7 @@ from moesaic.data.corpora import Corpus, Document, expanded, load_files, load_hu
 from moesaic.data.shards import ShardedIds, Tokens
 from moesaic.data.tasks import TASKS, Task
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
-from moesaic.errors import CannotWrite, InputError
+from moesaic.errors import CannotWrite, InputError, reason
 from moesaic.files import sync, write_atomically, write_json
 from moesaic.reading import read_json, reading, require_finite
 
@@ -153,7 +153,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         except OSError as error:
             file = f": {error.filename}" if error.filename else ""
             raise InputError(
-                f"data.cache_dir={config.cache_dir!r}: cannot be written ({error.strerror or error}{file}); must be a "
+                f"data.cache_dir={config.cache_dir!r}: cannot be written ({reason(error)}{file}); must be a "
                 "folder to write to, with room for the tokens"
             ) from error
         data = _open(folder)
