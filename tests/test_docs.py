@@ -10,6 +10,8 @@ import yaml
 from prose import paragraphs, sentences, words
 
 import moesaic
+from moesaic.training.lightning_options import DOUBLES
+from moesaic.training.starting import FREE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,6 +113,11 @@ def test_every_page_of_the_site_is_in_its_navigation() -> None:
     collect(yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"])
     pages = {str(path.relative_to(ROOT / "docs")) for path in set((ROOT / "docs").rglob("*.md")) - GENERATED}
     assert found == pages
+
+
+def test_the_keys_that_lightning_doubles_or_resume_leaves_free_are_all_named() -> None:
+    text = (ROOT / "docs/how-to.md").read_text(encoding="utf-8")
+    assert [name for name in (*FREE, *DOUBLES) if f"`{name}`" not in text] == []
 
 
 def test_the_reference_is_of_modules_that_exist() -> None:
