@@ -13,7 +13,7 @@ import torch
 from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import DataConfig, Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.devices import require_memory
-from moesaic.errors import InputError
+from moesaic.errors import InputError, reason
 from moesaic.files import atomic
 from moesaic.formats import translate_model, translate_run
 from moesaic.imports import trusting
@@ -67,7 +67,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if damaged is None:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"checkpoint {path}: cannot be read ({reason(error)})") from error
     except Exception as error:  # what the unpickler raises on garbage has no common base
         # not torch's own words: they advise to load without weights_only
         raise InputError(f"checkpoint {path}: truncated or not a checkpoint ({type(error).__name__})") from error

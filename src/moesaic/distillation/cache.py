@@ -43,7 +43,7 @@ from torch import Tensor
 from moesaic.config import from_mapping
 from moesaic.data.shards import Tokens
 from moesaic.distillation.sparsify import IGNORE_INDEX, StoredTargets, TargetFormat
-from moesaic.errors import InputError
+from moesaic.errors import InputError, reason
 from moesaic.files import LOCK, atomic, lock, write_atomically
 from moesaic.losses.targets import DenseTargets, SampledTargets, TopKTargets
 from moesaic.reading import read_json, reading, require_finite
@@ -293,7 +293,7 @@ class TargetCache:
                     f"directory={str(directory)!r}: no cache, it holds {found[0]} and no {MANIFEST}; choose a new one"
                 )
         except OSError as error:
-            raise InputError(f"directory={str(directory)!r}: cannot be written ({error.strerror})") from error
+            raise InputError(f"directory={str(directory)!r}: cannot be written ({reason(error)})") from error
         with contextlib.ExitStack() as held:
             held.enter_context(
                 lock(directory, f"directory={str(directory)!r}: another process is adding to this cache")
@@ -423,9 +423,9 @@ class TargetCache:
             }
             _write_manifest(self.directory, self.settings, [*self._shards, shard])
         except OSError as error:
-            reason = "no space left on the device" if error.errno == errno.ENOSPC else error.strerror
+            why = "no space left on the device" if error.errno == errno.ENOSPC else reason(error)
             raise InputError(
-                f"{self.directory / name}: cannot be written ({reason}); the shards before it are intact"
+                f"{self.directory / name}: cannot be written ({why}); the shards before it are intact"
             ) from error
         self._list(shard, keys)
         self._buffer = {}
@@ -450,7 +450,7 @@ class TargetCache:
                 with path.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+                raise InputError(f"{path}: cannot be read ({reason(error)})") from error
             if found != shard["sha256"]:
                 raise InputError(
                     f"{path}: corrupt, its sha256 is {found[:12]} and the manifest says {shard['sha256'][:12]}; "
