@@ -151,7 +151,6 @@ ROWS: list[tuple[str, list[str]]] = [
     ("tokenize nowhere ids", ["data.path='nowhere'", "no such file or folder"]),
     ("tokenize binary ids", ["data.path='binary'", "must be UTF-8 text"]),
     ("tokenize text", ["directory=None", "it is needed"]),
-    ("tokenize text text/ids", ["directory='text/ids'", "must be outside the text"]),
     ("tokenize text binary", ["directory='binary'", "must be new, empty or begun by this command"]),
     ("tokenize text ids checkpoint=cut.ckpt", ["cut.ckpt"]),
     ("tokenize text ids data.vocab_size=9", ["data.vocab_size=9", "at least 257"]),

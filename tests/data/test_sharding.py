@@ -168,8 +168,6 @@ def test_one_process_at_a_time(text: Path) -> None:
 
 
 def test_what_is_no_place_for_ids(text: Path) -> None:
-    with pytest.raises(InputError, match=r"directory='.*ids': is within data.path='.*text'; must be outside the text"):
-        write_shards(config(text), text / "ids")
     with pytest.raises(InputError, match=r"directory='.*inside': it has 0.py; must be new, empty or begun by this"):
         write_shards(config(text / "again.py"), text / "inside")
     (text / "ids").write_text("")
@@ -179,6 +177,15 @@ def test_what_is_no_place_for_ids(text: Path) -> None:
     [cache] = [path for path in (text.parent / "cache").iterdir() if path.suffix != ".lock"]
     with pytest.raises(InputError, match=r"manifest.json: not written by this command; must be in another directory"):
         write_shards(config(text), cache)
+
+
+@pytest.mark.parametrize("path", ["", "**/*"])
+def test_ids_within_the_text_are_no_text(text: Path, path: str) -> None:
+    first = write_shards(config(text / path, tokenizer="bytes"), text / "ids")
+    assert write_shards(config(text / path, tokenizer="bytes"), text / "ids") == first
+    shutil.rmtree(text / "ids")
+    expected = load_data(config(text / path, tokenizer="bytes")).facts["content_hash"]
+    assert first["facts"]["content_hash"] == expected
 
 
 def test_text_that_cannot_be_used(text: Path) -> None:

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,6 @@ import numpy as np
 from moesaic.config import require_same
 from moesaic.data.corpora import (
     END_OF_SPLIT,
-    expanded,
     facts_of,
     find_files,
     heading_of,
@@ -87,8 +87,8 @@ def write_shards(
         raise InputError(f"data.source={config.source!r}: must be files, text to read")
     left_out: Counter[str] = Counter()
     root, paths = find_files(config.path, left_out)
-    if directory.resolve().is_relative_to(root.resolve()) and expanded(config.path).is_dir():
-        raise InputError(f"directory={str(directory)!r}: is within data.path={config.path!r}; must be outside the text")
+    if (place := directory.resolve()).is_relative_to(root.resolve()):  # what this command wrote is no text
+        paths = [path for path in paths if not path.resolve().is_relative_to(place)]
     busy = f"{directory}: another process is writing to it"
     _require_ours(directory)
     if is_locked(directory):
@@ -330,7 +330,8 @@ def _finish(
     begun: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the manifest, with which the folder is whole."""
-    names = {name: sorted(file for file in done if file.startswith(f"{name}-")) for name in ("train", "validation")}
+    numbers = {name: sum(file.startswith(f"{name}-") for file in done) for name in ("train", "validation")}
+    names = {name: [shard_name(name, i) for i in range(number)] for name, number in numbers.items()}
     counts = {name: sum(np.array(done[file]["counts"]) for file in files) for name, files in names.items()}
     validation = [piece for file in split.validation for piece in file.pieces()]
     small = sum(piece.size for piece in validation) <= COMPRESSED
@@ -349,7 +350,7 @@ def _finish(
     seal(directory, manifest, {file: done[file]["sha256"] for files in names.values() for file in files})
     for name in (BEGUN, DONE):
         (directory / name).unlink(missing_ok=True)
-    return manifest
+    return read_json(directory / MANIFEST)
 
 
 @contextlib.contextmanager
@@ -361,7 +362,13 @@ def _processes(count: int) -> Iterator[Executor | None]:
     context = multiprocessing.get_context("spawn")  # a fork would inherit the lock of the folder
     lifeline, end = context.Pipe(duplex=False)
     with ProcessPoolExecutor(count, context, _begin_process, (lifeline,)) as pool, contextlib.closing(end):
-        yield pool
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"workers={count}: one of these processes was killed, maybe for its memory; must be a number that fits. "
+                "The same command continues"
+            ) from error
 
 
 def _begin_process(lifeline: Connection) -> None:

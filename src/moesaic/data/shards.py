@@ -38,7 +38,7 @@ class ShardedIds:
             start, first = before + len(self.shards[first]), first + 1
         return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, self.dtype), *found])
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
             raise ValueError("ids in several files: cannot be one array without a copy")
         return np.concatenate(self.shards).astype(dtype or self.dtype, copy=False)
