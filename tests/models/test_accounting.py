@@ -53,6 +53,7 @@ CONFIGS = {
     "wide shared expert": toy(moe={"shared_hidden_dim": 48}),
     "expert bias": toy(moe={"expert_bias": True}),
     "uniform router": toy(moe={"router": "uniform"}),
+    "FFN that asks for whole sequences": toy(**pattern(("rope", OWN_MIXER), ("nope", "dense"))),
     "tied": toy(tie_embeddings=True),
     "biases": toy({"bias": True}),
     "convolution": toy({"conv_width": 3}),

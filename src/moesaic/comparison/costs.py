@@ -297,7 +297,7 @@ def _disagreements(candidate: Candidate, counted: _Counted, accounted: Account) 
         assert isinstance(block, Block)
         parts: dict[str, tuple[Any, tuple[int, ...]]] = {
             "mixer": (block.mixer, (1, seq_len, dim)),
-            "ffn": (block.ffn, (seq_len, dim)),
+            "ffn": (block.ffn, (1, seq_len, dim)),
             "ffn.router": (getattr(block.ffn, "router", None), (seq_len, dim)),
         }
         for place, (part, shape) in parts.items():

@@ -124,7 +124,7 @@ def _build(config: DecoderConfig, i: int) -> Block:
 def _layer(config: DecoderConfig, i: int, seq_len: int) -> LayerAccount:
     block, layer = _build(config, i), config.layers[i]
     mixer = flops_per_token(block.mixer, seq_len, 1, seq_len, config.dim)
-    ffn = flops_per_token(block.ffn, seq_len, seq_len, config.dim)
+    ffn = flops_per_token(block.ffn, seq_len, 1, seq_len, config.dim)
     matrices = 2 * sum(p.numel() for kind, p in _with_kinds(block.mixer) if kind != "vector")
     in_mixer = min(matrices, round(mixer.per_token))
     assumed = [part for part, flops in ((layer.mixer, mixer), (layer.ffn, ffn)) if flops.source == "assumed"]
