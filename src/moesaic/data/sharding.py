@@ -366,7 +366,7 @@ def _processes(count: int) -> Iterator[Executor | None]:
             yield pool
         except BrokenProcessPool as error:
             raise InputError(
-                f"workers={count}: one of these processes was killed, maybe for its memory; must be a number that fits. "
+                f"workers={count}: one of these processes was killed, maybe for want of memory; must be fewer then. "
                 "The same command continues"
             ) from error
 
