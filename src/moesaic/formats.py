@@ -69,9 +69,10 @@ def _of_all_processes(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer, training = config.get("trainer"), config.get("training")
     if not isinstance(trainer, Mapping) or not isinstance(training, Mapping):
         return {}
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    devices: Any = trainer.get("devices", 1)
+    nodes: Any = trainer.get("num_nodes", 1)
     devices = len(devices) if isinstance(devices, (list, tuple)) else devices
-    batch_size = training.get("batch_size")
+    batch_size: Any = training.get("batch_size")
     if not all(type(each) is int and each >= 1 for each in (devices, nodes, batch_size)) or devices * nodes == 1:
         return {}
     return {"training": {**training, "batch_size": batch_size * devices * nodes}}

@@ -332,7 +332,10 @@ def _finish(
     """Write the manifest, with which the folder is whole."""
     numbers = {name: sum(file.startswith(f"{name}-") for file in done) for name in ("train", "validation")}
     names = {name: [shard_name(name, i) for i in range(number)] for name, number in numbers.items()}
-    counts = {name: sum(np.array(done[file]["counts"]) for file in files) for name, files in names.items()}
+    counts = {
+        name: np.array([done[file]["counts"] for file in files], dtype=np.int64).sum(axis=0)
+        for name, files in names.items()
+    }
     validation = [piece for file in split.validation for piece in file.pieces()]
     small = sum(piece.size for piece in validation) <= COMPRESSED
     text = b"".join(piece.text() for piece in validation) if small else None

@@ -18,7 +18,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
-        by_mesh.setdefault(gradient.device_mesh if is_sharded(gradient) else None, []).append(gradient)
+        by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
     norms = [whole(torch.nn.utils.get_total_norm(each)) for each in by_mesh.values()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 

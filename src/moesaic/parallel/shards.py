@@ -15,7 +15,7 @@ from moesaic.layers.experts import held
 __all__ = ["gather_matrices", "held", "held_slices", "is_sharded", "layout", "load_shards", "shard_like", "whole"]
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor."""
     return hasattr(tensor, "device_mesh")
 
@@ -27,7 +27,7 @@ def layout(tensor: Any) -> Any:
 
 def whole(tensor: Any) -> Any:
     """The whole tensor; every rank of its mesh must ask for it. What is no DTensor comes back as it is."""
-    if not isinstance(tensor, Tensor) or not is_sharded(tensor):
+    if not is_sharded(tensor):
         return tensor
     if strided := [i for i, each in enumerate(tensor.placements) if hasattr(each, "split_factor")]:
         from torch.distributed.tensor import Replicate

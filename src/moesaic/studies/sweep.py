@@ -91,7 +91,7 @@ class SweepArm:
     """What most arms of its table have, where the label does not say otherwise."""
 
     def values(self, metric: str) -> list[float]:
-        found = [run.metrics.get(metric) for run in self.finished]
+        found: list[Any] = [run.metrics.get(metric) for run in self.finished]
         return [float(value) for value in found if is_number(value)]
 
     def windows(self) -> str:
