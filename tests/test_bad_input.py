@@ -115,6 +115,9 @@ VALUES: list[tuple[str, list[str]]] = [
     ("cache-targets k=0", ["k=0", "must be"]),
     ("cache-targets windows_per_shard=7", ["windows_per_shard=7", "multiple of batch_size"]),
     ("study workers=0", ["workers=0", "must be"]),
+    ("study results_dir=2026", ["results_dir=2026", "must be a path"]),
+    ("study study=null", ["study=None", "must be a section"]),
+    ("train resume=true run_dir=2026", ["run_dir=2026", "must be a path"]),
     ("memory dtype=int4", ["dtype='int4'", "must be one of"]),
     ("memory optimizer=sgd", ["optimizer='sgd'", "must be one of"]),
 ]

@@ -229,6 +229,7 @@ def test_bench_hands_its_keys_to_the_benchmark() -> None:
     assert flags_of(defaults) == []
     given = {**defaults, "name": "peers", "smoke": True, "layers": ["a:b", "c:d"], "memory_gb": 2}
     assert flags_of(given) == ["--smoke", "--layer", "a:b", "--layer", "c:d", "--memory-gb", "2"]
+    assert flags_of({**defaults, "name": "loss", "rounds": 0}) == ["--rounds", "0"]
     with pytest.raises(
         InputError, match=r"layers=\['a:b'\]: running all does not have it; must be one of smoke, direct"
     ):

@@ -20,7 +20,7 @@ import torch
 from small_runs import BPE, SMOKE, holding, kill_in_call
 
 from moesaic.checkpoints import load_checkpoint, load_model, write_checkpoint
-from moesaic.cli import main, train
+from moesaic.cli import evaluate, main, train
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.errors import CannotWrite, InputError
@@ -274,6 +274,17 @@ def test_checkpoints_do_not_need_tmpdir(composed: Composed, tmp_path: Path, monk
     monkeypatch.setenv("TMPDIR", "/dev/full")
     monkeypatch.setattr("tempfile.tempdir", "/dev/full")
     assert run(composed(f"run_dir={tmp_path / 'run'}", "training.steps=2"))["status"] == "finished"
+
+
+def test_what_cannot_be_written_does_not_cost_the_numbers_of_an_evaluation(
+    composed: Composed, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / ".evaluation.json.partial").mkdir(parents=True)
+    config = composed(f"checkpoint={trained}", f"output={tmp_path / 'out'}", "data=files", config="evaluate")
+    told: list[dict[str, Any]] = []
+    with pytest.raises(CannotWrite, match=r"evaluation\.json: cannot be written"):
+        evaluate.evaluate(config, told.append)
+    assert told[0]["loss"] > 0
 
 
 OTHER_DISK = Path("/dev/shm")

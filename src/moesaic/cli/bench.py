@@ -45,7 +45,7 @@ def flags_of(given: Mapping[str, Any]) -> list[str]:
     takes = ALL if name is None else (*ONE, *MORE.get(name, ()))
     flags = []
     for key, value in given.items():
-        if key == "name" or value in (None, False, []):
+        if key == "name" or value is None or value is False or value == []:  # a number may be 0
             continue
         if key not in takes:
             raise InputError(

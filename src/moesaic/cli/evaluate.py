@@ -11,7 +11,7 @@ moesaic evaluate CHECKPOINT task=loss_by_position|needle variants=[as_trained,no
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,13 @@ class _Evaluation:
         return length
 
 
-def evaluate(config: dict[str, Any]) -> dict[str, Any]:
+def evaluate(config: dict[str, Any], tell: Callable[[dict[str, Any]], None] = lambda numbers: None) -> dict[str, Any]:
     """Loss in nats per token, bits per byte and router load of a checkpoint, as a plain mapping.
 
     With task=specialization what explains the choice of expert as well, and drift to other_checkpoint.
+
+    Args:
+        tell: called with them before anything is written: a full disk must not cost them.
     """
     _require_score_keys(config)
     given = _open(config)
@@ -109,6 +112,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if given.data.task is not None:
         recalled = score_recall(decoder, given.data.task, given.seq_len, config["batch_size"])
         numbers |= {**recall_numbers(recalled), "recall/chance": given.data.task.chance}
+    tell(numbers)
     if config["output"]:
         _write(given, numbers, score, recalled, specialization)
     return numbers
@@ -384,11 +388,14 @@ def _task(config: DictConfig) -> None:
         summary, caption = _evaluate_long_context(plain(config))
         console.print(variants_table(summary, f"{config.task}: {config.checkpoint}", caption))
         return
-    numbers = evaluate(plain(config))
-    table = Table("measure", "value", title=escape(str(config.checkpoint)))
-    for name, value in numbers.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    console.print(table)
+
+    def show(numbers: dict[str, Any]) -> None:
+        table = Table("measure", "value", title=escape(str(config.checkpoint)))
+        for name, value in numbers.items():
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        console.print(table)
+
+    evaluate(plain(config), show)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -36,7 +36,12 @@ def study(config: dict[str, Any], command: str, console: Console | None = None) 
         KeyboardInterrupt: a signal; what has finished is kept.
     """
     console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 160)
-    if config["study"]["arms"] is None:
+    for key in ("results_dir", "output_dir", "name"):
+        if not isinstance(config[key], str) and (key, config[key]) != ("results_dir", None):
+            raise InputError(f"{key}={config[key]!r}: must be a path or a name; a number needs quotes inside quotes")
+    if not isinstance(config["study"], dict):
+        raise InputError(f"study={config['study']!r}: must be a section, as experiment=study_NAME fills it in")
+    if config["study"].get("arms") is None:
         known = [name for name in options_of("experiment") if name.startswith("study_")]
         raise InputError(f"experiment: give a study; must be one of {', '.join(known)}")
     study_config = from_mapping(StudyConfig, config.pop("study"), "study")

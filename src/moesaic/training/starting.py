@@ -174,6 +174,8 @@ def find_run(config: Mapping[str, Any]) -> Found:
     if not config.get("run_dir"):
         root = Path(str(config.get("output_dir", "outputs"))) / str(config.get("name"))
         return _existing(_newest_unfinished(root), config)
+    if not isinstance(config["run_dir"], str):
+        raise InputError(f"run_dir={config['run_dir']!r}: must be a path; before a number write ./")
     run_dir = Path(config["run_dir"])
     if not run_dir.exists() or (run_dir.is_dir() and not _content(run_dir)):
         return Found("new", {**config, "resume": False})
