@@ -9,7 +9,7 @@ from reference.comparing import assert_close, assert_gradients, redraw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesaic.layers import FeedForward, MoE, RoutedLayer, UniformRouter
+from moesaic.layers import BACKENDS, FeedForward, MoE, RoutedLayer, UniformRouter
 
 DIM, HIDDEN = 8, 16
 
@@ -285,3 +285,21 @@ def test_a_shared_expert_whose_parts_are_somebody_elses_is_called(how: str, monk
         layer.shared_expert.forward = lambda x: calls.append(1) or forward(x)
     layer(torch.randn(5, 8, dtype=dtype))
     assert calls == [1]
+
+
+def test_a_router_that_skips_though_it_says_it_never_does_is_named() -> None:
+    """Its counts would leave rows that no expert writes."""
+
+    class Skipping(nn.Module):
+        may_skip = False
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            scores, expert_ids = x[:, :4].sigmoid().topk(2)
+            expert_ids = expert_ids.clone()
+            expert_ids[::3, 1] = 4
+            return x[:, :4], scores, expert_ids
+
+    for backend in sorted(BACKENDS.keys() - {"fp8"}):
+        moe = MoE.build(16, 32, 4, router=Skipping(), backend=backend, shared_hidden_dim=0)
+        with pytest.raises(ValueError, match=r"Skipping chose expert_ids from 0 to 4; .* with may_skip=False"):
+            moe(torch.randn(33, 16))

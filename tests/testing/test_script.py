@@ -52,6 +52,24 @@ def test_a_layer_of_ones_own(
     assert "must be a function" in capsys.readouterr().err
 
 
+def test_a_router_whose_signature_says_nothing(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "quiet_router.py").write_text(
+        "from torch import nn\n\n\nclass Quiet(nn.Module):\n"
+        "    def __init__(self, dim, num_experts, top_k):\n        super().__init__()\n"
+        "        self.gate, self.top_k = nn.Linear(dim, num_experts, bias=False), top_k\n\n"
+        "    def forward(self, x):\n        logits = self.gate(x)\n"
+        "        return logits, *logits.softmax(-1).topk(self.top_k)\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert run(script, "quiet_router:Quiet") == 0
+    assert "causality" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moesaic.layers.checks import (
     differentiates_forward,
+    has_values,
     require_dtype,
     require_flags,
     require_kinds,
@@ -294,7 +295,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     kernel = sdpa_kernel(SDPBackend.MATH) if differentiates_forward() else contextlib.nullcontext()
     with kernel, torch.autocast(q.device.type, enabled=False):  # it would cast back
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
+    if trains and has_values(q):
+        next(each for each in (q, k, v) if each.requires_grad).register_hook(_refuse_second_derivatives)
     return y.to(dtype)
+
+
+def _refuse_second_derivatives(gradient: Tensor) -> None:
+    """Of a gradient that keeps its graph: say what to take, where torch's kernel only says that it has no formula."""
+
+    def refuse(gradients: tuple[Tensor, ...]) -> None:
+        raise RuntimeError(
+            "attention: torch's fast kernel has no second derivatives; the call must be within "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
+
+    node = gradient.grad_fn
+    if node is not None and node.name().endswith("NotImplemented"):
+        node.register_prehook(refuse)
 
 
 class Attention(nn.Module):

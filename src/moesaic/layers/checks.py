@@ -182,13 +182,20 @@ def require_routing(
         )
 
 
-def require_expert_ids(router: str, expert_ids: Tensor, num_experts: int) -> None:
-    """Raise ValueError unless all are 0 to E, where E is no expert. It waits for a GPU."""
+def require_expert_ids(router: str, expert_ids: Tensor, num_experts: int, may_skip: bool) -> None:
+    """Raise ValueError unless all are 0 to E - 1, or E for no expert where that may be.
+
+    It waits for a GPU where ids may be E. Where they may not, a GPU stops by itself.
+    """
     if not expert_ids.numel():
         return
+    if not may_skip and not has_values(expert_ids):
+        if type(expert_ids) is Tensor and expert_ids.is_cuda and not torch._C._are_functorch_transforms_active():
+            torch._assert_async((expert_ids < num_experts).all(), f"{router} has may_skip=False, and chose no expert")
+        return
     lowest, highest = (int(each) for each in expert_ids.aminmax())
-    if lowest < 0 or highest > num_experts:
+    if lowest < 0 or highest > num_experts - (not may_skip):
+        none = f", or {num_experts} for no expert" if may_skip else "; with may_skip=False each slot has an expert"
         raise ValueError(
-            f"{router} chose expert_ids from {lowest} to {highest}; they must be 0 to {num_experts - 1}, or "
-            f"{num_experts} for no expert"
+            f"{router} chose expert_ids from {lowest} to {highest}; they must be 0 to {num_experts - 1}{none}"
         )

@@ -178,8 +178,8 @@ class MoE(nn.Module):
         require_routing(name, logits, scores, expert_ids, num_tokens, num_experts)
         expert_ids, num_rows = expert_ids.long(), None
         may_skip = (replayed or getattr(self.router, "may_skip", True)) and not self.assume_full
-        if may_skip and not torch.compiler.is_compiling():
-            require_expert_ids(name, expert_ids, num_experts)
+        if not torch.compiler.is_compiling() and not self.assume_full:
+            require_expert_ids(name, expert_ids, num_experts, may_skip)
         counts = count_tokens(expert_ids, num_experts)
         if may_skip and (found := int(counts.sum())) < expert_ids.numel():
             scores, num_rows = scores.masked_fill(expert_ids == num_experts, 0), found

@@ -1,6 +1,7 @@
 """One run from config to verdict: prepare, fit, finish."""
 
 import contextlib
+import math
 import shlex
 import sys
 import warnings
@@ -122,6 +123,7 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
             with _surviving(finisher.__name__, metrics):
                 metrics |= finisher(finished)
             if i == 0:  # the score is there
+                metrics |= _divergence(metrics)
                 write_json(run_dir / "metrics.json", {**metrics, "pending": "pictures and text"})
     metrics["peak_memory_bytes"] = peak_memory()
     write_json(run_dir / "metrics.json", metrics)
@@ -136,6 +138,12 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
             next_commands(run_dir, prepared.config, metrics),
         )
     return metrics
+
+
+def _divergence(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What to say of a run whose score is no finite number, though every gradient was one."""
+    loss = metrics.get("validation/loss", 0.0)
+    return {} if math.isfinite(loss) else {"status": "diverged", "error": f"validation/loss is {loss}"}
 
 
 @contextlib.contextmanager
