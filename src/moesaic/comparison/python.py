@@ -28,7 +28,7 @@ from moesaic.comparison.request import Request
 from moesaic.config import flatten, to_mapping
 from moesaic.errors import InputError
 from moesaic.imports import HANDED_IN, handing_in
-from moesaic.models.seams import find_part, seam_of
+from moesaic.models.seams import SEAMS, find_part, seam_of, split_seam
 from moesaic.overrides import apply_overrides, merge, parse_overrides
 from moesaic.studies.jobs import Row
 from moesaic.training.config import RunConfig
@@ -36,7 +36,10 @@ from moesaic.training.config import RunConfig
 __all__ = ["Candidate", "Comparison", "compare"]
 
 Candidate = str | Mapping[str, Any] | type[nn.Module] | Callable[..., nn.Module] | nn.Module
-"""Words as on the command line, keys of the run config, or a part: its class, a factory, or a module to copy."""
+"""Words as on the command line, keys of the run config, or a part: its class, a factory, or a module to copy.
+
+A part that fits several seams stands among the keys under the name of its seam: {"mixer": part}.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +165,16 @@ def _arm(
     if candidate is None or candidate == "":
         return Arm("baseline", base)
     if isinstance(candidate, Mapping):
-        config = _applied(base, candidate, key)
+        config = _applied(base, {name: value for name, value in candidate.items() if name not in SEAMS}, key)
         words = [f"{path}={value}" for path, value in differences(base, config).items()]
-        return Arm(name_of(words), config, frozenset(differences(baseline, config)), tuple(words))
+        given = frozenset(differences(baseline, config))
+        parts = []
+        for seam in [name for name in candidate if name in SEAMS]:
+            part = candidate[seam]
+            word = part if isinstance(part, str) else _word_for(key, part, handed, within)
+            parts.append(f"{seam}:{split_seam(word)[1]}")
+        config = with_parts(config, (find_part(word, key) for word in parts), key)
+        return Arm(name_of([*words, *parts]), config, given, (*words, *parts))
     words = split_words(key, candidate) if isinstance(candidate, str) else [_word_for(key, candidate, handed, within)]
     config = _applied(base, parse_overrides([word for word in words if is_assignment(word)]), key)
     given = frozenset(differences(baseline, config))

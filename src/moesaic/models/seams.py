@@ -76,7 +76,8 @@ def find_part(text: str, key: str = "part") -> FoundPart:
     fitting = seam_of(found) or _tried_out(path, key)
     if len(fitting) == 1:
         return FoundPart(fitting[0], path)
-    listed = " or ".join(f"{seam}:{path}" for seam in fitting or SEAMS)
+    is_object = path.startswith(f"{HANDED_IN}.")
+    listed = " or ".join(f'{{"{seam}": ...}}' if is_object else f"{seam}:{path}" for seam in fitting or SEAMS)
     fits = f"fits the seams {', '.join(fitting)}" if fitting else "fits no seam"
     raise InputError(f"{key}={text!r}: {_signature(found)} {fits}; must be given as {listed}")
 
