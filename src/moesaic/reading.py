@@ -12,7 +12,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from moesaic.errors import InputError, UnknownKey, reason
 
@@ -124,7 +124,7 @@ def _require_tree(content: Any) -> None:
         waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether this, read from a file, is a finite number; true and false are none, nor is what no float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
