@@ -85,7 +85,7 @@ def load_shards(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def gather_matrices(part: Tensor, like: Any) -> Tensor:
-    """Of a stack whose matrices are split over ranks, the whole ones of those that this rank has a part of.
+    """The whole matrices of a stack, of which ranks hold parts: those that this rank has a part of.
 
     Args:
         part: what this rank holds, laid out as `like` (..., m, n).
