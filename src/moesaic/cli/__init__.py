@@ -47,6 +47,10 @@ COMMANDS = {
         "SOURCE [DESTINATION]",
     ),
     "conformance": Command("Check mixture-of-experts layers, also your own.", ("layers...",), "[LAYER ...]"),
+    "parallel-check": Command(
+        "Compare trainings on several processes with one process.",
+        at_once="three steps each; this takes a minute or two",
+    ),
     "memory": Command("Say how much memory a model takes, without allocating it.", ("name",), "MODEL"),
     "cache-targets": Command(
         "Compute a teacher's targets once, for any number of students.", ("teacher", "directory"), "TEACHER DIRECTORY"

@@ -23,7 +23,18 @@ from moesaic.training.lightning_options import ignore_advice, quiet_lightning
 from moesaic.training.module import LanguageModel
 from moesaic.training.strategies import ShardedStrategy, strategy_options
 
-__all__ = ["LAYOUTS", "MODELS", "Layout", "Trained", "Training", "deviations", "train_on"]
+__all__ = [
+    "CASES",
+    "COLUMNS",
+    "LAYOUTS",
+    "Compared",
+    "Layout",
+    "Trained",
+    "Training",
+    "compare_all",
+    "deviations",
+    "train_on",
+]
 
 Batch = dict[str, Tensor]
 
@@ -134,6 +145,69 @@ class Training:
         return {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "valid": valid}
 
 
+_LLAMA, _SOFTMAX = MODELS
+_ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-2, eps=1e-3)
+_MUON = OptimizerConfig(name="muon", learning_rate=1e-2, muon_learning_rate=1e-2, eps=1e-3)
+
+CASES: dict[str, Training] = {
+    "AdamW": Training(_LLAMA, _ADAMW),
+    "Muon": Training(_SOFTMAX, _MUON),
+    "accumulated, uneven": Training(_LLAMA, _MUON, accumulate=2, uneven=True),
+    "uneven": Training(_SOFTMAX, _ADAMW, uneven=True),
+    "starved, recomputed": Training(_LLAMA, _ADAMW, starved=True, checkpoint_activations=True),
+}
+
+IN_FP32 = ("Muon", "uneven")
+"""Cases that are compared in fp32 as well."""
+
+TOLERANCES: dict[Precision, float] = {"64-true": 1e-10, "32-true": 1e-5}
+
+COLUMNS = {
+    "loss": ("train/loss",),
+    "balance": ("train/load_balance_loss", "train/router_z_loss"),
+    "experts": ("norm/experts",),
+    "attention": ("norm/mixer",),
+    "router": ("norm/router",),
+    "clipped": ("train/grad_norm", "norm/clipped"),
+    "bias": ("expert bias",),
+    "weights": ("weights",),
+}
+"""Columns of a table, and the numbers of which each has the largest deviation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A training on one layout beside one process."""
+
+    layout: str
+    case: str
+    precision: Precision
+    deviations: dict[str, float]
+
+    @property
+    def exceeding(self) -> dict[str, float]:
+        """Deviations beyond what rounding explains; entropies and margins of routers are sums in fp32 in any run."""
+        within = TOLERANCES[self.precision]
+        return {
+            name: each
+            for name, each in self.deviations.items()
+            if not each <= max(within, 1e-6 * name.startswith("router/"))
+        }
+
+
+def compare_all(workers: Workers) -> Iterator[Compared]:
+    """Every case on every layout in fp64, and some in fp32, one after the other."""
+    one = LAYOUTS["one process"]
+    for precision, cases in (("64-true", tuple(CASES)), ("32-true", IN_FP32)):
+        for case in cases:
+            training = dataclasses.replace(CASES[case], precision=precision)
+            alone = train_on(workers, training, one)
+            for name, layout in LAYOUTS.items():
+                if layout != one:
+                    found = train_on(workers, training, layout)
+                    yield Compared(name, case, training.precision, deviations(found, alone))
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """What came of a training: numbers of each step by name, and whole weights and buffers at the end."""
@@ -152,17 +226,21 @@ def deviations(found: Trained, wanted: Trained) -> dict[str, float]:
     """The largest difference of each number over the steps, relative where it is above 1, and of all weights."""
     differences = {
         name: max(
-            abs(here[name] - there[name]) / max(1.0, abs(there[name]))
+            _number(abs(here[name] - there[name]) / max(1.0, abs(there[name])))
             for here, there in zip(found.steps, wanted.steps, strict=True)
         )
         for name in wanted.steps[0]
     }
     for name, weight in wanted.weights.items():
         what = "expert bias" if name.endswith("expert_bias") else "weights"
-        # inf, where one is not a number: max would drop it
-        difference = float((found.weights[name] - weight).abs().max())
-        differences[what] = max(differences.get(what, 0.0), difference if math.isfinite(difference) else math.inf)
+        difference = _number(float((found.weights[name] - weight).abs().max()))
+        differences[what] = max(differences.get(what, 0.0), difference)
     return differences
+
+
+def _number(difference: float) -> float:
+    """Infinite, where it is no number: `max` would drop that."""
+    return math.inf if math.isnan(difference) else difference
 
 
 class _Watched(LanguageModel):

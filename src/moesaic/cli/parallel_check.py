@@ -1,0 +1,60 @@
+"""Compare trainings on several processes with one process: moesaic parallel-check [markdown=true].
+
+Exits with 1 if a number deviates by more than rounding explains.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cli.arguments import require_switches
+from moesaic.cli.common import launch, plain
+from moesaic.parallel.workers import Workers
+from moesaic.training.parallel_check import COLUMNS, Compared, compare_all
+
+__all__ = ["main"]
+
+HEADER = ("layout", "case", "precision", *COLUMNS)
+
+
+def cells(compared: Compared) -> list[str]:
+    """The row of a comparison."""
+    largest = [max(compared.deviations[name] for name in names) for names in COLUMNS.values()]
+    precision = compared.precision.removesuffix("-true")
+    return [compared.layout, compared.case, f"fp{precision}", *(f"{each:.0e}" if each else "0" for each in largest)]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _task(config: DictConfig) -> None:
+    given = plain(config)
+    require_switches(given, "markdown")
+    console = Console(emoji=False, stderr=True)
+    found: list[Compared] = []
+    workers = Workers()
+    try:
+        for compared in compare_all(workers):
+            found.append(compared)
+            wrong = "".join(f" [red]{name} {each:.1e}[/]" for name, each in compared.exceeding.items())
+            console.print(f"{compared.precision}  {compared.case}  {compared.layout}{wrong}", highlight=False)
+    finally:
+        workers.close()
+    if given["markdown"]:
+        print(markdown([cells(each) for each in found]))
+    else:
+        table = Table(*HEADER, title="largest differences from one process", title_justify="left")
+        for each in found:
+            table.add_row(*cells(each), style="bold red" if each.exceeding else None)
+        Console(emoji=False).print(table)
+    print("left out: tensor, pipeline and context parallelism, which are not there yet; GPUs")
+    sys.exit(any(each.exceeding for each in found))
+
+
+def main(arguments: Sequence[str]) -> None:
+    launch("parallel-check", arguments, _task)
