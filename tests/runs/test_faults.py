@@ -156,6 +156,27 @@ def test_a_diverged_run_does_not_exit_with_0(corpus: Path, tmp_path: Path, monke
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "diverged"
 
 
+class BreakAtTheEnd(pl.Callback):
+    """As a part that trains and cannot be evaluated."""
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for parameter in module.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+
+
+@pytest.mark.filterwarnings("ignore:after training:RuntimeWarning")
+def test_a_score_that_is_no_number_is_a_diverged_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    broken = f"+callbacks.b={{_target_: {__name__}.BreakAtTheEnd}}"
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *SMOKE, f"data.path={corpus}", "run_dir=run", "finish=score", broken])
+    assert ended.value.code == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["status"], metrics["error"]) == ("diverged", "validation/loss is nan")
+
+
 # ---- other processes, and runs that are there
 
 
