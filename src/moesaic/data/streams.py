@@ -45,7 +45,7 @@ VERSION = 1
 
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
-"""Of a folder that moesaic tokenize has not finished: what it is made from."""
+"""What a folder is made from that moesaic tokenize has not finished."""
 SEAL = "sha256"
 """Key of the manifest with the hash of each file, and under the manifest's own name that of its other keys."""
 

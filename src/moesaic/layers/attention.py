@@ -301,7 +301,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
 
 
 def _refuse_second_derivatives(gradient: Tensor) -> None:
-    """Of a gradient that keeps its graph: say what to take, where torch's kernel only says that it has no formula."""
+    """Say what to take for a gradient that keeps its graph, where torch's kernel only says that it has no formula."""
 
     def refuse(gradients: tuple[Tensor, ...]) -> None:
         raise RuntimeError(
