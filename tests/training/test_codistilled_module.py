@@ -147,13 +147,14 @@ def test_two_ranks_train_as_one(source: str) -> None:
     policy = SoftWeightConfig(value=0.9, gap=0.5, ema=0.5)
     distillation = joint(soft_weight=policy) if source == "joint" else frozen(policy)
     teacher = some_teacher() if source == "frozen" else None
-    one, two = (make(STUDENT, distillation, teacher) for _ in range(2))
+    optimizer = OptimizerConfig(eps=1e-4)  # AdamW would divide gradients that are rounding by rounding
+    one, two = (make(STUDENT, distillation, teacher, optimizer=optimizer) for _ in range(2))
     begin = copy.deepcopy(one.state_dict())
     shared = zip(data[::2], data[1::2], strict=True)
     fit(one, [{name: torch.cat((value, other[name])) for name, value in each.items()} for each, other in shared])
     fit(two, data, ranks=2)
     expected, found = one.state_dict(), two.state_dict()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # AdamW divides by gradients near 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     moved = [name for name, value in begin.items() if not torch.equal(value, expected[name])]
     assert {"soft_weight.student_loss", "soft_weight.teacher_loss"} < set(moved)
     assert sum("expert_bias" in name for name in moved) == sum("expert_bias" in name for name in begin)
