@@ -11,6 +11,7 @@ from moesaic.training.parallel_check import (
     CASES,
     COLUMNS,
     LAYOUTS,
+    LEFT_OUT,
     Compared,
     Trained,
     Training,
@@ -40,6 +41,7 @@ def alone(workers: Workers, training: Training) -> Trained:
         pytest.param(layout, case, marks=[] if (layout, case) in QUICK else pytest.mark.slow)
         for layout in SEVERAL
         for case in CASES
+        if (layout, case) not in LEFT_OUT
     ],
 )
 def test_equals_one_process(workers: Workers, layout: str, case: str) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from moesaic.cli.arguments import require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.parallel.workers import Workers
-from moesaic.training.parallel_check import COLUMNS, Compared, compare_all
+from moesaic.training.parallel_check import COLUMNS, LEFT_OUT, Compared, compare_all
 
 __all__ = ["main"]
 
@@ -52,7 +52,8 @@ def _task(config: DictConfig) -> None:
         for each in found:
             table.add_row(*cells(each), style="bold red" if each.exceeding else None)
         Console(emoji=False).print(table)
-    print("left out: tensor, pipeline and context parallelism, which are not there yet; GPUs")
+    pairs = "".join(f"; {case} with {layout}, as {why}" for (layout, case), why in LEFT_OUT.items())
+    print(f"left out: tensor, pipeline and context parallelism, which are not there yet; GPUs{pairs}")
     sys.exit(any(each.exceeding for each in found))
 
 
