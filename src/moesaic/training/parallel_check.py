@@ -215,14 +215,15 @@ class Compared:
 def compare_all(workers: Workers) -> Iterator[Compared]:
     """Every case on every layout in fp64, and some in fp32, one after the other."""
     one = LAYOUTS["one process"]
-    for precision, cases in (("64-true", tuple(CASES)), ("32-true", IN_FP32)):
+    of_precision: dict[Precision, tuple[str, ...]] = {"64-true": tuple(CASES), "32-true": IN_FP32}
+    for precision, cases in of_precision.items():
         for case in cases:
             training = dataclasses.replace(CASES[case], precision=precision)
             alone = train_on(workers, training, one)
             for name, layout in LAYOUTS.items():
                 if layout != one and (name, case) not in LEFT_OUT:
                     found = train_on(workers, training, layout)
-                    yield Compared(name, case, training.precision, deviations(found, alone))
+                    yield Compared(name, case, precision, deviations(found, alone))
 
 
 @dataclasses.dataclass(frozen=True)
