@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from moesaic.cli.common import composed
-from moesaic.config import flatten, to_mapping
+from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.data import DataConfig
 from moesaic.distillation import TargetFormat
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.needle import NeedleConfig
 from moesaic.evaluation.sampling import SampleConfig
+from moesaic.models import DecoderConfig, llama4_behemoth_guess, llama4_maverick, llama4_scout
 from moesaic.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_a_run_without_arguments() -> None:
     assert flatten(to_mapping(RunConfig())) == flatten(composed("train", []))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("scout", llama4_scout), ("maverick", llama4_maverick), ("behemoth", llama4_behemoth_guess)],
+)
+def test_published_models(name: str, preset: Callable[[], DecoderConfig]) -> None:
+    assert from_mapping(DecoderConfig, composed("train", [f"model={name}"])["model"]) == preset()
+
+
+def test_a_plan_has_the_keys_of_a_run() -> None:
+    plan, run = (flatten(composed(name, [])) for name in ("plan", "train"))
+    theirs = {key: value for key, value in plan.items() if "." in key}
+    others = {"training.batch_size", "training.seq_len", "trainer.precision"}  # for sizes that need a plan
+    assert {key: run[key] for key in theirs if key not in others} == {
+        key: value for key, value in theirs.items() if key not in others
+    }
 
 
 @pytest.mark.parametrize(

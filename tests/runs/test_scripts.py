@@ -62,8 +62,11 @@ def test_every_experiment_is_valid(composed: Composed, experiment: str) -> None:
     from_mapping(DecoderConfig, {**config.model, "vocab_size": 2048}, "model")
 
 
+TOO_LARGE = ("scout", "maverick", "behemoth")
+
+
 @pytest.mark.slow_but_for("small")
-@pytest.mark.parametrize("model", group("model"))
+@pytest.mark.parametrize("model", [name for name in group("model") if name not in TOO_LARGE])
 def test_every_model_runs_at_its_own_size(composed: Composed, corpus: Path, model: str) -> None:
     smoke = ["debug=smoke", "data=files", "data.tokenizer=bytes", f"data.path={corpus}", "training.steps=2"]
     assert run(composed(f"model={model}", *smoke, smoke=False))["status"] == "finished"

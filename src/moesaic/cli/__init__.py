@@ -52,6 +52,7 @@ COMMANDS = {
         at_once="three steps each; this takes a minute or two",
     ),
     "memory": Command("Say how much memory a model takes, without allocating it.", ("name",), "MODEL"),
+    "plan": Command("Say what a training takes on many GPUs, without any of them.", ("model",), "[MODEL]"),
     "cache-targets": Command(
         "Compute a teacher's targets once, for any number of students.", ("teacher", "directory"), "TEACHER DIRECTORY"
     ),

@@ -12,14 +12,13 @@ from moesaic.cli.arguments import require_known, require_switches
 from moesaic.cli.common import composed, launch, options_of, plain
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.models import DecoderConfig, llama4_behemoth_guess, llama4_maverick, llama4_scout
+from moesaic.models import DecoderConfig
 from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
 from moesaic.training.config import OptimizerConfig
 from moesaic.training.optimizers import build_optimizer
 
 __all__ = ["main"]
 
-PRESETS = {"scout": llama4_scout, "maverick": llama4_maverick, "behemoth_guess": llama4_behemoth_guess}
 LARGEST = 2**40
 """Sequences, or tokens in one."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -38,15 +37,13 @@ ROWS = {
 
 
 def find_config(name: object) -> DecoderConfig:
-    """A preset, or a file of conf/model with the vocabulary of the default data.
+    """A file of conf/model; where it leaves the vocabulary to the data, it has that of the default data.
 
     Raises:
         InputError: there is no such model.
     """
-    if isinstance(name, str) and name in PRESETS:
-        return PRESETS[name]()
     files = options_of("model")
-    require_known("name", name, [*PRESETS, *files])
+    require_known("name", name, files)
     config = composed("train", [f"model={name}"])
     model = config["model"]
     return from_mapping(DecoderConfig, {**model, "vocab_size": model["vocab_size"] or config["data"]["vocab_size"]})

@@ -33,7 +33,14 @@ from moesaic.models.config import DecoderConfig, LayerConfig, Mixer, MoEConfig
 from moesaic.models.decoder import Block, Decoder, build_decoder
 from moesaic.models.shapes import Shape, attention_shapes, decoder_shapes, feed_forward_shapes, uncounted
 
-__all__ = ["LiveBytes", "MemoryEstimate", "estimate_memory", "trace_memory"]
+__all__ = [
+    "ActivationEstimate",
+    "LiveBytes",
+    "MemoryEstimate",
+    "estimate_activations",
+    "estimate_memory",
+    "trace_memory",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +173,47 @@ def estimate_memory(
         optimizer_step=optimizer_step,
         kv_cache=batch_size * sum(_cached(config, layer, seq_len) for layer in layers) * dtype.itemsize,
         uncounted=uncounted(config),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationEstimate:
+    """Bytes of a training step that are neither weights nor their gradients, wherever those are."""
+
+    kept: int
+    """What the forward pass keeps for the backward: `MemoryEstimate.activations`."""
+    block: int
+    """Most that the backward of one block needs beside it."""
+    loss: int
+    """Most that the loss needs beside it."""
+
+
+def estimate_activations(
+    config: DecoderConfig, *, batch_size: int, seq_len: int, dtype: torch.dtype, checkpoint_activations: bool = False
+) -> ActivationEstimate:
+    """The part of `estimate_memory` that grows with the tokens, under the same assumptions.
+
+    Raises:
+        InputError: impossible sizes.
+    """
+    found = estimate_memory(
+        config,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        dtype=dtype,
+        optimizer=None,
+        checkpoint_activations=checkpoint_activations,
+    )
+    sizes = _Sizes(batch_size, seq_len, config.dim, dtype)
+    needed = 0
+    for layer in set(map(config.layers.index, config.layers)):
+        parts = _block(config, config.layers[layer], sizes)
+        again = sum(part.kept for part in parts) if checkpoint_activations else 0
+        needed = max(needed, again + max(part.peak - part.kept - part.gradients for part in parts) + sizes.stream)
+    return ActivationEstimate(
+        kept=found.activations,
+        block=needed,
+        loss=found.loss - config.vocab_size * config.dim * sizes.exact_bytes,
     )
 
 

@@ -2,18 +2,16 @@
 
 import torch
 
+from moesaic.parallel.hardware import HARDWARE
 from moesaic.training.config import Precision
 
 __all__ = ["dense_peak", "peak_of_device"]
 
-BF16, FP8 = ("bf16-mixed", "bf16-true"), ("fp8",)
+NUMBERS = {"bf16-mixed": "bf16", "bf16-true": "bf16", "fp8": "fp8"}
+"""What matmuls multiply, by precision."""
 
-PEAKS: dict[str, dict[tuple[str, ...], float]] = {
-    "A100": {BF16: 312e12},
-    "H100": {BF16: 989e12, FP8: 1979e12},
-    "H200": {BF16: 989e12, FP8: 1979e12},
-}
-"""FLOPs per second without sparsity by GPU and precision, from NVIDIA's data sheets. H100 and H200 are the SXM ones."""
+NAMES = ("A100", "H100", "H200")
+"""As CUDA calls those of `HARDWARE`. H100 and H200 are the SXM ones."""
 
 OTHERS = ("PCIe", "NVL", "MIG")
 """Words in the names of H100 and H200 that have another peak: slower clocks, or a part of a GPU."""
@@ -22,9 +20,9 @@ OTHERS = ("PCIe", "NVL", "MIG")
 def dense_peak(device_name: str, precision: Precision) -> float | None:
     """The peak in FLOPs per second of a GPU, by the name that CUDA gives it, None if this table does not know it."""
     words = device_name.replace("-", " ").split()
-    for name, peaks in PEAKS.items():
+    for name in NAMES:
         if name in words and not ("MIG" in words or (name != "A100" and any(other in words for other in OTHERS))):
-            return next((peak for precisions, peak in peaks.items() if precision in precisions), None)
+            return HARDWARE[name.lower()].peaks.get(NUMBERS.get(precision, ""))
     return None
 
 
