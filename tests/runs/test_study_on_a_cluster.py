@@ -34,7 +34,7 @@ class Job:
     job_id = "7"
 
     def __init__(self, call: bytes, dies: bool) -> None:
-        self.polled, self.dies, self.cancelled, self.call = 0, dies, False, call
+        self.polled, self.dies, self.canceled, self.call = 0, dies, False, call
 
     def done(self) -> bool:
         self.polled += 1
@@ -49,7 +49,7 @@ class Job:
         return status
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self.canceled = True
 
 
 class Executor:
@@ -102,7 +102,7 @@ def test_jobs_are_canceled_with_the_study(tmp_path: Path) -> None:
     slot.begin(tmp_path)
     assert slot.poll() is None
     slot.end()
-    assert executor.jobs[0].cancelled
+    assert executor.jobs[0].canceled
 
 
 def test_without_submitit_or_with_a_wrong_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
