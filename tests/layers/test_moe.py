@@ -303,3 +303,25 @@ def test_a_router_that_skips_though_it_says_it_never_does_is_named() -> None:
         moe = MoE.build(16, 32, 4, router=Skipping(), backend=backend, shared_hidden_dim=0)
         with pytest.raises(ValueError, match=r"Skipping chose expert_ids from 0 to 4; .* with may_skip=False"):
             moe(torch.randn(33, 16))
+
+
+@pytest.mark.parametrize(
+    ("decide", "message"),
+    [
+        (lambda x: (x[:, :4], x[:, :1]), r"Deciding returned 2 values; must be logits, scores and expert_ids"),
+        (lambda x: (x[:, :4], x[:, :1], x[:, :1] * 0), r"Deciding returned expert_ids of torch.float32"),
+    ],
+    ids=["two values", "ids that are no integers"],
+)
+def test_what_a_router_returns_wrongly_is_named(decide: Any, message: str) -> None:
+    class Deciding(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return decide(x)
+
+    with pytest.raises(ValueError, match=message):
+        MoE.build(16, 32, 4, router=Deciding())(torch.randn(33, 16))
+
+
+def test_a_replay_of_something_else_is_named() -> None:
+    with pytest.raises(TypeError, match="MoE: routing: found Tensor; must be a Routing"):
+        MoE.build(16, 32, 4).forward_with_routing(torch.randn(3, 16), torch.zeros(3, 1))  # type: ignore[arg-type]

@@ -168,3 +168,8 @@ def test_what_stands_in_padding_reaches_no_gradient() -> None:
         found.append((loss, torch.autograd.grad(loss, logits)[0]))
     for each in found[1:]:
         torch.testing.assert_close(each, found[0], atol=0, rtol=0)
+
+
+def test_an_expert_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"load_balance_loss: expert_ids has 9; must be 0 to 3, or 4 for none"):
+        load_balance_loss(torch.randn(5, 4), torch.full((5, 1), 9))

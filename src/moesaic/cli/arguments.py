@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moesaic.checkout import CONFIG_DIR
 from moesaic.cli import COMMANDS
 from moesaic.cli.config_files import config_groups, default_options
-from moesaic.cli.synonyms import OPTIONS, key_known_as
+from moesaic.cli.synonyms import COMMAND_OF, OPTIONS, key_known_as
 from moesaic.config import flatten
 from moesaic.errors import InputError, naming, require_short
 from moesaic.overrides import for_shell, override, quoted
@@ -381,9 +381,8 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
     leaves = list(flatten(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
     known = leaves if "." in key else [*groups, *at_top, *leaves]
     if root not in at_top:
-        raise InputError(
-            f"{key}: unknown key{did_you_mean(_close(key, known, at_top))}; must be one of {', '.join(at_top)}"
-        )
+        meant = [COMMAND_OF[key]] if key in COMMAND_OF else _close(key, known, at_top)
+        raise InputError(f"{key}: unknown key{did_you_mean(meant)}; must be one of {', '.join(at_top)}")
     if override.is_add() or override.is_force_add():
         ours = key_known_as(key) if root == "trainer" else None
         if ours is not None and ours.startswith("trainer.") and ours != key:
@@ -409,6 +408,7 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
 
 def _close(key: str, known: Sequence[str], siblings: Sequence[str]) -> list[str]:
     """The likeliest key: what other tools call so, nearly this path, nearly a sibling, or this name elsewhere."""
+    key = key.lower()
     last = key.rpartition(".")[2]
     if (ours := key_known_as(key)) in known:
         return [str(ours)]

@@ -1,6 +1,6 @@
 """Names that other tools have for our keys, so that a hand trained on them gets the right suggestion."""
 
-__all__ = ["OPTIONS", "key_known_as"]
+__all__ = ["COMMAND_OF", "OPTIONS", "key_known_as"]
 
 _KEYS = {
     "model.dim": "d_model n_embd embed_dim embedding_dim hidden_size width model_dim emb_dim",
@@ -17,7 +17,7 @@ _KEYS = {
     "model.tie_embeddings": "tie_word_embeddings weight_tying",
     "training.steps": "max_steps num_steps train_steps total_steps iterations iters max_iters n_steps epochs "
     "num_epochs max_epochs num_train_epochs",
-    "training.batch_size": "per_device_train_batch_size micro_batch_size train_batch_size bs",
+    "training.batch_size": "batch per_device_train_batch_size micro_batch_size train_batch_size bs",
     "training.seq_len": "block_size context_length max_seq_len max_length sequence_length seq_length ctx_len "
     "max_position_embeddings",
     "training.accumulate": "gradient_accumulation_steps accumulate_grad_batches grad_accum grad_accumulation",
@@ -31,12 +31,12 @@ _KEYS = {
     "optimizer.beta1": "betas adam_beta1",
     "optimizer.beta2": "adam_beta2",
     "optimizer.eps": "epsilon adam_epsilon",
-    "optimizer.name": "optim opt optimizer_name",
+    "optimizer.name": "optim opt optimizer_name optimizer_type",
     "schedule.warmup_steps": "warmup num_warmup_steps warmup_iters warmup_ratio lr_warmup",
     "schedule.name": "scheduler lr_scheduler lr_scheduler_type lr_schedule",
     "schedule.final_factor": "min_lr final_lr",
     "balance.load_balance_loss_weight": "aux_loss_coef router_aux_loss_coef aux_loss_weight aux_loss load_balancing "
-    "balance_loss load_balancing_loss_weight",
+    "aux balance_loss load_balancing_loss_weight",
     "balance.router_z_loss_weight": "z_loss router_z_loss_coef z_loss_weight z_loss_coef",
     "data.path": "dir data_dir root folder file files train_file text",
     "data.source": "dataset dataset_name corpus",
@@ -44,14 +44,18 @@ _KEYS = {
     "data.validation_fraction": "val_fraction val_split",
     "ckpt_path": "ckpt checkpoint resume_from_checkpoint load_from checkpoint_path init_from",
     "name": "run_name task_name experiment_name exp_name",
-    "seed": "random_seed seed_everything",
+    "seed": "random_seed seed_everything random_state manual_seed",
+    "experiment": "exp config cfg preset recipe",
+    "logger": "wandb use_wandb report_to tb use_tensorboard loggers",
+    "debug": "dry_run smoke fast",
     "output_dir": "out_dir output log_dir logdir save_dir",
-    "trainer.devices": "gpus num_gpus n_gpus ngpu world_size nproc_per_node",
+    "trainer.devices": "gpu gpus num_gpus n_gpus ngpu world_size nproc_per_node",
     "trainer.accelerator": "device",
     "trainer.precision": "dtype amp bf16 fp16 float8",
     "trainer.compile": "torch_compile",
     "trainer.checkpoint_activations": "gradient_checkpointing activation_checkpointing",
     "sample.max_new_tokens": "max_tokens",
+    "sample.temperature": "temp",
 }
 
 _KNOWN_AS = {word: key for key, words in _KEYS.items() for word in words.split()}
@@ -61,6 +65,13 @@ OPTIONS = {
     "debug=default": "debug=smoke",
     "debug=limit": "debug=smoke",
     "debug=true": "debug=smoke",
+    "debug=1": "debug=smoke",
+    "model=tiny": "model=study",
+    "model=default": "model=small",
+    "logger=tb": "logger=tensorboard",
+    "logger=default": "logger=tensorboard",
+    "trainer=auto": "trainer=cpu trainer.accelerator=auto",
+    "trainer=ddp_spawn": "trainer.strategy=ddp_spawn trainer.devices=2",
     "debug=overfit": "trainer.overfit_batches=1",
     "debug=profiler": "trainer.profiler=simple",
     "trainer=ddp": "trainer.strategy=ddp trainer.devices=2",
@@ -74,6 +85,10 @@ OPTIONS = {
     "data=text": "data=files data.path=FOLDER",
 }
 """Options of config groups that other projects have, and what to type here."""
+
+
+COMMAND_OF = {"new": "moesaic compare new=...", "rates": "moesaic compare rates=...", "study": "moesaic study"}
+"""Keys of one command, which people also give to others."""
 
 
 def key_known_as(key: str) -> str | None:

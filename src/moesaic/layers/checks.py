@@ -172,7 +172,9 @@ def require_one_dtype(why: str, **tensors: Tensor) -> None:
 def require_routing(
     router: str, logits: Tensor, scores: Tensor, expert_ids: Tensor, num_tokens: int, num_experts: int
 ) -> None:
-    """Raise ValueError unless logits are (T, E), scores (T, K) and expert_ids (T, K)."""
+    """Raise ValueError unless logits are (T, E), scores (T, K) and expert_ids (T, K) integers."""
+    if expert_ids.is_floating_point():
+        raise ValueError(f"{router} returned expert_ids of {expert_ids.dtype}; they must be integers")
     slots = (num_tokens, scores.size(-1))
     if logits.shape != (num_tokens, num_experts) or scores.shape != slots or expert_ids.shape != slots:
         raise ValueError(

@@ -161,6 +161,8 @@ class MoE(nn.Module):
     def _route(self, tokens: Tensor, replay: Routing | None) -> tuple[Tensor, ...]:
         if replay is None:
             return tuple(self.router(tokens))
+        if not isinstance(replay, Routing):
+            raise TypeError(f"MoE: routing: found {type(replay).__name__}; must be a Routing, whose choice is replayed")
         asked = inspect.signature(self.router.forward).parameters.values()
         if any(each.name == "expert_ids" or each.kind is each.VAR_KEYWORD for each in asked):
             decided = tuple(self.router(tokens, expert_ids=replay.expert_ids))
@@ -173,8 +175,11 @@ class MoE(nn.Module):
 
     def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
         """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""
+        name = type(self.router).__name__
+        if len(decided) < 3:
+            raise ValueError(f"{name} returned {len(decided)} values; must be logits, scores and expert_ids")
         logits, scores, expert_ids = decided[:3]
-        name, num_experts = type(self.router).__name__, getattr(self.experts, "num_experts", logits.size(-1))
+        num_experts = getattr(self.experts, "num_experts", logits.size(-1))
         require_routing(name, logits, scores, expert_ids, num_tokens, num_experts)
         expert_ids, num_rows = expert_ids.long(), None
         may_skip = (replayed or getattr(self.router, "may_skip", True)) and not self.assume_full

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moesaic.layers.checks import require_floating, require_numbers, require_tensor
+from moesaic.layers.checks import require_floating, require_ids, require_numbers, require_tensor
 from moesaic.layers.router import at_least_fp32, count_tokens
 
 __all__ = ["load_balance_loss", "router_z_loss", "update_expert_bias"]
@@ -41,6 +41,7 @@ def load_balance_loss(
     """
     _require_logits("load_balance_loss", logits, valid)
     require_tensor("load_balance_loss", "expert_ids", expert_ids, (logits.size(0), None), torch.int64)
+    require_ids("load_balance_loss", "expert_ids", expert_ids, logits.size(1), ignore=logits.size(1))
     if load is not None:
         require_tensor("load_balance_loss", "load", load, (logits.size(1),))
     num_experts = logits.size(-1)
