@@ -56,7 +56,7 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
 @pytest.mark.parametrize(
     ("seam", "make", "fails", "said"),
     [
-        ("router", parts.ExpertChoice, {CAUSAL, BATCH, LENGTH}, "when later tokens are"),
+        ("router", parts.ExpertChoice, {CAUSAL, BATCH, LENGTH}, "when the tokens from there on are"),
         ("router", parts.LimitedCapacity, {BATCH, LENGTH}, "when the others of its batch are"),
         ("router", parts.UnusedParameter, {GRADIENTS}, "bias get none"),
         ("router", parts.NormalizedTop1, {GRADIENTS}, "weight only zeros"),

@@ -86,13 +86,16 @@ def causality(place: Place) -> str:
         for t in (1, 4, 8, 9, 16, length // 2, length - 1):
             for what, later in _replacements(placed, x[:, t:], x[:, :1]):
                 found = placed.run(torch.cat([x[:, :t], later], dim=1), training=training)
-                worst = max(worst, _same(found[:, :t], y[:, :t], f"the first {t} outputs when later tokens are {what}"))
+                worst = max(
+                    worst,
+                    _same(found[:, :t], y[:, :t], f"outputs before token {t} when the tokens from there on are {what}"),
+                )
         if place.longest > length:  # what spans chunks or windows shows in sequences as long as those of training
             x, other = (placed.random(1, place.longest, seed=seed) for seed in (0, 7))
             y = placed.run(x, training=training)
             for t in (place.longest // 3, place.longest // 2, place.longest - 1):
                 found = placed.run(torch.cat([x[:, :t], other[:, t:]], dim=1), training=training)
-                what = f"the first {t} of {place.longest} outputs when later tokens are others"
+                what = f"outputs before token {t} of {place.longest} when the tokens from there on are others"
                 worst = max(worst, _same(found[:, :t], y[:, :t], what))
     return _measured(worst)
 

@@ -81,9 +81,9 @@ def print_summary(
         "validation tokens"
     )
     console.print(
-        f"[bold]plan[/]    {training.steps:,} steps of {tokens_per_step:,} tokens = {total_tokens / 1e6:.2f}M tokens "
-        f"({total_tokens / max(1, num_tokens['train']):.2f} epochs), "
-        f"{total_tokens * account.training_flops / 1e12:.2f} TFLOP active; {config.optimizer.name}, "
+        f"[bold]plan[/]    {training.steps:,} steps of {tokens_per_step:,} tokens = {_tokens(total_tokens)} "
+        f"({_short(total_tokens / max(1, num_tokens['train']))} epochs), "
+        f"{_flop(total_tokens * account.training_flops)} active; {config.optimizer.name}, "
         f"{config.schedule.name}, {config.trainer.precision}"
     )
     if teacher is not None:
@@ -147,10 +147,10 @@ def print_verdict(
         )
     for warning in metrics["warnings"]:
         console.print(f"[bold red]warning[/] {escape(warning)}", highlight=False)
-    teacher = f" and {metrics['teacher_flops'] / 1e12:.2f} of the teacher" if "teacher_flops" in metrics else ""
+    teacher = f" and {_flop(metrics['teacher_flops'])} of the teacher" if "teacher_flops" in metrics else ""
     console.print(
-        f"[bold]cost[/]    {metrics['tokens'] / 1e6:.2f}M tokens in {_duration(metrics['seconds'])}, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['active_flops'] / 1e12:.2f} TFLOP{teacher}, "
+        f"[bold]cost[/]    {_tokens(metrics['tokens'])} in {_duration(metrics['seconds'])}, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s, {_flop(metrics['active_flops'])}{teacher}, "
         f"peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     console.print(f"[bold]written[/] {escape(str(run_dir))}", highlight=False, soft_wrap=True)
@@ -165,3 +165,16 @@ def _bytes(n: float) -> str:
 
 def _duration(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds >= 3600 else f"{seconds:.0f} s"
+
+
+def _short(number: float) -> str:
+    """Two decimals, or two leading digits of what they would not show."""
+    return f"{number:.2f}" if number >= 0.1 or number == 0 else f"{number:.2g}"
+
+
+def _tokens(number: int) -> str:
+    return f"{number / 1e6:.2f}M tokens" if number >= 1e5 else f"{number:,} tokens"
+
+
+def _flop(number: float) -> str:
+    return f"{number / 1e12:.2f} TFLOP" if number >= 1e11 else f"{_short(number / 1e9)} GFLOP"
