@@ -435,3 +435,10 @@ def test_a_router_that_ignores_the_replayed_choice_is_refused() -> None:
     _, routing = moe.forward_with_routing(x)
     with pytest.raises(ValueError, match=r"must take expert_ids \(T, K\), score these experts and return them"):
         moe.forward_with_routing(x, routing=routing._replace(expert_ids=(routing.expert_ids + 1) % 4))
+
+
+def test_unmarked_parameters_of_a_state_space_mixer_are_no_matrices() -> None:
+    mixer = nn.Module()
+    mixer.A_log, mixer.filter = nn.Parameter(torch.zeros(16, 4)), nn.Parameter(torch.zeros(16, 1, 4))
+    mixer.mix = nn.Parameter(torch.zeros(16, 4))
+    assert parameter_kinds(mixer) == {"A_log": "vector", "filter": "vector", "mix": "matrix"}

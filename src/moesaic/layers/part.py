@@ -95,8 +95,9 @@ def parameter_kinds(module: nn.Module) -> dict[str, ParameterKind]:
     """The kind of every parameter by its dotted name, names of tied parameters included.
 
     What an outer module says counts before what an inner one says. By default embeddings are "embedding"; parameters
-    with fewer than two dimensions, filters of convolutions and parameters with a true `_no_weight_decay` attribute are
-    "vector"; all others are "matrix". Tied parameters have one kind, the one that is least like a matrix.
+    with fewer than two dimensions, filters of convolutions, also by hand (C, 1, K), those named `..._log` and those
+    with a true `_no_weight_decay` attribute are "vector"; all others are "matrix". Tied parameters have one kind, the
+    one that is least like a matrix.
 
     Raises:
         ValueError: a part names a parameter or a kind that does not exist.
@@ -276,9 +277,10 @@ _MOST_WORK = 10**9
 def _default_kind(module: nn.Module, name: str, parameter: nn.Parameter) -> ParameterKind:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
-    is_filter = isinstance(module, nn.modules.conv._ConvNd)
+    is_filter = isinstance(module, nn.modules.conv._ConvNd) or (parameter.dim() == 3 and parameter.size(1) == 1)
+    is_scale = name.endswith("_log")  # as A_log of a state-space mixer: one number for itself, not a row of a map
     is_marked = getattr(parameter, "_no_weight_decay", False) or name in getattr(module, "_marked_no_weight_decay", ())
-    if parameter.dim() < 2 or is_filter or is_marked:
+    if parameter.dim() < 2 or is_filter or is_scale or is_marked:
         return "vector"
     return "matrix"
 
