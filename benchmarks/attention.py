@@ -3,7 +3,7 @@
     python -m benchmarks.attention [--smoke] [--device cuda] [--output results.jsonl]
 
 One attention layer with RoPE (dim 256, 8 heads, 2 key/value heads), one sequence of 1 to 16 chunks. "square" is the
-textbook way, softmax over a materialised (L, L) matrix; "full" is the layer without chunks (torch's fused kernel);
+textbook way, softmax over a materialized (L, L) matrix; "full" is the layer without chunks (torch's fused kernel);
 "chunks" is the layer with chunks. Ratios are to "full" at the same length.
 """
 

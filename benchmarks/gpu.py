@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --output benchmarks/results/gpu.jsonl
 
 bf16 throughout. The ceiling is a large matmul measured in the same run; the limit of a MoE layer is a dense SwiGLU of
-equal active FLOPs. Also: does the layer synchronise with the host, can a CUDA graph capture it, attention to 128k
+equal active FLOPs. Also: does the layer synchronize with the host, can a CUDA graph capture it, attention to 128k
 tokens, the loss at Llama 4's vocabulary, and a training step with its MFU (active FLOPs over the chip's dense bf16
 peak, by the table here). Needs torch >= 2.10, einops and CUDA (PYTHONPATH=src is enough); --smoke --device cpu runs the
 same code at toy sizes.
@@ -103,7 +103,7 @@ def moe_layers(options: Options) -> Iterator[Measurement]:
                     note=f"{flops / seconds[1] / 1e12:.1f} TFLOP/s active",
                 )
         yield Measurement(
-            "gpu moe", "moe", shape, "bf16", "host synchronisation", note=host_synchronization(moe, x, upstream)
+            "gpu moe", "moe", shape, "bf16", "host synchronization", note=host_synchronization(moe, x, upstream)
         )
         yield Measurement("gpu moe", "moe", shape, "bf16", "CUDA graph", note=graph_capture(moe, x, options.device))
 

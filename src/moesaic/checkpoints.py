@@ -112,9 +112,9 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
         tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
         lengths = stored["token_bytes"]
         if lengths != (None if tokenizer is None else token_bytes(tokenizer)):
-            raise InputError("hyper_parameters.token_bytes: not those of its tokeniser")
+            raise InputError("hyper_parameters.token_bytes: not those of its tokenizer")
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise InputError(f"its tokeniser has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+            raise InputError(f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
     return TrainedModel(
         decoder=decoder.eval(),
         config=config,

@@ -112,7 +112,7 @@ def test_next_command_of_a_range_test() -> None:
 @pytest.mark.parametrize("text", ODD)
 def test_next_command_of_a_cache(text: str) -> None:
     config = {"directory": text, "teacher": text, "seq_len": 64}
-    found = {"windows": 1, "bytes": 1, "new windows": 1, "seconds": 1.0, "tokeniser": "of the teacher"}
+    found = {"windows": 1, "bytes": 1, "new windows": 1, "seconds": 1.0, "tokenizer": "of the teacher"}
     lines = describe(config, found, [override("data.path", text), "data=files"]).splitlines()
     given = pasted(lines[2])
     assert (given["distillation.cache"], given["data.path"], given["data"]) == (text, text, "files")

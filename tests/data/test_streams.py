@@ -206,7 +206,7 @@ def test_memmap_of_a_cache_folder(folder: Path) -> None:
     np.testing.assert_array_equal(data.train.tokens, cached.train.tokens)
     assert data.tokenizer is not None
     load_data(DataConfig(source="memmap", path=str(cache)), data.tokenizer)
-    with pytest.raises(InputError, match=r"its ids are of another tokeniser than the checkpoint's"):
+    with pytest.raises(InputError, match=r"its ids are of another tokenizer than the checkpoint's"):
         load_data(DataConfig(source="memmap", path=str(cache)), ByteTokenizer())
 
 

@@ -1,4 +1,4 @@
-"""Tokenisers: lossless, complete, self-contained."""
+"""Tokenizers: lossless, complete, self-contained."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def test_bpe_compresses_and_is_deterministic() -> None:
 
 
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(InputError, match=r"tokeniser of kind 'words': must be one of bytes, bpe"):
+    with pytest.raises(InputError, match=r"tokenizer of kind 'words': must be one of bytes, bpe"):
         tokenizer_from_dict({"kind": "words"})
 
 

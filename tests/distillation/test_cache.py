@@ -261,7 +261,7 @@ def test_a_disk_that_fills_up_leaves_the_shards_before(
     ("change", "message"),
     [
         ({"teacher": "f" * 64}, r"is stale: made by a teacher with other weights \(teacher=[0-9a-f]{12} in its man"),
-        ({"tokenizer": None}, r"was made with another tokeniser \(tokenizer=t{12} in its manifest.json, None here\)"),
+        ({"tokenizer": None}, r"was made with another tokenizer \(tokenizer=t{12} in its manifest.json, None here\)"),
         ({"seq_len": 8}, r"has windows of another length \(seq_len=16 in its manifest.json, 8 here\)"),
         ({"vocab_size": 41}, r"has another vocabulary \(vocab_size=40 in its manifest.json, 41 here\)"),
         ({"kind": "sampled"}, r"holds targets of another kind \(kind=top_k in its manifest.json, sampled here\)"),

@@ -75,7 +75,7 @@ def test_the_ends_of_the_random_numbers_do_not_reach_what_is_impossible(
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("exponent", [1.0, 0.7])
 def test_sampling_is_unbiased(exponent: float, temperature: float) -> None:
-    """Each entry's mean over many draws is p, within 5 of its own standard errors; self-normalised it is not."""
+    """Each entry's mean over many draws is p, within 5 of its own standard errors; self-normalized it is not."""
     repeats, draws = 20_000, 4
     row = logits(1)
     p = (row / temperature).softmax(dim=-1)[0]

@@ -174,7 +174,7 @@ def test_stretches_of_files_are_beginnings_of_long_enough_files() -> None:
     assert stretches.tolist() == [[end, 1, 2, 3], [end, 6, 7, 8]]
     with pytest.raises(InputError, match="a context of 5 tokens: longer than the data, the longest file has 4 tokens"):
         choose_stretches(tokens, 5, limit=None, within="files", end_of_text=end)
-    with pytest.raises(InputError, match="no tokeniser, so file boundaries are unknown"):
+    with pytest.raises(InputError, match="no tokenizer, so file boundaries are unknown"):
         choose_stretches(tokens, 3, limit=None, within="files", end_of_text=None)
     with pytest.raises(InputError, match="a context of 13 tokens: longer than the data, the text has 13 tokens"):
         choose_stretches(tokens, 13, limit=None, within="stream", end_of_text=None)

@@ -504,7 +504,7 @@ SPOILT: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "meta": (lambda e: replace_weight(e, lambda w: nn.Parameter(w.to("meta"))), "down_proj is on the meta device"),
     "int8": (lambda e: replace_weight(e, lambda w: frozen(w.to(torch.int8))), "down_proj is torch.int8: must be"),
     "float8": (lambda e: replace_weight(e, lambda w: frozen(w.to(torch.float8_e4m3fn))), "float8_e4m3fn: must be"),
-    "quantised": (lambda e: replace_weight(e, Quantized), "down_proj is a Quantized"),
+    "quantized": (lambda e: replace_weight(e, Quantized), "down_proj is a Quantized"),
     "two dtypes": (lambda e: replace_weight(e, lambda w: nn.Parameter(w.double())), "one dtype and one device"),
     "parametrised": (parametrize, "is a Parametrized"),
     "forward replaced": (lambda e: setattr(e, "forward", e.forward), "has a forward of its own"),

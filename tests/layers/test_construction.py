@@ -1,4 +1,4 @@
-"""Every layer: on the meta device, in another dtype, initialised, by one line."""
+"""Every layer: on the meta device, in another dtype, initialized, by one line."""
 
 from collections.abc import Callable
 from typing import Any

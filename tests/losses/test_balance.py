@@ -47,7 +47,7 @@ def test_gradient_reaches_the_logits_and_lowers_the_crowded_expert() -> None:
 @pytest.mark.parametrize(
     "logits",
     [
-        pytest.param(torch.zeros(4, 4), id="zero initialisation"),
+        pytest.param(torch.zeros(4, 4), id="zero initialization"),
         pytest.param(torch.eye(4) * 5, id="perfect balance"),
         pytest.param(torch.eye(4) * 3e4, id="huge"),
         pytest.param(-torch.eye(4) * 3e38, id="largest"),

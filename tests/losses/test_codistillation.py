@@ -421,7 +421,7 @@ def test_top_k_is_a_lower_bound_that_grows_with_k() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_top_k_does_not_move_the_optimum(temperature: float) -> None:
-    """Without the tail, or renormalised, the gradient at the teacher itself is not 0."""
+    """Without the tail, or renormalized, the gradient at the teacher itself is not 0."""
     z = (networks()[0] @ networks()[1].T).detach().requires_grad_()
     targets = top_k(z, LABELS, 4, temperature)
     found = codistillation_loss(z, LABELS, targets, soft_weight=1.0, temperature=temperature)

@@ -20,7 +20,7 @@ class RunningMean(nn.Module):
 
 
 class TwoMatrices(nn.Module):
-    """A channel mixer with an initialisation of its own."""
+    """A channel mixer with an initialization of its own."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class TwoMatrices(nn.Module):
 
 
 class LinearRouter(nn.Module):
-    """A router with an initialisation of its own."""
+    """A router with an initialization of its own."""
 
     def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()

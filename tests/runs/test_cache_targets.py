@@ -162,7 +162,7 @@ def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPat
         (["k=258"], r"k=258: the vocabulary has 257 entries"),
         (["seq_len=99999999"], r"seq_len=99999999: the training split has \d+ tokens"),
         (["teacher=/nowhere"], r"teacher='/nowhere': no such file or directory"),
-        (["data.tokenizer=bpe", "data.vocab_size=257"], r"its tokeniser \(bytes\) is not that of .* data \(bpe\)"),
+        (["data.tokenizer=bpe", "data.vocab_size=257"], r"its tokenizer \(bytes\) is not that of .* data \(bpe\)"),
         (["data.tokenizer=bpe", "data.vocab_size=280"], r"a vocabulary of 257, the student's has 280"),
         (["accelerator=tpu"], r"accelerator='tpu': must be"),
         (["seed=1.5"], r"seed=1.5: must be an integer"),

@@ -327,7 +327,7 @@ def test_a_missing_or_foreign_teacher_is_refused(composed: Composed, tmp_path: P
         "data.tokenizer=bpe",
         "data.vocab_size=257",
     )
-    refused(ids, r"distillation.teacher: .*its tokeniser \(bytes\) is not that of the student's data \(bpe\)")
+    refused(ids, r"distillation.teacher: .*its tokenizer \(bytes\) is not that of the student's data \(bpe\)")
     shape = composed("experiment=codistill_joint", "distillation.teacher_model.attention.num_heads=3")
     refused(shape, r"distillation.teacher_model.attention.num_heads=3: must be a multiple")
 

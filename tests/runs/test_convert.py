@@ -21,7 +21,7 @@ Composed = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def llama(train_once: Callable[..., Path]) -> Path:
-    """last.ckpt of a short run in Llama 4's layout with a BPE tokeniser, to be read only."""
+    """last.ckpt of a short run in Llama 4's layout with a BPE tokenizer, to be read only."""
     layout = ["model.attention.conv_width=0", "model.attention.qk_norm=true", "data.tokenizer=bpe"]
     return train_once("training.steps=2", "data.vocab_size=300", *layout) / "checkpoints" / "last.ckpt"
 

@@ -44,7 +44,7 @@ def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def nameless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint without tokeniser."""
+    """A checkpoint without tokenizer."""
     path = tmp_path_factory.mktemp("model") / "it.ckpt"
     save_model(path, build_decoder(llama4_toy(300)), seq_len=32)
     return path
@@ -206,14 +206,14 @@ def test_variants_without_a_task_for_them(asked: Composed) -> None:
 def test_a_checkpoint_without_tokenizer(asked: Composed, nameless: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Text is refused; token ids are judged, but no needle can be written."""
     for task in ("loss_by_position", "needle"):
-        with pytest.raises(InputError, match=r"it has no tokeniser, so it cannot read data\.source='files'"):
+        with pytest.raises(InputError, match=r"it has no tokenizer, so it cannot read data\.source='files'"):
             evaluate.evaluate_long_context(asked(f"task={task}", f"checkpoint={nameless}"))
     evaluate.evaluate_long_context(asked("task=loss_by_position", "output=null"))  # encodes the corpus
     [cache] = (tmp_path / "cache").glob("[!.]*")
     ids = ["data.source=memmap", f"data.path={cache}", f"checkpoint={nameless}"]
     summary = evaluate.evaluate_long_context(asked("task=loss_by_position", *ids))
     assert "beyond/loss" in summary["as_trained"] and "beyond/bits_per_byte" not in summary["as_trained"]
-    with pytest.raises(InputError, match="task=needle: the checkpoint has no tokeniser"):
+    with pytest.raises(InputError, match="task=needle: the checkpoint has no tokenizer"):
         evaluate.evaluate_long_context(asked("task=needle", *ids))
 
 

@@ -150,7 +150,7 @@ def test_what_needs_other_weights_or_says_nothing_is_refused(
         (["extend_context.stretches=0"], r"extend_context.stretches=0: must be a number > 0"),
         (["ckpt_path=null"], r"ckpt_path=None: extend_context needs one"),
         (["ckpt_path=/nowhere"], r"checkpoint /nowhere: no such file"),
-        ([f"ckpt_path={nameless}"], r"nameless.ckpt: it has no tokeniser, so it cannot read data.source='files'"),
+        ([f"ckpt_path={nameless}"], r"nameless.ckpt: it has no tokenizer, so it cannot read data.source='files'"),
     ):
         config = extended("name=extend", *overrides)
         with pytest.raises(InputError, match=message):

@@ -61,7 +61,7 @@ def test_associative_recall_is_learned(
     assert "recall  accuracy" in shown
     assert "at 4x the training length; chance 6.2%" in shown
     assert "generate.py" not in shown
-    assert "tokenised" not in shown
+    assert "tokenized" not in shown
 
 
 @pytest.mark.slow_but_for("induction")
@@ -151,7 +151,7 @@ def test_a_checkpoint_is_scored_again_and_with_other_switches(
     swapped = {**question["data"], "task": {**question["data"]["task"], "keys": 63, "values": 65}}
     with pytest.raises(InputError, match=r"'keys': 63.* but the checkpoint was trained on .*'keys': 64"):
         evaluate.evaluate({**anew, "data": swapped})
-    with pytest.raises(InputError, match=r"it has no tokeniser, so it cannot read data\.source='stdlib'"):
+    with pytest.raises(InputError, match=r"it has no tokenizer, so it cannot read data\.source='stdlib'"):
         evaluate.evaluate(composed("data=stdlib", f"checkpoint={checkpoint}", config="evaluate", smoke=False))
     with pytest.raises(InputError, match=r"^seq_len=16: a sequence of data.task with size 8"):
         evaluate.evaluate({**anew, "seq_len": 16})

@@ -208,7 +208,7 @@ def test_specialization_and_drift(trained: Path, composed: Composed, tmp_path: P
     assert numbers["router/layers.1.ffn/drift"] > 0.9, "the least likely expert in place of the most likely one"
 
     save_model(tmp_path / "bare.ckpt", other.decoder)
-    with pytest.raises(InputError, match=r"other_checkpoint=.*bare.ckpt: it has another tokeniser than checkpoint"):
+    with pytest.raises(InputError, match=r"other_checkpoint=.*bare.ckpt: it has another tokenizer than checkpoint"):
         evaluate.evaluate(composed(*asked, f"other_checkpoint={tmp_path / 'bare.ckpt'}", config="evaluate"))
     with pytest.raises(InputError, match=r"other_checkpoint=x: only task=specialization has it"):
         evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "other_checkpoint=x", config="evaluate"))

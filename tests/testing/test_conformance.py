@@ -31,7 +31,7 @@ TOP_TWO: dict[str, Any] = {
 }
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "sigmoid top-1, shared": {},
-    "softmax top-2 normalised": TOP_TWO,
+    "softmax top-2 normalized": TOP_TWO,
     "softmax top-2, bias": TOP_TWO | {"expert_bias": True},
     "sigmoid top-2 on the input, shared, bias": {"top_k": 2, "expert_bias": True},
     "gelu": {"activation": "gelu", "normalize_scores": True, "top_k": 3},

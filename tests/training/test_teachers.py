@@ -17,7 +17,7 @@ from moesaic.errors import InputError
 from moesaic.interop import to_hf
 from moesaic.models import Decoder, build_decoder, llama4_toy
 
-TEXTS = [b"def f(x):\n    return x\n" * 20, b"a tokeniser needs some text to learn from " * 20]
+TEXTS = [b"def f(x):\n    return x\n" * 20, b"a tokenizer needs some text to learn from " * 20]
 BPE = BPETokenizer.train(TEXTS, 270)
 OTHER_BPE = BPETokenizer.train([b"zyxwvut abab cdcd efef ghgh ijij klkl mnmn opop " * 30], 270)
 
@@ -29,7 +29,7 @@ def decoder(tokenizer: Tokenizer = BPE) -> Decoder:
 def test_checkpoint_and_directory_are_the_same_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     teacher = decoder()
     save_model(tmp_path / "t.ckpt", teacher, BPE)
-    # as moesaic convert writes it: the same tokeniser with another way back to text
+    # as moesaic convert writes it: the same tokenizer with another way back to text
     content = {**json.loads(BPE.to_dict()["json"]), "decoder": {"type": "ByteLevel"}}
     teacher.foreign_files = {"config.json": "{}", "tokenizer.json": json.dumps(content)}
     to_hf(teacher, tmp_path / "hf")
@@ -42,7 +42,7 @@ def test_checkpoint_and_directory_are_the_same_teacher(tmp_path: Path, caplog: p
         assert weights_hash(found) == weights_hash(teacher)
         with torch.no_grad():
             assert torch.equal(found(tokens).logits, expected)
-        with pytest.raises(InputError, match=r"its tokeniser \(bpe\) is not that of the student's data \(bpe\)"):
+        with pytest.raises(InputError, match=r"its tokenizer \(bpe\) is not that of the student's data \(bpe\)"):
             load_teacher(path, OTHER_BPE, BPE.vocab_size)
         with pytest.raises(InputError, match=r"a vocabulary of 270, the student's has 257; soft targets need the same"):
             load_teacher(path, ByteTokenizer(), 257)
@@ -52,7 +52,7 @@ def test_checkpoint_and_directory_are_the_same_teacher(tmp_path: Path, caplog: p
 def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path) -> None:
     tokenizer = BPETokenizer.train(TEXTS, 257)
     save_model(tmp_path / "t.ckpt", decoder(tokenizer), tokenizer)
-    with pytest.raises(InputError, match=r"its tokeniser \(bpe\) is not that of the student's data \(bytes\)"):
+    with pytest.raises(InputError, match=r"its tokenizer \(bpe\) is not that of the student's data \(bytes\)"):
         load_teacher(tmp_path / "t.ckpt", ByteTokenizer(), 257)
 
 
@@ -63,8 +63,8 @@ def test_an_unknown_tokenizer_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
         load_teacher(tmp_path / "without.ckpt", BPE, 270)
         load_teacher(tmp_path / "with.ckpt", None, 270)
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
-        "the teacher came without a tokeniser, only the vocabulary size was compared",
-        "the data came without a tokeniser, only the vocabulary size was compared",
+        "the teacher came without a tokenizer, only the vocabulary size was compared",
+        "the data came without a tokenizer, only the vocabulary size was compared",
     ]
 
 

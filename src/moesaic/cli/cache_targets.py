@@ -29,7 +29,7 @@ def describe(config: dict[str, Any], found: dict[str, Any], overrides: Sequence[
         f"written   {directory}: {found['windows']:,} windows, {found['bytes'] / 1e6:,.1f} MB; "
         f"{found['new windows']:,} of them now, in {found['seconds']:.0f} s\n"
         f"next\n  {training}"
-        f"{reads if found['tokeniser'] == 'of the teacher' else ''}"
+        f"{reads if found['tokenizer'] == 'of the teacher' else ''}"
     )
 
 

@@ -34,7 +34,7 @@ def llama4() -> MoE:
 
 
 def top2_with_bias() -> MoE:
-    """Softmax top-2 normalised, the score on the output, no shared expert, a selection bias."""
+    """Softmax top-2 normalized, the score on the output, no shared expert, a selection bias."""
     return MoE.build(
         16,
         24,

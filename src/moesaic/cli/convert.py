@@ -63,7 +63,7 @@ def convert(
 
 
 def _read_tokenizer(text: str | None) -> Tokenizer | None:
-    """The tokeniser of a directory that `convert` wrote; that of others ends texts otherwise than our tools do."""
+    """The tokenizer of a directory that `convert` wrote; that of others ends texts otherwise than our tools do."""
     if text is None or json.loads(text).get("model", {}).get("vocab", {}).get(END_OF_TEXT) != BPETokenizer.end_of_text:
         return None
     return BPETokenizer(text)

@@ -250,7 +250,7 @@ def _deciding(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
 
 
 def _require_readable(model: TrainedModel, data: DataConfig, checkpoint: str) -> None:
-    """Refuse text that the checkpoint has no tokeniser for, and recall tasks whose ids mean something else to it."""
+    """Refuse text that the checkpoint has no tokenizer for, and recall tasks whose ids mean something else to it."""
     task, trained = data.make_task(), from_mapping(DataConfig, model.run_config["data"], "data")
     if task is None:
         require_tokenizer(model, data, checkpoint)
@@ -275,7 +275,7 @@ def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
     """Decoder of a checkpoint that reads the same tokens."""
     other = load_model(checkpoint)
     if (other.tokenizer and other.tokenizer.to_dict()) != (model.tokenizer and model.tokenizer.to_dict()):
-        raise InputError(f"other_checkpoint={checkpoint}: it has another tokeniser than checkpoint")
+        raise InputError(f"other_checkpoint={checkpoint}: it has another tokenizer than checkpoint")
     if other.config.vocab_size != model.config.vocab_size:
         raise InputError(
             f"other_checkpoint={checkpoint}: it has a vocabulary of {other.config.vocab_size}; checkpoint has one of "

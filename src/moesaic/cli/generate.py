@@ -17,7 +17,7 @@ def generate_text(checkpoint: str, sampling: SampleConfig, seed: int = 0) -> str
     """The prompt and its continuation by the model of a checkpoint."""
     model = load_model(checkpoint)
     if model.tokenizer is None:
-        raise InputError(f"checkpoint {checkpoint}: it has no tokeniser, it was trained on token ids")
+        raise InputError(f"checkpoint {checkpoint}: it has no tokenizer, it was trained on token ids")
     return sample_text(model.decoder, model.tokenizer, sampling, seed)
 
 

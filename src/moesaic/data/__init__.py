@@ -1,4 +1,4 @@
-"""Text to batches: corpora, tokenisers, token streams on disk, loaders; and recall tasks, which need no text."""
+"""Text to batches: corpora, tokenizers, token streams on disk, loaders; and recall tasks, which need no text."""
 
 from moesaic.data.corpora import Corpus, Document
 from moesaic.data.loaders import EvaluationLoader, TrainingLoader, with_step_counts

@@ -123,7 +123,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         tokenizer: use this one (a checkpoint's) instead of what the config says.
 
     Raises:
-        InputError: missing, empty, binary or damaged data, a memory map of another tokeniser, or no disk space for the
+        InputError: missing, empty, binary or damaged data, a memory map of another tokenizer, or no disk space for the
             cache.
     """
     if (task := config.make_task()) is not None:
@@ -132,7 +132,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         assert config.path is not None  # checked by the config
         data = _open_mapped(expanded(config.path), expanded(config.cache_dir))
         if tokenizer is not None and data.tokenizer is not None and data.tokenizer.to_dict() != tokenizer.to_dict():
-            raise InputError(f"data.path={config.path!r}: its ids are of another tokeniser than the checkpoint's")
+            raise InputError(f"data.path={config.path!r}: its ids are of another tokenizer than the checkpoint's")
         return dataclasses.replace(data, facts={"content_hash": _sampled_hash(data), **data.facts})
     corpus = _load_corpus(config)
     facts = corpus.facts()
@@ -261,7 +261,7 @@ def _build(
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer, dtype: str) -> Ids:
     marker = np.array([tokenizer.end_of_text], dtype=dtype)
     pieces = [marker]
-    for first in range(0, len(documents), 128):  # in blocks: the tokeniser's own records are far larger than the ids
+    for first in range(0, len(documents), 128):  # in blocks: the tokenizer's own records are far larger than the ids
         block = [document.text for document in documents[first : first + 128]]
         for ids in tokenizer.encode_batch(block):
             pieces += [ids.astype(dtype), marker]

@@ -156,14 +156,14 @@ def _cut_words(text: str) -> Iterator[str]:
 
 
 def tokenizer_from_dict(stored: dict[str, Any]) -> Tokenizer:
-    """The tokeniser whose `to_dict` gave `stored`; InputError for what none gives."""
+    """The tokenizer whose `to_dict` gave `stored`; InputError for what none gives."""
     if not isinstance(stored, dict):
-        raise InputError(f"tokeniser: found a {type(stored).__name__}; must be a mapping with its kind")
+        raise InputError(f"tokenizer: found a {type(stored).__name__}; must be a mapping with its kind")
     if stored.get("kind") == "bytes":
         return ByteTokenizer()
     if stored.get("kind") == "bpe" and isinstance(stored.get("json"), str):
         return BPETokenizer(stored["json"])
-    raise InputError(f"tokeniser of kind {stored.get('kind')!r}: must be one of bytes, bpe")
+    raise InputError(f"tokenizer of kind {stored.get('kind')!r}: must be one of bytes, bpe")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -190,7 +190,7 @@ def _checked(ids: Iterable[int], vocab_size: int) -> Iterable[int]:
 
 
 def token_strings(tokenizer: Tokenizer | None) -> list[bytes] | None:
-    """The bytes of each token; None without a tokeniser."""
+    """The bytes of each token; None without a tokenizer."""
     return None if tokenizer is None else [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
 
 

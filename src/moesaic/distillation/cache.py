@@ -60,7 +60,7 @@ KINDS: dict[str, type] = {"top_k": TopKTargets, "sampled": SampledTargets, "dens
 
 MISMATCH = {
     "teacher": "is stale: made by a teacher with other weights",
-    "tokenizer": "was made with another tokeniser",
+    "tokenizer": "was made with another tokenizer",
     "seq_len": "has windows of another length",
     "vocab_size": "has another vocabulary",
     "kind": "holds targets of another kind",
@@ -80,7 +80,7 @@ class CacheIdentity:
     teacher: str
     """Hash of its weights, see `weights_hash`."""
     tokenizer: str | None
-    """Hash of the tokeniser; None if the data have none."""
+    """Hash of the tokenizer; None if the data have none."""
     seq_len: int
     vocab_size: int
     form: TargetFormat

@@ -95,7 +95,7 @@ def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:
         "new windows": len(cache) - before,
         "seconds": time.monotonic() - started,
         "bytes": cache.stored_bytes,
-        "tokeniser": "of the data" if tokenizer is None else "of the teacher",
+        "tokenizer": "of the data" if tokenizer is None else "of the teacher",
     }
 
 

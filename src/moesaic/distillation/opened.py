@@ -72,7 +72,7 @@ def open_targets(config: DistillationConfig, data: Data, *, vocab_size: int, seq
         vocab_size: of the student.
 
     Raises:
-        InputError: names distillation.teacher or distillation.cache: missing, another vocabulary or tokeniser, stale,
+        InputError: names distillation.teacher or distillation.cache: missing, another vocabulary or tokenizer, stale,
             without targets of (all of) these data, corrupt, or targets that cannot serve the divergence.
     """
     decoder, teacher_hash = None, ""

@@ -26,7 +26,7 @@ class TargetFormat:
     temperature: float = 1.0  # of top_k and sampled; dense logits serve every temperature
     k: int = 32  # of top_k
     num_samples: int = 50  # of sampled: draws per token; equal ones are kept once
-    exponent: float = 1.0  # of sampled: ids are drawn from p^exponent, normalised
+    exponent: float = 1.0  # of sampled: ids are drawn from p^exponent, normalized
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, self.temperature > 0, "a number > 0")

@@ -28,7 +28,7 @@ def require_teacher(path: str | Path) -> None:
 
 
 def teacher_tokenizer(path: str | Path, data: DataConfig) -> Tokenizer | None:
-    """The tokeniser with which text for a student of this teacher is read, or None for the one that `data` describes.
+    """The tokenizer with which text for a student of this teacher is read, or None for the one that `data` describes.
 
     On other text than the teacher's, a BPE of the same kind and size would be another one. So a checkpoint's BPE takes
     its place; what `data` explicitly has otherwise (bytes, another size) is left for `load_teacher` to refuse.
@@ -52,7 +52,7 @@ def teacher_tokenizer(path: str | Path, data: DataConfig) -> Tokenizer | None:
 def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Decoder:
     """The teacher, in evaluation mode on the CPU.
 
-    Where one side has no tokeniser, only the sizes of the vocabularies can be compared; the log says so.
+    Where one side has no tokenizer, only the sizes of the vocabularies can be compared; the log says so.
 
     Args:
         path: a checkpoint, or a directory of config.json and safetensors (needs the [hf] extra).
@@ -60,7 +60,7 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
         vocab_size: the student's.
 
     Raises:
-        InputError: not there, not readable, not finite, another vocabulary or another tokeniser.
+        InputError: not there, not readable, not finite, another vocabulary or another tokenizer.
     """
     require_teacher(path)
     theirs: dict[str, Any] | None
@@ -84,10 +84,10 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
         )
     if theirs is None or tokenizer is None:
         side = "teacher" if theirs is None else "data"
-        logger.warning("%s: the %s came without a tokeniser, only the vocabulary size was compared", path, side)
+        logger.warning("%s: the %s came without a tokenizer, only the vocabulary size was compared", path, side)
     elif _meaning(theirs, path) != _meaning(tokenizer.to_dict(), path):
         raise InputError(
-            f"teacher={str(path)!r}: its tokeniser ({theirs['kind']}) is not that of the student's data "
+            f"teacher={str(path)!r}: its tokenizer ({theirs['kind']}) is not that of the student's data "
             f"({tokenizer.to_dict()['kind']}); soft targets need the same ids, so read the data as it was trained on"
         )
     return decoder

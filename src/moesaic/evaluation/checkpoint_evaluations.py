@@ -63,7 +63,7 @@ def open_source(checkpoint: str | Path, data: DataConfig, split: str, device: st
 
     Raises:
         InputError: as `load_model` and `load_data`; a split that does not exist; text for a checkpoint without
-            tokeniser; token ids outside the checkpoint's vocabulary.
+            tokenizer; token ids outside the checkpoint's vocabulary.
     """
     if split not in ("validation", "train"):
         raise InputError(f"split={split!r}: must be one of validation, train")
@@ -87,14 +87,14 @@ def checkpoint_digest(checkpoint: str | Path) -> str:
 
 
 def require_tokenizer(model: TrainedModel, data: DataConfig, checkpoint: str | Path) -> None:
-    """Refuse text for a checkpoint without tokeniser.
+    """Refuse text for a checkpoint without tokenizer.
 
     Raises:
         InputError: it names the checkpoint.
     """
     if model.tokenizer is None and data.source != "memmap":
         raise InputError(
-            f"checkpoint {checkpoint}: it has no tokeniser, so it cannot read data.source={data.source!r}; must be "
+            f"checkpoint {checkpoint}: it has no tokenizer, so it cannot read data.source={data.source!r}; must be "
             "data.source=memmap, token ids"
         )
 
@@ -172,12 +172,12 @@ def run_needles(
     With `output`, needle.json is written there, from which a second call goes on.
 
     Raises:
-        InputError: a checkpoint without tokeniser, an unknown variant, a context that is longer than the data or
+        InputError: a checkpoint without tokenizer, an unknown variant, a context that is longer than the data or
             shorter than its needles, results of another evaluation in `output`.
     """
     model = source.model
     if model.tokenizer is None:
-        raise InputError("task=needle: the checkpoint has no tokeniser to write needles with")
+        raise InputError("task=needle: the checkpoint has no tokenizer to write needles with")
     chosen = _under_window(build_variants(model.decoder, variants, source.train_length), window)
     task = NeedleTask(model.tokenizer, source.tokens, config, source.train_length)
     results = None

@@ -61,7 +61,7 @@ def require_extendable(path: str, checkpoint: Mapping[str, Any], model: DecoderC
 
 
 def checkpoint_tokenizer(path: str, checkpoint: Mapping[str, Any], data: DataConfig) -> Tokenizer | None:
-    """The tokeniser that a checkpoint's embedding was trained with: the run goes on with it, on whatever text.
+    """The tokenizer that a checkpoint's embedding was trained with: the run goes on with it, on whatever text.
 
     Raises:
         InputError: it has none and the data are text; or they are a recall task.
@@ -71,7 +71,7 @@ def checkpoint_tokenizer(path: str, checkpoint: Mapping[str, Any], data: DataCon
         raise InputError(f"extend_context: data.source={data.source!r} has no loss by position; must be text")
     if stored is None and data.source != "memmap":
         raise InputError(
-            f"checkpoint {path}: it has no tokeniser, so it cannot read data.source={data.source!r}; must be "
+            f"checkpoint {path}: it has no tokenizer, so it cannot read data.source={data.source!r}; must be "
             "data.source=memmap, token ids"
         )
     return None if stored is None else tokenizer_from_dict(stored)

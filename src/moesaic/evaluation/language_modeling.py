@@ -96,7 +96,7 @@ class LanguageModelScore:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable across tokenisers; None if the tokens' bytes are not known."""
+        """Comparable across tokenizers; None if the tokens' bytes are not known."""
         if not self.num_bytes:
             return None
         return float(self.nats_by_position.sum()) / math.log(2) / self.num_bytes
@@ -219,6 +219,6 @@ def evaluate_split(
         in_split = loader.task.test_sequences
     score = evaluate_language_model(decoder, show(loader), token_bytes, watch)
     score.windows_in_split = in_split
-    if score.num_windows == in_split:  # the size of a memory map without a tokeniser is known for the whole split only
+    if score.num_windows == in_split:  # the size of a memory map without a tokenizer is known for the whole split only
         score.num_bytes = score.num_bytes or (data.train if split == "train" else data.validation).num_bytes or 0
     return score

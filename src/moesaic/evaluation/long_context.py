@@ -140,7 +140,7 @@ def choose_stretches(
         found = f"the text has {len(tokens)} tokens"
     else:
         if end_of_text is None:
-            raise InputError("within='files': the checkpoint has no tokeniser, so file boundaries are unknown")
+            raise InputError("within='files': the checkpoint has no tokenizer, so file boundaries are unknown")
         marks = np.flatnonzero(np.asarray(tokens) == end_of_text)
         sizes = np.diff(marks) - 1
         starts = marks[:-1][sizes >= length]

@@ -87,7 +87,7 @@ class NeedleCell:
 
 
 class NeedleTask:
-    """Prompts of the grid; sample i of a cell is the same for every model with this tokeniser, text and seed.
+    """Prompts of the grid; sample i of a cell is the same for every model with this tokenizer, text and seed.
 
     A needle is a line of its own between two lines of the text. Where none begins within 8 tokens or a twentieth of
     the text from the depth that is asked for, as in minified code, it breaks the line that is there.
@@ -187,7 +187,7 @@ class NeedleTask:
         if len(chosen) <= self.config.distractors:
             raise InputError(
                 f"needle.distractors={self.config.distractors}: must be a number below {len(chosen)}, the values "
-                "that this tokeniser spells in equally many tokens"
+                "that this tokenizer spells in equally many tokens"
             )
         return chosen
 

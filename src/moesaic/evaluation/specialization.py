@@ -59,7 +59,7 @@ def _class_of_byte(byte: int) -> str:
 def explained_share(counts: Tensor) -> float:
     """How much of the choice of column the row explains: mutual information over the entropy of the columns.
 
-    0 where they are independent, 1 where the row decides. Of the usual normalisations it is the one by the column's
+    0 where they are independent, 1 where the row decides. Of the usual normalizations it is the one by the column's
     entropy (Theil's uncertainty coefficient): a division by the mean of both entropies could not reach 1 where many
     tokens share few experts. Counted from N events, independent rows and columns give about
     (rows - 1) (columns - 1) / 2N nats rather than none, so few events make it too high.

@@ -179,7 +179,7 @@ def change_classes(
 def refuse_unless_plain(name: str, module: nn.Module, allowed: dict[type[nn.Module], type[nn.Module]]) -> None:
     if type(module) not in allowed:
         raise InputError(
-            f"{name or 'the block'} is a {type(module).__name__}, whose class cannot be changed; quantisation, "
+            f"{name or 'the block'} is a {type(module).__name__}, whose class cannot be changed; quantization, "
             f"parametrisation (LoRA on expert weights) and FSDP replace it: accelerate before them, restore after"
         )
     if "forward" in vars(module):
@@ -196,7 +196,7 @@ def refuse_unless_it_can_run(name: str, experts: nn.Module) -> None:
     for key, weight in weights.items():
         if type(weight) is not nn.Parameter:
             raise InputError(
-                f"{key} is a {type(weight).__name__}: it must be a plain parameter, not sharded or quantised"
+                f"{key} is a {type(weight).__name__}: it must be a plain parameter, not sharded or quantized"
             )
         if weight.is_meta:
             raise InputError(f"{key} is on the meta device: load the weights first (offloaded ones have to come back)")

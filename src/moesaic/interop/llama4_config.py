@@ -274,7 +274,7 @@ def config_to_hf(config: DecoderConfig, carried: Mapping[str, Any], dtype: str) 
         del written[legacy]
     inert = {key: value for key, value in carried.items() if key in INERT}
     own = {"max_position_embeddings": _max_length(carried), "pad_token_id": config.padding_token}
-    if not carried:  # transformers' defaults are ids of Llama's tokeniser
+    if not carried:  # transformers' defaults are ids of Llama's tokenizer
         own |= {"bos_token_id": None, "eos_token_id": None}
     identity = {"architectures": [TEXT_ONLY], "model_type": "llama4_text", "dtype": dtype}
     inert.pop("torch_dtype", None)  # dtype's old name

@@ -199,7 +199,7 @@ def to_hf(
 ) -> None:
     """Write the decoder as transformers' `Llama4ForCausalLM`: config.json and (sharded) safetensors.
 
-    What `from_hf` read beside the weights (token ids, generation_config.json, tokeniser) is written again. The files
+    What `from_hf` read beside the weights (token ids, generation_config.json, tokenizer) is written again. The files
     appear under their names only when all are complete, config.json last. Memory: the decoder and one tensor.
 
     Args:

@@ -128,7 +128,7 @@ def visible_keys(seq_len: int, chunk: int | None = None) -> float:
 
 
 class ShortConvolution(nn.Module):
-    """y[t] = x[t] + sum over i < width of weight[i] * x[t - i]: depthwise, causal, zero-initialised.
+    """y[t] = x[t] + sum over i < width of weight[i] * x[t - i]: depthwise, causal, zero-initialized.
 
     The "Canon layer" of Allen-Zhu 2025 ("Physics of Language Models: Part 4.1"). Written as shifted products because
     a depthwise conv1d of this width is slower on CPUs.
@@ -332,7 +332,7 @@ class Attention(nn.Module):
         num_kv_heads: key and value heads G, a divisor of N; None means N.
         head_dim: H; None means dim / num_heads.
         rotary: positions for queries and keys; None for a layer without positions (NoPE).
-        qk_norm: normalise queries and keys per head, without gain.
+        qk_norm: normalize queries and keys per head, without gain.
         attention_chunk_size: tokens per chunk of a chunk-local layer; None for full causal attention.
         temperature: scale of the queries by absolute position; None for none.
         bias: whether the four projections have a bias.

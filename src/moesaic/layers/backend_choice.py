@@ -25,7 +25,7 @@ ROUNDING_BACKENDS = {"fp8_emulated", "fp8"}
 """Backends that round operands to 8 bits. They do not agree with `loop`, and nobody gets one without asking for it."""
 
 STRENGTHS = {
-    "grouped": "no padding and no host synchronisation",
+    "grouped": "no padding and no host synchronization",
     "sliced": "on a CPU as fast as any, with the least memory",
 }
 

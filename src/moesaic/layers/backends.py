@@ -49,7 +49,7 @@ def padded(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor,
 
 
 def grouped(rows: Tensor, gate_up: Tensor, down: Tensor, rows_per_expert: Tensor, activation: Activation) -> Tensor:
-    """`torch.nn.functional.grouped_mm`: no padding, no host synchronisation."""
+    """`torch.nn.functional.grouped_mm`: no padding, no host synchronization."""
     ends = rows_per_expert.cumsum(0, dtype=torch.int32)
     gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
     y = F.grouped_mm(activation(gate) * up, down, offs=ends)

@@ -50,7 +50,7 @@ def fp8(
     activation: Activation,
     kernel: Kernel = scaled_grouped_mm,
 ) -> Tensor:
-    """What `fp8_emulated` computes by its rowwise recipe, by a kernel for it and without host synchronisation.
+    """What `fp8_emulated` computes by its rowwise recipe, by a kernel for it and without host synchronization.
 
     Args:
         kernel: (a, b, scale_a, scale_b, ends) -> product, for groups of rows that end at `ends` (E,) int32. Of

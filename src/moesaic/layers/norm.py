@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalization."""
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,13 @@ __all__ = ["RMSNorm"]
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) over the last dimension, times a gain (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    As in Llama: normalised in fp32, cast to the input's dtype, and only then multiplied by the gain. Without gain it
+    As in Llama: normalized in fp32, cast to the input's dtype, and only then multiplied by the gain. Without gain it
     is what Llama 4 calls the L2 norm of queries and keys.
 
     Args:
         dim: size of the last dimension.
         eps: added to the mean square.
-        gain: whether to have a learned gain of shape (dim,), initialised to one.
+        gain: whether to have a learned gain of shape (dim,), initialized to one.
     """
 
     weight: nn.Parameter | None

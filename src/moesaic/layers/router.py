@@ -52,7 +52,7 @@ def count_tokens(expert_ids: Tensor, num_experts: int, valid: Tensor | None = No
 class TopKRouter(nn.Module):
     """Linear router that picks the top_k experts of each token.
 
-    "sigmoid" (Llama 4): score = sigmoid(logit) of the chosen expert, not normalised. "softmax" (Switch, Mixtral,
+    "sigmoid" (Llama 4): score = sigmoid(logit) of the chosen expert, not normalized. "softmax" (Switch, Mixtral,
     Qwen): softmax over all experts; `normalize_scores` divides by the sum over the chosen ones.
 
     With `expert_bias`, a buffer `expert_bias` (E,) is added to the scores for the selection only (Wang et al. 2024,

@@ -21,14 +21,14 @@ def load_balance_loss(
 
     f_e is the fraction of routed rows that went to expert e (no gradient), P_e the mean over tokens of
     softmax(logits)_e. The softmax is used for sigmoid routers too: it ranks experts as the sigmoid does, and its
-    gradient vanishes neither at zero initialisation nor for saturated scores.
+    gradient vanishes neither at zero initialization nor for saturated scores.
 
     Args:
         logits: (T, E), with gradient.
         expert_ids: (T, K).
         valid: (T,) bool; padding (False) counts in neither f nor P.
         load: (E,) counts to take f from instead of this micro-batch's: those of the whole global batch (Qiu et al.
-            2025, arXiv 2501.11873), which lets experts specialise within a micro-batch.
+            2025, arXiv 2501.11873), which lets experts specialize within a micro-batch.
         num_valid: tokens to divide the sum for P by; None counts the valid ones. With those of the global batch, the
             losses of micro-batches and ranks add up to their mean, weighted by tokens.
 

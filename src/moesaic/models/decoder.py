@@ -314,7 +314,7 @@ def build_decoder(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Decoder:
-    """The decoder that `config` describes, initialised unless it is on the meta device.
+    """The decoder that `config` describes, initialized unless it is on the meta device.
 
     Raises:
         InputError: a custom module that cannot be imported, refuses its arguments, or lacks what its place needs.
@@ -350,7 +350,7 @@ def build_block(
 def initialize(decoder: Decoder, parametrization: Parametrization) -> None:
     """Draw every weight of our layers by the rule; biases are 0 and gains 1.
 
-    The standard rule has one std for all, as Llama 4 in transformers (0.02). Custom modules keep the initialisation
+    The standard rule has one std for all, as Llama 4 in transformers (0.02). Custom modules keep the initialization
     they gave themselves, unless they have an `initialize` of their own.
     """
     decoder.parametrization = parametrization

@@ -41,7 +41,7 @@ def sample(
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)  # multinomial renormalises
+        probabilities = probabilities.masked_fill(before >= top_p, 0)  # multinomial renormalizes
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return ids.gather(-1, drawn).squeeze(-1)
 

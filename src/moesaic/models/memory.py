@@ -320,7 +320,7 @@ def _lean_feed_forward(config: DecoderConfig, width: int, backend: BackendName, 
 
 
 def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
-    """What is kept in order: the input, the convolution's, angles, what QK norm normalises, and softmax attention's."""
+    """What is kept in order: the input, the convolution's, angles, what QK norm normalizes, and softmax attention's."""
     attention, positions = config.attention, mixer in ("rope", "chunked_rope")
     tokens, length = sizes.tokens, sizes.seq_len
     queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -111,7 +111,7 @@ class Weight(NamedTuple):
 
     @property
     def stacked(self) -> int:
-        """Numbers that Muon orthogonalises here, whole matrices."""
+        """Numbers that Muon orthogonalizes here, whole matrices."""
         is_split = self.sharding_dim is not None and self.sharding_dim >= len(self.shape) - 2
         return (self.gathered if is_split else self.here) if self.ranks > 1 else self.here
 
@@ -468,7 +468,7 @@ class Plan:
     collectives: list[Collective]
     account: Account
     optimizer_flops: float
-    """FLOPs of Muon on this rank, which orthogonalises gathered matrices on every rank."""
+    """FLOPs of Muon on this rank, which orthogonalizes gathered matrices on every rank."""
     uncounted: tuple[str, ...]
     """Dotted paths of custom modules, whose activations have no formula."""
 

@@ -2,7 +2,7 @@
 
 `check_part` checks a router, a mixer, a channel mixer or experts alone.
 
-Needs torch only. Hugging Face's blocks and other packages are recognised without being imported, see
+Needs torch only. Hugging Face's blocks and other packages are recognized without being imported, see
 `moesaic.testing.peers`.
 """
 

@@ -75,7 +75,7 @@ def gradients(subject: Subject) -> str:
 @check(
     "router-gradient",
     "the gradient of the output reaches the router",
-    "jingyaogong/minimind#858 and davidmrau/mixture-of-experts#27: a top-1 score normalised to 1, and a router that "
+    "jingyaogong/minimind#858 and davidmrau/mixture-of-experts#27: a top-1 score normalized to 1, and a router that "
     "never learns from the task",
 )
 def router_gradient(subject: Subject) -> str:
@@ -174,7 +174,7 @@ def empty_experts(subject: Subject) -> str:
 @check(
     "single-expert",
     "the layer works with one expert",
-    "databricks/megablocks#87: with top-1 the scores lost a dimension and were normalised over tokens",
+    "databricks/megablocks#87: with top-1 the scores lost a dimension and were normalized over tokens",
 )
 def single_expert(subject: Subject) -> str:
     several, layer = deterministic_layer(subject), subject.with_one_expert()

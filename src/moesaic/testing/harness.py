@@ -317,7 +317,7 @@ def redraw(module: nn.Module) -> None:
     """Matrices ~ N(0, 1.4^2 / size(1)), a scale at which mistakes show; vectors stay, unless they are not finite.
 
     size(1) is the fan-in of a Linear and of stacked (E, in, out) experts. Some published blocks leave their weights to
-    a model class that initialises them; alone they hold whatever was in memory.
+    a model class that initializes them; alone they hold whatever was in memory.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():

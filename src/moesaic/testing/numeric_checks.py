@@ -40,8 +40,8 @@ def perfect_balance(subject: Subject) -> str:
 
 @check(
     "zero-init",
-    "no NaN where the router is initialised to zero, or the input is zero",
-    "google-research/vmoe#218: NaN gradients from a router initialised to zero",
+    "no NaN where the router is initialized to zero, or the input is zero",
+    "google-research/vmoe#218: NaN gradients from a router initialized to zero",
 )
 def zero_init(subject: Subject) -> str:
     layer = subject.fresh()

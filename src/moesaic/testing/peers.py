@@ -1,6 +1,6 @@
 """Other people's layers as `MoEUnderTest`s. Nothing of theirs is imported before it is asked for.
 
-`describe_transformers` recognises Hugging Face's blocks; `PEERS` makes small layers of several packages.
+`describe_transformers` recognizes Hugging Face's blocks; `PEERS` makes small layers of several packages.
 """
 
 import copy

@@ -145,7 +145,7 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, group: Group) -> None:
-        """Matrices of one shape and layout are orthogonalised as one batch: far fewer and larger products."""
+        """Matrices of one shape and layout are orthogonalized as one batch: far fewer and larger products."""
         alike: dict[tuple[torch.Size, Any], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:

@@ -229,7 +229,7 @@ def _settle(config: RunConfig) -> None:
 def _read_data(config: RunConfig, start: Start, console: Console) -> Data:
     if config.data.make_task() is None:
         console.print(
-            f"reading {config.data.source} data (the first time they are tokenised and cached)", highlight=False
+            f"reading {config.data.source} data (the first time they are tokenized and cached)", highlight=False
         )
     tokenizer: Tokenizer | None = None
     if start.kind != "fresh" and config.extend_context is not None:
