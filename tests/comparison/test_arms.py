@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from moesaic.comparison.arms import (
     Arm,
+    custom_paths,
     differences,
     folder_name,
     is_assignment,
     name_of,
     named_apart,
-    own_parts,
     part_overrides,
     split_words,
     with_parts,
@@ -89,7 +89,7 @@ def test_a_router_goes_into_every_moe_layer_and_a_mixer_into_every_layer() -> No
     router = apply_overrides(
         RUN, part_overrides("router", "moesaic.examples.custom_modules.CosineRouter", model_of(RUN)), "new"
     )
-    assert own_parts(model_of(router)) == ["moesaic.examples.custom_modules.CosineRouter"]
+    assert custom_paths(model_of(router)) == ["moesaic.examples.custom_modules.CosineRouter"]
     mixer = apply_overrides(
         RUN, part_overrides("mixer", "moesaic.examples.custom_modules.GatedAverage", model_of(RUN)), "new"
     )
@@ -133,4 +133,4 @@ def test_a_part_that_another_one_would_replace_is_refused() -> None:
         with_parts(RUN, [ours, theirs], "new")
     with pytest.raises(InputError, match=r"new: a.Mix takes the place of the MoE layers, which a.Ours needs"):
         with_parts(RUN, [ours, FoundPart("ffn", "a.Mix")], "new")
-    assert own_parts(model_of(with_parts(RUN, [ours, FoundPart("mixer", "a.Mix")], "new"))) == ["a.Mix", "a.Ours"]
+    assert custom_paths(model_of(with_parts(RUN, [ours, FoundPart("mixer", "a.Mix")], "new"))) == ["a.Mix", "a.Ours"]

@@ -17,12 +17,12 @@ from moesaic.studies.config import Overrides
 
 __all__ = [
     "Arm",
+    "custom_paths",
     "differences",
     "folder_name",
     "is_assignment",
     "name_of",
     "named_apart",
-    "own_parts",
     "part_overrides",
     "split_words",
     "with_parts",
@@ -185,7 +185,7 @@ def differences(base: Mapping[str, Any], config: Mapping[str, Any], prefix: str 
     return found
 
 
-def own_parts(model: DecoderConfig) -> list[str]:
+def custom_paths(model: DecoderConfig) -> list[str]:
     """The dotted paths of the custom modules of a model, each once."""
     return list(dict.fromkeys(custom["type"] for custom in custom_modules(model).values()))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moesaic.comparison.arms import Arm, own_parts
+from moesaic.comparison.arms import Arm, custom_paths
 from moesaic.comparison.budget import Plan, Workload, choose_plan
 from moesaic.comparison.costs import measure_costs
 from moesaic.comparison.decided import REPLACED, Decided
@@ -102,7 +102,7 @@ class _Teller:
 
 def _check(request: Request, subjects: Mapping[str, Subject], decided: Decided, say: _Teller) -> None:
     """Step 1."""
-    parts = {name: own_parts(subject.candidate.model) for name, subject in subjects.items()}
+    parts = {name: custom_paths(subject.candidate.model) for name, subject in subjects.items()}
     if not any(parts.values()):
         say.step("1. Is it valid?", "All parts are ours, and our tests hold them.")
         return
