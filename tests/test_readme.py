@@ -51,10 +51,7 @@ def test_the_five_lines_of_balancing_are_typed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *cache, "snippet.py"]
     environment = {**os.environ, "MYPYPATH": str(ROOT / "src")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
-    # torch 2.13 gives Tensor.backward no types
-    assert [line for line in errors if 'untyped function "backward"' not in line] == [] and not done.stderr
-    assert "snippet.py" in done.stdout or "no issues found" in done.stdout
+    assert "no issues found" in done.stdout, done.stdout + done.stderr
 
 
 def overrides_of(command: str) -> tuple[str, list[str]]:
