@@ -75,7 +75,7 @@ def test_every_model_runs_at_its_own_size(composed: Composed, corpus: Path, mode
 @pytest.mark.parametrize("data", group("data"))
 @pytest.mark.parametrize("trainer", group("trainer"))
 def test_every_data_and_trainer_config_is_valid(composed: Composed, data: str, trainer: str) -> None:
-    path = "data.path=somewhere" if data == "files" else "++data.path=null"
+    path = "data.path=somewhere" if data in ("files", "memmap") else "++data.path=null"
     from_mapping(RunConfig, composed(f"data={data}", f"trainer={trainer}", path, smoke=False))
 
 
@@ -260,7 +260,7 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
     with pytest.raises(InputError, match=r"output=.*file/x.*cannot be written"):
         evaluate.evaluate(composed(*asked[:2], f"output={tmp_path / 'file' / 'x'}", config="evaluate"))
     (tmp_path / "scored" / "evaluation.json").write_text("[]")
-    with pytest.raises(InputError, match=r"evaluation.json: not a result of moesaic evaluate; choose another output"):
+    with pytest.raises(InputError, match=r"evaluation.json: found a list; must be a mapping"):
         evaluate.evaluate(composed(*asked, config="evaluate"))
     with pytest.raises(InputError, match=r"seq_len=1000000: longer than the data, the validation split has \d+ tokens"):
         evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "seq_len=1000000", config="evaluate"))

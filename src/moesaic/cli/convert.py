@@ -48,9 +48,9 @@ def convert(
                 if tokenizer is not None and tokenizer.vocab_size > decoder.vocab_size:
                     raise InputError(f"it has {tokenizer.vocab_size} ids, the model {decoder.vocab_size}")
         else:
-            loaded = load_model(source)
-            if to_checkpoint:
+            if to_checkpoint and source.exists():
                 raise InputError(f"{source}: a checkpoint already; a destination that ends in .ckpt takes a directory")
+            loaded = load_model(source)
             decoder, tokenizer = loaded.decoder, loaded.tokenizer
             if not decoder.foreign_files and isinstance(tokenizer, BPETokenizer):
                 decoder.foreign_files = _tokenizer_files(tokenizer)
