@@ -278,6 +278,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """Prints by how many KiB (Linux) the memory of a process grows."""
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_piece_and_not_of_the_text(tmp_path: Path) -> None:
     lines = "".join(f"{i} the quick brown fox, {i * i} times\n" for i in range(2000))
     with (tmp_path / "large.txt").open("w") as file:

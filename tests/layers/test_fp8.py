@@ -346,6 +346,7 @@ def test_emulation_within_emulation_counts_inside() -> None:
     assert not torch.equal(inner, outer)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the tracer warns of what it does itself
 def test_compiled_blocks_round_as_others_do() -> None:
     moe, x = MoE.build(16, 24, 4), torch.randn(5, 16)

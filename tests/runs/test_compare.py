@@ -114,6 +114,7 @@ def test_costs_alone_tell_validity_costs_and_fairness(common: list[str], capsys:
     assert "4. Run" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 4 steps are no time to balance in
 def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(corpus: Path, folder: Path) -> None:
     def leaking(dim: int, num_experts: int, top_k: int) -> nn.Module:

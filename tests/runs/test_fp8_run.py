@@ -98,6 +98,7 @@ def test_experts_for_gpus_are_refused_before_anything_is_written(composed: Compo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_with_experts_on_both_train_near_one(
     composed: Composed, tmp_path: Path, workers: Workers
 ) -> None:

@@ -52,6 +52,7 @@ def test_killed_and_continued_equals_uninterrupted(text: Path, tmp_path: Path, w
     assert f"moesaic train data=memmap data.path={tmp_path / 'killed'}" in printed
 
 
+@pytest.mark.slow
 def test_a_run_trains_from_shards_as_from_the_text(text: Path, tmp_path: Path) -> None:
     write(*SMALL, f"data.path={text}", f"directory={tmp_path / 'ids'}")
     sizes = ["debug=smoke", "trainer.precision=32-true", f"output_dir={tmp_path}", "finish=score", "logger=none"]

@@ -188,6 +188,7 @@ def test_more_is_checked_when_more_is_said() -> None:
     assert check_moe(factory)["router-gradient"].status == "pass"
 
 
+@pytest.mark.slow
 def test_a_layer_that_trains_with_noise_is_not_called_wrong_for_it() -> None:
     class Noisy(NoiseInEvaluation):
         def logits(self, x: Tensor) -> Tensor:
@@ -286,6 +287,7 @@ def test_a_report() -> None:
     assert "huggingface/transformers#48687" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_good_report_raises_nothing_and_tables_compare() -> None:
     good = check_moe(lambda: describe(Good()))
     good.raise_on_failure()
