@@ -158,6 +158,7 @@ def test_a_model_without_such_layers_gives_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile asks for it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*")  # the tracer does, with every Function
 def test_a_compiled_model_compiles_once_and_a_whole_graph_is_refused_by_name() -> None:
     torch.compiler.reset()
     model, x, graphs = Foreign(), inputs(), []
