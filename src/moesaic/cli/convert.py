@@ -48,7 +48,7 @@ def convert(
                 if tokenizer is not None and tokenizer.vocab_size > decoder.vocab_size:
                     raise InputError(f"it has {tokenizer.vocab_size} ids, the model {decoder.vocab_size}")
         else:
-            if to_checkpoint and source.exists():
+            if to_checkpoint and source.suffix == ".ckpt" and source.exists():
                 raise InputError(f"{source}: a checkpoint already; a destination that ends in .ckpt takes a directory")
             loaded = load_model(source)
             decoder, tokenizer = loaded.decoder, loaded.tokenizer
