@@ -3,7 +3,6 @@
 Exits with 1 if a check failed, with 2 if a layer could not be made. Without names, the ones known here are listed.
 """
 
-import contextlib
 import difflib
 import importlib.metadata
 import sys
@@ -83,11 +82,15 @@ def examine(name: str) -> Report:
     if not callable(found):
         raise InputError(f"{name} is {type(found).__name__}: must be a function that returns a layer")
     said = seam_of(found)
-    part = find_part(name) if said not in ((), ("ffn",)) else None
-    if said == ():  # it is tried out: a router whose signature says nothing is known by what it returns
-        with contextlib.suppress(InputError):
-            part = find_part(name)
-    return check_moe(found) if part is None else check_named_part(*part)
+    if said == ("ffn",):
+        return check_moe(found)
+    try:
+        part = find_part(name)  # it is tried out where its signature says nothing
+    except InputError:
+        if said:
+            raise
+        return check_moe(found)
+    return check_named_part(*part)
 
 
 def versions() -> str:

@@ -1,6 +1,7 @@
 """One training on several processes beside one process, number by number: `Workers` run it in a second or so."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -63,25 +64,22 @@ LAYOUTS: dict[str, Layout] = {
 
 _ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, attention_chunk_size=8)
 
+_small = functools.partial(
+    DecoderConfig, vocab_size=VOCABULARY, init_std=0.3, attention=_ATTENTION, nope_layer_interval=2
+)
+
 MODELS: dict[str, DecoderConfig] = {
-    "Llama 4: top-1 sigmoid, shared expert": DecoderConfig(
-        vocab_size=VOCABULARY,
+    "Llama 4: top-1 sigmoid, shared expert": _small(
         dim=8,
         hidden_dim=16,
-        init_std=0.3,
         num_layers=2,
-        attention=_ATTENTION,
         moe=MoEConfig(num_experts=4, hidden_dim=12, expert_bias=True),
         interleave_moe_layer_step=1,
-        nope_layer_interval=2,
     ),
-    "top-2 softmax, first layer dense": DecoderConfig(
-        vocab_size=VOCABULARY,
+    "top-2 softmax, first layer dense": _small(
         dim=8,
         hidden_dim=16,
-        init_std=0.3,
         num_layers=2,
-        attention=_ATTENTION,
         moe=MoEConfig(
             num_experts=4,
             hidden_dim=12,
@@ -92,18 +90,13 @@ MODELS: dict[str, DecoderConfig] = {
             expert_bias=True,
         ),
         interleave_moe_layer_step=2,
-        nope_layer_interval=2,
     ),
-    "few experts, odd width": DecoderConfig(
-        vocab_size=VOCABULARY,
+    "few experts, odd width": _small(
         dim=6,
         hidden_dim=10,
-        init_std=0.3,
         num_layers=1,
-        attention=_ATTENTION,
         moe=MoEConfig(num_experts=2, hidden_dim=12, expert_bias=True),
         interleave_moe_layer_step=1,
-        nope_layer_interval=2,
     ),
 }
 
