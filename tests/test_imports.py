@@ -1,6 +1,7 @@
 """Who imports whom: arrows run one way, and the core needs torch and einops only."""
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -61,6 +62,7 @@ def path_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module that a file names in an import, also inside functions."""
     found = set()

@@ -104,6 +104,7 @@ def names(tree: ast.AST) -> Iterator[str]:
                 yield name
 
 
+@pytest.mark.slow
 def test_names_are_spelled_the_american_way() -> None:
     found = {
         (path.relative_to(TESTS.parent).as_posix(), name)

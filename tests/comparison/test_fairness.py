@@ -80,6 +80,7 @@ def test_what_is_equal_already_stays() -> None:
     assert fair.after == fair.before
 
 
+@pytest.mark.slow
 def test_a_size_that_the_user_set_stays() -> None:
     new = candidate({"top_k": 2, "hidden_dim": 160})
     fair = make_fair(candidate(), new, "active_flops", given={WIDTH}, rounds=0)

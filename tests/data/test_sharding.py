@@ -105,6 +105,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_what_a_process_left_is_kept_and_continued(text: Path) -> None:
     whole, directory = text.parent / "whole", text.parent / "ids"
     write_shards(config(text), whole, shard_bytes=900)

@@ -57,6 +57,7 @@ def test_unknown_kind_is_refused() -> None:
         tokenizer_from_dict({"kind": "words"})
 
 
+@pytest.mark.slow
 def test_a_word_without_end_takes_no_time_without_end() -> None:
     draw = random.Random(0)
     dna = "".join(draw.choices("ACGT", k=400_000)).encode()

@@ -427,6 +427,7 @@ def test_impossible_identities_are_refused(decoder: Decoder) -> None:
 # ---- survival
 
 
+@pytest.mark.slow_but_for("7-")
 @every_kind
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_killed_at_any_write_and_resumed_equals_uninterrupted(

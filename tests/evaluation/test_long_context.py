@@ -283,7 +283,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.slow_but_for("None-10", "8-11", "25-35")
+@pytest.mark.slow_but_for("8-11")
 @pytest.mark.parametrize("stop_after", [1, 9, 10, 11, 29, 35])
 @pytest.mark.parametrize("window", [None, 8, 25, 61])
 def test_a_stopped_evaluation_goes_on_after_its_last_batch(tmp_path: Path, stop_after: int, window: int | None) -> None:

@@ -278,6 +278,7 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
     assert_gradients(gradients(model), expected, 5e-5)
 
 
+@pytest.mark.slow_but_for("mixtral")
 @every_model
 def test_training_gives_the_same_losses(name: str) -> None:
     def losses(model: PreTrainedModel) -> Tensor:

@@ -103,7 +103,7 @@ def estimates(config: DecoderConfig, dtype: torch.dtype, checkpoint: bool = Fals
     return estimate_memory(config, **sizes), trace_memory(config, **sizes)
 
 
-@pytest.mark.slow_but_for("dense-dtype1", "recomputed-dtype8")
+@pytest.mark.slow_but_for("dense-dtype1")
 @pytest.mark.parametrize(
     ("name", "dtype", "checkpoint"),
     [
@@ -137,6 +137,7 @@ def test_a_lean_shared_expert_is_counted(name: str, dtype: torch.dtype, monkeypa
     assert (estimates(CONFIGS[name], dtype)[0].activations < before.activations) == is_lean
 
 
+@pytest.mark.slow
 def test_few_tokens_peak_where_all_gradients_are_there() -> None:
     config, length = small(vocab_size=4000, interleave_moe_layer_step=1), 32
     formula = estimate_memory(config, batch_size=BATCH, seq_len=length)
@@ -155,7 +156,7 @@ def test_checkpointing_and_dtype_matter() -> None:
     assert estimate_memory(config, **sizes, dtype=torch.bfloat16).step < 0.8 * step
 
 
-@pytest.mark.slow_but_for("tied-adamw")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "name", "dtype"),
     [

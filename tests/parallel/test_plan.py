@@ -160,7 +160,7 @@ CASES = {
 }
 
 
-QUICK = ("experts, each sharded", "within experts", "mixed, checkpointed")
+QUICK = ("experts, each sharded",)
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,7 @@ def test_text_that_comes_twice_is_computed_once(given: Composed, tmp_path: Path)
 BPE = ["data.tokenizer=bpe", "data.vocab_size=280"]
 
 
+@pytest.mark.slow
 def test_text_is_read_with_the_teachers_tokenizer(given: Composed, corpus: Path, tmp_path: Path) -> None:
     """Else the BPE of a larger training split would be another one, and the teacher refused."""
     tokenizer = load_data(from_mapping(DataConfig, given(*BPE)["data"], "data")).tokenizer

@@ -277,7 +277,7 @@ def test_other_kinds_of_targets(composed: Composed, teacher: Path, tmp_path: Pat
     trained(composed("experiment=codistill_cached", f"distillation.cache={cache}", *settings), tmp_path / "in bf16")
 
 
-@pytest.mark.slow_but_for("frozen-bf16-mixed")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("source", ["frozen", "joint", "cached"])
 def test_precisions(composed: Composed, teacher: Path, tmp_path: Path, source: str, precision: str) -> None:
@@ -310,6 +310,7 @@ def refused(config: dict[str, Any], message: str) -> None:
     assert not Path(config["output_dir"]).exists(), "refused before the run directory exists"
 
 
+@pytest.mark.slow
 def test_a_missing_or_foreign_teacher_is_refused(composed: Composed, tmp_path: Path) -> None:
     refused(composed("experiment=codistill_frozen"), r"distillation.teacher=None: source=frozen needs one")
     nowhere = composed("experiment=codistill_frozen", "distillation.teacher=/nowhere")
@@ -460,6 +461,7 @@ def test_a_resumed_run_counts_what_it_paid_whatever_the_cache_got_since(
     assert_equal(states(tmp_path / "cut"), states(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_changed_is_refused_on_resume(composed: Composed, teacher: Path, tmp_path: Path) -> None:
     config = composed("experiment=codistill_frozen", f"distillation.teacher={teacher}")
     trained(config, tmp_path / "it")

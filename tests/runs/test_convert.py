@@ -26,6 +26,7 @@ def llama(train_once: Callable[..., Path]) -> Path:
     return train_once("training.steps=2", "data.vocab_size=300", *layout) / "checkpoints" / "last.ckpt"
 
 
+@pytest.mark.slow
 def test_from_a_run_to_transformers_and_back(llama: Path, tmp_path: Path, composed: Composed) -> None:
     trained = llama
     directory, back = tmp_path / "hf", tmp_path / "back.ckpt"
@@ -102,6 +103,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_checkpoint_says_what_llama4_has_not(trained: Path, tmp_path: Path, capsys: Any) -> None:
     for arguments in ([str(trained), "dry_run=true"], [str(trained), str(tmp_path / "hf")]):
         with pytest.raises(SystemExit):

@@ -154,6 +154,7 @@ def trained(parts: Path, composed: Callable[..., dict[str, Any]], tmp_path: Path
     return config, run_dir
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_source_and_refuses_another(
     trained: tuple[dict[str, Any], Path], parts: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,6 +226,7 @@ def test_helpers_of_the_user_count_as_source(tmp_path: Path, monkeypatch: pytest
             sys.modules.pop(name)
 
 
+@pytest.mark.slow
 def test_the_stored_config_says_its_format(trained: tuple[dict[str, Any], Path]) -> None:
     _, run_dir = trained
     stored = yaml.safe_load((run_dir / "config.yaml").read_text())

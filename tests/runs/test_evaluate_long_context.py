@@ -112,7 +112,7 @@ def test_needles_of_variants(asked: Composed, tmp_path: Path) -> None:
     assert [(cell["length"], cell["depth"]) for cell in cells] == [(128, 0), (128, 1), (256, 0), (256, 1)]
 
 
-@pytest.mark.slow_but_for("loss_by_position")
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["loss_by_position", "needle"])
 def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp_path: Path, task: str) -> None:
     first = evaluate.evaluate_long_context(asked(f"task={task}"))
@@ -170,7 +170,7 @@ def test_bad_input_leaves_nothing_behind(asked: Composed, tmp_path: Path, overri
     assert not (tmp_path / "scored").exists()
 
 
-@pytest.mark.slow_but_for("loss_by_position")
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["loss_by_position", "needle"])
 def test_damaged_results_are_refused_and_kept(asked: Composed, tmp_path: Path, task: str) -> None:
     evaluate.evaluate_long_context(asked(f"task={task}"))

@@ -56,6 +56,7 @@ def only_run(config: dict[str, Any]) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
 def test_before_and_after_on_the_same_text(extended: Composed, start: Path) -> None:
     console = Console(file=io.StringIO(), width=160)
@@ -118,6 +119,7 @@ def test_killed_and_resumed_without_the_first_checkpoint(extended: Composed, sta
     assert {key: rest[key] for key in numbers} == numbers
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
 def test_other_text_is_read_with_the_tokenizer_of_the_checkpoint(
     extended: Composed, tmp_path: Path, start: Path

@@ -164,6 +164,7 @@ class BreakAtTheEnd(pl.Callback):
             torch.nn.init.constant_(parameter, torch.nan)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:after training:RuntimeWarning")
 def test_a_score_that_is_no_number_is_a_diverged_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -264,13 +265,8 @@ def file_size_limit() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(size, marks=[] if size == 400_000 else pytest.mark.slow)
-        for size in (200, 1_000, 1_700, 2_500, 4_000, 10_000, 100_000, 400_000, 700_000, 1_000_000)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [200, 1_000, 1_700, 2_500, 4_000, 10_000, 100_000, 400_000, 700_000, 1_000_000])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_where_no_file_may_grow_any_more_nothing_is_lost(
     composed: Composed, tmp_path: Path, whole: Path, file_size_limit: Callable[[int], None], size: int
@@ -351,11 +347,13 @@ class BlockSample(pl.Callback):
         Path(trainer.default_root_dir, "sample.txt").mkdir()
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_tokenizer_do_not_cost_the_run(composed: Composed, tmp_path: Path) -> None:
     config = composed("model.vocab_size=320", "training.steps=1", "sample.temperature=5", f"run_dir={tmp_path / 'run'}")
     assert run(config)["warnings"] == []
 
 
+@pytest.mark.slow
 def test_other_text_is_read_with_the_tokenizer_of_the_checkpoint(
     composed: Composed, trained: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -401,6 +399,7 @@ def test_text_that_changed_is_refused_on_resume(composed: Composed, unfinished: 
         run(composed("resume=true", f"run_dir={unfinished}"))
 
 
+@pytest.mark.slow
 def test_new_settings_of_the_optimizer_apply_and_moments_stay(
     composed: Composed, trained: Path, tmp_path: Path
 ) -> None:
@@ -498,6 +497,7 @@ def test_a_config_that_was_edited_is_refused_on_resume(
         run(composed("resume=true", f"run_dir={unfinished}"))
 
 
+@pytest.mark.slow
 def test_a_repeated_command_may_name_options(composed: Composed, tmp_path: Path) -> None:
     overrides = ["resume=true", "model=study", f"run_dir={tmp_path / 'run'}", "training.steps=2"]
     small = ["model.dim=16", "model.attention.head_dim=4"]

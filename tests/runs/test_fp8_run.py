@@ -48,6 +48,7 @@ def whole(train_once: Callable[..., Path]) -> Path:
     return train_once(*FP8)
 
 
+@pytest.mark.slow
 def test_losses_are_near_those_in_fp32_and_not_the_same(whole: Path, train_once: Callable[..., Path]) -> None:
     exact, rounded = losses(train_once(*STEPS)), losses(whole)
     assert rounded != exact

@@ -37,6 +37,7 @@ def test_the_defaults_of_yaml_and_dataclass_agree(composed: Composed) -> None:
         assert getattr(config.trainer, name) == getattr(default.trainer, name)
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_with_a_verdict_and_can_be_resumed(
     composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +61,7 @@ def test_a_time_limit_ends_with_a_verdict_and_can_be_resumed(
     assert column(tmp_path / "limited", "train/loss") == column(tmp_path / "whole", "train/loss")
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_with_a_verdict(composed: Composed, tmp_path: Path) -> None:
     config = composed(
         "callbacks=early_stopping",
@@ -96,6 +98,7 @@ def test_an_average_of_the_weights_is_evaluated_kept_and_resumed(composed: Compo
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+@pytest.mark.slow
 def test_the_learning_rate_finder_suggests_rates_by_one_factor(
     composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +179,7 @@ def test_the_same_batches_come_again_in_a_resumed_run(composed: Composed, tmp_pa
     assert column(tmp_path / "stopped", "train/loss") == column(tmp_path / "whole", "train/loss")
 
 
+@pytest.mark.slow
 def test_without_validation_there_are_checkpoints_too(composed: Composed, tmp_path: Path) -> None:
     """Where steps are validated, the state is saved after that; here nothing comes after."""
     saved = []

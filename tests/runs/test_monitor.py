@@ -54,6 +54,7 @@ def collapse(module: Any) -> None:
     module.decoder.layers[1].ffn.router.expert_bias[0] = 100.0
 
 
+@pytest.mark.slow
 def test_collapsed_router_raises_the_alarm_once(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module.LanguageModel, "on_train_start", with_action(collapse))
     with pytest.warns(RuntimeWarning, match=r"layers.1.ffn has collapsed: its fullest expert takes 8.0x") as caught:

@@ -68,13 +68,9 @@ def several(devices: int, expert: int = 1, shard: bool = True) -> tuple[str, ...
     return (f"trainer.devices={devices}", f"parallel.expert={expert}", f"parallel.shard={str(shard).lower()}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "layouts",
-    [
-        [(4, 2), (2, 2), (1, 1)],
-        pytest.param([(1, 1), (2, 1), (4, 4)], marks=pytest.mark.slow),
-        pytest.param([(2, 2), (4, 1), (2, 1, False)], marks=pytest.mark.slow),
-    ],
+    "layouts", [[(4, 2), (2, 2), (1, 1)], [(1, 1), (2, 1), (4, 4)], [(2, 2), (4, 1), (2, 1, False)]]
 )
 def test_a_run_goes_on_with_any_number_of_processes(
     composed: Composed, tmp_path: Path, workers: Workers, layouts: list[tuple[int, ...]]

@@ -64,7 +64,7 @@ def test_associative_recall_is_learned(
     assert "tokenized" not in shown
 
 
-@pytest.mark.slow_but_for("induction")
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["associative_recall", "selective_copying", "induction"])
 @pytest.mark.usefixtures("with_plots")
 def test_every_task_leaves_its_numbers_and_no_text(recall: Callable[..., dict[str, Any]], source: str) -> None:

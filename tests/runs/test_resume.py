@@ -65,6 +65,7 @@ def test_killed_and_resumed_equals_uninterrupted(composed: Composed, corpus: Pat
     assert final[0]["validation/loss"] == final[1]["validation/loss"]
 
 
+@pytest.mark.slow
 def test_contradicting_overrides_are_refused_on_resume(composed: Composed, tmp_path: Path) -> None:
     run(composed(*SETTINGS, f"run_dir={tmp_path / 'run'}", "training.steps=10"))
     (tmp_path / "run" / "metrics.json").unlink()  # as if it had been killed just before the end

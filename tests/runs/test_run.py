@@ -115,6 +115,7 @@ def test_it_learns(composed: Composed) -> None:
     assert float(rows[0]["train/loss"]) == pytest.approx(math.log(257), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_plots")
 def test_dense_model_has_no_router_rows(composed: Composed) -> None:
     config = composed("model.dense_twin=true")
@@ -304,6 +305,7 @@ def test_a_finished_run_is_not_resumed_but_trained_on(
     ]
 
 
+@pytest.mark.slow
 def test_token_ids_without_a_tokenizer(composed: Composed, tmp_path: Path) -> None:
     """A memory map of one's own: bits per byte if the manifest says how many bytes there are, no sample."""
     folder = tmp_path / "ids"

@@ -33,7 +33,7 @@ def group(name: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / name).glob("*.yaml"))
 
 
-@pytest.mark.slow_but_for("balancing", "custom_modules")
+@pytest.mark.slow_but_for("balancing")
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 20 steps are no time to balance in
 @pytest.mark.parametrize("experiment", [name for name in group("experiment") if not name.startswith("study_")])
 def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_llama4_tiny_has_exactly_the_published_layout(composed: Composed) -> Non
     assert config.attention.temperature.attn_scale == 0.1
 
 
-@pytest.mark.slow_but_for("accumulate", "adamw", "activations")
+@pytest.mark.slow_but_for("accumulate")
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -226,6 +226,7 @@ def test_evaluate_refuses_bad_input(trained: Path, composed: Composed) -> None:
         evaluate.evaluate(composed("data=files", "checkpoint=/nowhere", config="evaluate"))
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
     trained: Path, composed: Composed, tmp_path: Path
 ) -> None:

@@ -284,6 +284,7 @@ def test_a_variant_is_compared_with_the_run_that_it_evaluates(tiny: dict[str, An
         assert said + ("differs from its row" if elsewhere == 5 else "as in its row") in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_damaged_rows_and_other_data_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny["study"]["seeds"] = [0]
@@ -326,6 +327,7 @@ class Mixer(nn.Linear):
 """
 
 
+@pytest.mark.slow
 def test_code_that_changes_while_a_study_runs_is_refused(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +392,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: dict[str, Any], t
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow_but_for("balancing", "codistillation_dense")
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_that_ships_is_valid(composed: Callable[..., dict[str, Any]], name: str) -> None:
     config = composed(f"experiment={name}", config="study", smoke=False)

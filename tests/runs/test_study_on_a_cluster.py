@@ -82,6 +82,7 @@ def run(base: dict[str, Any], place: Path, make_worker: Any) -> tuple[dict[str, 
     return failed, {row["arm"]: {k: v for k, v in row["metrics"].items() if "/" in k} for row in rows}
 
 
+@pytest.mark.slow
 def test_jobs_give_the_rows_and_what_dies_is_done_by_the_same_command(base: dict[str, Any], tmp_path: Path) -> None:
     executor = Executor(0)
     failed, there = run(base, tmp_path / "jobs", functools.partial(Submitted, executor))

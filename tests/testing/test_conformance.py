@@ -269,6 +269,7 @@ def bad() -> MoEUnderTest:
     return describe(ExpertInputDetached())
 
 
+@pytest.mark.slow
 def test_a_report() -> None:
     report = check_moe(bad)
     assert not report.ok

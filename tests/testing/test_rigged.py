@@ -101,6 +101,7 @@ def test_a_rigged_layer_fails_exactly_the_check_meant_for_it(rig: Rig) -> None:
     assert failed(report) == rig.fails, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rig", SEVERAL, ids=str)
 def test_bugs_that_break_several_properties(rig: Rig) -> None:
     report = report_of(rig)
@@ -122,6 +123,7 @@ def test_top_one_normalized_equals_its_reference_and_still_never_learns() -> Non
     assert report["outputs"].status == report["gradients"].status == "pass"
 
 
+@pytest.mark.slow
 def test_a_dimension_lost_with_one_expert() -> None:
     def factory(num_experts: int = 4) -> MoEUnderTest:
         return describe(rigged.OneExpertSqueezed(num_experts))

@@ -118,6 +118,7 @@ class Fitted:
         trainer.fit(module, datamodule=RunBatches(config, data))
 
 
+@pytest.mark.slow_but_for("copying")
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("source", DATA)
 def test_gradients_and_rows_of_a_batch_are_those_of_its_micro_batches(source: str, teacher: str) -> None:

@@ -140,6 +140,7 @@ def some_teacher(seed: int = 9) -> Decoder:
 # ---- ranks
 
 
+@pytest.mark.slow_but_for("frozen")
 @pytest.mark.parametrize("source", ["joint", "frozen"])
 def test_two_ranks_train_as_one(source: str) -> None:
     """Gradients, running losses of the gap control, and expert biases of student and teacher are those of all ranks."""
@@ -163,6 +164,7 @@ def test_two_ranks_train_as_one(source: str) -> None:
 # ---- a teacher that trains along
 
 
+@pytest.mark.slow_but_for("micro_batch-1-muon", "global_batch-2-adamw")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
@@ -219,6 +221,7 @@ def test_the_student_of_a_joint_run_learns_from_the_teacher_before_its_update() 
     assert differs
 
 
+@pytest.mark.slow
 def test_the_teacher_is_validated_and_its_passes_are_counted() -> None:
     both = make(STUDENT, joint())
     rows = fit(both, batches(4), batches(1))
