@@ -131,7 +131,18 @@ def _convert(expected: Any, value: Any, path: str) -> Any:
             return int(value)  # YAML and the command line read 1e4 as a float
     elif expected is type(None) and value is None:
         return None
-    raise InputError(f"{path}: found {_show(value)}; must be {_describe(expected)}")
+    raise InputError(f"{path}: found {_show(value)}{_hint(expected, value)}; must be {_describe(expected)}")
+
+
+def _hint(expected: Any, value: Any) -> str:
+    """What may have been meant instead of a value: a class by dotted path, or the choice that is spelled nearly so."""
+    options = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+    kinds = {get_origin(option) for option in options}
+    if kinds >= {Literal, dict} and isinstance(value, str) and "." in value:
+        return f" (did you mean {{type: {value}}}?)"
+    choices = [str(each) for option in options if get_origin(option) is Literal for each in get_args(option)]
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _require_in_range(value: Any, path: str, most: float) -> None:
@@ -157,9 +168,7 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
             listed = get_origin(option) is tuple and isinstance(value, (list, tuple))
             if listed or (dataclasses.is_dataclass(option) and isinstance(value, Mapping)):
                 raise  # the value was meant for this option: its own message says more
-    named = {get_origin(option) for option in options} >= {Literal, dict}  # a choice by name, or a class by dotted path
-    hint = f" (did you mean {{type: {value}}}?)" if named and isinstance(value, str) and "." in value else ""
-    raise InputError(f"{path}: found {_show(value)}{hint}; must be {_describe(expected)}") from errors[-1]
+    raise InputError(f"{path}: found {_show(value)}{_hint(expected, value)}; must be {_describe(expected)}") from errors[-1]
 
 
 def _describe(expected: Any) -> str:

@@ -68,6 +68,14 @@ HABITS = {
     "data=my/code": "did you mean data=files data.path=my/code?",
     "data=my text.txt": "did you mean data=files 'data.path=my text.txt'?",
     "optimizer.warmup_steps=10": "did you mean schedule.warmup_steps?",
+    # values
+    "optimizer.name=adam": "did you mean optimizer.name=adamw?",
+    "optimizer.name=sgd,adam": "did you mean optimizer.name=adamw?",
+    "schedule.name=linear": "did you mean schedule.name=wsd schedule.decay_fraction=1?",
+    "trainer.precision=bf16": "did you mean trainer.precision=bf16-mixed, or bf16-true?",
+    "trainer.precision=16": "did you mean trainer.precision=bf16-mixed?",
+    "trainer.accelerator=cuda": "did you mean trainer.accelerator=gpu?",
+    "data.name=stdlib": "did you mean data.source?",
     # a value with signs that Hydra reads otherwise
     "data.path=my texts/a, b = ü": "a text with special signs must be in quotes inside quotes",
     "data.path=[a b,c": "a text with special signs must be in quotes inside quotes",

@@ -373,6 +373,10 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
     root = re.split(r"[./]", key)[0]
     if root == "hydra" or key in groups or override.package is not None:
         return
+    value = None if override.is_delete() else override.value()
+    for each in value.list if isinstance(value, ChoiceSweep) else [value]:
+        if meant_value := OPTIONS.get(f"{key}={str(each.text if isinstance(each, QuotedString) else each).lower()}"):
+            raise InputError(f"{key}={each}: no such value{did_you_mean([meant_value])}")
     at_top = [str(name) for name in config if str(name) != "hydra"]
     if override.is_delete():
         if key in at_top:
@@ -399,7 +403,6 @@ def _check_key(override: Override, config: DictConfig, groups: dict[str, list[st
         raise InputError(
             f"{key}: unknown key{did_you_mean(_close(key, known, siblings))}; must be one of {', '.join(siblings)}"
         )
-    value = override.value()
     if isinstance(section[name], DictConfig) and section[name] and isinstance(value, (str, int, float, QuotedString)):
         keys = [f"{key}.{other}" for other in section[name]]
         hint = f" (did you mean {key}.name={value}?)" if f"{key}.name" in keys else ""

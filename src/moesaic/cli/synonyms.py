@@ -39,7 +39,7 @@ _KEYS = {
     "aux balance_loss load_balancing_loss_weight",
     "balance.router_z_loss_weight": "z_loss router_z_loss_coef z_loss_weight z_loss_coef",
     "data.path": "dir data_dir root folder file files train_file text",
-    "data.source": "dataset dataset_name corpus",
+    "data.source": "dataset dataset_name corpus data.name",
     "data.vocab_size": "vocab",
     "data.validation_fraction": "val_fraction val_split",
     "ckpt_path": "ckpt checkpoint resume_from_checkpoint load_from checkpoint_path init_from",
@@ -83,8 +83,25 @@ OPTIONS = {
     "data=huggingface": "data.source=huggingface data.path=NAME",
     "data=shards": "data=memmap data.path=FOLDER",
     "data=text": "data=files data.path=FOLDER",
+    "optimizer.name=adam": "optimizer.name=adamw",
+    "optimizer.name=adamw_torch": "optimizer.name=adamw",
+    "optimizer.name=muonadamw": "optimizer.name=muon",
+    "schedule.name=linear": "schedule.name=wsd schedule.decay_fraction=1",
+    "schedule.name=warmup_cosine": "schedule.name=cosine",
+    "schedule.name=cosine_with_warmup": "schedule.name=cosine",
+    "schedule.name=trapezoidal": "schedule.name=wsd",
+    "trainer.accelerator=cuda": "trainer.accelerator=gpu",
+    "trainer.precision=bf16": "trainer.precision=bf16-mixed, or bf16-true",
+    "trainer.precision=bfloat16": "trainer.precision=bf16-mixed, or bf16-true",
+    "trainer.precision=16-mixed": "trainer.precision=bf16-mixed",
+    "trainer.precision=fp16": "trainer.precision=bf16-mixed",
+    "trainer.precision=16": "trainer.precision=bf16-mixed",
+    "trainer.precision=32": "trainer.precision=32-true",
+    "trainer.precision=fp32": "trainer.precision=32-true",
+    "trainer.precision=float32": "trainer.precision=32-true",
+    "trainer.precision=64": "trainer.precision=64-true",
 }
-"""Options of config groups that other projects have, and what to type here."""
+"""Options of config groups, and values of keys, that other projects have, and what to type here."""
 
 
 COMMAND_OF = {"new": "moesaic compare new=...", "rates": "moesaic compare rates=...", "study": "moesaic study"}
@@ -92,5 +109,6 @@ COMMAND_OF = {"new": "moesaic compare new=...", "rates": "moesaic compare rates=
 
 
 def key_known_as(key: str) -> str | None:
-    """Our key for one that other tools have, by the last part of its name; None if nobody has it."""
-    return _KNOWN_AS.get(key.rpartition(".")[2].replace("-", "_").lower())
+    """Our key for one that other tools have, by its name or the last part of it; None if nobody has it."""
+    key = key.replace("-", "_").lower()
+    return _KNOWN_AS.get(key) or _KNOWN_AS.get(key.rpartition(".")[2])
