@@ -168,7 +168,9 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
             listed = get_origin(option) is tuple and isinstance(value, (list, tuple))
             if listed or (dataclasses.is_dataclass(option) and isinstance(value, Mapping)):
                 raise  # the value was meant for this option: its own message says more
-    raise InputError(f"{path}: found {_show(value)}{_hint(expected, value)}; must be {_describe(expected)}") from errors[-1]
+    raise InputError(
+        f"{path}: found {_show(value)}{_hint(expected, value)}; must be {_describe(expected)}"
+    ) from errors[-1]
 
 
 def _describe(expected: Any) -> str:

@@ -247,3 +247,15 @@ def test_generation(options: Any, message: str) -> None:
     decoder = build_decoder(llama4_toy(vocab_size=32, num_layers=2))
     with pytest.raises(InputError, match=message):
         generate(decoder, torch.tensor([[1]]), **{"max_new_tokens": 0, **options})
+
+
+@pytest.mark.parametrize(("owner", "build"), [("Attention", attention), ("MoE", moe), ("FeedForward", feed_forward)])
+def test_an_input_of_another_dtype_than_the_weights(owner: str, build: Callable[..., torch.nn.Module]) -> None:
+    layer, x = build(), torch.randn(2, 3, 16)
+    for given in (x.bfloat16(), x.double()):
+        with pytest.raises(TypeError, match=rf"{owner}: x of {given.dtype}; must be torch.float32 as its weights"):
+            layer(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).shape == layer(x.bfloat16()).shape == x.shape
+        with pytest.raises(TypeError, match=rf"{owner}: x of torch.float64; must be torch.float32 as its weights"):
+            layer(x.double())

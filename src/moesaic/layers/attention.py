@@ -19,6 +19,7 @@ from moesaic.layers.checks import (
     require_numbers,
     require_sizes,
     require_tensor,
+    require_weights_dtype,
 )
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.part import ParameterKind
@@ -424,6 +425,7 @@ class Attention(nn.Module):
         if x.dim() != 3:
             raise ValueError(f"Attention: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
         require_last(x, self.q_proj.in_features, "Attention")
+        require_weights_dtype("Attention", x, self.q_proj.weight)
         start = 0 if cache is None else cache.length
         if attention_mask is not None:
             require_tensor("Attention", "attention_mask", attention_mask, (None, None), torch.bool)

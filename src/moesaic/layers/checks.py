@@ -25,6 +25,7 @@ __all__ = [
     "require_routing",
     "require_sizes",
     "require_tensor",
+    "require_weights_dtype",
 ]
 
 
@@ -160,6 +161,17 @@ def has_values(x: Tensor) -> bool:
     """Whether looking at them costs nothing: no wait for a GPU, no break in a graph."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.device.type == "cpu" and type(x) is Tensor and not traced
+
+
+def require_weights_dtype(owner: str, x: Tensor, weight: Any) -> None:
+    """Raise TypeError unless x has the dtype of a floating-point weight, or autocast makes them one.
+
+    Autocast leaves float64 as it is. What is no floating-point tensor, such as a quantized weight, takes what it takes.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or x.dtype == weight.dtype:
+        return
+    if not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, weight.dtype):
+        raise TypeError(f"{owner}: x of {x.dtype}; must be {weight.dtype} as its weights are, or both under autocast")
 
 
 def require_one_dtype(why: str, **tensors: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.backend_choice import CASTING_BACKENDS, BackendName, choose_backend
 from moesaic.layers.backends import run_experts
-from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
+from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes, require_weights_dtype
 
 __all__ = ["ACTIVATIONS", "ActivationName", "FeedForward", "runs_lean"]
 
@@ -88,6 +88,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         require_last(x, self.gate_proj.in_features, "FeedForward")
+        require_weights_dtype("FeedForward", x, self.gate_proj.weight)
         activation = ACTIVATIONS[self.activation]
         if not self.is_lean(x.numel() // x.size(-1), x.device, x.dtype):
             return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.backend_choice import BackendName
-from moesaic.layers.checks import require_expert_ids, require_flags, require_last, require_routing, require_sizes
+from moesaic.layers.checks import (
+    require_expert_ids,
+    require_flags,
+    require_last,
+    require_routing,
+    require_sizes,
+    require_weights_dtype,
+)
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName, FeedForward
@@ -153,6 +160,8 @@ class MoE(nn.Module):
             ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
         """
         require_last(x, getattr(self.experts, "dim", None), "MoE")
+        if isinstance(self.experts, Experts):
+            require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
         decided = self._count(self._route(tokens, routing), tokens.size(0), replayed=routing is not None)
         y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
