@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from moesaic.devices import require_memory
 from moesaic.errors import InputError, reason
 from moesaic.files import atomic
 from moesaic.formats import translate_model, translate_run
-from moesaic.imports import trusting
+from moesaic.imports import trusting, trusts_change
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.custom import require_trusted_modules, source_hashes
 from moesaic.models.decoder import FOREIGN_FILES
@@ -35,8 +34,6 @@ __all__ = [
     "with_config",
     "write_checkpoint",
 ]
-
-logger = logging.getLogger("moesaic.checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +92,8 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
         trust: packages whose code the checkpoint may name as its custom modules, see `moesaic.imports`.
 
     Raises:
-        InputError: as `load_checkpoint`, custom modules that are not trusted, or weights that do not fit the config or
-            are not finite.
+        InputError: as `load_checkpoint`, custom modules that are not trusted or have changed since, or weights that do
+            not fit the config or are not finite.
     """
     checkpoint = load_checkpoint(path)
     stored = checkpoint["hyper_parameters"]
@@ -106,8 +103,7 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
         weights = decoder_weights(checkpoint)
         decoder = _filled(config, weights)
         require_finite_weights(weights)
-        for changed in _changed_sources(checkpoint, config):
-            logger.warning("checkpoint %s: the source file of %s has changed since it was written", path, changed)
+        _require_same_sources(checkpoint, config)
         decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
         tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
         lengths = stored["token_bytes"]
@@ -284,6 +280,17 @@ def require_same_model(path: str, checkpoint: dict[str, Any], model: DecoderConf
         raise InputError(
             f"checkpoint {path}: the source file of {', '.join(changed)} has changed since; it must be as it was (the "
             "run directory keeps a copy in sources/), or a new run must start from nothing"
+        )
+
+
+def _require_same_sources(checkpoint: Mapping[str, Any], model: DecoderConfig) -> None:
+    """Refuse changed custom modules: the weights would be read by code that they were not trained with."""
+    now = source_hashes(model)
+    changed = {path: now[path][:12] for path in _changed_sources(checkpoint, model)}
+    if asked := [f"{path}@{digest}" for path, digest in changed.items() if not trusts_change(path, now[path])]:
+        raise InputError(
+            f"the source file of {', '.join(changed)} has changed since it was written; must be as it was (the run "
+            f"directory keeps a copy in sources/), or be trusted as it is now: trust=[{','.join(asked)}]"
         )
 
 

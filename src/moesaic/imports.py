@@ -31,6 +31,7 @@ __all__ = [
     "trust_argument",
     "trusted",
     "trusting",
+    "trusts_change",
 ]
 
 VARIABLE = "MOESAIC_TRUST"
@@ -98,6 +99,9 @@ def handing_in(**objects: Any) -> Iterator[None]:
 def trusting(names: Iterable[str] | str | None) -> Iterator[None]:
     """Trust these packages, modules and names as well, within.
 
+    Args:
+        names: dotted paths; NAME@HASH trusts the code of NAME although it has changed, while its SHA-256 begins so.
+
     Raises:
         InputError: one is no dotted path.
     """
@@ -135,6 +139,12 @@ def require_trusted(paths: Collection[str], where: object, free: Collection[str]
             f"{where}: names code that would be imported and run: {', '.join(asked)}. If you trust it, add "
             f"trust=[{words}], set {VARIABLE}={words}, or in Python give trust={tuple(words.split(','))}"
         )
+
+
+def trusts_change(path: str, digest: str) -> bool:
+    """Whether the changed code of this path, whose SHA-256 is `digest` now, is trusted as it is (NAME@HASH)."""
+    pinned = (name.split("@") for name in trusted() if "@" in name)
+    return any(name == _dotted(path) and digest.startswith(start) for name, start in pinned)
 
 
 def trust_argument(paths: Collection[str]) -> str:
@@ -188,13 +198,13 @@ def _checked(names: object, where: str) -> frozenset[str]:
     several = isinstance(names, Iterable) and not isinstance(names, (str, Mapping))
     listed = [] if names is None else list(names) if several else [names]  # type: ignore[call-overload]
     for name in listed:
-        if not isinstance(name, str) or not _is_path(name):
+        if not isinstance(name, str) or not _is_path(re.sub("@[0-9a-f]{12,64}$", "", name)):
             raise InputError(f"{where}: found {name!r}; must be names of packages, such as [my_package]")
     return frozenset(map(_dotted, listed))
 
 
 def _covers(names: Iterable[str], path: str) -> bool:
-    return any(path == name or path.startswith(f"{name}.") for name in names)
+    return any(path == name.split("@")[0] or path.startswith(f"{name}.") for name in names)
 
 
 @contextlib.contextmanager

@@ -155,9 +155,7 @@ def trained(parts: Path, composed: Callable[..., dict[str, Any]], tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_run_keeps_the_source_and_refuses_another(
-    trained: tuple[dict[str, Any], Path], parts: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_keeps_the_source_and_refuses_another(trained: tuple[dict[str, Any], Path], parts: Path) -> None:
     config, run_dir = trained
     last = run_dir / "checkpoints" / "last.ckpt"
     checkpoint = load_checkpoint(last)
@@ -175,9 +173,12 @@ def test_a_run_keeps_the_source_and_refuses_another(
 
     parts.write_text(PARTS + "# changed\n")
     assert config_hash(config) != before, "changed code is another arm of a study"
-    caplog.clear()
-    load_model(last, trust=["users_parts"])
-    assert "the source file of users_parts.Scan has changed" in caplog.text
+    with pytest.raises(InputError, match=r"the source file of users_parts\.Scan, users_parts\.Router has") as refused:
+        load_model(last, trust=["users_parts"])
+    trust = str(refused.value).split("trust=")[1].strip("[]").split(",")
+    assert len(load_model(last, trust=trust).decoder.layers) == 4, "what the message says to type works"
+    with pytest.raises(InputError, match="must be as it was"):
+        load_model(last, trust=["users_parts", f"users_parts.Scan@{'0' * 12}", trust[1]])
     more = {**config, "run_dir": None, "ckpt_path": str(last)}
     more["training"] = {**config["training"], "steps": config["training"]["steps"] + 2}
     with pytest.raises(InputError, match=r"source file of users_parts\.Scan, users_parts\.Router has changed since"):
