@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.data import TaskEvaluationLoader
 from moesaic.data.tasks import AssociativeRecall, Induction, SelectiveCopying, Task
 from moesaic.evaluation.recall import RecallScore, evaluate_recall, plot_recall, recall_numbers
-from moesaic.models import DecoderOutput
+from moesaic.models import Decoder
 
 Batch = dict[str, Tensor]
 TASKS = [AssociativeRecall(), SelectiveCopying(), Induction()]
@@ -26,17 +27,20 @@ class Rigged(nn.Module):
         self.batches = iter(batches)
         self.answer = answer
 
-    def forward(self, tokens: Tensor) -> DecoderOutput:
+    def hidden_states(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
         assert not self.training
         batch = next(self.batches)
         assert torch.equal(batch["tokens"], tokens)
-        return DecoderOutput(self.answer(batch), {})
+        logits = self.answer(batch)
+        self.head = nn.Linear(logits.size(-1), logits.size(-1), bias=False)
+        nn.init.eye_(self.head.weight)  # hidden states are logits
+        return logits, {}
 
 
 def score(task: Task, answer: Callable[[Batch], Tensor], seq_len: int = 64) -> RecallScore:
     batches = list(TaskEvaluationLoader(task, seq_len=seq_len, batch_size=16))
     decoder = Rigged(batches, answer).train()
-    found = evaluate_recall(decoder, batches)  # type: ignore[arg-type]
+    found = evaluate_recall(cast(Decoder, decoder), batches)
     assert decoder.training
     return found
 
@@ -97,8 +101,10 @@ def test_counts_by_hand() -> None:
     logits = torch.zeros(2, 3, 3)
     logits[0, 0, 2] = logits[0, 1, 1] = logits[0, 2, 2] = logits[1, 0, 2] = logits[1, 1, 0] = logits[1, 2, 1] = 5.0
     batch = {"labels": labels, "slices/pairs": slices, "valid": torch.ones(2, 3)}
-    found.update(logits, batch)
-    found.update(logits, batch)
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    for _ in range(2):
+        decoder = Rigged([{"tokens": tokens}], lambda _: logits).eval()
+        found.update(cast(Decoder, decoder), {"tokens": tokens, **batch})
     assert (found.answers, found.correct) == (8, 6)
     assert found.by_slice("pairs") == {4: 1.0, 8: 0.5}
     longer = RecallScore(answers=4, correct=1)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from reference.comparing import OutputSizes, assert_close
 from torch import Tensor
 
-from moesaic.losses import linear_cross_entropy, token_cross_entropy
+from moesaic.losses import likeliest_tokens, linear_cross_entropy, token_cross_entropy
 
 TOKENS, DIM, VOCAB = 23, 6, 11
 
@@ -144,3 +144,14 @@ def test_the_losses_of_single_tokens(chunk_tokens: int | None, labels: str) -> N
     expected = F.cross_entropy(hidden @ weight.T, LABELS[labels], reduction="none")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, None])
+def test_the_likeliest_tokens_are_those_of_all_logits(chunk_tokens: int | None) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 8), torch.randn(30, 8)
+    found = likeliest_tokens(hidden, weight, chunk_tokens=chunk_tokens)
+    assert torch.equal(found, (hidden @ weight.T).argmax(dim=1))
+    assert torch.equal(likeliest_tokens(hidden[:0], weight), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="likeliest_tokens: weight of shape"):
+        likeliest_tokens(hidden, weight[:, 1:])

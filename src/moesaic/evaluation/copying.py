@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic.config import LARGEST_SEED
 from moesaic.data.shards import ShardedIds
 from moesaic.errors import InputError
+from moesaic.losses import likeliest_tokens, token_cross_entropy
+from moesaic.models import Decoder
 
 __all__ = ["CopyingConfig", "copying_score", "passages"]
 
@@ -48,11 +50,10 @@ def passages(config: CopyingConfig, tokens: npt.NDArray[Any] | ShardedIds | None
 
 
 @torch.inference_mode()
-def copying_score(decoder: nn.Module, first: Tensor, batch_size: int = 16) -> dict[str, float]:
+def copying_score(decoder: Decoder, first: Tensor, batch_size: int = 16) -> dict[str, float]:
     """Each passage twice in a row (the test of induction heads of Olsson et al. 2022, arXiv 2209.11895).
 
     Args:
-        decoder: tokens (B, L) -> `DecoderOutput`.
         first: (N, L) int64.
 
     Returns:
@@ -61,15 +62,14 @@ def copying_score(decoder: nn.Module, first: Tensor, batch_size: int = 16) -> di
     """
     was_training = decoder.training
     decoder.eval()
-    device = next(decoder.parameters()).device
-    length, sums = first.size(1), torch.zeros(3, dtype=torch.float64)
-    for passage in first.to(device).split(batch_size):
-        logits = decoder(torch.cat((passage, passage[:, :-1]), dim=1)).logits.float()
-        log_probs = logits.log_softmax(dim=-1)
+    length, sums, weight = first.size(1), torch.zeros(3, dtype=torch.float64), decoder.head.weight
+    for passage in first.to(decoder.device).split(batch_size):
+        hidden = decoder.hidden_states(torch.cat((passage, passage[:, :-1]), dim=1))[0]
+        labels = passage[:, 1:].flatten()
         for i, start in enumerate((0, length)):
-            predicted = log_probs[:, start : start + length - 1]
-            sums[i] -= predicted.gather(2, passage[:, 1:, None]).sum().cpu()
-        sums[2] += (logits[:, length:].argmax(dim=-1) == passage[:, 1:]).sum().cpu()
+            predicting = hidden[:, start : start + length - 1].flatten(0, 1)
+            sums[i] += token_cross_entropy(predicting, weight, labels).sum().cpu()
+        sums[2] += (likeliest_tokens(predicting, weight) == labels).sum().cpu()  # on the second copy
     decoder.train(was_training)
     one, two, right = (sums / (first.size(0) * (length - 1))).tolist()
     return {"first": one, "second": two, "gain": one - two, "accuracy": right}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moesaic.data import Task, TaskEvaluationLoader
 from moesaic.evaluation.plotting import COLORS, GRAY, label_axes, mark_chance, new_figure, save_figure
+from moesaic.losses import likeliest_tokens
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import Decoder
 
@@ -30,10 +31,14 @@ class RecallScore:
     """Name -> value -> [answers, correct]."""
 
     @torch.no_grad()
-    def update(self, logits: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add logits (B, L, V) against a batch of "labels" and "slices/<name>", each (B, L)."""
+    def update(self, decoder: Decoder, batch: Mapping[str, Tensor]) -> None:
+        """Run `decoder` on a batch of "tokens", "labels" and "slices/<name>", each (B, L), and add its answers.
+
+        The (B, L, V) logits are never built, and those of no other place than the answers'.
+        """
         asked = batch["labels"] != IGNORE_INDEX
-        right = logits[asked].argmax(dim=-1) == batch["labels"][asked]
+        hidden = decoder.hidden_states(batch["tokens"])[0]
+        right = likeliest_tokens(hidden[asked], decoder.head.weight) == batch["labels"][asked]
         self.answers += right.numel()
         self.correct += int(right.sum())
         for key in batch:
@@ -66,7 +71,7 @@ def evaluate_recall(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> R
     try:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items()}
-            score.update(decoder(batch["tokens"]).logits, batch)
+            score.update(decoder, batch)
     finally:
         decoder.train(was_training)
     return score

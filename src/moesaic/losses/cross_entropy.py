@@ -18,7 +18,7 @@ from moesaic.losses.kept_gradients import (
     wanted_gradients,
 )
 
-__all__ = ["linear_cross_entropy", "token_cross_entropy"]
+__all__ = ["likeliest_tokens", "linear_cross_entropy", "token_cross_entropy"]
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 23_000_000
@@ -109,6 +109,33 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
             rows = slice(start, start + chunk)
             nats[rows] = F.cross_entropy(head.logits(rows), labels[rows], reduction="none")
     return nats
+
+
+def likeliest_tokens(hidden: Tensor, weight: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """The token of the largest logit at every place, chunk by chunk as in `token_cross_entropy`, without gradients.
+
+    Args:
+        hidden: (T, D).
+        weight: (V, D), the head.
+        chunk_tokens: rows per chunk; None takes 64 to 256, so that a chunk's logits stay near 90 MB.
+
+    Returns:
+        (T,) int64; of equal logits the first.
+
+    Raises:
+        TypeError: what is given is no tensor of the right dtype.
+        ValueError: another shape.
+    """
+    require_head("likeliest_tokens", hidden, weight)
+    require_counts("likeliest_tokens", None, chunk_tokens)
+    chunk = max(1, min(chunk_tokens or rows_per_chunk(weight.size(0)), hidden.size(0)))
+    head = ChunkedHead(hidden, weight, (False, False), torch.float32, chunk)
+    found = torch.empty(hidden.size(0), dtype=torch.int64, device=hidden.device)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.size(0), chunk):
+            rows = slice(start, start + chunk)
+            found[rows] = head.logits(rows).argmax(dim=-1)
+    return found
 
 
 def needs_logits() -> bool:
