@@ -309,9 +309,10 @@ def test_a_router_that_skips_though_it_says_it_never_does_is_named() -> None:
     ("decide", "message"),
     [
         (lambda x: (x[:, :4], x[:, :1]), r"Deciding returned 2 values; must be logits, scores and expert_ids"),
+        (lambda x: x[:, :4], r"Deciding returned a Tensor; must be logits, scores and expert_ids"),
         (lambda x: (x[:, :4], x[:, :1], x[:, :1] * 0), r"Deciding returned expert_ids of torch.float32"),
     ],
-    ids=["two values", "ids that are no integers"],
+    ids=["two values", "a tensor", "ids that are no integers"],
 )
 def test_what_a_router_returns_wrongly_is_named(decide: Any, message: str) -> None:
     class Deciding(nn.Module):

@@ -119,3 +119,15 @@ def make_router(dim: int, num_experts: int, top_k: int) -> LinearRouter:
 
 def make_unsaid(dim: int):  # type: ignore[no-untyped-def]
     return Reversing(dim)
+
+
+class Pair(nn.Module):
+    """No part: a router's two first values."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.keys = nn.Linear(dim, num_experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        best, expert_ids = self.keys(x).max(dim=-1, keepdim=True)
+        return best, expert_ids

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from moesaic.errors import InputError
 from moesaic.layers import AttentionCache, MoE
 from moesaic.layers.attention import visible_keys
 from moesaic.models import (
@@ -218,3 +219,8 @@ def test_bytes_equal_those_of_weights_and_of_the_optimizer_after_a_step() -> Non
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert sum(moment.nbytes for moment in moments) == accounted.optimizer_bytes()
     assert accounted.backward_flops == 2 * accounted.forward_flops
+
+
+def test_a_router_that_returns_something_else_is_named() -> None:
+    with pytest.raises(InputError, match=r"Pair returned 2 values; must be logits, scores and expert_ids"):
+        account(toy(moe={"router": {"type": "custom_samples.Pair"}}), 16)

@@ -90,6 +90,8 @@ def test_a_name_alone_is_looked_for_in_the_files_here(tmp_path, monkeypatch) -> 
         ("builtins:print", r"new='builtins:print' is a function of builtins; must be a torch\.nn\.Module, or code of"),
         ("router:math.sqrt", r"is a function of math"),
         ("custom_samples:torch", r"is a module; must be a class, or a function"),
+        ("custom_samples:Pair", r"custom_samples\.Pair returned 2 values; must be logits, scores and expert_ids of a"),
+        ("router:custom_samples:Pair", r"custom_samples\.Pair returned 2 values; must be logits, scores and"),
         ("pathlib:Path", r"is the class Path; must be a torch\.nn\.Module"),
         (
             "custom_samples:TwoMatrices",

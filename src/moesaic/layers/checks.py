@@ -13,6 +13,7 @@ __all__ = [
     "differentiates_forward",
     "has_values",
     "require_choice",
+    "require_decided",
     "require_dtype",
     "require_expert_ids",
     "require_flags",
@@ -179,6 +180,13 @@ def require_one_dtype(why: str, **tensors: Tensor) -> None:
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         raise ValueError(f"{found}: must be of one dtype{why}")
+
+
+def require_decided(router: str, decided: Any) -> None:
+    """Raise ValueError unless a router returned at least three values, in a tuple or a list."""
+    if not isinstance(decided, (tuple, list)) or len(decided) < 3:
+        found = f"{len(decided)} values" if isinstance(decided, (tuple, list)) else f"a {type(decided).__name__}"
+        raise ValueError(f"{router} returned {found}; must be logits, scores and expert_ids")
 
 
 def require_routing(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.backend_choice import BackendName
 from moesaic.layers.checks import (
+    require_decided,
     require_expert_ids,
     require_flags,
     require_last,
@@ -169,7 +170,8 @@ class MoE(nn.Module):
 
     def _route(self, tokens: Tensor, replay: Routing | None) -> tuple[Tensor, ...]:
         if replay is None:
-            return tuple(self.router(tokens))
+            decided: tuple[Tensor, ...] = self.router(tokens)
+            return decided
         if not isinstance(replay, Routing):
             raise TypeError(f"MoE: routing: found {type(replay).__name__}; must be a Routing, whose choice is replayed")
         asked = inspect.signature(self.router.forward).parameters.values()
@@ -185,8 +187,7 @@ class MoE(nn.Module):
     def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
         """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""
         name = type(self.router).__name__
-        if len(decided) < 3:
-            raise ValueError(f"{name} returned {len(decided)} values; must be logits, scores and expert_ids")
+        require_decided(name, decided)
         logits, scores, expert_ids = decided[:3]
         num_experts = getattr(self.experts, "num_experts", logits.size(-1))
         require_routing(name, logits, scores, expert_ids, num_tokens, num_experts)

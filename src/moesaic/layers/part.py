@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.checks import require_numbers
+from moesaic.layers.checks import require_decided, require_numbers
 from moesaic.layers.work import Work
 
 __all__ = [
@@ -227,6 +227,9 @@ def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: fl
 
     Args:
         default: the answer for a router that cannot be run (one without memory).
+
+    Raises:
+        ValueError: it returns something else than logits, scores and expert_ids.
     """
     declared = getattr(router, "experts_per_token", None)
     if isinstance(declared, (int, float)):
@@ -237,8 +240,9 @@ def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: fl
     noise = torch.empty(_SOME_TOKENS, dim) if weight is None else weight.new_empty(_SOME_TOKENS, dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        expert_ids = router(noise.normal_())[2]
-    return float((expert_ids < num_experts).sum()) / _SOME_TOKENS
+        decided = router(noise.normal_())
+    require_decided(type(router).__name__, decided)
+    return float((decided[2] < num_experts).sum()) / _SOME_TOKENS
 
 
 def mixture_flops(router: nn.Module, experts: nn.Module, shared_expert: nn.Module | None, seq_len: int) -> float:

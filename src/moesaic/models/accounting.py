@@ -12,6 +12,7 @@ import math
 import torch
 from torch import nn
 
+from moesaic.errors import InputError
 from moesaic.layers.part import Flops, active_parameters, cache_bytes, flops_per_token, num_parameters, parameter_kinds
 from moesaic.models.config import FFN, DecoderConfig, Mixer
 from moesaic.models.custom import asks_for, custom_modules
@@ -75,9 +76,15 @@ def account(config: DecoderConfig, seq_len: int) -> Account:
     """Count `config` at sequences of seq_len tokens.
 
     Everything is built without memory, except small custom modules that can only be measured on real numbers.
+
+    Raises:
+        InputError: a custom module returns something else than its place needs.
     """
     kinds = _kinds_of_layers(config)
-    found = {i: _layer(config, i, seq_len) for i in set(kinds)}
+    try:
+        found = {i: _layer(config, i, seq_len) for i in set(kinds)}
+    except ValueError as error:
+        raise InputError(str(error)) from error
     layers = [found[i] for i in kinds]
     embedding = config.vocab_size * config.dim
     head = 0 if config.tie_embeddings else embedding

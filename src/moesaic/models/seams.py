@@ -184,7 +184,7 @@ def _tried_out(path: str, key: str) -> tuple[Seam, ...]:
     """The seams that a part fits which its signature does not say: it is made small, and run where it takes x alone.
 
     Raises:
-        InputError: it cannot be called with what a model gives it.
+        InputError: it cannot be called with what a model gives it, or returns what no seam takes.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -199,4 +199,10 @@ def _tried_out(path: str, key: str) -> tuple[Seam, ...]:
         return ("mixer", "ffn")
     if isinstance(answer, tuple) and len(answer) >= 3 and all(isinstance(each, Tensor) for each in answer[:3]):
         return ("router",)
+    if not isinstance(answer, Tensor):
+        found = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else f"a {type(answer).__name__}"
+        raise InputError(
+            f"{key}: {path} returned {found}; must be logits, scores and expert_ids of a router, or one tensor of a "
+            "mixer or a feed-forward layer"
+        )
     return ("mixer", "ffn")
