@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,12 +19,17 @@ from rich.console import Console
 from moesaic.checkpoints import load_model
 from moesaic.cli import main
 from moesaic.config import from_mapping
+from moesaic.data import DataConfig, load_data
+from moesaic.distillation import TargetCache
 from moesaic.errors import InputError
 from moesaic.imports import VARIABLE, names_in, resolve, trusted, trusting
+from moesaic.interop import from_hf, to_hf
+from moesaic.interop.__main__ import compute_logits
 from moesaic.models import LayerConfig, build_decoder, llama4_toy
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.runner import read_rows
 from moesaic.training.run import run
+from moesaic.training.starting import find_run
 
 TOUCH = "import pathlib; pathlib.Path(__file__).with_name('EXECUTED').touch()\n"
 
@@ -305,3 +312,87 @@ def test_names_are_found_wherever_they_stand() -> None:
     }
     assert names_in(config) == {"a.B", "c.D", "e.F", "g.H", "i.j"}
     assert names_in(json.loads(json.dumps(config))) == names_in(config)
+
+
+class Pickled:
+    """What a pickle can hold: a call."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch EXECUTED",)
+
+
+def pickled_checkpoint(folder: Path) -> None:
+    torch.save({"state_dict": {}, "hyper_parameters": Pickled(), "moesaic": {}}, folder / "it.ckpt")
+    load_model(folder / "it.ckpt")
+
+
+def foreign_model(folder: Path) -> None:
+    decoder = build_decoder(llama4_toy())
+    to_hf(decoder, folder / "hf")
+    stored = json.loads((folder / "hf" / "config.json").read_text())
+    code = {"auto_map": {"AutoModelForCausalLM": "stranger.Part", "AutoConfig": "stranger.Part"}}
+    (folder / "hf" / "config.json").write_text(json.dumps({**stored, **code, "trust_remote_code": True}))
+    for name in ("stranger.py", "modeling_llama4.py", "configuration_llama4.py"):
+        (folder / "hf" / name).write_text(f"{TOUCH}open({str(folder / 'EXECUTED')!r}, 'w')\n")
+    from_hf(folder / "hf")
+    raise InputError("read, as config.json and safetensors are all there is to read")
+
+
+def foreign_weights(folder: Path) -> None:
+    to_hf(build_decoder(llama4_toy()), folder / "hf")
+    (folder / "hf" / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Pickled()}, folder / "hf" / "pytorch_model.bin")
+    from_hf(folder / "hf")
+
+
+def pickled_ids(suffix: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        to_hf(build_decoder(llama4_toy()), folder / "hf")
+        path = folder / f"ids{suffix}"
+        if suffix == ".pt":
+            torch.save({"input_ids": Pickled()}, path)
+        else:
+            np.save(path, np.array([[Pickled()]], dtype=object), allow_pickle=True)
+        compute_logits(folder / "hf", path)
+
+    return read
+
+
+def pickle_in_place(name: str, read: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A reader of a folder in which each file is a pickle."""
+
+    def read_it(folder: Path) -> None:
+        (folder / name).mkdir()
+        for file in ("config.json", "manifest.json", "tokenizer.json", "train.bin", "rows.jsonl", "config.yaml"):
+            (folder / name / file).write_bytes(pickle.dumps(Pickled()))
+        (folder / name / "model.safetensors").write_bytes(pickle.dumps(Pickled()))
+        read(folder / name)
+
+    return read_it
+
+
+def tagged(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("name: !!python/object/new:os.system ['touch EXECUTED']\n")
+    find_run({"resume": True, "run_dir": str(folder / "run")})
+
+
+READERS = {
+    "checkpoint": pickled_checkpoint,
+    "hf folder with auto_map": foreign_model,
+    "hf folder with pytorch_model.bin": foreign_weights,
+    "ids in .pt": pickled_ids(".pt"),
+    "ids in .npy": pickled_ids(".npy"),
+    "hf": pickle_in_place("hf", from_hf),
+    "memmap": pickle_in_place("ids", lambda folder: load_data(DataConfig("memmap", str(folder)))),
+    "targets": pickle_in_place("targets", TargetCache.open),
+    "run": pickle_in_place("run", lambda folder: find_run({"resume": True, "run_dir": str(folder)})),
+    "tagged config.yaml": tagged,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_file_of_any_kind_holds_is_not_called(folder: Path, name: str) -> None:
+    with pytest.raises(InputError):
+        READERS[name](folder)
+    assert not (folder / "EXECUTED").exists()
