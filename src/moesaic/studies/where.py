@@ -59,7 +59,7 @@ def parse_where(text: str) -> list[Comparison]:
         key, sign, written = match.groups()
         try:
             value = yaml.safe_load(written)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the latter of what looks like a date and is none
             value = written
         if sign in ("<", ">", "<=", ">=") and not _is_number(value):
             raise InputError(f"where={text!r}: {part!r}: after {sign} there must be a number")
