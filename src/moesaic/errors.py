@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["DISK_ERRORS", "CannotWrite", "InputError", "UnknownKey", "naming", "reason", "require_short"]
+__all__ = ["DISK_ERRORS", "CannotWrite", "InputError", "LostProcess", "UnknownKey", "naming", "reason", "require_short"]
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Numbers of the system's errors about a full, read-only or failing disk."""
@@ -31,6 +31,10 @@ class CannotWrite(InputError):
 
     def __reduce__(self) -> tuple[type["CannotWrite"], tuple[Path | str, OSError]]:
         return CannotWrite, (self.path, self.error)  # it may cross from another process
+
+
+class LostProcess(RuntimeError):
+    """Another process of a run ended without a word, killed or with its machine, so this one cannot go on."""
 
 
 def reason(error: OSError) -> str:

@@ -17,18 +17,22 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
 from small_runs import BPE, SMOKE, holding, kill_in_call
 
 from moesaic.checkpoints import load_checkpoint, load_model, write_checkpoint
 from moesaic.cli import evaluate, main, train
+from moesaic.cli.common import exit_on_bad_input
 from moesaic.config import from_mapping
 from moesaic.data import DataConfig, load_data
-from moesaic.errors import CannotWrite, InputError
+from moesaic.errors import CannotWrite, InputError, LostProcess
 from moesaic.files import atomic, is_locked, lock
 from moesaic.imports import trusting
 from moesaic.interrupts import Interrupted, exit_status, interruptible
 from moesaic.training import finish
 from moesaic.training.config import RunConfig
+from moesaic.training.launched import is_lost
 from moesaic.training.run import run
 from moesaic.training.starting import read_start
 
@@ -495,6 +499,46 @@ def test_a_config_that_was_edited_is_refused_on_resume(
     stored.write_text(stored.read_text().replace(*edit))
     with pytest.raises(InputError, match=r"config.yaml: changed since the checkpoint was written: .*(rate|seed)"):
         run(composed("resume=true", f"run_dir={unfinished}"))
+
+
+@pytest.mark.parametrize("section", ["callbacks", "logger"])
+def test_a_stored_component_that_is_refused_is_named_with_its_file(
+    composed: Composed, unfinished: Path, section: str
+) -> None:
+    stored = unfinished / "config.yaml"
+    named = {"callbacks": "callbacks.EarlyStopping", "logger": "loggers.CSVLogger"}[section]
+    made = {"it": {"_target_": f"lightning.pytorch.{named}", "foo": 1}}
+    stored.write_text(yaml.safe_dump({**yaml.safe_load(stored.read_text()), section: made}))
+    with pytest.raises(InputError, match=rf"^{stored}: {section}\.it\.foo: unknown key"):
+        run({"resume": True, "run_dir": str(unfinished)})
+
+
+class Fails(CSVLogger):
+    """Somebody's own logger with a mistake in it."""
+
+    def log_graph(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyError("of its own")
+
+
+def test_a_mistake_of_somebody_elses_code_is_not_blamed_on_the_checkpoint(composed: Composed, unfinished: Path) -> None:
+    stored = unfinished / "config.yaml"
+    config = yaml.safe_load(stored.read_text())
+    stored.write_text(yaml.safe_dump({**config, "logger": {"it": {"_target_": f"{__name__}.Fails"}}}))
+    with trusting(__name__), pytest.raises(KeyError, match="of its own"):
+        run({"resume": True, "run_dir": str(unfinished)})
+
+
+@pytest.mark.parametrize("words", ["Read error: Connection reset by peer.", "[2] Connection closed by peer [::1]:7"])
+def test_a_process_that_was_lost_is_said_to_be(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert is_lost(RuntimeError(words)) and not is_lost(RuntimeError("shapes")) and not is_lost(ValueError(words))
+
+    def lose() -> None:
+        raise LostProcess("another process of this run has ended")
+
+    with pytest.raises(SystemExit) as stopped:
+        exit_on_bad_input(lose)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: another process of this run has ended\n"
 
 
 @pytest.mark.slow

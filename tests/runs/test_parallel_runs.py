@@ -158,3 +158,26 @@ def test_the_command_on_two_processes_is_that_of_one(
     require_equal_runs(run_dir, tmp_path / "one")
     assert len(list(tmp_path.rglob("config.yaml"))) == 2, "no rank makes a directory of its own"
     assert whole["status"] == "finished"
+
+
+DIES = """
+import os, signal
+from lightning.pytorch import Callback
+
+class Dies(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 3 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_with_a_way_to_go_on(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DIES)
+    typed = [*SMOKE, *STEPS, f"data.path={corpus}", "run_dir=two", *several(2, 2), "training.checkpoint_every=2"]
+    command = [sys.executable, "-m", "moesaic", "train", *typed, "+callbacks.it._target_=dying.Dies"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "error: another process of this run has ended (" in done.stderr and "Traceback" not in done.stderr
+    assert "failed; to continue from the last checkpoint:\n  moesaic train resume=true run_dir=two" in done.stdout

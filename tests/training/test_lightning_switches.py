@@ -79,6 +79,9 @@ def test_options_that_hydra_does_not_know_are_added() -> None:
 # ---- components
 
 
+EARLY = "lightning.pytorch.callbacks.EarlyStopping"
+
+
 class Mine(pl.Callback):
     def __init__(self, amount: int = 1) -> None:
         if amount < 0:
@@ -110,6 +113,13 @@ def test_callbacks_and_loggers_are_made(tmp_path: Path) -> None:
             {"_target_": f"{__name__}.Mine", "amont": 1},
             r"it\.amont: unknown key \(did you mean callbacks\.it\.amount\?\)",
         ),
+        ({"_target_": f"{__name__}.Mine", "amount": "4"}, r"callbacks\.it\.amount='4': must be int"),
+        ({"_target_": EARLY, "monitor": 5}, r"callbacks\.it\.monitor=5: must be str"),
+        (
+            {"_target_": EARLY, "monitor": "x", "stopping_threshold": "x"},
+            r"it\.stopping_threshold='x': must be Optional.float.",
+        ),
+        ({"_target_": EARLY, "monitor": "x", "verbose": 1}, r"callbacks\.it\.verbose=1: must be bool"),
         (
             {"_target_": f"{__name__}.Mine", "amount": -1},
             r"callbacks\.it: .*Mine refuses its arguments: amount must be",

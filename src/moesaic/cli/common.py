@@ -26,7 +26,7 @@ from moesaic.cli.arguments import (
     require_text,
 )
 from moesaic.cli.config_files import config_groups
-from moesaic.errors import DISK_ERRORS, CannotWrite, InputError, reason
+from moesaic.errors import DISK_ERRORS, CannotWrite, InputError, LostProcess, reason
 from moesaic.imports import trusting
 from moesaic.interrupts import exit_status
 
@@ -168,11 +168,12 @@ def printable(message: object) -> str:
 def exit_on_bad_input(action: Callable[[], Any]) -> Any:
     """Run `action`; what a person can mend ends the process with one line.
 
-    The exit status is 2 for InputError, 1 for what cannot be written, and 128 + its number for a signal.
+    The exit status is 2 for InputError, 1 for what cannot be written and for a run of which a process was lost, and
+    128 + its number for a signal.
     """
     try:
         return action()
-    except CannotWrite as error:
+    except (CannotWrite, LostProcess) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(1)
     except InputError as error:

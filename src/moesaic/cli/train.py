@@ -61,13 +61,14 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
 
 def _with_free_keys(found: Found, config: dict[str, Any], overrides: Sequence[str]) -> Found:
     """The run that is there, under overrides that do not change what it trains; others than its own are refused."""
-    stored, changed = {**found.config, "ckpt_path": found.ckpt_path}, found.config
+    stored, changed, free_keys = {**found.config, "ckpt_path": found.ckpt_path}, found.config, list[str]()
     for typed in overrides:
         key, _, value = typed.lstrip("+~").partition("=")
         if key in ("resume", "run_dir", "output_dir", "name", "experiment", "debug", "trust"):
             continue
         if (free := free_part(key)) is not None:
             changed = _with(changed, free.split("."), _at(config, free))
+            free_keys.append(free)
             continue
         for name, asked in flatten({key: _at(config, key)}).items():  # of an option such as model=small every key
             before = _at(stored, name)
@@ -77,7 +78,7 @@ def _with_free_keys(found: Found, config: dict[str, Any], overrides: Sequence[st
                     f"{key}={value}: the run to resume has {found_there}; resume continues it unchanged. For another "
                     f"value start a new run{_from(found, key)}"
                 )
-    return dataclasses.replace(found, config=changed)
+    return dataclasses.replace(found, config=changed, typed=tuple(free_keys))
 
 
 def _from(found: Found, key: str) -> str:

@@ -3,8 +3,10 @@
 import difflib
 import importlib.util
 import inspect
+import types
+import typing
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 
 from moesaic.errors import InputError
 from moesaic.imports import resolve
+from moesaic.reading import is_number
 
 __all__ = ["make_callbacks", "make_loggers", "require_loggers"]
 
@@ -95,7 +98,34 @@ def _class_of(config: Any, where: str, base: Any) -> Any:
                 close = difflib.get_close_matches(str(name), list(parameters), n=1)
                 hint = f" (did you mean {where}.{close[0]}?)" if close else ""
                 raise InputError(f"{where}.{name}: unknown key{hint}; it must be one of {', '.join(parameters)}")
+    _require_types(cls, config, where)
     return cls
+
+
+def _require_types(cls: type[Any], config: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments of another type than the constructor's annotations say, as far as these are plain types."""
+    try:
+        wanted = typing.get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # annotations that exist for type checkers only
+        return
+    for name, value in config.items():
+        if name in wanted and not _fits(value, wanted[name]):
+            kind = wanted[name]
+            must = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            raise InputError(f"{where}.{name}={value!r}: must be {must}")
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value of a config is of an annotated type; what no config can be, or nobody knows, fits."""
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(wanted))
+    if wanted is float:
+        return is_number(value)
+    if wanted in (int, str, bool, type(None)):
+        return type(value) is wanted
+    if isinstance(wanted, type) and issubclass(wanted, PurePath):
+        return isinstance(value, str)
+    return isinstance(value, (Mapping, list)) or typing.get_origin(wanted) is not None or not isinstance(wanted, type)
 
 
 def _require_package(package: str, where: str) -> None:

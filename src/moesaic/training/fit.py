@@ -2,7 +2,9 @@
 
 import dataclasses
 import sys
+import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +20,7 @@ from moesaic.training.checkpoint_io import RunCheckpointIO
 from moesaic.training.components import make_loggers
 from moesaic.training.config import RunConfig
 from moesaic.training.fp8 import multiplying_in_fp8
-from moesaic.training.launched import rank
+from moesaic.training.launched import is_lost, rank
 from moesaic.training.lightning_options import TENSORBOARD, ignore_advice, quiet_lightning
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
@@ -31,6 +33,9 @@ WARNED = "the scheduler's warning (SIGUSR1)"
 """Why a run stopped that a scheduler warned."""
 
 BOARD = TENSORBOARD["_target_"]
+
+RESTORING = ("load_state_dict", "on_load_checkpoint")
+"""Names of the functions that put a state back, of Lightning's checkpoint connector besides."""
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -90,10 +95,16 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
         if (full := _disk_error(error)) is not None and not isinstance(error, CannotWrite):
             raise CannotWrite(full.filename or run_dir, full) from error
         last = next(each for each in trainer.callbacks if isinstance(each, LastCheckpoint))  # type: ignore[attr-defined]
-        if isinstance(error, (InputError, OSError)) or start.fit_path is None or last.began:
+        if isinstance(error, (InputError, OSError)) or last.began or not _is_restoring(error) or is_lost(error):
             raise
         raise InputError(f"checkpoint {start.path}: its training state cannot be restored ({error!r})") from error
     return Fitted(prepared, module, trainer, monitor.warnings, status)
+
+
+def _is_restoring(error: Exception) -> bool:
+    """Whether an error came while the state of a checkpoint was put back, and so may be the checkpoint's."""
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(code.co_name in RESTORING or Path(code.co_filename).stem == "checkpoint_connector" for code in frames)
 
 
 def shown_loggers(config: RunConfig) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """The processes that Lightning starts for more devices: they run the same command and share one run directory."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from moesaic.errors import InputError
 from moesaic.training.lightning_options import require_options
 
-__all__ = ["is_one_process", "processes", "rank", "rank_run_dir", "settle_rank", "tell_ranks"]
+__all__ = ["is_lost", "is_one_process", "processes", "rank", "rank_run_dir", "settle_rank", "tell_ranks"]
 
 VARIABLE = "MOESAIC_RUN_DIR"
 
@@ -23,6 +25,13 @@ def rank() -> int:
 def is_one_process(trainer: Mapping[str, Any]) -> bool:
     """Whether a run with these `trainer` keys is one process, whatever a scheduler's variables say."""
     return _devices(trainer) == 1 and trainer.get("num_nodes", 1) == 1
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether torch says that another process of the run is gone; gloo does so by a RuntimeError."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer", str(error)) is not None
+    )
 
 
 def processes(trainer: Mapping[str, Any]) -> int:

@@ -97,16 +97,18 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     Raises:
         InputError: bad configuration, data or checkpoint, or a directory in which another process trains.
     """
-    run_config = from_mapping(RunConfig, found.config)
-    _require_sound(run_config)
+    with found.naming_config():
+        run_config = from_mapping(RunConfig, found.config)
+        _require_sound(run_config)
     # what is stored of a run says which words it is written in
     run_config = dataclasses.replace(run_config, model={**run_config.model, "format": FORMAT})
     if found.run_dir is not None:
         _lock(found.run_dir, at_the_end)
     elif run_config.run_dir is not None and not rank():
         require_free(Path(run_config.run_dir))
-    callbacks = make_callbacks(run_config.callbacks)
-    _require_processes(run_config, _checked_model(run_config), callbacks)
+    with found.naming_config():
+        callbacks = make_callbacks(run_config.callbacks)
+        _require_processes(run_config, _checked_model(run_config), callbacks)
     start = read_start(run_config, found.resumed_dir)
     _settle(run_config)
     data = _read_data(run_config, start, console)

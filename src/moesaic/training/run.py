@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from moesaic.config import to_mapping
 from moesaic.data import Data
-from moesaic.errors import CannotWrite, InputError
+from moesaic.errors import CannotWrite, InputError, LostProcess
 from moesaic.evaluation.extension import keep_start
 from moesaic.evaluation.plots import read_columns
 from moesaic.files import write_json
@@ -25,7 +25,7 @@ from moesaic.reading import read_json
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import FINISHERS, PRESENTING, score_run
 from moesaic.training.fit import Fitted, fit, shown_loggers
-from moesaic.training.launched import processes, rank, settle_rank
+from moesaic.training.launched import is_lost, processes, rank, settle_rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
 from moesaic.training.peak_memory import forget_peak_memory, peak_memory
@@ -88,22 +88,32 @@ def _recorded(run_dir: Path, config: RunConfig, console: Console) -> Iterator[No
     try:
         yield
     except BaseException as error:
-        if rank() or is_finished(run_dir):
-            raise
-        was_interrupted = isinstance(error, KeyboardInterrupt)
-        status = {"status": "interrupted" if was_interrupted else "failed", "error": f"{type(error).__name__}: {error}"}
-        # what is refused leaves what is there; resume=true makes what is pending
-        is_refused = isinstance(error, InputError) and (run_dir / "metrics.json").exists()
-        if not is_refused and not has_score(run_dir):
-            with contextlib.suppress(CannotWrite):
-                write_json(run_dir / "metrics.json", status)
-        saved = (run_dir / "checkpoints" / "last.ckpt").exists()
-        how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
-        if was_interrupted or isinstance(error, CannotWrite):
-            console.print(f"{status['status']}; to {how}:", highlight=False)
-            command = resume_command(run_dir, config)
-            console.print(f"  {command}", markup=False, soft_wrap=True, highlight=False)
+        told = LostProcess(f"another process of this run has ended ({_first_line(error)})") if is_lost(error) else error
+        if not rank() and not is_finished(run_dir):
+            _record(run_dir, config, told, console)
+        if told is not error:
+            raise told from error
         raise
+
+
+def _record(run_dir: Path, config: RunConfig, error: BaseException, console: Console) -> None:
+    was_interrupted = isinstance(error, KeyboardInterrupt)
+    status = {"status": "interrupted" if was_interrupted else "failed", "error": f"{type(error).__name__}: {error}"}
+    # what is refused leaves what is there; resume=true makes what is pending
+    is_refused = isinstance(error, InputError) and (run_dir / "metrics.json").exists()
+    if not is_refused and not has_score(run_dir):
+        with contextlib.suppress(CannotWrite):
+            write_json(run_dir / "metrics.json", status)
+    saved = (run_dir / "checkpoints" / "last.ckpt").exists()
+    how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
+    if was_interrupted or isinstance(error, (CannotWrite, LostProcess)):
+        console.print(f"{status['status']}; to {how}:", highlight=False)
+        command = resume_command(run_dir, config)
+        console.print(f"  {command}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:

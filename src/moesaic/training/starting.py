@@ -1,9 +1,10 @@
 """What a run starts from: nothing, its own last checkpoint, or another run's."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,18 @@ class Found:
     run_dir: Path | None = None
     ckpt_path: str | None = None
     """The checkpoint of another run that it was begun with."""
+    typed: tuple[str, ...] = ()
+    """Dotted keys of `config` that are not those of the run that is there."""
+
+    @contextlib.contextmanager
+    def naming_config(self) -> Iterator[None]:
+        """Name the config.yaml of a run that is there in what is refused within, but for what was typed."""
+        try:
+            yield
+        except InputError as error:
+            if self.run_dir is None or str(error).startswith(self.typed):
+                raise
+            raise InputError(f"{self.run_dir / 'config.yaml'}: {error}") from error
 
     @property
     def resumed_dir(self) -> Path | None:
@@ -155,7 +168,9 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
 
 def _require_same_config(config: RunConfig, checkpoint: Mapping[str, Any], path: Path) -> None:
     """Refuse a config.yaml that was edited after the checkpoint was written: some of it would hold and some not."""
-    stored, now = to_mapping(from_mapping(RunConfig, checkpoint["hyper_parameters"]["config"])), to_mapping(config)
+    with reading(f"checkpoint {path.parent / 'checkpoints' / 'last.ckpt'}"):
+        stored = to_mapping(from_mapping(RunConfig, checkpoint["hyper_parameters"]["config"]))
+    now = to_mapping(config)
     here = ("resume", "run_dir", "ckpt_path", "output_dir", "data.path")
     free = [key for key in {**flatten(stored), **flatten(now)} if free_part(key) is not None]
     require_same(f"{path}: changed since the checkpoint was written", stored, now, (*here, *free))
