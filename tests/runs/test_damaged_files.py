@@ -1,5 +1,6 @@
 """Damage to every kind of file that is read: an InputError that names the file, or what the file meant before."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -23,6 +24,7 @@ from moesaic.cli.convert import convert
 from moesaic.cli.generate import generate_text
 from moesaic.config import from_mapping, to_mapping
 from moesaic.data import BPETokenizer, DataConfig, load_data
+from moesaic.data.sharding import write_shards
 from moesaic.distillation import CacheIdentity, TargetCache, TargetFormat
 from moesaic.errors import InputError
 from moesaic.evaluation.plots import read_columns
@@ -37,7 +39,8 @@ from moesaic.studies.jobs import write_row
 from moesaic.studies.plan import plan
 from moesaic.studies.runner import read_rows
 from moesaic.studies.sweep import write_report
-from moesaic.training.records import CsvTable
+from moesaic.studies.worker import work
+from moesaic.training.records import CsvTable, environment
 from moesaic.training.run import run
 from moesaic.training.starting import find_run
 from moesaic.training.stored_state import require_training_state
@@ -88,6 +91,9 @@ def good(train_once: Callable[..., Path], corpus: Path, tmp_path_factory: pytest
     (folder / "tokens" / next((folder / "tokens").iterdir()).name).rename(folder / "stream")
     make_study(folder / "study")
     make_targets(folder / "targets")
+    for place, whole in (("tokenized", True), ("begun", False)):
+        make_ids(folder / place, corpus, whole)
+    make_study_run(folder / "study_run")
     results = ResultFile(folder / "scores" / "it.json", {"task": "it", "edges": [1, 2]})
     results.done["as_trained"], results.summary["as_trained"] = [[1.0, 2.0]], [{"loss": 1.5}]
     results.save()
@@ -129,6 +135,33 @@ def make_targets(folder: Path) -> None:
     tokens = torch.arange(9).remainder(8)[None]
     cache.add(tokens[:, :4], tokens[:, 1:5], DenseTargets(torch.linspace(-1, 1, 32).reshape(4, 8)))
     cache.close()
+
+
+def ids_config(folder: Path) -> DataConfig:
+    return DataConfig("files", str(folder / "text"), tokenizer="bytes", cache_dir=str(folder / "cache"))
+
+
+def make_ids(folder: Path, corpus: Path, whole: bool) -> None:
+    """What moesaic tokenize writes, or what it leaves that was stopped in the middle."""
+    shutil.copytree(corpus, folder / "text")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if not whole and what == "bytes of text" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        write_shards(ids_config(folder), folder / "ids", shard_bytes=4000, tell=stop)
+
+
+def make_study_run(folder: Path) -> None:
+    """A finished run of a study, as far as its row needs it."""
+    (folder / "run").mkdir(parents=True)
+    job = {"row": {"arm": "a", "purpose": "measure", "overrides": {}}, "config": base_config(), "metric": "x/y"}
+    write_json(folder / "job.json", {**job, "variants": {}, "evaluations": [], "evaluation_options": {}})
+    write_json(folder / "run" / "metrics.json", {"status": "finished", "x/y": 1.5})
+    write_json(folder / "run" / "environment.json", environment())
+    (folder / "run" / "metrics.csv").write_text("step,tokens,seconds,active_flops,train/loss,validation/loss\n")
+    (folder / "cpu_seconds").write_text("2.5")
 
 
 # ---- what they mean
@@ -206,6 +239,22 @@ def of_results(folder: Path) -> Any:
     return results.rows("as_trained", lambda rows: isinstance(rows, list) and all(is_numbers(row, 2) for row in rows))
 
 
+def of_ids(name: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        config = ids_config(folder / name)
+        write_shards(config, folder / name / "ids", shard_bytes=4000)
+        data = load_data(dataclasses.replace(config, source="memmap", path=str(folder / name / "ids")))
+        facts = {key: value for key, value in data.facts.items() if key != "source"}
+        return [(np.array(x.tokens).tolist(), x.num_bytes) for x in (data.train, data.validation)], facts
+
+    return read
+
+
+def of_study_run(folder: Path) -> Any:
+    [row] = work(folder / "study_run")
+    return {key: value for key, value in row.items() if key != "cpu_seconds"}
+
+
 def torch_load(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), weights_only=True)
 
@@ -239,13 +288,25 @@ KINDS = {
     "config.yaml of a study": Kind("study/config.yaml", of_study, **YAML),
     "manifest.json of targets": Kind("targets/manifest.json", of_targets, **JSON),
     "shard of targets": Kind("targets/shard-00000.safetensors", of_targets, whole=True),
+    "manifest.json of tokenize": Kind("tokenized/ids/manifest.json", of_ids("tokenized"), **JSON, whole=True),
+    "tokenizer.json of tokenize": Kind("tokenized/ids/tokenizer.json", of_ids("tokenized"), **JSON, whole=True),
+    "begun.json": Kind("begun/ids/begun.json", of_ids("begun"), **JSON, whole=True),
+    "done.jsonl": Kind("begun/ids/done.jsonl", of_ids("begun")),
+    "shard that is begun": Kind("begun/ids/train-00000.bin", of_ids("begun"), whole=True),
+    "environment.json of a study": Kind("study_run/run/environment.json", of_study_run, **JSON),
+    "metrics.json of a study": Kind("study_run/run/metrics.json", of_study_run, **JSON),
+    "job.json": Kind("study_run/job.json", of_study_run, **JSON, parts=(("row",), ())),
+    "cpu_seconds": Kind("study_run/cpu_seconds", of_study_run),
     "results": Kind("scores/it.json", of_results, **JSON),
     "config.json": Kind("hf/config.json", of_hf("hf"), **JSON),
     "model.safetensors": Kind("hf/model.safetensors", of_hf("hf")),
     "tokenizer.json of hf": Kind("hf_text/tokenizer.json", of_hf_tokenizer, **JSON),
 }
 
-UNHASHED = ("metrics.csv", "routing.csv", "config.yaml", "metrics.json", "results", "config.json")
+UNHASHED = (
+    *("metrics.csv", "routing.csv", "config.yaml", "metrics.json", "results", "config.json"),
+    *("environment.json", "job.json", "cpu_seconds"),
+)
 """Kinds, by a part of the name, in which one changed byte may be another value that the format allows."""
 
 
@@ -364,7 +425,7 @@ QUICK = {
 def test_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Path) -> None:
     every = QUICK.get(name, 1)
     tried, refused = check(KINDS[name], name, good, tmp_path, every)
-    assert refused >= 2 or "report" in name or name == "metrics.json", (tried, refused)
+    assert refused >= 2 or "report" in name or name in ("metrics.json", "done.jsonl"), (tried, refused)
 
 
 @pytest.mark.slow

@@ -109,12 +109,13 @@ def _differs_in_code(found: Mapping[str, Any] | None, wanted: Mapping[str, Any])
 def _put_aside(directory: Path, arms: Collection[str]) -> dict[str, int]:
     """Move the rows of some arms into a file of their own; returns how many of each."""
     path, aside = directory / "rows.jsonl", directory / REPLACED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         of_arm = [read_row(line)["arm"] for line in lines]
     moved = [line for line, arm in zip(lines, of_arm, strict=True) if arm in arms]
     if moved:
-        before = aside.read_text(encoding="utf-8") if aside.exists() else ""
+        with reading(aside):
+            before = aside.read_text(encoding="utf-8") if aside.exists() else ""
         write_atomically(aside, before + "".join(f"{line}\n" for line in moved))
         if left := [line for line, arm in zip(lines, of_arm, strict=True) if arm not in arms]:
             write_atomically(path, "".join(f"{line}\n" for line in left))

@@ -32,12 +32,22 @@ from moesaic.data.corpora import (
     relative_name,
     validation_names,
 )
-from moesaic.data.streams import BEGUN, MANIFEST, VERSION, DataConfig, baselines_of, dtype_for, seal, shard_name
+from moesaic.data.streams import (
+    BEGUN,
+    MANIFEST,
+    VERSION,
+    DataConfig,
+    baselines_of,
+    dtype_for,
+    seal,
+    sealed_manifest,
+    shard_name,
+)
 from moesaic.data.text_files import PIECE_BYTES, Piece, TextFile, cut, scan
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError
 from moesaic.files import LOCK, append, atomic, is_locked, lock, write_json
-from moesaic.reading import read_json
+from moesaic.reading import read_json, reading
 
 __all__ = ["write_shards"]
 
@@ -100,7 +110,7 @@ def write_shards(
         with lock(directory, busy):
             begun = _begin(directory, config, split, tokenizer, shard_bytes)
             if (directory / MANIFEST).exists():
-                return read_json(directory / MANIFEST)
+                return sealed_manifest(directory)
             tokenizer = _tokenizer_in(directory, config, split.train, tokenizer, tell)
             done = _write_missing(directory, split, tokenizer, shard_bytes, pool, tell)
             return _finish(directory, config, split, left_out, tokenizer, done, begun)
@@ -184,7 +194,8 @@ def _tokenizer_in(
     """The tokenizer of the folder, which is there afterwards."""
     path = directory / TOKENIZER
     if path.exists():
-        return tokenizer_from_dict(read_json(path))
+        with reading(path):
+            return tokenizer_from_dict(read_json(path))
     if tokenizer is None and config.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
     elif tokenizer is None:
@@ -227,7 +238,8 @@ def _write_missing(
             first = name.endswith(shard_name("", 0))
             calls[name] = (_write_shard, str(directory / name), pieces, str(directory / TOKENIZER), first)
     for name, found in _results(pool, calls):
-        append(directory / DONE, f"{json.dumps({'file': name, **found})}\n")
+        row = {"file": name, **found}
+        append(directory / DONE, f"{json.dumps({**row, 'digest': _digest(row)})}\n")
         done[name] = found
         written += sizes.get(name, 0)
         tell("bytes of text", written, sum(sizes.values()))
@@ -253,13 +265,18 @@ def _shards_of(files: Sequence[TextFile], shard_bytes: int) -> Iterator[list[Pie
 
 
 def _read_done(path: Path) -> dict[str, dict[str, Any]]:
-    """What the lines say; one that a kill has cut short says nothing."""
+    """What the lines say; one that a kill has cut short, or that is damaged, says nothing."""
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             row = json.loads(line)
-            found[row.pop("file")] = row
+            if row.pop("digest") == _digest(row):
+                found[row.pop("file")] = row
     return found
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content_hash(split: Split) -> dict[str, Any]:
@@ -353,7 +370,7 @@ def _finish(
     seal(directory, manifest, {file: done[file]["sha256"] for files in names.values() for file in files})
     for name in (BEGUN, DONE):
         (directory / name).unlink(missing_ok=True)
-    return read_json(directory / MANIFEST)
+    return sealed_manifest(directory)
 
 
 @contextlib.contextmanager

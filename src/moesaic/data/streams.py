@@ -37,6 +37,7 @@ __all__ = [
     "load_data",
     "manifest_hash",
     "seal",
+    "sealed_manifest",
     "shard_name",
 ]
 
@@ -390,6 +391,19 @@ def _read_manifest(folder: Path) -> _Manifest:
         manifest = _manifest_of(content)
         if manifest.sha256 is not None and manifest.sha256.get(MANIFEST) != manifest_hash(content):
             raise InputError("damaged, it is not what was written")
+    return manifest
+
+
+def sealed_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder holds, once it and all files are what was written.
+
+    Raises:
+        InputError: it names the file that is not.
+    """
+    _open(folder)
+    manifest = read_json(folder / MANIFEST)
+    if SEAL not in manifest:
+        raise InputError(f"{folder / MANIFEST}: {SEAL}: missing; must hold the hash of each file")
     return manifest
 
 

@@ -6,7 +6,6 @@ everything, once for all its runs, is in no row.
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -20,7 +19,7 @@ import torch
 from rich.console import Console
 
 from moesaic.checkpoints import load_model, save_model, with_config
-from moesaic.config import from_mapping
+from moesaic.config import from_mapping, to_mapping
 from moesaic.data import DataConfig, load_data
 from moesaic.distillation import TargetFormat
 from moesaic.distillation.fill import fill_cache
@@ -51,7 +50,10 @@ def work(folder: Path) -> list[Row]:
 
 
 def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    job = read_json(folder / "job.json")
+    with reading(folder / "job.json"):
+        row: Row = from_mapping(_Job, job).row
+        row["purpose"], row["arm"], row["overrides"]
     config, run_dir = job["config"], folder / "run"
     _require_same_code(job["row"].get("sources", {}), config)
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
@@ -60,9 +62,9 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
         result, here = _fill_cache(cache, config, folder / "targets"), environment()
     else:
         result = _train(config, run_dir, needs_checkpoint=prepares or bool(job["variants"] or job["evaluations"]))
-        here = read_json(run_dir / "environment.json")
+        here = _read_environment(run_dir / "environment.json")
     changes = [line for line in here["git_uncommitted_changes"] or () if line[3:].startswith(("src/", "conf/"))]
-    row: Row = {
+    row = {
         **job["row"],
         "status": result["status"],
         "error": result.get("error"),
@@ -107,6 +109,36 @@ def _work(folder: Path, clock: "_CpuClock") -> list[Row]:
     if job["row"]["purpose"] == "tune":
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
     return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What job.json holds, see `moesaic.studies.runner`."""
+
+    row: dict[str, Any]
+    config: dict[str, Any]
+    metric: str
+    variants: dict[str, dict[str, Any]]
+    evaluations: tuple[str, ...]
+    evaluation_options: dict[str, Any]
+    cache: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Environment:
+    """What a row has of a run's environment.json."""
+
+    python: str
+    processor: str
+    git_commit: str | None
+    git_uncommitted_changes: tuple[str, ...] | None
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    with reading(path):
+        stored = read_json(path)
+        names = [field.name for field in dataclasses.fields(_Environment)]
+        return to_mapping(from_mapping(_Environment, {name: stored[name] for name in names if name in stored}))
 
 
 def _require_same_code(planned: Mapping[str, str], config: Mapping[str, Any]) -> None:
@@ -186,6 +218,7 @@ def _train(config: Mapping[str, Any], run_dir: Path, needs_checkpoint: bool) -> 
     ):
         return found
     if checkpoint.is_file():
+        _read_environment(run_dir / "environment.json")  # what is wrong with it is said before the training
         return run({**config, "resume": True, "run_dir": str(run_dir)})
     shutil.rmtree(run_dir, ignore_errors=True)  # killed before its first checkpoint: nothing in it is worth keeping
     return run({**config, "run_dir": str(run_dir)})
