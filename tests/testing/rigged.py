@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Good(nn.Module):
         self.up = nn.Parameter(torch.randn(num_experts, DIM, HIDDEN))
         self.down = nn.Parameter(torch.randn(num_experts, HIDDEN, DIM))
         self.register_buffer("expert_bias", torch.zeros(num_experts), persistent=self.persistent)
+        self.group: Any = None
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, E)."""
@@ -50,7 +52,20 @@ class Good(nn.Module):
         return torch.einsum("blef,efd->bled", F.relu(torch.einsum("bld,edf->blef", x, self.up)), self.down)
 
     def mix(self, x: Tensor, scores: Tensor) -> Tensor:
-        return torch.einsum("bled,ble->bld", self.experts(x), scores)
+        if self.group is None:
+            return torch.einsum("bled,ble->bld", self.experts(x), scores)
+        # every rank runs its experts on the tokens of all ranks
+        x, scores = (collectives.all_gather_tensor_autograd(each, 0, self.group) for each in (x, scores))
+        own = scores.chunk(self.group.size(), dim=-1)[self.group.rank()]
+        y = torch.einsum("bled,ble->bld", self.experts(x), own)
+        return collectives.reduce_scatter_tensor_autograd(y, "sum", 0, self.group)
+
+    def spread(self, group: Any) -> None:
+        """Expert parallelism, as `MoEUnderTest.expert_parallel` says."""
+        self.group = group
+        for name in ("up", "down"):
+            own = getattr(self, name).detach().chunk(group.size())[group.rank()]
+            setattr(self, name, nn.Parameter(own.clone()))
 
     def forward(self, x: Tensor) -> Tensor:
         probabilities = self.probabilities(self.logits(x))
@@ -109,6 +124,7 @@ def describe(layer: Good, **changes: Any) -> MoEUnderTest:
         "balance_loss": lambda module, x, valid: module.balance_loss(x, valid),
         "z_loss": lambda module, x: module.z_loss(x),
         "expert_bias": lambda module: module.expert_bias,
+        "expert_parallel": lambda module, group: module.spread(group),
         "bias_step": lambda module, micro_batches, run: module.bias_step(micro_batches, run),
     }
     return MoEUnderTest(layer, **(known | changes))
@@ -363,3 +379,46 @@ class CountsAsPythonNumbers(Good):
         out = torch.cat([F.relu(r @ up) @ down for r, up, down in zip(rows, self.up, self.down, strict=True)])
         out = out * weights[token[order], expert[order], None]
         return torch.zeros_like(flat).index_add(0, token[order], out).view_as(x)
+
+
+class GradientsOfRanksAveraged(Good):
+    """A mean over ranks, where their tokens are shares of one batch."""
+
+    def spread(self, group: Any) -> None:
+        super().spread(group)
+        self.up.register_hook(lambda gradient: gradient / group.size())
+
+
+class ExpertsOfAnotherRank(Good):
+    def spread(self, group: Any) -> None:
+        up = self.up.detach().roll(1, 0)
+        super().spread(group)
+        self.up = nn.Parameter(up.chunk(group.size())[group.rank()].clone())
+
+
+class OneRankFails(Good):
+    def spread(self, group: Any) -> None:
+        if group.rank() == 1:
+            raise MemoryError("no room for its experts")
+        super().spread(group)
+
+
+class ExpertsAsModules(Good):
+    """Each rank keeps its own experts under their names, and has none of the others."""
+
+    def __init__(self, num_experts: int = 4) -> None:
+        super().__init__(num_experts)
+        ups = self.up.detach()
+        del self.up
+        self.ups = nn.ParameterDict({str(e): nn.Parameter(up) for e, up in enumerate(ups)})
+
+    @property
+    def up(self) -> Tensor:  # type: ignore[override]
+        return torch.stack(list(self.ups.values()))
+
+    def spread(self, group: Any) -> None:
+        self.group = group
+        self.down = nn.Parameter(self.down.detach().chunk(group.size())[group.rank()].clone())
+        for e in range(self.num_experts):
+            if e * group.size() // self.num_experts != group.rank():
+                del self.ups[str(e)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from rigged import ExpertInputDetached, Good, NoiseInEvaluation, describe
+from rigged import ExpertInputDetached, ExpertsAsModules, Good, NoiseInEvaluation, OneRankFails, describe
 from torch import Tensor, distributed, nn
 
 import moesaic
@@ -43,7 +43,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "grouped, bfloat16": {"backend": "grouped", "top_k": 2, "expert_bias": True, "dtype": torch.bfloat16},
 }
 CHECKS = {check.name: check for check in moe_checks()}
-QUICK = [check for check in moe_checks() if check.name != "compile"]
+QUICK = [check for check in moe_checks() if check.name not in ("compile", "expert-parallel")]
 BIAS = {name for name in CHECKS if name.startswith("bias")}
 
 
@@ -68,6 +68,44 @@ def test_ours_passes_everything_that_applies(name: str) -> None:
 def test_ours_compiles(name: str) -> None:
     row = CHECKS["compile"].run(lambda: MoE.build(DIM, HIDDEN, 4, **CONFIGURATIONS[name]))
     assert row.status == "pass", row.detail
+
+
+@pytest.mark.slow_but_for("softmax top-2 normalized")
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_ours_on_two_processes(name: str) -> None:
+    row = CHECKS["expert-parallel"].run(lambda: MoE.build(DIM, HIDDEN, 4, **CONFIGURATIONS[name]))
+    assert row.status == "pass", row.detail
+
+
+class Doubled(Experts):
+    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        return 2 * super().forward(rows, rows_per_expert)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (lambda: MoE.build(DIM, HIDDEN, 3), "num_experts=3: must be a multiple of the 2 processes"),
+        (
+            lambda: MoE(router=TopKRouter(DIM, 4), experts=Doubled(4, DIM, HIDDEN)),
+            "Doubled: cannot be spread over processes; must be Experts",
+        ),
+        (lambda: nn.Linear(DIM, DIM), "no expert_parallel known"),
+    ],
+)
+def test_what_cannot_be_spread_is_said(layer: Any, reason: str) -> None:
+    row = CHECKS["expert-parallel"].run(layer)
+    assert (row.status, row.detail) == ("not applicable", reason)
+
+
+def test_experts_that_are_modules_on_some_ranks_alone() -> None:
+    row = CHECKS["expert-parallel"].run(lambda: describe(ExpertsAsModules(), reference=None))
+    assert row.status == "pass", row.detail
+
+
+def test_a_rank_that_fails_is_named() -> None:
+    row = CHECKS["expert-parallel"].run(lambda: describe(OneRankFails()))
+    assert (row.status, row.detail) == ("fail", "rank 1 of 2: MemoryError: no room for its experts")
 
 
 @pytest.mark.slow_but_for("causality")
@@ -282,7 +320,7 @@ def test_a_report() -> None:
     with pytest.raises(KeyError):
         report["speed"]
     with pytest.raises(
-        AssertionError, match=r"ExpertInputDetached fails 1 of 22 checks:\n  gradients: .*input"
+        AssertionError, match=r"ExpertInputDetached fails 1 of 23 checks:\n  gradients: .*input"
     ) as error:
         report.raise_on_failure()
     assert "huggingface/transformers#48687" in str(error.value)

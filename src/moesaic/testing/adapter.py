@@ -10,7 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic.errors import InputError
 
-__all__ = ["MoEUnderTest", "Run", "first_output"]
+__all__ = ["MoEUnderTest", "NotApplicable", "Run", "first_output"]
+
+
+class NotApplicable(Exception):
+    """The check needs something that the layer does not have or does not tell; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -67,5 +71,10 @@ class MoEUnderTest:
     moves where and how your training moves it."""
     single_expert: Callable[[], Any] | None = None
     """A factory of the same layer with one expert. Not needed if yours takes `num_experts`."""
+    expert_parallel: Callable[[Any, Any], None] | None = None
+    """(module, process group): leave this rank its share of the experts, in place, and let tokens reach all of them.
+
+    A parameter that ranks share is cut along one dimension, rank 0 has the first part. One that only some ranks have
+    may be missing from the others. What is left whole is a copy. It may raise `NotApplicable`."""
     compute_dtype: torch.dtype | None = None
     """The coarsest dtype that the layer computes in, if that is not the dtype of its parameters."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import InputError
-from moesaic.testing.adapter import MoEUnderTest
+from moesaic.testing.adapter import MoEUnderTest, NotApplicable
 from moesaic.testing.recognize import describe
 from moesaic.testing.report import CheckResult
 
@@ -45,10 +45,6 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.01, tor
 
 MARGIN = 0.1
 """Least distance between the logits of the last chosen and the first refused expert: rounding must not decide."""
-
-
-class NotApplicable(Exception):
-    """The check needs something that the layer does not have or does not tell; the message says what."""
 
 
 class Failed(Exception):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers import ACTIVATIONS, Experts, FeedForward, MoE, TopKRouter
+from moesaic.layers import ACTIVATIONS, Experts, FeedForward, LocalDispatcher, MoE, TopKRouter
 from moesaic.losses import load_balance_loss, router_z_loss, update_expert_bias
-from moesaic.testing.adapter import MoEUnderTest, Run
+from moesaic.testing.adapter import MoEUnderTest, NotApplicable, Run
 from moesaic.testing.reference import dense_moe, gated_expert
 
 __all__ = ["describe_routed"]
@@ -27,6 +27,8 @@ def describe_routed(module: nn.Module) -> MoEUnderTest:
         known |= {"dim": router.dim, "top_k": router.top_k, "router_weight": lambda module: module.router.weight}
         if getattr(router, "expert_bias", None) is not None:
             known |= {"expert_bias": lambda module: module.router.expert_bias, "bias_step": _bias_step}
+    if isinstance(module, MoE):
+        known["expert_parallel"] = _spread_experts
     # a subclass may compute something else, and then has no reference here
     plain_parts = type(router) is TopKRouter and type(getattr(module, "experts", None)) is Experts
     if isinstance(module, MoE) and plain_parts and type(module.shared_expert) in (FeedForward, type(None)):
@@ -67,6 +69,22 @@ def _with_one_expert(moe: Any) -> MoE:
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[:1].clone())
     experts.down_proj = nn.Parameter(experts.down_proj.detach()[:1].clone())
     return one
+
+
+def _spread_experts(moe: Any, group: Any) -> None:
+    from moesaic.layers.all_to_all import AllToAllDispatcher  # torch's collectives, which no other check needs
+
+    for part, ours in ((moe.experts, Experts), (moe.dispatcher, LocalDispatcher)):
+        if type(part) is not ours:
+            raise NotApplicable(f"{type(part).__name__}: cannot be spread over processes; must be {ours.__name__}")
+    if moe.experts.num_experts % group.size():
+        raise NotApplicable(
+            f"num_experts={moe.experts.num_experts}: must be a multiple of the {group.size()} processes"
+        )
+    for name, weight in list(moe.experts.named_parameters()):
+        own = weight.detach().chunk(group.size())[group.rank()].clone()
+        setattr(moe.experts, name, nn.Parameter(own, requires_grad=weight.requires_grad))
+    moe.dispatcher = AllToAllDispatcher(group)
 
 
 def _balance_loss(module: Any, x: Tensor, valid: Tensor | None) -> Tensor:

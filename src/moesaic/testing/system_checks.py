@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from moesaic.testing.harness import Failed, Layer, NotApplicable, Subject, check, compare, compare_gradients
+from moesaic.testing.ranks import require_gloo
 
 __all__ = ["compiles", "ddp"]
 
@@ -125,12 +126,7 @@ def _process_group() -> Iterator[None]:
     Raises:
         NotApplicable: if there cannot be one here.
     """
-    from torch import distributed
-
-    if not distributed.is_available():
-        raise NotApplicable("this torch has no torch.distributed")
-    if distributed.is_initialized():
-        raise NotApplicable("a process group is running in this process")
+    require_gloo()
     hook = sys.excepthook  # which the group replaces by one that names the rank, for good
     with tempfile.TemporaryDirectory() as directory:
         address = (Path(directory) / "rendezvous").as_uri()
