@@ -27,7 +27,7 @@ class Learned(NamedTuple):
     y: Tensor
     x_gradient: Tensor
     gradients: dict[str, Tensor]
-    """Of the parameters that this process has, each as large as what it has; zeros where there is none."""
+    """Gradients of the parameters that this process has, each as large as what it has; zeros where there is none."""
 
 
 @check(
