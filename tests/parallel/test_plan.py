@@ -125,7 +125,8 @@ def train(setup: Setup) -> dict[str, Any]:
     dtype = torch.bfloat16 if setup.precision == "bf16-true" else torch.float32
     decoder = build_decoder(setup.model, checkpoint_activations=setup.checkpoint_activations, dtype=dtype)
     if setup.ranks > 1:
-        parallelize(decoder, setup.parallel, torch.device("cpu"))
+        narrow = torch.bfloat16 if setup.precision == "bf16-mixed" else None
+        parallelize(decoder, setup.parallel, torch.device("cpu"), narrow)
     optimizer = build_optimizer(decoder, OptimizerConfig(name=setup.optimizer))
     tokens = torch.randint(setup.model.vocab_size, (setup.batch_size // setup.ranks, setup.seq_len + 1))
 
@@ -198,9 +199,11 @@ def cast(setup: Setup) -> int:
 
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     decoder = build_decoder(setup.model, checkpoint_activations=setup.checkpoint_activations)
-    parallelize(decoder, setup.parallel, torch.device("cpu"))
+    if setup.parallel.shard:
+        parallelize(decoder, setup.parallel, torch.device("cpu"), torch.bfloat16)
     tokens = torch.zeros(1, setup.seq_len, dtype=torch.int64)
-    decoder.hidden_states(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder.hidden_states(tokens)
     with LiveBytes([tokens]) as live:
         with torch.autocast("cpu", torch.bfloat16):
             kept = decoder.hidden_states(tokens)
@@ -210,10 +213,14 @@ def cast(setup: Setup) -> int:
     return let_go
 
 
-def test_autocast_keeps_a_copy_of_every_dense_matrix(workers: Workers) -> None:
-    setup = dataclasses.replace(CASES["mixed, checkpointed"], seq_len=LENGTH)
+@pytest.mark.parametrize("shard", [True, False])
+def test_autocast_keeps_a_copy_of_every_dense_matrix_that_is_not_sharded(workers: Workers, shard: bool) -> None:
+    setup = dataclasses.replace(
+        CASES["mixed, checkpointed"], seq_len=LENGTH, parallel=ParallelConfig(expert=2 if shard else 1, shard=shard)
+    )
     found = workers.run(cast, setup.ranks, setup)
-    assert found == [plan(setup).memory.casts] * setup.ranks and found[0] > 0
+    assert found == [plan(setup).memory.casts] * setup.ranks
+    assert (found[0] == 0) == shard
 
 
 # ---- of any size

@@ -9,6 +9,10 @@ from moesaic.errors import InputError
 from moesaic.layers import Fp8Recipe
 from moesaic.layers.fp8_emulation import Fp8Linear
 from moesaic.models import build_decoder, llama4_toy
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.shards import is_sharded, whole
+from moesaic.parallel.workers import Workers
 from moesaic.training.config import RunConfig, TrainerConfig
 from moesaic.training.fp8 import lightning_precision, multiplying_in_fp8, plan_fp8, torchao_linears
 from moesaic.training.module import LanguageModel
@@ -91,3 +95,24 @@ def test_torchao_takes_the_same_layers() -> None:
         logits.square().mean().backward()
     assert 1e-4 < ((logits - exact).norm() / exact.norm()).item() < 0.2
     assert all(part is modules[name] for name, part in decoder.named_modules())
+
+
+def torchao_after_a_step() -> tuple[bool, float]:
+    """Whether all weights are sharded after the context, and how far the linear layers have moved."""
+    decoder = build_decoder(llama4_toy(num_layers=1))
+    before = decoder.layers[0].get_parameter("mixer.q_proj.weight").detach().clone()
+    with torchao_linears(decoder):
+        parallelize(decoder, ParallelConfig(), torch.device("cpu"))
+        optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
+        decoder.hidden_states(torch.randint(512, (2, 16)))[0].square().mean().backward()
+        optimizer.step()
+    moved = (whole(decoder.layers[0].get_parameter("mixer.q_proj.weight").detach()) - before).abs().max()
+    return all(is_sharded(weight) for weight in decoder.parameters()), float(moved)
+
+
+def test_torchao_keeps_what_a_sharded_run_has_trained(workers: Workers) -> None:
+    """FSDP2 gives torchao's layers other parameters than those that the layers from before had."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    for all_sharded, moved in workers.run(torchao_after_a_step, 2):
+        assert all_sharded and moved > 0

@@ -57,6 +57,22 @@ def test_equals_one_process_in_fp32(workers: Workers, layout: str) -> None:
     assert Compared(layout, "uneven", "32-true", found).exceeding == {}
 
 
+MIXED = [("shards on 2", "accumulated, uneven"), ("shards on 2", "starved, recomputed"), ("experts on 2", "Muon")]
+
+
+@pytest.mark.parametrize(("layout", "case"), MIXED)
+def test_mixed_precision_rounds_what_one_process_rounds(workers: Workers, layout: str, case: str) -> None:
+    """Weights that are gathered in bf16 give what autocast gives, which is what copies on as many ranks have."""
+    training = dataclasses.replace(CASES[case], precision="bf16-mixed")
+    found = train_on(workers, training, LAYOUTS[layout])
+    apart = deviations(found, alone(workers, training))
+    assert apart["train/loss"] < 1e-3 and apart["weights"] < 3e-3
+    if layout == "shards on 2":
+        copies = deviations(found, train_on(workers, training, LAYOUTS["copies on 2"]))
+        assert Compared(layout, case, "32-true", copies).exceeding == {}
+    assert all(weight.dtype == torch.float32 for weight in found.weights.values() if weight.is_floating_point())
+
+
 def test_a_number_that_is_none_is_told() -> None:
     """What is no number is not small, neither in a log nor among weights."""
     good = Trained([{"train/loss": 1.0}], {"head.weight": torch.ones(2)})

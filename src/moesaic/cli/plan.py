@@ -35,7 +35,7 @@ MEMORY_ROWS = {
     "optimizer": "its part of the moments",
     "gathered": "weights: of two blocks, and outside of them",
     "unsummed": "gradients of the same, before their sum",
-    "casts": "bf16 copies of autocast, never sharded",
+    "casts": "bf16 copies by autocast, of what is not sharded",
     "activations": "kept for the backward",
     "working": "beside that, for a block or the loss",
     "stepping": "Muon's largest batch, once these five are gone",
@@ -264,9 +264,9 @@ def _notes(found: Plan, place: _Place, hardware: Hardware) -> list[str]:
     if found.padding > 0.02:
         lines.append(f"Padding: {found.padding:.0%} of what is gathered only makes shards equal.")
     if found.memory.casts > 0.1 * hardware.memory:
-        lines.append("Under autocast weights travel in fp32 and bf16 copies stay; not in bf16-true.")
+        lines.append("Autocast keeps bf16 copies of all matrices that are not sharded; not in bf16-true.")
     if found.setup.precision == "fp8":
-        lines.append("Bytes of fp8 are counted as those of bf16-mixed, and all products at the fp8 peak.")
+        lines.append("Activations of fp8 are counted as those of bf16-mixed, and all products at the fp8 peak.")
     if found.uncounted:
         lines.append(f"Left out: the activations of {', '.join(found.uncounted)}.")
     return lines

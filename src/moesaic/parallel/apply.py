@@ -4,19 +4,27 @@ import torch
 from torch import nn
 from torch.distributed import get_world_size
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from moesaic.layers import MoE
+from moesaic.layers import Experts, MoE
 from moesaic.layers.all_to_all import AllToAllDispatcher
+from moesaic.layers.fp8_emulation import hidden_linears
 from moesaic.models import Block, Decoder
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.shards import held
 
-__all__ = ["parallelize"]
+__all__ = ["parallelize", "working_narrow"]
 
 
-def parallelize(decoder: Decoder, config: ParallelConfig, device: torch.device) -> None:
+def parallelize(
+    decoder: Decoder, config: ParallelConfig, device: torch.device, narrow: torch.dtype | None = None
+) -> None:
     """Spread a decoder, which is the same on all ranks, over them in place. Every rank of the world must call it.
 
     Experts are spread over `config.expert` ranks, and their weights are sharded over the ranks that hold the same
@@ -27,6 +35,8 @@ def parallelize(decoder: Decoder, config: ParallelConfig, device: torch.device) 
 
     Args:
         device: where the weights are.
+        narrow: the dtype of autocast, in a mixed run. Weights of `working_narrow` are rounded to it, then gathered. Shards
+            and sums of gradients stay in the dtype of the weights.
     """
     ranks = get_world_size()
     mesh = init_device_mesh(device.type, (ranks // config.expert, config.expert), mesh_dim_names=("efsdp", "ep"))
@@ -35,9 +45,11 @@ def parallelize(decoder: Decoder, config: ParallelConfig, device: torch.device) 
         assert isinstance(block, Block)
         if config.expert > 1 and isinstance(block.ffn, MoE):
             _spread_experts(block.ffn, mesh["ep"])
-            _shard(block.ffn.experts, mesh["efsdp"])
-        _shard(block, everyone)
-    _shard(decoder, everyone)
+            _shard([block.ffn.experts], mesh["efsdp"], narrow)
+        if narrow is not None and (narrowed := working_narrow(block, config.expert)):
+            _shard(narrowed, everyone, narrow)
+        _shard([block], everyone)
+    _shard([decoder], everyone)
     register_fsdp_forward_method(decoder, "hidden_states")
 
 
@@ -49,12 +61,31 @@ def _spread_experts(moe: MoE, mesh: DeviceMesh) -> None:
     moe.dispatcher = AllToAllDispatcher(mesh.get_group())
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    fully_shard(module, mesh=mesh, shard_placement_fn=lambda weight: _placement(weight, mesh.size()))
-    assert isinstance(module, FSDPModule)
-    # sums, not means. Forced, because torch would else multiply within the collective, which gloo cannot
-    module.set_gradient_divide_factor(1.0)
-    module.set_force_sum_reduction_for_comms(True)
+def working_narrow(block: Block, expert_ranks: int) -> list[nn.Module]:
+    """What multiplies in the dtype of autocast alone, and so may get its weights in it: linear layers and experts.
+
+    Norms, routers, convolutions and custom modules get theirs as they are; torchao's layers too, which round to 8 bits
+    from fp32. Experts that are spread over ranks are left out, as they are gathered by themselves.
+    """
+    experts = [part for part in block.modules() if isinstance(part, Experts)] if expert_ranks == 1 else []
+    return [*hidden_linears(block).values(), *experts]
+
+
+def _shard(modules: list[nn.Module], mesh: DeviceMesh, narrow: torch.dtype | None = None) -> None:
+    """Shard the weights of modules that are gathered together."""
+    # inputs stay what they are: autocast rounds them, as in one process
+    dtypes = MixedPrecisionPolicy(narrow, None if narrow is None else torch.float32, cast_forward_inputs=False)
+    fully_shard(
+        modules if len(modules) > 1 else modules[0],
+        mesh=mesh,
+        mp_policy=dtypes,
+        shard_placement_fn=lambda weight: _placement(weight, mesh.size()),
+    )
+    for module in modules:
+        assert isinstance(module, FSDPModule)
+        # sums, not means. Forced, because torch would else multiply within the collective, which gloo cannot
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def _placement(weight: nn.Parameter, ranks: int) -> Shard | None:

@@ -30,17 +30,19 @@ class Formats(NamedTuple):
     """Which numbers a precision has where."""
 
     weights: torch.dtype
-    """Weights on their way to a block, gradients and moments too."""
+    """Weights, gradients and moments, kept and sent."""
     sent: torch.dtype
     """Rows on their way to their experts."""
     returned: torch.dtype
-    """Rows on their way back."""
+    """Rows on their way back, and gathered weights that are `narrow`."""
     matmul: str
     """A key of `Hardware.peaks`."""
+    narrow_linears: bool = True
+    """Whether `Weight.narrow` holds for linear layers: torchao's round to 8 bits from fp32."""
 
     @property
     def casts(self) -> bool:
-        """Whether a copy of the weights is made for the matmuls, as autocast does."""
+        """Whether products have other numbers than weights, as autocast does."""
         return self.weights != self.returned
 
 
@@ -50,7 +52,7 @@ FORMATS = {
     "bf16-mixed": Formats(_FP32, _FP32, _BF16, "bf16"),  # autocast: the stream and what norms give stay in fp32
     "bf16-true": Formats(_BF16, _BF16, _BF16, "bf16"),
     "64-true": Formats(torch.float64, torch.float64, torch.float64, "fp64"),
-    "fp8": Formats(_FP32, _FP32, _BF16, "fp8"),
+    "fp8": Formats(_FP32, _FP32, _BF16, "fp8", narrow_linears=False),
 }
 
 
@@ -103,6 +105,8 @@ class Weight(NamedTuple):
     """Ranks that gather it together."""
     nodes: int
     """Nodes over which these are spread, at most."""
+    narrow: bool
+    """Whether it is gathered in the dtype of products, where that is another."""
 
     @property
     def gathered(self) -> int:
@@ -144,6 +148,16 @@ class Part:
     def gathered(self) -> int:
         return sum(weight.gathered for weight in self.weights if weight.ranks > 1)
 
+    def gathered_bytes(self, formats: Formats) -> int:
+        """What `gathered` takes as it comes."""
+        return sum(_came_as(weight, formats) * weight.gathered for weight in self.weights if weight.ranks > 1)
+
+
+def _came_as(weight: Weight, formats: Formats) -> int:
+    """Bytes of each number of a weight that is gathered."""
+    is_narrow = weight.narrow and (formats.narrow_linears or len(weight.shape) > 2)
+    return (formats.returned if is_narrow else formats.weights).itemsize
+
 
 def lay_out(setup: Setup) -> list[Part]:
     """All parts of the model as one rank has them; blocks that are alike are laid out once and counted.
@@ -183,8 +197,12 @@ def _lay_out(model: DecoderConfig, parallel: ParallelConfig, ranks: int, per_nod
             tie_embeddings=model.tie_embeddings,
         )
     kinds_of = parameter_kinds(decoder)
+    narrow = _narrow(decoder)
     with _spread(decoder, parallel, ranks):
-        weights = {name: _weight(name, each, kinds_of[name], per_node) for name, each in decoder.named_parameters()}
+        weights = {
+            name: _weight(name, each, kinds_of[name], per_node, name in narrow)
+            for name, each in decoder.named_parameters()
+        }
         parts = []
         for i, (block, layers) in enumerate(zip(decoder.layers, alike.values(), strict=True)):
             assert isinstance(block, Block)
@@ -198,6 +216,20 @@ def _name(model: DecoderConfig, ffn: Any) -> str:
     if isinstance(ffn, dict):
         return str(ffn["type"]).rpartition(".")[2]
     return "MoE" if ffn == "moe" else f"dense {model.ffn_width(ffn)}"
+
+
+def _narrow(decoder: Decoder) -> set[str]:
+    """Names of the weights that are gathered in the dtype of products, in a mixed run."""
+    from moesaic.parallel.apply import working_narrow
+
+    blocks = [block for block in decoder.layers if isinstance(block, Block)]
+    modules = {part for block in blocks for part in working_narrow(block, expert_ranks=1)}
+    return {
+        f"{name}.{weight}"
+        for name, module in decoder.named_modules()
+        if module in modules
+        for weight, _ in module.named_parameters(recurse=False)
+    }
 
 
 @contextlib.contextmanager
@@ -238,13 +270,13 @@ class _OneEmpty(torch.overrides.TorchFunctionMode):
         return self._made[key]
 
 
-def _weight(name: str, weight: Any, kind: ParameterKind, per_node: int) -> Weight:
+def _weight(name: str, weight: Any, kind: ParameterKind, per_node: int, narrow: bool) -> Weight:
     shape = tuple(weight.shape)
     if not is_sharded(weight):
-        return Weight(name, shape, kind, weight.numel(), None, 1, 1)
+        return Weight(name, shape, kind, weight.numel(), None, 1, 1, narrow)
     # FSDP2's dimension of a mesh is the first
     ranks, nodes = _reach(weight.device_mesh, 0, per_node)
-    return Weight(name, shape, kind, held(weight).numel(), weight.placements[0].dim, ranks, nodes)
+    return Weight(name, shape, kind, held(weight).numel(), weight.placements[0].dim, ranks, nodes, narrow)
 
 
 def _exchange(ffn: nn.Module, per_node: int) -> tuple[int, int]:
@@ -323,9 +355,11 @@ def collectives(setup: Setup, parts: list[Part]) -> list[Collective]:
             add("all-reduce", "gradients", 1, size * part.here, setup.ranks, nodes)
         is_block = part is not parts[0]
         for group in part.groups:
-            message, (ranks, nodes) = size * sum(weight.gathered for weight in group), (group[0].ranks, group[0].nodes)
+            ranks, nodes = group[0].ranks, group[0].nodes
+            message = sum(_came_as(weight, setup.formats) * weight.gathered for weight in group)
             add("all-gather", "weights", 2 if is_block else 1, message, ranks, nodes)
-            add("reduce-scatter", "gradients", 1, message, ranks, nodes)
+            sums = size * sum(weight.gathered for weight in group)
+            add("reduce-scatter", "gradients", 1, sums, ranks, nodes)
             if setup.optimizer == "muon":
                 split = [each for each in group if each.kind == "matrix" and each.stacked != each.here]
                 add("all-gather", "for Muon", 1, size * sum(each.gathered for each in split), ranks, nodes)
@@ -358,7 +392,7 @@ class Memory:
     unsummed: int
     """Gradients before they are summed over ranks: of two blocks, and of what is outside; of copies, DDP's buckets."""
     casts: int
-    """Copies of weights that autocast keeps in bf16 until the backward, which nothing shards."""
+    """Copies of weights that autocast keeps in bf16 until the backward: of those that do not come to a block so."""
     activations: int
     working: int
     """What one block at work, or the loss, needs beside what is kept."""
@@ -385,15 +419,14 @@ def memory(setup: Setup, parts: list[Part]) -> Memory:
         for part in parts
         for weight in part.weights
     )
-    gathered = size * (outside.gathered + 2 * max(part.gathered for part in blocks))
     copies = setup.ranks > 1 and not setup.parallel.shard
     found = _activations(setup)
     return Memory(
         weights=size * here,
         gradients=size * here,
         optimizer=size * moments,
-        gathered=gathered,
-        unsummed=size * here if copies else gathered,
+        gathered=outside.gathered_bytes(formats) + 2 * max(part.gathered_bytes(formats) for part in blocks),
+        unsummed=size * (here if copies else outside.gathered + 2 * max(part.gathered for part in blocks)),
         casts=_casts(setup, blocks) if formats.casts else 0,
         activations=found.kept,
         working=max(found.block, found.loss),
@@ -433,7 +466,9 @@ def _casts(setup: Setup, blocks: list[Part]) -> int:
         part.count * weight.gathered
         for part in blocks
         for weight in part.weights
-        if weight.kind == "matrix" and (len(weight.shape) == 2 or not setup.checkpoint_activations)
+        if weight.kind == "matrix"
+        and not (weight.narrow and weight.ranks > 1)
+        and (len(weight.shape) == 2 or not setup.checkpoint_activations)
     )
 
 

@@ -45,7 +45,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """Spread a decoder, the same on all ranks, over them in place."""
         from moesaic.parallel.apply import parallelize  # torch's FSDP2, which no other run needs
 
-        parallelize(decoder.to(self.root_device), self.parallel, self.root_device)
+        narrow = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        parallelize(decoder.to(self.root_device), self.parallel, self.root_device, narrow)
 
     @staticmethod
     def gather(state: Any) -> Any:
