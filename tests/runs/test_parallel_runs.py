@@ -88,6 +88,34 @@ def test_a_run_goes_on_with_any_number_of_processes(
     load_model(tmp_path / "moved" / "checkpoints" / "last.ckpt")
 
 
+def checks(run_dir: Path) -> list[dict[str, float]]:
+    """What was logged of each validation."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["validation/loss"]]
+    names = ("validation/", "drift")
+    return [
+        {name: float(each) for name, each in row.items() if each and any(n in name for n in names)} for row in found
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [(4, 2), pytest.param((2, 1), marks=pytest.mark.slow), pytest.param((2, 1, False), marks=pytest.mark.slow)],
+)
+def test_ranks_share_a_validation(
+    composed: Composed, tmp_path: Path, workers: Workers, layout: tuple[int, ...]
+) -> None:
+    """Batches of two windows, so that with four ranks two of them have none."""
+    given = (*STEPS, "training.validation_seq_len=64", "training.validation_batches=3")
+    for name, overrides in (("whole", given), ("shared", (*given, *several(*layout)))):
+        ranks = layout[0] if name == "shared" else 1
+        workers.run(on_a_rank, ranks, composed(*overrides, f"run_dir={tmp_path / name}"), overrides)
+    shared, whole = checks(tmp_path / "shared"), checks(tmp_path / "whole")
+    assert len(whole) == 2 and any("drift" in name for name in whole[1])
+    for here, there in zip(shared, whole, strict=True):
+        assert here == pytest.approx(there, rel=1e-12, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

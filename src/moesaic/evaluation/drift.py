@@ -1,7 +1,7 @@
 """How many choices of experts change: between two checkpoints of a run, and from check to check while it trains."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from moesaic.errors import InputError
 from moesaic.layers import Routing
 from moesaic.models import Decoder
 
-__all__ = ["Drift", "RunningDrift", "changed_choices"]
+__all__ = ["Drift", "RunningDrift", "Watched", "changed_choices"]
 
 
 def changed_choices(before: Tensor, now: Tensor) -> Tensor:
@@ -59,6 +59,10 @@ class Drift:
         return {f"router/{name}/drift": n / max(1, self._choices[name]) for name, n in self._changed.items()}
 
 
+Watched = tuple[Tensor, dict[str, Tensor]]
+"""Tokens (T,), and what they chose (T, K) by layer."""
+
+
 class RunningDrift:
     """Share of choices that changed since the check before, by layer, on the first tokens that a check sees.
 
@@ -77,19 +81,36 @@ class RunningDrift:
         self._experts: dict[str, int] = {}
 
     @torch.no_grad()
-    def update(self, routing: Mapping[str, Routing], batch: Mapping[str, Tensor]) -> None:
-        """Add the routing of a batch of "tokens" and (optionally) "valid", each (B, L)."""
-        left = self.max_tokens - sum(tokens.numel() for tokens in self._tokens)
+    def update(
+        self,
+        routing: Mapping[str, Routing],
+        batch: Mapping[str, Tensor],
+        gather: Callable[[Watched], Iterable[Watched]] = lambda watched: [watched],
+    ) -> None:
+        """Add the routing of a batch of "tokens" and (optionally) "valid", each (B, L).
+
+        Args:
+            gather: what all ranks have of the batch, in the order of its rows.
+        """
+        left = self._left
         if left <= 0 or not routing:
             return
         tokens = batch["tokens"].flatten()
         watched = torch.arange(tokens.numel(), device=tokens.device)
         watched = (watched[batch["valid"].flatten()] if "valid" in batch else watched)[:left]
-        self._tokens.append(tokens[watched].cpu())
+        chosen = {}
         for name, decided in routing.items():
-            ids = decided.expert_ids[watched].to("cpu", _id_dtype(decided.logits.size(1)))
-            self._choices.setdefault(name, []).append(ids)
+            chosen[name] = decided.expert_ids[watched].to("cpu", _id_dtype(decided.logits.size(1)))
             self._experts[name] = decided.logits.size(1)
+        for seen, choices in gather((tokens[watched].cpu(), chosen)):
+            left = self._left
+            self._tokens.append(seen[:left])
+            for name, ids in choices.items():
+                self._choices.setdefault(name, []).append(ids[:left])
+
+    @property
+    def _left(self) -> int:
+        return self.max_tokens - sum(tokens.numel() for tokens in self._tokens)
 
     def finish(self) -> dict[str, float]:
         """The shares; empty if no check was before, or one on other tokens (a run that goes on with other data)."""

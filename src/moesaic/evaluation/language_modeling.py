@@ -85,6 +85,16 @@ class LanguageModelScore:
             counts = count_tokens(decided.expert_ids, decided.logits.size(1), mask).cpu()
             self.tokens_per_expert[name] = counts + self.tokens_per_expert.get(name, 0)
 
+    def add_up(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Make the loss and the bits per byte those of the batches of all ranks.
+
+        Args:
+            over_ranks: the sum of a tensor of each rank.
+        """
+        self.nats_by_position = over_ranks(self.nats_by_position).cpu()
+        self.tokens_by_position = over_ranks(self.tokens_by_position).cpu()
+        self.num_bytes = int(over_ranks(torch.tensor(self.num_bytes)))
+
     @property
     def num_tokens(self) -> int:
         return int(self.tokens_by_position.sum())

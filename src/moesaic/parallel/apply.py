@@ -35,8 +35,8 @@ def parallelize(
 
     Args:
         device: where the weights are.
-        narrow: the dtype of autocast, in a mixed run. Weights of `working_narrow` are rounded to it, then gathered. Shards
-            and sums of gradients stay in the dtype of the weights.
+        narrow: the dtype of autocast, in a mixed run. Weights of `working_narrow` are rounded to it, then gathered.
+            Shards and sums of gradients stay in fp32.
     """
     ranks = get_world_size()
     mesh = init_device_mesh(device.type, (ranks // config.expert, config.expert), mesh_dim_names=("efsdp", "ep"))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from moesaic.data import (
@@ -17,7 +18,7 @@ from moesaic.data.loaders import ResumableLoader
 from moesaic.errors import InputError
 from moesaic.training.config import RunConfig, TrainingConfig
 
-__all__ = ["RunBatches", "Sizes", "evaluation_sizes", "require_same_batches"]
+__all__ = ["RunBatches", "SharedBatches", "Sizes", "evaluation_sizes", "require_same_batches"]
 
 
 class Sizes(TypedDict):
@@ -67,6 +68,32 @@ def require_same_batches(config: RunConfig) -> None:
         )
 
 
+class SharedBatches:
+    """A rank's rows of every batch of a loader: as many batches on each rank, as each may wait for the others.
+
+    A rank without any row of a batch gets one that does not count: labels -100, valid False.
+    """
+
+    def __init__(self, loader: AnyEvaluationLoader, rank: int, world_size: int) -> None:
+        self.loader = loader
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.loader:
+            rows = len(batch["tokens"])
+            size = -(-rows // self.world_size)
+            if (first := self.rank * size) < rows:
+                yield {name: each[first : first + size] for name, each in batch.items()}
+                continue
+            one = {name: each[:1] for name, each in batch.items()}
+            labels, valid = torch.full_like(one["labels"], -100), torch.zeros_like(one["labels"], dtype=torch.bool)
+            yield {**one, "labels": labels, "valid": valid}
+
+
 class RunBatches(pl.LightningDataModule):
     """Training batches, shared among the ranks, and those of the checks during the run."""
 
@@ -104,7 +131,11 @@ class RunBatches(pl.LightningDataModule):
             return _Same(loader, same)
         return loader
 
-    def val_dataloader(self) -> AnyEvaluationLoader:
+    def val_dataloader(self) -> AnyEvaluationLoader | SharedBatches:
         """Raises InputError if the split is too short."""
         training = self.config.training
-        return evaluation_loader(self.data, **evaluation_sizes(training), max_batches=training.validation_batches)
+        loader = evaluation_loader(self.data, **evaluation_sizes(training), max_batches=training.validation_batches)
+        if self.trainer is None or self.trainer.world_size == 1:
+            return loader
+        shared = self.config.parallel.tensor  # ranks that share matrices have the same rows
+        return SharedBatches(loader, self.trainer.global_rank // shared, self.trainer.world_size // shared)

@@ -13,7 +13,7 @@ from moesaic.config import from_mapping, to_mapping
 from moesaic.data import with_step_counts
 from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
-from moesaic.evaluation.drift import RunningDrift
+from moesaic.evaluation.drift import RunningDrift, Watched
 from moesaic.evaluation.language_modeling import LanguageModelScore
 from moesaic.evaluation.routing import RoutingSums, routing_sums
 from moesaic.layers import Routing, count_tokens
@@ -399,11 +399,14 @@ class LanguageModel(pl.LightningModule):
         self.teacher_score = LanguageModelScore(self.token_bytes)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self.drift.update(self.score.score_batch(self.decoder, batch), batch)
+        self.drift.update(self.score.score_batch(self.decoder, batch), batch, self._of_all_ranks)
         if self.teacher is not None:
             self.teacher_score.score_batch(self.teacher, batch)
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            for score in (self.score, self.teacher_score)[: 1 if self.teacher is None else 2]:
+                score.add_up(self._over_ranks)
         metrics = {"validation/loss": self.score.loss}
         if self.score.bits_per_byte is not None:
             metrics["validation/bits_per_byte"] = self.score.bits_per_byte
@@ -486,6 +489,14 @@ class LanguageModel(pl.LightningModule):
             progress = Progress(tokens, account(model, before["seq_len"]).training_flops)
         move_positions(checkpoint, before, self.config.training)
         self.progress = progress.then(step, self._tokens_per_step(), self.training_flops_per_token)
+
+    def _of_all_ranks(self, watched: Watched) -> list[Watched]:
+        """What ranks with other rows have, in their order."""
+        if self.trainer.world_size == 1:
+            return [watched]
+        found: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(found, watched)
+        return found[:: self.config.parallel.tensor]
 
     def _over_ranks(self, counts: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
