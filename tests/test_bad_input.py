@@ -80,6 +80,11 @@ VALUES: list[tuple[str, list[str]]] = [
     ("train data.vocab_size=5e9 data.tokenizer=bpe", ["data.vocab_size=5000000000", "at most"]),
     ("train model.dim=262144 model.hidden_dim=1000000", ["memory, but", "has", "training.batch_size=2"]),
     ("train training.batch_size=900000 training.seq_len=900000", ["training.seq_len=900000", "memory, but"]),
+    ("train trainer.num_nodes=0", ["trainer.num_nodes=0", "must be a number >= 1"]),
+    (
+        "train trainer.devices=2 model.moe.num_experts=16384 model.moe.hidden_dim=400000",
+        ["2 processes on this machine, each", "of memory, but"],
+    ),
     ("train model.moe.num_experts=16384 model.moe.hidden_dim=400000", ["model, training", "of memory, but"]),
     ("train data.cache_dir=text/0.txt", ["data.cache_dir='text/0.txt'", "cannot be written"]),
     ("train ckpt_path=nowhere.ckpt", ["nowhere.ckpt"]),

@@ -8,7 +8,7 @@ import torch
 
 from moesaic.errors import InputError
 
-__all__ = ["cgroup_limit", "gigabytes", "machine_memory", "require_accelerator", "require_memory"]
+__all__ = ["cgroup_limit", "gigabytes", "machine_memory", "on_gpu", "require_accelerator", "require_memory"]
 
 
 def require_accelerator(key: str, accelerator: str) -> None:
@@ -30,14 +30,18 @@ def require_memory(what: str, needed: int, accelerator: str = "cpu", advice: str
         accelerator: "gpu", or "auto" where there is one, asks for the memory of the first GPU.
         advice: what must be smaller.
     """
-    on_gpu = accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    if on_gpu:
+    if on_gpu(accelerator):
         there, owner = torch.cuda.get_device_properties(0).total_memory, "the GPU"
     else:
         there, owner = machine_memory()
     if needed > there:
         must = f"; {advice}" if advice else ""
         raise InputError(f"{what} needs {gigabytes(needed)} of memory, but {owner} has {gigabytes(there)}{must}")
+
+
+def on_gpu(accelerator: str) -> bool:
+    """Whether this name of an accelerator means a GPU here."""
+    return accelerator in ("auto", "gpu") and torch.cuda.is_available()
 
 
 def gigabytes(n: float) -> str:

@@ -38,13 +38,15 @@ def processes(trainer: Mapping[str, Any]) -> int:
     """How many processes a run with these `trainer` keys has. Lightning says what `auto` and the like mean here.
 
     Raises:
-        InputError: no number of devices, or none that this machine has.
+        InputError: no number of devices or nodes, or none that this machine has.
     """
     devices = _devices(trainer)
     if devices is None:
         made = require_options({"accelerator": trainer.get("accelerator", "cpu"), "devices": trainer["devices"]})
         devices = made.num_devices
     nodes: int = trainer.get("num_nodes", 1)
+    if nodes < 1:
+        raise InputError(f"trainer.num_nodes={nodes}: must be a number >= 1")
     return devices * nodes
 
 
