@@ -13,13 +13,21 @@ from moesaic.config import from_mapping, require_same, to_mapping
 from moesaic.data import DataConfig, Tokenizer, token_bytes, tokenizer_from_dict
 from moesaic.devices import require_memory
 from moesaic.errors import InputError, reason
-from moesaic.files import atomic
+from moesaic.files import atomic, standing
 from moesaic.formats import translate_model, translate_run
 from moesaic.imports import trusting, trusts_change
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.custom import require_trusted_modules, source_hashes
 from moesaic.models.decoder import FOREIGN_FILES
 from moesaic.models.shapes import num_parameters
+from moesaic.parallel.manifest import (
+    CONTENT,
+    Manifest,
+    is_sharded_checkpoint,
+    map_tensors,
+    read_manifest,
+    require_listed,
+)
 from moesaic.reading import reading, require_file, require_finite
 
 __all__ = [
@@ -27,6 +35,7 @@ __all__ = [
     "decoder_weights",
     "load_checkpoint",
     "load_model",
+    "require_checkpoint",
     "require_finite_weights",
     "require_same_keys",
     "require_same_model",
@@ -47,22 +56,77 @@ class TrainedModel:
     token_bytes: torch.Tensor | None
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, whole: bool = True, checked: bool = True) -> dict[str, Any]:
     """Read the content of a checkpoint of ours onto the CPU, its configs in the words of this version.
 
-    The checksums in the file are checked first, and then that everything has the form that its readers expect.
+    It is a file, or a directory that several processes wrote. Its checksums are compared first, and then whether
+    everything has the form that its readers expect. Nothing that it names is imported or run.
+
+    Args:
+        whole: of a directory, whether the tensors that were sharded are read. Else they are on the meta device.
+        checked: of a directory, whether the hashes of its files are compared.
 
     Raises:
         InputError: no such file, a damaged file, one of a newer version, or not a checkpoint of this project.
     """
     path = Path(path)
     with reading(f"checkpoint {path}"):
-        require_file(path, "a file, such as its checkpoints/last.ckpt")
+        require_checkpoint(path)
+    there = standing(path)
+    if not there.is_dir():
+        checkpoint = _read_file(path, there)
+    else:
+        with reading(f"checkpoint {path}"):
+            manifest = read_manifest(there, checked)
+            checkpoint = _read_file(path / CONTENT, there / CONTENT)
+            sharded = require_listed(checkpoint, manifest)
+            if whole:
+                checkpoint = _gathered(there, manifest, checkpoint, sharded)
+    with reading(f"checkpoint {path}"):
+        stored = to_mapping(from_mapping(_HyperParameters, checkpoint["hyper_parameters"], "hyper_parameters"))
+        from_mapping(_Header, {key: checkpoint["moesaic"].get(key, {}) for key in ("foreign_files", "sources")})
+        require_finite({key: stored[key] for key in ("config", "model")}, "")
+        model, config = translate_model(stored["model"]), translate_run(stored["config"])
+        _require_weights(checkpoint["state_dict"], model, whole)
+        from_mapping(DecoderConfig, model, "model")
+        from_mapping(DataConfig, config["data"], "config.data")
+        from_mapping(_Trained, {key: config[key] for key in ("name", "training", "distillation") if key in config})
+        checkpoint["hyper_parameters"] = {**stored, "config": config, "model": model}
+    return checkpoint
+
+
+def require_checkpoint(path: Path) -> None:
+    """Raise InputError where there is neither a checkpoint file nor a directory of one; its content is not looked at.
+
+    Raises:
+        InputError: what is there instead.
+        OSError: the folder cannot be looked into.
+    """
+    there = standing(path)
+    if not is_sharded_checkpoint(there):
+        require_file(there, "a file, such as its checkpoints/last.ckpt, or a directory with a manifest.json")
+
+
+def _gathered(
+    directory: Path, manifest: Manifest, content: dict[str, Any], sharded: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The content with whole tensors in place of those without numbers."""
+    from moesaic.parallel.shard_files import read_parts  # torch's distributed checkpoints, which few need
+
+    require_memory("its tensors", sum(each.numel() * each.itemsize for each in sharded.values()))
+    tensors = {key: torch.zeros(each.shape, dtype=each.dtype) for key, each in sharded.items()}
+    read_parts(directory, manifest, tensors)
+    whole: dict[str, Any] = map_tensors(content, lambda key, tensor: tensors.get(key, tensor))
+    return whole
+
+
+def _read_file(path: Path, there: Path) -> dict[str, Any]:
+    """What a file holds, whose checksums are right; `path` is its name for messages."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(there) as file:
             damaged = file.testzip()
         if damaged is None:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(there, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"checkpoint {path}: cannot be read ({reason(error)})") from error
     except Exception as error:  # what the unpickler raises on garbage has no common base
@@ -72,16 +136,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path}: damaged, the checksum of {damaged} in it is wrong; take a copy of it")
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters", "moesaic"} <= checkpoint.keys():
         raise InputError(f"checkpoint {path}: not a checkpoint that moesaic wrote")
-    with reading(f"checkpoint {path}"):
-        stored = to_mapping(from_mapping(_HyperParameters, checkpoint["hyper_parameters"], "hyper_parameters"))
-        from_mapping(_Header, {key: checkpoint["moesaic"].get(key, {}) for key in ("foreign_files", "sources")})
-        require_finite({key: stored[key] for key in ("config", "model")}, "")
-        model, config = translate_model(stored["model"]), translate_run(stored["config"])
-        _require_weights(checkpoint["state_dict"], model)
-        from_mapping(DecoderConfig, model, "model")
-        from_mapping(DataConfig, config["data"], "config.data")
-        from_mapping(_Trained, {key: config[key] for key in ("name", "training", "distillation") if key in config})
-        checkpoint["hyper_parameters"] = {**stored, "config": config, "model": model}
     return checkpoint
 
 
@@ -123,7 +177,7 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
 def require_finite_weights(weights: Mapping[str, torch.Tensor]) -> None:
     """Raise InputError that names the first weight with a number that is nan or infinite."""
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise InputError(f"{name} holds numbers that are not finite; the model has diverged")
 
 
@@ -173,10 +227,11 @@ class _Trained:
             raise ValueError("config.distillation: must have a source, and a mapping teacher_model")
 
 
-def _require_weights(state: Any, model: Mapping[str, Any]) -> None:
+def _require_weights(state: Any, model: Mapping[str, Any], whole: bool) -> None:
     """Refuse weights that are no tensors on the CPU, and a number of layers that they do not have."""
     for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+        is_tensor = isinstance(tensor, torch.Tensor) and not (whole and tensor.is_meta)
+        if not is_tensor or tensor.layout is not torch.strided or tensor.is_quantized:
             raise InputError(f"state_dict.{name}: found a {type(tensor).__name__}; must be a dense tensor")
     found = {name.split(".")[2] for name in state if name.startswith("decoder.layers.")}
     if model["num_layers"] != len(found):  # before anything of this size is made
@@ -246,12 +301,15 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write what `load_checkpoint` reads. The file appears complete or not at all.
+    """Write what `load_checkpoint` reads, in place of a file or directory. It appears complete or not at all.
 
     Raises:
         CannotWrite: the disk is full or read-only.
     """
-    with atomic(path) as partial, partial.open("wb") as file:  # a file of ours, whose errors have a reason
+    with (
+        atomic(path, over_folder=True) as partial,
+        partial.open("wb") as file,
+    ):  # a file of ours, whose errors have a reason
         torch.save(content, file)
 
 

@@ -24,11 +24,14 @@ __all__ = [
     "is_locked",
     "lock",
     "make_folder",
+    "old_of",
     "partial_of",
     "remove_partials",
     "require_disk_space",
     "staging_folder",
+    "standing",
     "sync",
+    "take_place",
     "write_atomically",
     "write_json",
     "write_yaml",
@@ -82,12 +85,47 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def old_of(path: Path) -> Path:
+    """Where a file or folder is while another takes its name."""
+    return path.with_name(f".{path.name}.old")
+
+
+def standing(path: Path) -> Path:
+    """Where to find what has this name, though a process was killed while something else was to take it."""
+    return path if os.path.lexists(path) or not os.path.lexists(old_of(path)) else old_of(path)
+
+
+def take_place(new: Path, path: Path) -> None:
+    """Give a file or folder, which is whole, the name of another of either kind, which is removed.
+
+    No system renames over a folder with files. So what was there is moved aside first: `standing` finds it after a
+    kill, until `path` is there again.
+    """
+    sync(new)
+    if os.path.lexists(path):
+        _remove(old_of(path))
+        path.rename(old_of(path))
+    new.rename(path)
+    sync(path.parent)
+    _remove(old_of(path))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, over_folder: bool = False) -> Iterator[Path]:
     """Yield a path to write to; what is there at the end takes the name `path`, whole and on the disk.
 
     After an error `path` is as it was. A kill leaves the partial file, under one name beside `path`, and the next call
     writes over it.
+
+    Args:
+        over_folder: whether it may replace a folder, with all that is in it.
 
     Raises:
         CannotWrite: the disk is full or read-only, or the folder may not be written.
@@ -98,7 +136,10 @@ def atomic(path: Path) -> Iterator[Path]:
         try:
             yield partial
             sync(partial)
-            partial.replace(path)
+            if over_folder and path.is_dir():
+                take_place(partial, path)
+            else:
+                partial.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -173,10 +214,14 @@ def find_all(root: Path, name: str, tell: Callable[[OSError], None] | None = Non
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what killed processes left below a directory that nobody else writes to."""
-    for path in directory.rglob(".*.partial"):
+    """Remove what killed processes left below a directory that nobody else writes to; put back what was to be replaced."""
+    for path in [*directory.rglob(".*.partial"), *directory.rglob(".*.ckpt.old")]:
         with contextlib.suppress(OSError):
-            path.unlink() if path.is_file() else shutil.rmtree(path)
+            name = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+            if path.suffix == ".old" and not os.path.lexists(name):
+                path.rename(name)
+            else:
+                _remove(path)
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moesaic.checkpoints import load_model, save_model
+from moesaic.checkpoints import load_checkpoint, load_model, save_model, write_checkpoint
 from moesaic.cli.arguments import require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.data import BPETokenizer, Tokenizer
@@ -22,6 +22,7 @@ from moesaic.errors import InputError
 from moesaic.interop import check_hf, config_to_hf, from_hf, to_hf
 from moesaic.interop.llama4_weights import Progress as TensorProgress
 from moesaic.models import Decoder, DecoderConfig, account
+from moesaic.parallel.manifest import is_sharded_checkpoint
 from moesaic.reading import reading
 
 __all__ = ["convert", "main"]
@@ -34,14 +35,22 @@ def convert(
 ) -> Decoder:
     """Convert `source` to `destination` (a .ckpt file, or else a transformers directory); returns the decoder.
 
+    A checkpoint of several processes, a directory, becomes one file with all that is in it, or a transformers directory.
+
     Raises:
         InputError: either cannot be used; nothing is written then.
     """
     to_checkpoint = destination.suffix == ".ckpt"
     if destination.exists() and (to_checkpoint or not destination.is_dir()):
         raise InputError(f"{destination}: exists already; choose another name")
+    if to_checkpoint and is_sharded_checkpoint(source):
+        if dtype is not None:
+            raise InputError(f"dtype={dtype}: must be null where {source} becomes one file, which holds what it holds")
+        decoder = load_model(source).decoder
+        write_checkpoint(destination, load_checkpoint(source))
+        return decoder
     with _bar("reading") as tell:
-        if source.is_dir():
+        if _is_directory(source):
             decoder = from_hf(source, dtype=dtype, progress=tell)
             with reading(source / "tokenizer.json"):
                 tokenizer = _read_tokenizer(decoder.foreign_files.get("tokenizer.json"))
@@ -60,6 +69,11 @@ def convert(
         else:
             to_hf(decoder, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=tell)
     return decoder
+
+
+def _is_directory(source: Path) -> bool:
+    """Whether this is a directory of transformers, rather than a checkpoint of ours."""
+    return source.is_dir() and not is_sharded_checkpoint(source)
 
 
 def _read_tokenizer(text: str | None) -> Tokenizer | None:
@@ -84,7 +98,7 @@ def _tokenizer_files(tokenizer: BPETokenizer) -> dict[str, str]:
 
 def dry_run(source: Path) -> Table:
     """Check all that can be checked without weights; returns what was found."""
-    if not source.is_dir():
+    if not _is_directory(source):
         config = load_model(source).config
         config_to_hf(config, {}, "float32")
         return _summary(str(source), config, {"can be written as": "Llama4ForCausalLM"})

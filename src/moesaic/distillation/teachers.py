@@ -8,7 +8,9 @@ from typing import Any
 from moesaic.checkpoints import load_checkpoint, load_model, require_finite_weights
 from moesaic.data import DataConfig, Tokenizer, tokenizer_from_dict
 from moesaic.errors import InputError, naming
+from moesaic.files import standing
 from moesaic.models import Decoder
+from moesaic.parallel.manifest import is_sharded_checkpoint
 
 __all__ = ["load_teacher", "require_teacher", "teacher_tokenizer"]
 
@@ -17,13 +19,13 @@ logger = logging.getLogger("moesaic.training")
 
 def require_teacher(path: str | Path) -> None:
     """Raise InputError if there is no such file or directory, or if it is one of a run: a check that costs nothing."""
-    if not Path(path).exists():
+    if not standing(Path(path)).exists():
         raise InputError(
             f"teacher={str(path)!r}: no such file or directory; give a checkpoint, such as a run's "
             "checkpoints/last.ckpt, or a transformers directory"
         )
     last = Path(path) / "checkpoints" / "last.ckpt"
-    if last.is_file():
+    if last.exists():
         raise InputError(f"teacher={str(path)!r}: the directory of a run; give its checkpoint, {last}")
 
 
@@ -36,7 +38,7 @@ def teacher_tokenizer(path: str | Path, data: DataConfig) -> Tokenizer | None:
     Raises:
         InputError: as `load_checkpoint`.
     """
-    if Path(path).is_dir() or data.tokenizer != "bpe" or data.source == "memmap" or data.make_task() is not None:
+    if _is_directory(path) or data.tokenizer != "bpe" or data.source == "memmap" or data.make_task() is not None:
         return None
     checkpoint = load_checkpoint(path)
     stored = checkpoint["hyper_parameters"]["tokenizer"]
@@ -64,7 +66,7 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
     """
     require_teacher(path)
     theirs: dict[str, Any] | None
-    if Path(path).is_dir():
+    if _is_directory(path):
         try:
             from moesaic.interop import from_hf
         except ImportError as error:
@@ -91,6 +93,11 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
             f"({tokenizer.to_dict()['kind']}); soft targets need the same ids, so read the data as it was trained on"
         )
     return decoder
+
+
+def _is_directory(path: str | Path) -> bool:
+    """Whether this is a directory of transformers, rather than a checkpoint of ours."""
+    return Path(path).is_dir() and not is_sharded_checkpoint(path)
 
 
 def _meaning(tokenizer: dict[str, Any], path: str | Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from moesaic.evaluation.long_context import (
 from moesaic.evaluation.needle import NeedleCell, NeedleConfig, NeedleTask, score_needles, summarize_needles
 from moesaic.evaluation.results import ResultFile, digest
 from moesaic.evaluation.variants import Variant, build_variants
+from moesaic.files import standing
+from moesaic.parallel.manifest import MANIFEST
 from moesaic.statistics import mean_and_error
 
 __all__ = [
@@ -82,7 +84,8 @@ def open_source(checkpoint: str | Path, data: DataConfig, split: str, device: st
 
 def checkpoint_digest(checkpoint: str | Path) -> str:
     """What identifies its content for results that are to belong together."""
-    with Path(checkpoint).open("rb") as file:
+    path = standing(Path(checkpoint))
+    with (path / MANIFEST if path.is_dir() else path).open("rb") as file:  # a manifest has the hash of everything else
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

@@ -18,11 +18,14 @@ class ParallelConfig:
         expert: ranks among which the experts are spread.
         tensor: ranks that share each matrix.
         shard: whether each rank keeps a part of every weight, gradient and moment (FSDP2), or a copy (DDP).
+        sharded_checkpoints: whether each rank that keeps a part writes it, to a directory, or the first rank gathers
+            all and writes one file.
     """
 
     expert: int = dataclasses.field(default=1, metadata={"most": 2**16})
     tensor: int = dataclasses.field(default=1, metadata={"most": 2**16})
     shard: bool = True
+    sharded_checkpoints: bool = True
 
     def __post_init__(self) -> None:
         require(self, "expert", self.expert >= 1, "a number >= 1")

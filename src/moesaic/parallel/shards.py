@@ -75,13 +75,14 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
 
 @torch.no_grad()
 def load_shards(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill the parameters and buffers of a module from whole tensors by name.
+    """Fill the parameters and buffers of a module from whole tensors by name; those on the meta device fill nothing.
 
     Raises:
         KeyError: one is missing.
     """
     for name, tensor in module.state_dict().items():
-        held(tensor).copy_(weights[name][held_slices(tensor)])
+        if not weights[name].is_meta:
+            held(tensor).copy_(weights[name][held_slices(tensor)])
 
 
 def gather_matrices(part: Tensor, like: Any) -> Tensor:

@@ -27,7 +27,7 @@ from moesaic.errors import InputError, naming
 from moesaic.evaluation.language_modeling import evaluate_split
 from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.recall import recall_numbers, score_recall
-from moesaic.files import write_atomically, write_json
+from moesaic.files import standing, write_atomically, write_json
 from moesaic.models import DecoderConfig, account
 from moesaic.overrides import apply_overrides
 from moesaic.reading import read_json, reading, require_finite
@@ -214,10 +214,10 @@ def _train(config: Mapping[str, Any], run_dir: Path, needs_checkpoint: bool) -> 
     metrics = run_dir / "metrics.json"
     found: dict[str, Any] = read_metrics(metrics) if metrics.exists() else {}
     if found.get("status") == "diverged" or (
-        found.get("status") == "finished" and (checkpoint.is_file() or not needs_checkpoint)
+        found.get("status") == "finished" and (checkpoint.exists() or not needs_checkpoint)
     ):
         return found
-    if checkpoint.is_file():
+    if standing(checkpoint).exists():
         _read_environment(run_dir / "environment.json")  # what is wrong with it is said before the training
         return run({**config, "resume": True, "run_dir": str(run_dir)})
     shutil.rmtree(run_dir, ignore_errors=True)  # killed before its first checkpoint: nothing in it is worth keeping

@@ -17,7 +17,7 @@ from moesaic.data import Data
 from moesaic.errors import CannotWrite, InputError, LostProcess
 from moesaic.evaluation.extension import keep_start
 from moesaic.evaluation.plots import read_columns
-from moesaic.files import write_json
+from moesaic.files import standing, write_json
 from moesaic.imports import names_in, trust_argument, trusting
 from moesaic.interrupts import ignoring_warnings
 from moesaic.overrides import command_line, for_shell, override
@@ -104,7 +104,7 @@ def _record(run_dir: Path, config: RunConfig, error: BaseException, console: Con
     if not is_refused and not has_score(run_dir):
         with contextlib.suppress(CannotWrite):
             write_json(run_dir / "metrics.json", status)
-    saved = (run_dir / "checkpoints" / "last.ckpt").exists()
+    saved = standing(run_dir / "checkpoints" / "last.ckpt").exists()
     how = "continue from the last checkpoint" if saved else "begin again, as there is no checkpoint yet"
     if was_interrupted or isinstance(error, (CannotWrite, LostProcess)):
         console.print(f"{status['status']}; to {how}:", highlight=False)
@@ -286,6 +286,6 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
         return [f"{sweep}   # positions in all layers, in none, in every second", *board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
     generate = command_line("generate", checkpoint, "import os") + trust_of(names_in(config.model))
-    there = metrics["status"] != "diverged" or checkpoint.is_file()
+    there = metrics["status"] != "diverged" or checkpoint.exists()
     is_default = (config.name, config.data.source) == ("default", "stdlib")  # that line would run another experiment
     return [*([generate] if there else []), *board, *([f"{twins}   # is the mixture worth it?"] if is_default else [])]

@@ -8,18 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.checkpoints import load_checkpoint
+from moesaic.checkpoints import load_checkpoint, require_checkpoint
 from moesaic.config import flatten, from_mapping, require_same, to_mapping
 from moesaic.errors import InputError
-from moesaic.files import LOCK, find_all, is_locked, partial_of
+from moesaic.files import LOCK, find_all, is_locked, old_of, partial_of, standing
 from moesaic.formats import translate_run, version_of
 from moesaic.imports import names_in, require_trusted, trusting
 from moesaic.models import DecoderConfig
-from moesaic.reading import read_json, read_yaml, reading, require_file, require_finite
+from moesaic.parallel.manifest import MANIFEST
+from moesaic.reading import read_json, read_yaml, reading, require_finite
 from moesaic.training.config import RunConfig
-from moesaic.training.launched import is_one_process, rank, rank_run_dir
+from moesaic.training.launched import is_one_process, processes, rank, rank_run_dir
 from moesaic.training.records import TABLES, read_table
 from moesaic.training.stored_state import require_training_state
+from moesaic.training.strategies import is_sharded
 
 __all__ = [
     "Found",
@@ -145,7 +147,7 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
     """
     if resume_dir is not None:
         path = resume_dir / "checkpoints" / "last.ckpt"
-        checkpoint = load_checkpoint(path)
+        checkpoint = _load_for(config, path)
         require_training_state(checkpoint, f"checkpoint {path}")
         _require_same_config(config, checkpoint, resume_dir / "config.yaml")
         for table in (resume_dir / name for name in TABLES):
@@ -154,16 +156,23 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
         return Start("resumed", path, checkpoint, resume_dir)
     if config.ckpt_path is None:
         return Start("fresh")
-    path, checkpoint = Path(config.ckpt_path), load_checkpoint(config.ckpt_path)
+    path = Path(config.ckpt_path)
     if config.extend_context is not None:
-        return Start("extended", path, checkpoint)
+        return Start("extended", path, load_checkpoint(path))
+    checkpoint = _load_for(config, path)
     if "optimizer_states" not in checkpoint:
-        return Start("weights", path, checkpoint)
+        return Start("weights", path, load_checkpoint(path))
     require_training_state(checkpoint, f"checkpoint {path}")
     for name, state in checkpoint["callbacks"].items():
         if name.startswith("ModelCheckpoint"):  # its best file is in another run's folder, where this one has no say
             state["best_model_path"] = ""
     return Start("continued", path, checkpoint)
+
+
+def _load_for(config: RunConfig, path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; where the run is sharded, the ranks will read their parts, once the first checked them."""
+    reads_parts = is_sharded(config.trainer.strategy, config.parallel, processes(to_mapping(config.trainer)))
+    return load_checkpoint(path, whole=not reads_parts, checked=not (reads_parts and rank()))
 
 
 def _require_same_config(config: RunConfig, checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -254,8 +263,8 @@ def _is_there(checkpoint: Path) -> bool:
         if os.path.lexists(checkpoint.parent) and not checkpoint.parent.is_dir():
             raise InputError("must be a directory")
     with reading(f"checkpoint {checkpoint}"):
-        if os.path.lexists(checkpoint):
-            require_file(checkpoint)
+        if os.path.lexists(standing(checkpoint)):
+            require_checkpoint(checkpoint)
             return True
     return False
 
@@ -282,11 +291,14 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
 def _newest_unfinished(root: Path) -> Path:
     if (told := rank_run_dir()) is not None:
         return told
-    candidates = [path.parent.parent for path in find_all(root, "last.ckpt") if path.parent.name == "checkpoints"]
+    last = Path("checkpoints", "last.ckpt")
+    places = [each for name in (last.name, old_of(last).name) for each in find_all(root, name)]
+    places += [each.parent for each in find_all(root, MANIFEST) if each.parent.name in (last.name, old_of(last).name)]
+    candidates = sorted({path.parent.parent for path in places if path.parent.name == "checkpoints"})
     unfinished = [path for path in candidates if not is_finished(path)]
     free = [path for path in unfinished if not is_locked(path)]
     if free:
-        return max(free, key=lambda path: (path / "checkpoints" / "last.ckpt").lstat().st_mtime)
+        return max(free, key=lambda path: standing(path / last).lstat().st_mtime)
     training = f"; another process trains in {unfinished[0]}" if unfinished else ""
     raise InputError(
         f"resume=true: no unfinished run with a checkpoint under {root}{training}; give run_dir=<directory of a run>"

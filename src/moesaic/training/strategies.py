@@ -1,6 +1,7 @@
 """How Lightning runs several processes: a strategy of ours where the model is sharded, its own otherwise."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +9,19 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from moesaic.errors import InputError
+from moesaic.files import standing
 from moesaic.models import Decoder
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.shards import load_shards, shard_like, whole
+from moesaic.parallel.manifest import map_tensors, read_manifest
+from moesaic.parallel.shards import held, load_shards, shard_like, whole
 
-__all__ = ["ShardedStrategy", "strategy_options"]
+__all__ = ["ShardedStrategy", "is_sharded", "strategy_options"]
+
+
+def is_sharded(strategy: str, parallel: ParallelConfig, processes: int) -> bool:
+    """Whether the processes of a run hold parts of its model, by `ShardedStrategy`."""
+    return processes > 1 and strategy == "auto" and parallel.shard
 
 
 def strategy_options(strategy: str, parallel: ParallelConfig, precision: str, processes: int) -> dict[str, Any]:
@@ -21,7 +30,7 @@ def strategy_options(strategy: str, parallel: ParallelConfig, precision: str, pr
     Args:
         strategy: a name of Lightning's, or "auto" for what `parallel` says; Lightning makes that DDP.
     """
-    if processes == 1 or strategy != "auto" or not parallel.shard:
+    if not is_sharded(strategy, parallel, processes):
         return {"strategy": strategy, "precision": precision}
     sharded = ShardedStrategy(parallel, processes)
     if precision == "64-true":  # which Lightning allows here as a plugin only
@@ -32,14 +41,16 @@ def strategy_options(strategy: str, parallel: ParallelConfig, precision: str, pr
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 and expert parallelism, whose gradients are sums over ranks.
 
-    A checkpoint is one file of whole tensors, as that of one process: rank 0 writes it, and a run of any number of
-    processes goes on from it.
+    A checkpoint is a directory to which every rank writes the parts that it holds, or one file of whole tensors, as
+    that of one process, which rank 0 writes. A run of any number of processes goes on from either.
     """
 
     def __init__(self, parallel: ParallelConfig, processes: int) -> None:
         # its own mesh is not used: all ranks share every batch
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
         self.parallel = parallel
+        self.start = Path()
+        """The checkpoint that the run goes on from, if it does."""
 
     def parallelize(self, decoder: Decoder) -> None:
         """Spread a decoder, the same on all ranks, over them in place."""
@@ -70,34 +81,69 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        gathered: dict[str, Any] = self.gather(self.lightning_module.state_dict())
-        return gathered
+        state: dict[str, Any] = self.lightning_module.state_dict()
+        return state if self.parallel.sharded_checkpoints else dict(self.gather(state))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        gathered: dict[str, Any] = self.gather(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        if self.parallel.sharded_checkpoints:
+            return state
+        gathered = dict(self.gather(state))
         return gathered if self.is_global_zero else {"state": {}, "param_groups": []}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self.is_global_zero:
+        if self.parallel.sharded_checkpoints:
+            from moesaic.parallel.shard_files import (
+                write_directory,  # torch's distributed checkpoints, for those who share
+            )
+
+            write_directory(Path(filepath), checkpoint)
+        elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        self.start = standing(Path(checkpoint_path))
         loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
         return loaded
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        load_shards(self.lightning_module, checkpoint["state_dict"])
+        stored = checkpoint["state_dict"]
+        load_shards(self.lightning_module, stored)
+        own = self.lightning_module.state_dict()
+        self._read({f"state_dict.{name}": own[name] for name, weight in stored.items() if weight.is_meta})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for number, (optimizer, stored) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
             own = getattr(optimizer, "_optimizer", optimizer)
             parameters = [each for group in own.param_groups for each in group["params"]]
-            state = {
-                i: {
-                    name: shard_like(value, parameters[i]) if value.shape == parameters[i].shape else value
-                    for name, value in values.items()
-                }
-                for i, values in stored["state"].items()
-            }
+            to_read: dict[str, Tensor] = {}
+
+            def placed(key: str, value: Tensor) -> Tensor:
+                parameter = parameters[int(key.split(".")[0])]
+                if value.is_meta:
+                    value = to_read[f"optimizer_states.{number}.state.{key}"] = torch.zeros_like(
+                        parameter, dtype=value.dtype, requires_grad=False
+                    )
+                    return value
+                return shard_like(value, parameter) if value.shape == parameter.shape else value
+
+            state = map_tensors(stored["state"], placed)
+            self._read(to_read)
             own.load_state_dict({**stored, "state": state})
+
+    def _read(self, tensors: dict[str, Tensor]) -> None:
+        """Fill DTensors with what the checkpoint has of them. All ranks must ask, and all refuse what one does.
+
+        Raises:
+            InputError: a file cannot be read, or holds numbers that are not finite.
+        """
+        if not tensors:
+            return
+        from moesaic.parallel.shard_files import read_parts
+
+        read_parts(self.start, read_manifest(self.start, checked=False), tensors)
+        good = all(bool(held(each).isfinite().all()) for each in tensors.values())
+        good &= all(bool((held(each) >= 0).all()) for key, each in tensors.items() if key.endswith("exp_avg_sq"))
+        if not self.reduce_boolean_decision(good):
+            raise InputError(f"checkpoint {self.start}: it holds numbers that are not finite, or negative squares")
