@@ -306,10 +306,8 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CannotWrite: the disk is full or read-only.
     """
-    with (
-        atomic(path, over_folder=True) as partial,
-        partial.open("wb") as file,
-    ):  # a file of ours, whose errors have a reason
+    # a file of ours, whose errors have a reason
+    with atomic(path, over_folder=True) as partial, partial.open("wb") as file:
         torch.save(content, file)
 
 

@@ -214,7 +214,10 @@ def find_all(root: Path, name: str, tell: Callable[[OSError], None] | None = Non
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what killed processes left below a directory that nobody else writes to; put back what was to be replaced."""
+    """Remove what killed processes left below a directory that nobody else writes to.
+
+    A checkpoint that one of them had moved aside, to put another in its place, is put back.
+    """
     for path in [*directory.rglob(".*.partial"), *directory.rglob(".*.ckpt.old")]:
         with contextlib.suppress(OSError):
             name = path.with_name(path.name.removeprefix(".").removesuffix(".old"))

@@ -35,7 +35,7 @@ def convert(
 ) -> Decoder:
     """Convert `source` to `destination` (a .ckpt file, or else a transformers directory); returns the decoder.
 
-    A checkpoint of several processes, a directory, becomes one file with all that is in it, or a transformers directory.
+    Of a checkpoint that several processes wrote, a directory, the file has all that is in it.
 
     Raises:
         InputError: either cannot be used; nothing is written then.

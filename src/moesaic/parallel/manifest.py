@@ -138,13 +138,10 @@ def read_manifest(directory: Path, checked: bool = True) -> Manifest:
         with reading(directory / name):
             require_file(directory / name)
             if (found := (directory / name).stat().st_size) != file.bytes:
-                raise InputError(f"damaged, found {found} bytes; must be {file.bytes}")
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        list(
-            pool.map(
-                lambda name: _require_hash(directory / name, manifest.files[name]), manifest.files if checked else ()
-            )
-        )
+                raise InputError(f"damaged, found {found} bytes; must be {file.bytes}; take a copy of it")
+    if checked:
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            list(pool.map(_require_hash, (directory / name for name in manifest.files), manifest.files.values()))
     return manifest
 
 
@@ -152,7 +149,9 @@ def _require_hash(path: Path, wanted: File) -> None:
     with reading(path):
         found = File.of(path).sha256
         if found != wanted.sha256:
-            raise InputError(f"damaged, its sha256 is {found[:12]} and the manifest says {wanted.sha256[:12]}")
+            raise InputError(
+                f"damaged, its sha256 is {found[:12]} and the manifest says {wanted.sha256[:12]}; take a copy of it"
+            )
 
 
 def map_tensors(value: Any, change: Callable[[str, Tensor], Any], key: str = "") -> Any:
@@ -177,9 +176,8 @@ def require_listed(content: Mapping[str, Any], manifest: Manifest) -> dict[str, 
         here = None if tensor is None else (dtype_name(tensor), tuple(tensor.shape))
         there = None if stored is None else (stored.dtype, stored.shape)
         if here != there:
-            raise InputError(
-                f"{key}: {here or 'absent'} in {CONTENT}, {there or 'absent'} in {MANIFEST}; must be equal"
-            )
+            told = [f"{each or 'absent'} in {name}" for each, name in ((here, CONTENT), (there, MANIFEST))]
+            raise InputError(f"{key}: {', '.join(told)}; must be equal")
     return found
 
 

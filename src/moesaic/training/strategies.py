@@ -94,7 +94,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.parallel.sharded_checkpoints:
             from moesaic.parallel.shard_files import (
-                write_directory,  # torch's distributed checkpoints, for those who share
+                write_directory,  # torch's distributed checkpoints
             )
 
             write_directory(Path(filepath), checkpoint)
@@ -114,23 +114,23 @@ class ShardedStrategy(ModelParallelStrategy):
         self._read({f"state_dict.{name}": own[name] for name, weight in stored.items() if weight.is_meta})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for number, (optimizer, stored) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
-            own = getattr(optimizer, "_optimizer", optimizer)
-            parameters = [each for group in own.param_groups for each in group["params"]]
-            to_read: dict[str, Tensor] = {}
+        for i, (optimizer, stored) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
+            self._restore(getattr(optimizer, "_optimizer", optimizer), stored, f"optimizer_states.{i}.state")
 
-            def placed(key: str, value: Tensor) -> Tensor:
-                parameter = parameters[int(key.split(".")[0])]
-                if value.is_meta:
-                    value = to_read[f"optimizer_states.{number}.state.{key}"] = torch.zeros_like(
-                        parameter, dtype=value.dtype, requires_grad=False
-                    )
-                    return value
-                return shard_like(value, parameter) if value.shape == parameter.shape else value
+    def _restore(self, optimizer: Any, stored: Mapping[str, Any], key: str) -> None:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        to_read: dict[str, Tensor] = {}
 
-            state = map_tensors(stored["state"], placed)
-            self._read(to_read)
-            own.load_state_dict({**stored, "state": state})
+        def laid_out(place: str, value: Tensor) -> Tensor:
+            parameter = parameters[int(place.partition(".")[0])]
+            if value.is_meta:
+                moment = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+                return to_read.setdefault(f"{key}.{place}", moment)
+            return shard_like(value, parameter) if value.shape == parameter.shape else value
+
+        state = map_tensors(stored["state"], laid_out)
+        self._read(to_read)
+        optimizer.load_state_dict({**stored, "state": state})
 
     def _read(self, tensors: dict[str, Tensor]) -> None:
         """Fill DTensors with what the checkpoint has of them. All ranks must ask, and all refuse what one does.
