@@ -170,7 +170,7 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
 
 
 def _load_for(config: RunConfig, path: Path) -> dict[str, Any]:
-    """What a checkpoint holds. Where the run is sharded, ranks will read their parts, once the first has checked all."""
+    """What a checkpoint holds; ranks that share a model will read their parts, once the first has checked all."""
     reads_parts = is_sharded(config.trainer.strategy, config.parallel, processes(to_mapping(config.trainer)))
     return load_checkpoint(path, whole=not reads_parts, checked=not (reads_parts and rank()))
 
