@@ -230,7 +230,10 @@ def test_a_manifest_that_lies_is_refused(copied: Path, change: Callable[[dict[st
     rewrite(copied, change)
     with pytest.raises(InputError, match=str(copied)) as caught:
         load_checkpoint(copied)
-    told = {newer: "format=2: must be 1; a newer version", elsewhere: "must be a name in the same folder"}
+    told: dict[Any, str] = {
+        newer: "format=2: must be 1; a newer version",
+        elsewhere: "must be a name in the same folder",
+    }
     assert told.get(change, EXPERTS) in str(caught.value)
 
 

@@ -64,13 +64,15 @@ def require_equal_runs(found: Path, wanted: Path, tolerance: float = 1e-9) -> No
     assert mine["moesaic"]["progress"] == theirs["moesaic"]["progress"]
 
 
-def several(devices: int, expert: int = 1, shard: bool = True) -> tuple[str, ...]:
-    return (f"trainer.devices={devices}", f"parallel.expert={expert}", f"parallel.shard={str(shard).lower()}")
+def several(devices: int, expert: int = 1, shard: bool = True, directory: bool = True) -> tuple[str, ...]:
+    keys = {"parallel.shard": shard, "parallel.sharded_checkpoints": directory}
+    switches = (f"{key}={str(value).lower()}" for key, value in keys.items())
+    return (f"trainer.devices={devices}", f"parallel.expert={expert}", *switches)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layouts", [[(4, 2), (2, 2), (1, 1)], [(1, 1), (2, 1), (4, 4)], [(2, 2), (4, 1), (2, 1, False)]]
+    "layouts", [[(4, 2), (2, 2), (1, 1)], [(1, 1), (2, 1), (4, 4)], [(2, 2, True, False), (4, 1), (2, 1, False)]]
 )
 def test_a_run_goes_on_with_any_number_of_processes(
     composed: Composed, tmp_path: Path, workers: Workers, layouts: list[tuple[int, ...]]
@@ -82,6 +84,7 @@ def test_a_run_goes_on_with_any_number_of_processes(
         overrides = (*STEPS, *limit, *several(*layout))
         metrics, *others = workers.run(on_a_rank, layout[0], composed(*overrides), overrides)
         assert all(set(each) <= {"status", "stopped_by"} for each in others), "one rank alone has results"
+        assert (tmp_path / "moved" / "checkpoints" / "last.ckpt").is_dir() == (layout[0] > 1 and layout[2:] == ())
     assert metrics["status"] == whole["status"] == "finished"
     assert metrics["validation/loss"] == pytest.approx(whole["validation/loss"], rel=1e-7)
     require_equal_runs(tmp_path / "moved", tmp_path / "whole")

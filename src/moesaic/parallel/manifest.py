@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moesaic.config import from_mapping, require, to_mapping
@@ -173,7 +174,7 @@ def require_listed(content: Mapping[str, Any], manifest: Manifest) -> dict[str, 
     map_tensors(content, lambda key, tensor: found.update({key: tensor}) if tensor.is_meta else None)
     for key in sorted(found.keys() | manifest.tensors.keys()):
         tensor, stored = found.get(key), manifest.tensors.get(key)
-        here = None if tensor is None else (dtype_name(tensor), tuple(tensor.shape))
+        here = None if tensor is None else (dtype_name(tensor.dtype), tuple(tensor.shape))
         there = None if stored is None else (stored.dtype, stored.shape)
         if here != there:
             told = [f"{each or 'absent'} in {name}" for each, name in ((here, CONTENT), (there, MANIFEST))]
@@ -181,5 +182,6 @@ def require_listed(content: Mapping[str, Any], manifest: Manifest) -> dict[str, 
     return found
 
 
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """The attribute of torch that a dtype is."""
+    return str(dtype).removeprefix("torch.")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -18,6 +18,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from moesaic.config import to_mapping
@@ -48,7 +51,7 @@ def write_directory(path: Path, content: Mapping[str, Any]) -> None:
 
     rest = map_tensors(content, without_numbers)
     with contextlib.ExitStack() as opened, _first_failure():
-        dcp.save(shards, storage_writer=_Writer(path, rest, opened))
+        save(shards, storage_writer=_Writer(path, rest, opened))
 
 
 @contextlib.contextmanager
@@ -60,7 +63,7 @@ def _first_failure() -> Iterator[None]:
         raise next(iter(error.failures.values()))[0] from None
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """Torch's files in a folder beside `target`; in the end the first rank adds ours and gives it that name.
 
     Args:
@@ -110,16 +113,18 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _stored(metadata: Metadata) -> dict[str, Stored]:
-    parts: dict[str, list[Part]] = {key: [] for key in metadata.state_dict_metadata}
+    tensors = {
+        key: each for key, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)
+    }
+    parts: dict[str, list[Part]] = {key: [] for key in tensors}
     for index, place in metadata.storage_data.items():
-        whole = metadata.state_dict_metadata[index.fqn]
-        [chunk] = [each for each in whole.chunks if each.offsets == index.offset]
+        [chunk] = [each for each in tensors[index.fqn].chunks if each.offsets == index.offset]
         if 0 not in chunk.sizes:  # of a rank that holds nothing
             where = place.relative_path, place.offset, place.length
             parts[index.fqn].append(Part(tuple(chunk.offsets), tuple(chunk.sizes), *where))
     return {
-        key: Stored(dtype_name(whole.properties), tuple(whole.size), tuple(parts[key]))
-        for key, whole in metadata.state_dict_metadata.items()
+        key: Stored(dtype_name(whole.properties.dtype), tuple(whole.size), tuple(parts[key]))
+        for key, whole in tensors.items()
     }
 
 
@@ -131,10 +136,10 @@ def read_parts(directory: Path, manifest: Manifest, tensors: dict[str, Tensor]) 
     """
     with reading(directory), warnings.catch_warnings(), _first_failure():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # each rank reads for itself
-        dcp.load(tensors, storage_reader=_Reader(directory, manifest), no_dist=True)
+        load(tensors, storage_reader=_Reader(directory, manifest), no_dist=True)
 
 
-class _Reader(dcp.StorageReader):
+class _Reader(StorageReader):
     """Reads tensors, and nothing else, from where the manifest says: torch's own reader unpickles its .metadata."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
