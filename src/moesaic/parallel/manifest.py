@@ -117,7 +117,7 @@ class Manifest:
 def is_sharded_checkpoint(path: str | Path) -> bool:
     """Whether this is a directory of the kind that is described here, be it whole or not."""
     path = Path(path)
-    return path.is_dir() and ((path / MANIFEST).exists() or (path / CONTENT).exists())
+    return path.is_dir() and ((path / CONTENT).exists() or any(path.glob("*.distcp")))
 
 
 def read_manifest(directory: Path, checked: bool = True) -> Manifest:

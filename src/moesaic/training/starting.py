@@ -161,7 +161,7 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
         return Start("extended", path, load_checkpoint(path))
     checkpoint = _load_for(config, path)
     if "optimizer_states" not in checkpoint:
-        return Start("weights", path, load_checkpoint(path))
+        return Start("weights", path, load_checkpoint(path) if path.is_dir() else checkpoint)
     require_training_state(checkpoint, f"checkpoint {path}")
     for name, state in checkpoint["callbacks"].items():
         if name.startswith("ModelCheckpoint"):  # its best file is in another run's folder, where this one has no say
