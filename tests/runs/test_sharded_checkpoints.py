@@ -41,6 +41,7 @@ def stopped(composed: Composed, tmp_path: Path, workers: Workers) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_commands_read_a_directory(composed: Composed, tmp_path: Path, stopped: Path) -> None:
     last = stopped / LAST
     assert last.is_dir()
@@ -168,6 +169,7 @@ def test_a_rank_that_is_killed_costs_what_came_after_the_last_checkpoint(
     require_equal_runs(run_dir, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_directory_without_its_manifest_is_not_begun_again(stopped: Path) -> None:
     """That would clear the folder."""
     (stopped / LAST / "manifest.json").unlink()
