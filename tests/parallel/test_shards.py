@@ -16,7 +16,7 @@ def round_trip(expert: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
     from moesaic.parallel.shards import held, load_shards, shard_like, whole
 
     torch.manual_seed(0)
-    decoder = build_decoder(MODELS["few experts, odd width"], dtype=torch.float64)
+    decoder = build_decoder(MODELS["few experts, odd width, convolutions"], dtype=torch.float64)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     parallelize(decoder, ParallelConfig(expert=expert), torch.device("cpu"))
     spread = {name: whole(value).clone() for name, value in decoder.state_dict().items()}

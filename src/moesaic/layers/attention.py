@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,8 @@ class ShortConvolution(nn.Module):
         require_dtype(dtype)
         self.width = width
         self.weight = nn.Parameter(torch.zeros(width, channels, device=device, dtype=dtype))
+        self.take_channels: Callable[[Tensor], Tensor] | None = None
+        """What is left of the weight (width, C) on a rank that has some of the channels; None where all are here."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -170,7 +173,8 @@ class ShortConvolution(nn.Module):
             TypeError: x is no floating-point tensor, or the mask not of bool.
             ValueError: another shape.
         """
-        require_last(x, self.weight.size(1), "ShortConvolution")
+        weight = self.weight if self.take_channels is None else self.take_channels(self.weight)
+        require_last(x, weight.size(1), "ShortConvolution")
         require_tensor("ShortConvolution", "x", x, (None, None, None))
         if tail is not None:
             require_tensor("ShortConvolution", "tail", tail, (x.size(0), self.width - 1, x.size(2)))
@@ -189,7 +193,7 @@ class ShortConvolution(nn.Module):
         y = x
         for i in range(self.width):
             start = before - i
-            y = torch.addcmul(y, self.weight[i].to(x.dtype), known[:, start : start + length])
+            y = torch.addcmul(y, weight[i].to(x.dtype), known[:, start : start + length])
         if mask is not None:
             place = order.argsort(dim=1)[:, before:].sub(before).clamp(min=0)
             y = y.gather(1, place[:, :, None].expand_as(y))

@@ -53,7 +53,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (T, D).
-        weight: (V, D), the head.
+        weight: (V, D), the head; where ranks with the same tokens share the vocabulary, a DTensor sharded along V.
         labels: (T,) int64; -100 is ignored.
         num_valid: tokens to divide by; None counts the valid labels. With those of the global batch, the losses of
             micro-batches and ranks add up to that of the whole.
@@ -69,6 +69,10 @@ def linear_cross_entropy(
     require_head("linear_cross_entropy", hidden, weight)
     require_labels("linear_cross_entropy", labels, hidden.size(0), weight.size(0), IGNORE_INDEX)
     require_counts("linear_cross_entropy", num_valid, chunk_tokens)
+    if _is_shared(weight):
+        from moesaic.losses.shared_vocabulary import shared_cross_entropy  # torch.distributed, which few runs need
+
+        return shared_cross_entropy(hidden, weight, labels, num_valid, chunk_tokens)
     if needs_logits():
         nats = F.cross_entropy(at_least_fp32(F.linear(hidden, weight.to(hidden.dtype))), labels, reduction="sum")
         return nats / tokens_to_divide_by(num_valid, labels != IGNORE_INDEX)
@@ -87,7 +91,7 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
 
     Args:
         hidden: (T, D).
-        weight: (V, D), the head.
+        weight: (V, D), the head; where ranks with the same tokens share the vocabulary, a DTensor sharded along V.
         labels: (T,) int64; -100 is ignored.
         chunk_tokens: rows per chunk; None takes 64 to 256, so that a chunk's logits stay near 90 MB.
 
@@ -101,6 +105,10 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
     require_head("token_cross_entropy", hidden, weight)
     require_labels("token_cross_entropy", labels, hidden.size(0), weight.size(0), IGNORE_INDEX)
     require_counts("token_cross_entropy", None, chunk_tokens)
+    if _is_shared(weight):
+        from moesaic.losses.shared_vocabulary import shared_token_cross_entropy
+
+        return shared_token_cross_entropy(hidden, weight, labels, chunk_tokens)
     chunk = max(1, min(chunk_tokens or rows_per_chunk(weight.size(0)), hidden.size(0)))
     head = ChunkedHead(hidden, weight, (False, False), torch.float32, chunk)
     nats = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
@@ -136,6 +144,11 @@ def likeliest_tokens(hidden: Tensor, weight: Tensor, *, chunk_tokens: int | None
             rows = slice(start, start + chunk)
             found[rows] = head.logits(rows).argmax(dim=-1)
     return found
+
+
+def _is_shared(weight: Tensor) -> bool:
+    """Whether ranks have parts of it: told by a method of DTensors, so that nothing here imports them."""
+    return hasattr(weight, "to_local")
 
 
 def needs_logits() -> bool:

@@ -1,4 +1,4 @@
-"""Lay a decoder out over the ranks of a process group: expert parallelism, then FSDP2."""
+"""Lay a decoder out over the ranks of a process group: tensor parallelism, expert parallelism, then FSDP2."""
 
 import torch
 from torch import nn
@@ -18,39 +18,60 @@ from moesaic.layers.fp8_emulation import hidden_linears
 from moesaic.models import Block, Decoder
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.shards import held
+from moesaic.parallel.tensor import share_matrices
 
 __all__ = ["parallelize", "working_narrow"]
 
 
 def parallelize(
     decoder: Decoder, config: ParallelConfig, device: torch.device, narrow: torch.dtype | None = None
-) -> None:
+) -> DeviceMesh:
     """Spread a decoder, which is the same on all ranks, over them in place. Every rank of the world must call it.
 
-    Experts are spread over `config.expert` ranks, and their weights are sharded over the ranks that hold the same
-    experts. All else is sharded over all ranks. The decoder itself checkpoints blocks, around what happens here.
+    Matrices are shared by `config.tensor` ranks next to each other, which have the same rows of a batch. Experts are
+    spread over `config.expert` ranks next to each other, and their weights are sharded over the ranks that hold the
+    same experts. All else is sharded over the ranks that have other rows. The decoder itself checkpoints blocks, around
+    what happens here.
 
     Gradients are sums over ranks: a loss is each rank's sum over the count of the global batch. No gradient has a
-    factor then, that of an expert neither, which sees rows of all ranks in one backward pass.
+    factor then, that of an expert neither, which sees rows of all ranks in one backward pass: each token once, as the
+    ranks that have the same tokens bring each their share of them.
 
     Args:
         device: where the weights are.
         narrow: the dtype of autocast, in a mixed run. Weights of `working_narrow` are rounded to it, then gathered.
             Shards and sums of gradients stay in fp32.
+
+    Returns:
+        the ranks with other rows than this one, and this one, a mesh of one dimension.
     """
     ranks = get_world_size()
     mesh = init_device_mesh(device.type, (ranks // config.expert, config.expert), mesh_dim_names=("efsdp", "ep"))
-    everyone = mesh._flatten("dp")
+    if config.tensor > 1:
+        # a mesh of its own, so that the two degrees may be any divisors of the world, also of each other
+        grid = init_device_mesh(device.type, (ranks // config.tensor, config.tensor), mesh_dim_names=("dp", "tp"))
+        for each in (grid, mesh):
+            each._flatten("all")  # a norm over both dimensions is then one message
+        rows = grid["dp"]
+    else:
+        rows = mesh._flatten("dp")
     for block in decoder.layers:
         assert isinstance(block, Block)
         if config.expert > 1 and isinstance(block.ffn, MoE):
             _spread_experts(block.ffn, mesh["ep"])
+    if config.tensor > 1:
+        share_matrices(decoder, grid["tp"])
+    apart = max(config.expert, config.tensor)
+    for block in decoder.layers:
+        assert isinstance(block, Block)
+        if isinstance(block.ffn, MoE) and apart > 1:  # experts see rows of other ranks than the rest
             _shard([block.ffn.experts], mesh["efsdp"], narrow)
-        if narrow is not None and (narrowed := working_narrow(block, config.expert)):
-            _shard(narrowed, everyone, narrow)
-        _shard([block], everyone)
-    _shard([decoder], everyone)
+        if narrow is not None and (narrowed := working_narrow(block, apart)):
+            _shard(narrowed, rows, narrow)
+        _shard([block], rows)
+    _shard([decoder], rows)
     register_fsdp_forward_method(decoder, "hidden_states")
+    return rows
 
 
 def _spread_experts(moe: MoE, mesh: DeviceMesh) -> None:

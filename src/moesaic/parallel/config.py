@@ -7,7 +7,7 @@ from moesaic.config import require
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
 
-__all__ = ["ParallelConfig", "require_degrees"]
+__all__ = ["ParallelConfig", "require_degrees", "require_vocabulary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ParallelConfig:
 
     Args:
         expert: ranks among which the experts are spread.
-        tensor: ranks that share each matrix.
+        tensor: ranks that share each matrix, and have the same rows of a batch.
         shard: whether each rank keeps a part of every weight, gradient and moment (FSDP2), or a copy (DDP).
         sharded_checkpoints: whether each rank that keeps a part writes it, to a directory, or the first rank gathers
             all and writes one file.
@@ -29,9 +29,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(self, "expert", self.expert >= 1, "a number >= 1")
-        require(self, "tensor", self.tensor == 1, "1: tensor parallelism is not there yet")
-        if self.expert > 1 and not self.shard:
-            raise ValueError(f"shard=false: must be true with expert={self.expert}")
+        require(self, "tensor", self.tensor >= 1, "a number >= 1")
+        for name in ("expert", "tensor"):
+            if getattr(self, name) > 1 and not self.shard:
+                raise ValueError(f"shard=false: must be true with {name}={getattr(self, name)}")
 
 
 def require_degrees(parallel: ParallelConfig, processes: int, batch_size: int, model: DecoderConfig) -> None:
@@ -45,21 +46,62 @@ def require_degrees(parallel: ParallelConfig, processes: int, batch_size: int, m
         InputError: it names the key, and the values that are allowed.
     """
     said = f"{processes} process{'' if processes == 1 else 'es'}"
-    if processes % parallel.expert:
+    for name in ("expert", "tensor"):
+        if processes % (degree := getattr(parallel, name)):
+            raise InputError(
+                f"parallel.{name}={degree}: must divide the {said} of the run "
+                f"(trainer.devices * trainer.num_nodes); allowed: {_listed(_divisors(processes))}"
+            )
+    owners = processes // parallel.tensor
+    if batch_size % owners:
+        below = batch_size - batch_size % owners
+        near = [each for each in (below, below + owners) if each]
+        same = f", of which {parallel.tensor} each have the same ones" if parallel.tensor > 1 else ""
         raise InputError(
-            f"parallel.expert={parallel.expert}: must divide the {said} of the run "
-            f"(trainer.devices * trainer.num_nodes); allowed: {_listed(_divisors(processes))}"
-        )
-    if batch_size % processes:
-        below = batch_size - batch_size % processes
-        near = [each for each in (below, below + processes) if each]
-        raise InputError(
-            f"training.batch_size={batch_size}: counts the sequences of all {said}, and must be a multiple of "
-            f"{processes}, such as {' or '.join(map(str, near))}; as it is, {_listed(_divisors(batch_size))} "
-            "processes are allowed"
+            f"training.batch_size={batch_size}: counts the sequences of all {said}{same}, and must be a multiple of "
+            f"{owners}, such as {' or '.join(map(str, near))}; as it is, "
+            f"{_listed([each * parallel.tensor for each in _divisors(batch_size)])} processes are allowed"
         )
     if parallel.expert > 1:
         _require_experts(parallel, processes, model)
+    if parallel.tensor > 1:
+        _require_matrices(parallel, processes, model)
+
+
+def require_vocabulary(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:
+    """Refuse a vocabulary that the ranks of tensor parallelism cannot share evenly. Data may decide its size.
+
+    Raises:
+        InputError: it names the key, and the values that are allowed.
+    """
+    _require_share(parallel, processes, {"model.vocab_size": model.vocab_size})
+
+
+def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:
+    """Refuse heads and widths that cannot be shared evenly; custom modules are not shared."""
+    sizes: dict[str, int] = {}
+    if any(isinstance(layer.mixer, str) for layer in model.layers):
+        sizes["model.attention.num_heads"] = model.attention.num_heads
+        sizes["model.attention.num_kv_heads"] = model.num_kv_heads
+    ffns = {layer.ffn for layer in model.layers if isinstance(layer.ffn, str)}
+    if "dense" in ffns:
+        sizes["model.hidden_dim"] = model.hidden_dim
+    if model.moe is not None and "dense_twin" in ffns:
+        sizes["the width of the dense twin"] = model.moe.active_hidden_dim
+    if model.moe is not None and "moe" in ffns and model.moe.shared_width:
+        name = "hidden_dim" if model.moe.shared_hidden_dim is None else "shared_hidden_dim"
+        sizes[f"model.moe.{name}"] = model.moe.shared_width
+    _require_share(parallel, processes, sizes)
+
+
+def _require_share(parallel: ParallelConfig, processes: int, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size % parallel.tensor:
+            allowed = _divisors(math.gcd(processes, *sizes.values()))
+            raise InputError(
+                f"parallel.tensor={parallel.tensor}: must divide {name}={size}; allowed with {processes} processes: "
+                f"{_listed(allowed)}"
+            )
 
 
 def _require_experts(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:

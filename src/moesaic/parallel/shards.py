@@ -4,7 +4,7 @@ Of a plain tensor the part is all of it, so that callers need not ask.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,24 @@ def whole(tensor: Any) -> Any:
     """The whole tensor; every rank of its mesh must ask for it. What is no DTensor comes back as it is."""
     if not is_sharded(tensor):
         return tensor
-    if strided := [i for i, each in enumerate(tensor.placements) if hasattr(each, "split_factor")]:
-        from torch.distributed.tensor import Replicate
+    return _gathered(tensor, range(tensor.ndim)).full_tensor()
 
-        # what was sharded last is gathered first: torch would do both at once, and say that it is slow
-        placements = [Replicate() if i in strided else each for i, each in enumerate(tensor.placements)]
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.full_tensor()
+
+def _gathered(tensor: Any, dims: Sequence[int]) -> Any:
+    """A DTensor that is whole along some of its dimensions.
+
+    What was sharded last is gathered first: torch would do both at once, and say that it is slow.
+    """
+    from torch.distributed.tensor import Replicate
+
+    for is_strided in (True, False):
+        placements = [
+            Replicate() if getattr(each, "dim", None) in dims and hasattr(each, "split_factor") == is_strided else each
+            for each in tensor.placements
+        ]
+        if tuple(placements) != tuple(tensor.placements):
+            tensor = tensor.redistribute(placements=placements)
+    return tensor
 
 
 def held_slices(tensor: Any) -> tuple[slice, ...]:
@@ -94,11 +105,10 @@ def gather_matrices(part: Tensor, like: Any) -> Tensor:
     Returns:
         (..., m, n), with the first dimensions as far as `held_slices` of `like` go.
     """
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor
 
-    matrix = (like.ndim - 2, like.ndim - 1)
-    placements = [Replicate() if getattr(each, "dim", None) in matrix else each for each in like.placements]
     stacked = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return stacked.redistribute(placements=placements).to_local()
+    gathered: Tensor = _gathered(stacked, (like.ndim - 2, like.ndim - 1)).to_local()
+    return gathered

@@ -105,6 +105,9 @@ class RunBatches(pl.LightningDataModule):
     def training(self, rank: int = 0, world_size: int = 1) -> AnyTrainingLoader:
         """The loader of one rank: its share of every batch of the run, which are the same for any number of ranks.
 
+        Args:
+            rank, world_size: of ranks with other rows.
+
         Raises:
             InputError: the data do not fill a window.
         """
@@ -124,7 +127,8 @@ class RunBatches(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         trainer = self.trainer
         assert trainer is not None
-        loader = self.training(trainer.global_rank, trainer.world_size)
+        shared = self.config.parallel.tensor  # ranks that share matrices have the same rows
+        loader = self.training(trainer.global_rank // shared, trainer.world_size // shared)
         loader.accumulate = trainer.accumulate_grad_batches
         # our loaders go on in every epoch; these are the same batches in each
         if same := trainer.overfit_batches:  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from moesaic.layers import Routing
 from moesaic.losses import HeadTargets, SoftWeight, Targets, linear_codistillation_loss
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import Account, Decoder, account
+from moesaic.parallel.shards import whole
 from moesaic.training.config import OptimizerConfig
 
 __all__ = ["Codistillation"]
@@ -79,7 +80,7 @@ class Codistillation:
         routing: dict[str, Routing] = {}
         if self.teacher is not None:  # its one forward pass is for its own loss and for the student
             teacher_hidden, routing = self.teacher.hidden_states(batch["tokens"])
-            targets: Targets = HeadTargets(teacher_hidden.flatten(0, 1), self.teacher.head.weight)
+            targets: Targets = HeadTargets(teacher_hidden.flatten(0, 1), whole(self.teacher.head.weight))
         else:
             assert self.targets is not None, "a source of targets is needed to train, not to evaluate"
             targets = self.targets.targets(batch)

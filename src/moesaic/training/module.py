@@ -27,6 +27,7 @@ from moesaic.losses import (
 from moesaic.models import Account, Decoder, DecoderConfig, account, build_decoder
 from moesaic.models.custom import source_hashes
 from moesaic.parallel.clipping import clip_gradients
+from moesaic.parallel.shards import whole
 from moesaic.training.codistillation import Codistillation
 from moesaic.training.config import RunConfig, TrainingConfig
 from moesaic.training.forensics import describe_break
@@ -184,7 +185,7 @@ class LanguageModel(pl.LightningModule):
         """The student's loss, and to it that of a teacher that trains along, its balance included."""
         progress = min(1.0, self.trainer.global_step / self.config.training.steps)
         loss, routing = codistillation.loss(
-            hidden, self.decoder.head.weight, batch, progress, counts.labels, counts.share
+            hidden, whole(self.decoder.head.weight), batch, progress, counts.labels, counts.share
         )
         if self.teacher is None:
             return loss
@@ -456,7 +457,7 @@ class LanguageModel(pl.LightningModule):
         self.drift.load_state_dict(state.get("drift", {}))
         if self.codistillation is not None:
             self.codistillation.load(state, same_run=self.config.resume)
-        if self.trainer.global_rank:  # sums of all ranks go on in the first
+        if self.trainer.global_rank // self.config.parallel.tensor:  # sums of all ranks go on in the first
             self.log_book.nats = torch.zeros_like(self.log_book.nats)
             self.logged_load = {name: torch.zeros_like(load) for name, load in self.logged_load.items()}
             if self.codistillation is not None:
@@ -501,7 +502,10 @@ class LanguageModel(pl.LightningModule):
     def _over_ranks(self, counts: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return counts
-        return self.trainer.strategy.reduce(counts.to(self.device, copy=True), reduce_op="sum")
+        strategy = self.trainer.strategy
+        # ranks that share matrices count the same rows
+        group = strategy.rows_group if isinstance(strategy, ShardedStrategy) else None
+        return strategy.reduce(counts.to(self.device, copy=True), group, reduce_op="sum")
 
 
 def _build_teacher(config: RunConfig, model: dict[str, Any]) -> Decoder | None:

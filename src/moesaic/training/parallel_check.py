@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 
 from moesaic.config import to_mapping
 from moesaic.data import with_step_counts
+from moesaic.layers import AttentionTemperature
 from moesaic.models import AttentionConfig, DecoderConfig, MoEConfig
 from moesaic.parallel.clipping import total_norm
 from moesaic.parallel.config import ParallelConfig
@@ -60,9 +61,18 @@ LAYOUTS: dict[str, Layout] = {
     "experts on 2": Layout(2, ParallelConfig(expert=2)),
     "experts on 4": Layout(4, ParallelConfig(expert=4)),
     "experts on 2, each sharded on 2": Layout(4, ParallelConfig(expert=2)),
+    "matrices on 2": Layout(2, ParallelConfig(tensor=2)),
+    "matrices on 2, each sharded on 2": Layout(4, ParallelConfig(tensor=2)),
+    "matrices on 2, experts on 2": Layout(4, ParallelConfig(tensor=2, expert=2)),
 }
 
-_ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, attention_chunk_size=8)
+_ATTENTION = AttentionConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    attention_chunk_size=8,
+    temperature=AttentionTemperature(attn_scale=0.5, floor_scale=4),
+)
 
 _small = functools.partial(
     DecoderConfig, vocab_size=VOCABULARY, init_std=0.3, attention=_ATTENTION, nope_layer_interval=2
@@ -76,7 +86,7 @@ MODELS: dict[str, DecoderConfig] = {
         moe=MoEConfig(num_experts=4, hidden_dim=12, expert_bias=True),
         interleave_moe_layer_step=1,
     ),
-    "top-2 softmax, first layer dense": _small(
+    "top-2 softmax, first layer dense, tied": _small(
         dim=8,
         hidden_dim=16,
         num_layers=2,
@@ -90,8 +100,10 @@ MODELS: dict[str, DecoderConfig] = {
             expert_bias=True,
         ),
         interleave_moe_layer_step=2,
+        tie_embeddings=True,
     ),
-    "few experts, odd width": _small(
+    "few experts, odd width, convolutions": _small(
+        attention=dataclasses.replace(_ATTENTION, conv_width=3, bias=True),
         dim=6,
         hidden_dim=10,
         num_layers=1,
@@ -307,7 +319,7 @@ class _Standing(LightningEnvironment):
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """The share of one rank."""
+    """The share of one rank among those with other rows."""
 
     training: Training
     rank: int
@@ -351,7 +363,7 @@ def _train(training: Training, parallel: ParallelConfig) -> Trained:
     with warnings.catch_warnings():
         ignore_advice()
         warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-        trainer.fit(module, _Batches(training, rank, ranks))
+        trainer.fit(module, _Batches(training, rank // parallel.tensor, ranks // parallel.tensor))
     weights = ShardedStrategy.gather(module.decoder.state_dict())
     return Trained(rows.rows, weights)
 

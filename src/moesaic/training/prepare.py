@@ -40,7 +40,7 @@ from moesaic.files import (
 from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
-from moesaic.parallel.config import require_degrees
+from moesaic.parallel.config import require_degrees, require_vocabulary
 from moesaic.training.batches import RunBatches, require_same_batches
 from moesaic.training.building import build
 from moesaic.training.components import make_callbacks, require_loggers
@@ -113,6 +113,7 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     _settle(run_config)
     data = _read_data(run_config, start, console)
     model = fit_vocabulary(run_config, data)
+    require_vocabulary(run_config.parallel, processes(to_mapping(run_config.trainer)), model)
     require_memory_of_run(run_config, model)
     stretches = _require_fitting(run_config, model, start, data)
     batches = RunBatches(run_config, data)
@@ -193,9 +194,15 @@ def _checked_model(config: RunConfig) -> DecoderConfig:
 def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[Callback]) -> None:
     """Refuse a number of processes that cannot share the model or the batch."""
     number = processes(to_mapping(config.trainer))
-    if config.parallel.expert > 1 and config.trainer.strategy != "auto":
+    for name in ("expert", "tensor"):
+        if (degree := getattr(config.parallel, name)) > 1 and config.trainer.strategy != "auto":
+            raise InputError(
+                f"trainer.strategy={config.trainer.strategy!r}: must be auto with parallel.{name}={degree}"
+            )
+    if config.parallel.tensor > 1 and config.trainer.precision == "fp8":
         raise InputError(
-            f"trainer.strategy={config.trainer.strategy!r}: must be auto with parallel.expert={config.parallel.expert}"
+            f"trainer.precision='fp8': must be another with parallel.tensor={config.parallel.tensor}, as the numbers "
+            "that share a scale would be on several ranks"
         )
     require_degrees(config.parallel, number, config.training.batch_size, model)
     is_sharded = number > 1 and config.parallel.shard and config.trainer.strategy == "auto"

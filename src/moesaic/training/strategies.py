@@ -39,7 +39,7 @@ def strategy_options(strategy: str, parallel: ParallelConfig, precision: str, pr
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 and expert parallelism, whose gradients are sums over ranks.
+    """FSDP2, tensor and expert parallelism, whose gradients are sums over ranks.
 
     A checkpoint is a directory to which every rank writes the parts that it holds, or one file of whole tensors, as
     that of one process, which rank 0 writes. A run of any number of processes goes on from either.
@@ -51,13 +51,16 @@ class ShardedStrategy(ModelParallelStrategy):
         self.parallel = parallel
         self.start = Path()
         """The checkpoint that the run goes on from, if it does."""
+        self.rows_group: Any = None
+        """Ranks that have other rows of a batch, this one among them, once a decoder is spread."""
 
     def parallelize(self, decoder: Decoder) -> None:
         """Spread a decoder, the same on all ranks, over them in place."""
         from moesaic.parallel.apply import parallelize  # torch's FSDP2, which no other run needs
 
         narrow = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
-        parallelize(decoder.to(self.root_device), self.parallel, self.root_device, narrow)
+        mesh = parallelize(decoder.to(self.root_device), self.parallel, self.root_device, narrow)
+        self.rows_group = mesh.get_group()
 
     @staticmethod
     def gather(state: Any) -> Any:
