@@ -22,7 +22,7 @@ from moesaic.parallel.workers import Workers
 Composed = Callable[..., dict[str, Any]]
 
 SIZES = ("trainer.precision=64-true", "training.batch_size=4", "training.seq_len=32", "model.num_layers=2")
-STEPS = (*SIZES, "training.steps=4", "training.log_every=1", "finish=score", "training.validate_every=2")
+STEPS = (*SIZES, "model.vocab_size=258", "training.steps=4", "training.log_every=1", "finish=score", "training.validate_every=2")
 
 
 def on_a_rank(config: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -64,15 +64,24 @@ def require_equal_runs(found: Path, wanted: Path, tolerance: float = 1e-9) -> No
     assert mine["moesaic"]["progress"] == theirs["moesaic"]["progress"]
 
 
-def several(devices: int, expert: int = 1, shard: bool = True, directory: bool = True) -> tuple[str, ...]:
+def several(
+    devices: int, expert: int = 1, shard: bool = True, directory: bool = True, tensor: int = 1
+) -> tuple[str, ...]:
     keys = {"parallel.shard": shard, "parallel.sharded_checkpoints": directory}
     switches = (f"{key}={str(value).lower()}" for key, value in keys.items())
-    return (f"trainer.devices={devices}", f"parallel.expert={expert}", *switches)
+    return (f"trainer.devices={devices}", f"parallel.expert={expert}", f"parallel.tensor={tensor}", *switches)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layouts", [[(4, 2), (2, 2), (1, 1)], [(1, 1), (2, 1), (4, 4)], [(2, 2, True, False), (4, 1), (2, 1, False)]]
+    "layouts",
+    [
+        [(4, 2), (2, 2), (1, 1)],
+        [(1, 1), (2, 1), (4, 4)],
+        [(2, 2, True, False), (4, 1), (2, 1, False)],
+        [(4, 2, True, True, 2), (2, 2), (1, 1)],
+        [(1, 1), (2, 1, True, True, 2), (4, 1, True, False, 2)],
+    ],
 )
 def test_a_run_goes_on_with_any_number_of_processes(
     composed: Composed, tmp_path: Path, workers: Workers, layouts: list[tuple[int, ...]]
@@ -103,7 +112,12 @@ def checks(run_dir: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "layout",
-    [(4, 2), pytest.param((2, 1), marks=pytest.mark.slow), pytest.param((2, 1, False), marks=pytest.mark.slow)],
+    [
+        (4, 2),
+        pytest.param((2, 1), marks=pytest.mark.slow),
+        pytest.param((2, 1, False), marks=pytest.mark.slow),
+        pytest.param((4, 2, True, True, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_share_a_validation(
     composed: Composed, tmp_path: Path, workers: Workers, layout: tuple[int, ...]
@@ -117,6 +131,13 @@ def test_ranks_share_a_validation(
     assert len(whole) == 2 and any("drift" in name for name in whole[1])
     for here, there in zip(shared, whole, strict=True):
         assert here == pytest.approx(there, rel=1e-12, abs=1e-12)
+
+
+TENSOR_3 = ("trainer.devices=6", "parallel.tensor=3", "training.batch_size=4")
+HEADS_3 = (
+    *("model.attention.num_heads=3", "model.attention.num_kv_heads=3", "model.dim=48"),
+    *("model.hidden_dim=96", "model.moe.hidden_dim=96"),
+)
 
 
 @pytest.mark.parametrize(
@@ -148,11 +169,41 @@ def test_ranks_share_a_validation(
             ["trainer.devices=2", "parallel.expert=2", "trainer.strategy=ddp"],
             r"^trainer\.strategy='ddp': must be auto with parallel\.expert=2$",
         ),
-        (
-            ["trainer.devices=2", "parallel.tensor=2"],
-            r"^parallel\.tensor=2: must be 1: tensor parallelism is not there",
-        ),
         (["parallel.expert=0"], r"^parallel\.expert=0: must be a number >= 1$"),
+        (["parallel.tensor=0"], r"^parallel\.tensor=0: must be a number >= 1$"),
+        (["parallel.tensor=2"], r"^parallel\.tensor=2: must divide the 1 process of the run .*; allowed: 1$"),
+        (
+            ["trainer.devices=6", "parallel.tensor=2", "training.batch_size=4"],
+            r"^training\.batch_size=4: counts the sequences of all 6 processes, of which 2 each have the same ones, and "
+            r"must be a multiple of 3, such as 3 or 6; as it is, 2, 4, 8 processes are allowed$",
+        ),
+        (
+            [*TENSOR_3, "model.attention.num_heads=8", "model.attention.num_kv_heads=4"],
+            r"^parallel\.tensor=3: must divide model\.attention\.num_heads=8; allowed with 6 processes: 1, 2$",
+        ),
+        (
+            [*TENSOR_3, "model.attention.num_heads=12", "model.attention.num_kv_heads=4", "model.dim=96"],
+            r"^parallel\.tensor=3: must divide model\.attention\.num_kv_heads=4; allowed with 6 processes: 1, 2$",
+        ),
+        ([*TENSOR_3, *HEADS_3, "model.hidden_dim=64"], r"^parallel\.tensor=3: must divide model\.hidden_dim=64; allowed"),
+        (
+            [*TENSOR_3, *HEADS_3, "model.moe.shared_hidden_dim=8"],
+            r"^parallel\.tensor=3: must divide model\.moe\.shared_hidden_dim=8; allowed with 6 processes: 1$",
+        ),
+        (
+            [*TENSOR_3, *HEADS_3, "model.vocab_size=1024"],
+            r"^parallel\.tensor=3: must divide model\.vocab_size=1024; allowed with 6 processes: 1, 2; "
+            r"or model\.vocab_size=1026$",
+        ),
+        (
+            ["trainer.devices=2", "parallel.tensor=2", "trainer.strategy=ddp"],
+            r"^trainer\.strategy='ddp': must be auto with parallel\.tensor=2$",
+        ),
+        (
+            ["trainer.devices=2", "parallel.tensor=2", "trainer.precision=fp8"],
+            r"^trainer\.precision='fp8': must be another with parallel\.tensor=2",
+        ),
+        (["parallel.tensor=2", "parallel.shard=false"], r"^parallel\.shard=false: must be true with tensor=2$"),
         (["parallel.expert=2", "parallel.shard=false"], r"^parallel\.shard=false: must be true with expert=2$"),
         (
             ["trainer.devices=2", "callbacks=ema"],

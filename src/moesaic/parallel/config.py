@@ -74,7 +74,10 @@ def require_vocabulary(parallel: ParallelConfig, processes: int, model: DecoderC
     Raises:
         InputError: it names the key, and the values that are allowed.
     """
-    _require_share(parallel, processes, {"model.vocab_size": model.vocab_size})
+    larger = math.ceil(model.vocab_size / parallel.tensor) * parallel.tensor
+    _require_share(
+        parallel, processes, {"model.vocab_size": model.vocab_size}, f"; or model.vocab_size={larger}"
+    )
 
 
 def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:
@@ -94,7 +97,7 @@ def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderCo
     _require_share(parallel, processes, sizes)
 
 
-def _require_share(parallel: ParallelConfig, processes: int, sizes: dict[str, int]) -> None:
+def _require_share(parallel: ParallelConfig, processes: int, sizes: dict[str, int], instead: str = "") -> None:
     for name, size in sizes.items():
         if size % parallel.tensor:
             allowed = _divisors(math.gcd(processes, *sizes.values()))
