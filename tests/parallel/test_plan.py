@@ -34,9 +34,9 @@ from benchmarks.harness import peak_memory
 GIB = 2**30
 
 
-def setup_of(model: Any, ranks: int, expert: int = 1, **changes: Any) -> Setup:
+def setup_of(model: Any, ranks: int, expert: int = 1, tensor: int = 1, **changes: Any) -> Setup:
     given: dict[str, Any] = {"per_node": 8, "batch_size": ranks, "seq_len": 8192, "precision": "32-true"}
-    given |= {"optimizer": "adamw", "checkpoint_activations": False, "parallel": ParallelConfig(expert=expert)}
+    given |= {"optimizer": "adamw", "checkpoint_activations": False, "parallel": ParallelConfig(expert, tensor)}
     return Setup(model=model, ranks=ranks, **{**given, **changes})
 
 
@@ -112,6 +112,10 @@ class Sent(TorchDispatchMode):
             self.bytes["all-gather"] += result.nbytes
         elif name == "all_to_all_single":
             self.bytes["all-to-all"] += tensors[0].nbytes
+        elif name in ("all_reduce", "allreduce_"):
+            self.bytes["all-reduce"] += tensors[0].nbytes
+        elif name == "reduce_scatter_tensor":
+            self.bytes["reduce-scatter"] += tensors[0].nbytes
         elif "c10d" in func._schema.name and name not in ("wait_tensor", "_wrap_tensor_autograd"):
             raise AssertionError(f"{func._schema.name}: nobody counts it")
         return result
@@ -128,7 +132,7 @@ def train(setup: Setup) -> dict[str, Any]:
         narrow = torch.bfloat16 if setup.precision == "bf16-mixed" else None
         parallelize(decoder, setup.parallel, torch.device("cpu"), narrow)
     optimizer = build_optimizer(decoder, OptimizerConfig(name=setup.optimizer))
-    tokens = torch.randint(setup.model.vocab_size, (setup.batch_size // setup.ranks, setup.seq_len + 1))
+    tokens = torch.randint(setup.model.vocab_size, (setup.batch_size // setup.owners, setup.seq_len + 1))
 
     def passes() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16-mixed"):
@@ -157,11 +161,13 @@ CASES = {
     "within experts": setup_of(SEVERAL, 4, 1, optimizer="muon", precision="bf16-true"),
     "mixed": setup_of(SEVERAL, 4, 2, precision="bf16-mixed"),
     "mixed, checkpointed": setup_of(TOY, 2, 2, precision="bf16-mixed", checkpoint_activations=True),
+    "matrices": setup_of(SEVERAL, 2, 1, 2),
+    "matrices, each sharded": setup_of(TOY, 4, 2, 2, optimizer="muon", checkpoint_activations=True),
     "one": setup_of(TOY, 1),
 }
 
 
-QUICK = ("experts, each sharded",)
+QUICK = ("experts, each sharded", "matrices, each sharded")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +178,10 @@ def test_a_run_does_what_was_planned(workers: Workers, case: str) -> None:
     ranks = workers.run(train, setup.ranks, setup)
     found = plan(setup)
     assert ranks[0]["here"] == here(setup)
-    assert sum(rank["here"] for rank in ranks) == num_parameters(setup.model)
+    weights = [(part.count, weight) for part in found.parts for weight in part.weights]
+    alike = sum(count * math.prod(each.shape) for count, each in weights if each.shared == 1 and len(each.shape) < 3)
+    several = (setup.parallel.tensor - 1) * alike  # which those that share matrices have too
+    assert sum(rank["here"] for rank in ranks) == num_parameters(setup.model) + several
     assert ranks[0]["state"] == found.memory.optimizer
     planned: Counter[str] = Counter()
     for each in found.collectives:
@@ -184,7 +193,7 @@ def test_a_run_does_what_was_planned(workers: Workers, case: str) -> None:
 
 
 @pytest.mark.slow_but_for("mixed, checkpointed")
-@pytest.mark.parametrize("case", ["sharded", "experts, each sharded", "mixed", "mixed, checkpointed"])
+@pytest.mark.parametrize("case", ["sharded", "experts, each sharded", "mixed", "mixed, checkpointed", "matrices"])
 def test_a_step_needs_what_was_planned(workers: Workers, case: str) -> None:
     setup = dataclasses.replace(CASES[case], seq_len=128, batch_size=4 * CASES[case].ranks)
     peak = workers.run(train, setup.ranks, setup)[0]["peak"]
@@ -264,11 +273,6 @@ def test_copies_sum_all_gradients() -> None:
         == sum(each.part.count * each.message for each in found.collectives)
     )
     assert {(each.operation, each.ranks, each.nodes) for each in found.collectives} == {("all-reduce", 16, 2)}
-
-
-def test_tensor_parallelism_must_be_planned_once_it_is_there() -> None:
-    with pytest.raises(ValueError, match="tensor=2"):
-        ParallelConfig(tensor=2)  # then `collectives` must count what it sends
 
 
 def test_a_custom_module_is_laid_out_and_named() -> None:

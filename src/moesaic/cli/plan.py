@@ -140,7 +140,8 @@ def report(given: Mapping[str, Any], name: str, console: Console) -> None:
 
 def _memory_table(found: Plan, name: str, place: _Place, hardware: Hardware) -> Table:
     setup, memory = found.setup, found.memory
-    layout = f"expert {setup.parallel.expert}, {'sharded' if setup.parallel.shard else 'copies'}"
+    tensor = f"tensor {setup.parallel.tensor}, " if setup.parallel.tensor > 1 else ""
+    layout = f"{tensor}expert {setup.parallel.expert}, {'sharded' if setup.parallel.shard else 'copies'}"
     active, checkpointed = found.account.active_parameters, ", checkpointed" if setup.checkpoint_activations else ""
     made = Table(
         title=f"{name}: {found.account.parameters / 1e9:,.2f}B parameters, {active / 1e9:,.2f}B active\n"

@@ -43,7 +43,7 @@ def _firsts(setup: Setup) -> Iterator[Setup]:
     yield setup
     setup = dataclasses.replace(setup, checkpoint_activations=True)
     yield setup
-    setup = dataclasses.replace(setup, batch_size=setup.ranks)
+    setup = dataclasses.replace(setup, batch_size=setup.owners)
     yield setup
     if more := _more_experts(setup):
         setup = more[-1].setup
@@ -81,9 +81,9 @@ def _batch(setup: Setup, room: float) -> Plan | None:
     """The largest batch that fits: memory grows with it."""
 
     def of_each(sequences: int) -> Plan | None:
-        return _if_fits(dataclasses.replace(setup, batch_size=sequences * setup.ranks), room)
+        return _if_fits(dataclasses.replace(setup, batch_size=sequences * setup.owners), room)
 
-    fits, too_many = 1, setup.batch_size // setup.ranks
+    fits, too_many = 1, setup.batch_size // setup.owners
     if too_many == 1 or (best := of_each(1)) is None:
         return None
     while too_many - fits > 1:

@@ -20,7 +20,7 @@ from moesaic.models.custom import asks_for, custom_modules
 from moesaic.models.decoder import Block, build_block
 from moesaic.models.memory import ActivationEstimate, estimate_activations
 from moesaic.models.shapes import uncounted
-from moesaic.parallel.config import ParallelConfig, require_degrees
+from moesaic.parallel.config import ParallelConfig, require_degrees, require_vocabulary
 from moesaic.parallel.shards import held, is_sharded
 
 __all__ = ["FORMATS", "Collective", "Formats", "Memory", "Part", "Plan", "Setup", "Weight", "lay_out", "plan"]
@@ -82,9 +82,14 @@ class Setup:
         return FORMATS[self.precision]
 
     @property
+    def owners(self) -> int:
+        """Ranks that have other rows of a batch: one of each group that shares matrices."""
+        return self.ranks // self.parallel.tensor
+
+    @property
     def tokens(self) -> int:
-        """Tokens of one rank."""
-        return self.batch_size // self.ranks * self.seq_len
+        """Tokens of one rank, which those that share matrices with it have too."""
+        return self.batch_size // self.owners * self.seq_len
 
 
 # ---- how it is laid out
@@ -107,6 +112,10 @@ class Weight(NamedTuple):
     """Nodes over which these are spread, at most."""
     narrow: bool
     """Whether it is gathered in the dtype of products, where that is another."""
+    shared: int = 1
+    """Ranks that work with one part each: of the experts, or of a matrix."""
+    shared_dim: int | None = None
+    """The dimension along which these have parts of it."""
 
     @property
     def gathered(self) -> int:
@@ -116,8 +125,9 @@ class Weight(NamedTuple):
     @property
     def stacked(self) -> int:
         """Numbers that Muon orthogonalizes here, whole matrices."""
-        is_split = self.sharding_dim is not None and self.sharding_dim >= len(self.shape) - 2
-        return (self.gathered if is_split else self.here) if self.ranks > 1 else self.here
+        matrix = range(len(self.shape) - 2, len(self.shape))
+        gathered = self.gathered if self.sharding_dim in matrix else self.here
+        return gathered * (self.shared if self.shared_dim in matrix else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +138,11 @@ class Part:
     """The channel mixer of the blocks; empty for what is outside of them."""
     count: int
     weights: tuple[Weight, ...]
-    expert_ranks: int
+    expert_ranks: int = 1
     """Ranks that share the experts, 1 where rows stay."""
-    expert_nodes: int
+    expert_nodes: int = 1
+    has_routed: bool = False
+    """Whether tokens go to experts."""
 
     @property
     def groups(self) -> list[list[Weight]]:
@@ -166,6 +178,7 @@ def lay_out(setup: Setup) -> list[Part]:
         InputError: the ranks cannot share model or batch evenly.
     """
     require_degrees(setup.parallel, setup.ranks, setup.batch_size, setup.model)
+    require_vocabulary(setup.parallel, setup.ranks, setup.model)
     what = setup.model, setup.parallel, setup.ranks, setup.per_node
     if (key := repr(what)) not in _laid_out:  # a custom module is a dict, so that no config with one has a hash
         _laid_out[key] = _lay_out(*what)
@@ -207,9 +220,10 @@ def _lay_out(model: DecoderConfig, parallel: ParallelConfig, ranks: int, per_nod
         for i, (block, layers) in enumerate(zip(decoder.layers, alike.values(), strict=True)):
             assert isinstance(block, Block)
             own = tuple(weight for name, weight in weights.items() if name.startswith(f"layers.{i}."))
-            parts.append(Part(names[layers[0]], len(layers), own, *_exchange(block.ffn, per_node)))
+            routed = isinstance(block.ffn, MoE)
+            parts.append(Part(names[layers[0]], len(layers), own, *_exchange(block.ffn, per_node), routed))
         outside = tuple(weight for name, weight in weights.items() if not name.startswith("layers."))
-    return [Part("", 1, outside, 1, 1), *parts]
+    return [Part("", 1, outside), *parts]
 
 
 def _name(model: DecoderConfig, ffn: Any) -> str:
@@ -276,15 +290,18 @@ def _weight(name: str, weight: Any, kind: ParameterKind, per_node: int, narrow: 
         return Weight(name, shape, kind, weight.numel(), None, 1, 1, narrow)
     # FSDP2's dimension of a mesh is the first
     ranks, nodes = _reach(weight.device_mesh, 0, per_node)
-    return Weight(name, shape, kind, held(weight).numel(), weight.placements[0].dim, ranks, nodes, narrow)
+    shared, shared_dim = 1, None
+    if weight.device_mesh.ndim > 1 and (shared_dim := getattr(weight.placements[1], "dim", None)) is not None:
+        shared = weight.device_mesh.size(1)
+    sharding_dim = weight.placements[0].dim
+    return Weight(name, shape, kind, held(weight).numel(), sharding_dim, ranks, nodes, narrow, shared, shared_dim)
 
 
 def _exchange(ffn: nn.Module, per_node: int) -> tuple[int, int]:
     """Ranks that share the experts of a layer, and over how many nodes they are spread."""
-    if not isinstance(ffn, MoE) or getattr(ffn.dispatcher, "group", None) is None:
-        return 1, 1
-    weight: Any = next(ffn.experts.parameters())
-    return _reach(weight.device_mesh, weight.device_mesh.mesh_dim_names.index("ep"), per_node)
+    weight: Any = next(ffn.experts.parameters(), None) if isinstance(ffn, MoE) else None
+    names = weight.device_mesh.mesh_dim_names if is_sharded(weight) else ()
+    return _reach(weight.device_mesh, names.index("ep"), per_node) if "ep" in names else (1, 1)
 
 
 def _reach(mesh: Any, dim: int, per_node: int) -> tuple[int, int]:
@@ -363,9 +380,15 @@ def collectives(setup: Setup, parts: list[Part]) -> list[Collective]:
             if setup.optimizer == "muon":
                 split = [each for each in group if each.kind == "matrix" and each.stacked != each.here]
                 add("all-gather", "for Muon", 1, size * sum(each.gathered for each in split), ranks, nodes)
+                parted = [each for each in split if each.stacked != each.gathered]
+                add("all-gather", "for Muon", 1, size * sum(each.stacked for each in parted), *_tensor(setup))
+        if setup.parallel.tensor > 1:
+            for operation, what, times, message in _of_shared_matrices(setup, part, is_block):
+                add(operation, what, times, message, *_tensor(setup))
         if part.expert_ranks > 1:
             assert setup.model.moe is not None
-            rows, again = setup.tokens * setup.model.moe.top_k, int(setup.checkpoint_activations)
+            rows = setup.tokens * setup.model.moe.top_k // setup.parallel.tensor
+            again = int(setup.checkpoint_activations)
             sent, returned = setup.formats.sent.itemsize, setup.formats.returned.itemsize
             for what, times, message in (
                 ("rows to experts", 2 + again, rows * setup.model.dim * sent),
@@ -375,6 +398,36 @@ def collectives(setup: Setup, parts: list[Part]) -> list[Collective]:
             ):
                 add("all-to-all", what, times, message, part.expert_ranks, part.expert_nodes)
     return found
+
+
+def _tensor(setup: Setup) -> tuple[int, int]:
+    """Ranks that share matrices, and over how many nodes they are spread: they stand next to each other."""
+    return setup.parallel.tensor, math.ceil(setup.parallel.tensor / setup.per_node)
+
+
+def _of_shared_matrices(setup: Setup, part: Part, is_block: bool) -> Iterator[tuple[Any, str, int, int]]:
+    """What the ranks that share matrices send for a layer: operation, what, times, bytes.
+
+    A matrix whose outputs are shared sums the gradient of its input, and one whose inputs are shared sums its output.
+    """
+    shared = [each for each in part.weights if each.shared > 1 and len(each.shape) == 2]
+    sent, returned = setup.formats.sent.itemsize, setup.formats.returned.itemsize
+    stream, again = setup.tokens * setup.model.dim, int(setup.checkpoint_activations)
+    if not is_block:  # the embedding and the head share the vocabulary
+        yield "all-reduce", "activations", 1, stream * sent
+        yield "all-reduce", "their gradients", 1, stream * sent
+        yield "all-reduce", "sums of the loss", 1, 3 * setup.tokens * _FP32.itemsize
+        return
+    outputs = sum(each.shared_dim == 1 for each in shared)
+    # what is computed again stops before the last sum, which no gradient needs
+    yield "all-reduce", "activations", outputs + again * max(0, outputs - 1), stream * returned
+    yield "all-reduce", "their gradients", len(shared) - outputs, stream * sent
+    if channels := sum(math.prod(each.shape) for each in part.weights if each.name.endswith(".conv.weight")):
+        yield "all-reduce", "gradients of channels", 1, channels * setup.formats.weights.itemsize
+    if part.has_routed:
+        assert setup.model.moe is not None
+        yield "all-gather", "of experts", 1 + again, stream * returned
+        yield "all-gather", "their gradients", 1, (stream + setup.tokens * setup.model.moe.top_k) * sent
 
 
 # ---- what it holds
@@ -426,12 +479,19 @@ def memory(setup: Setup, parts: list[Part]) -> Memory:
         gradients=size * here,
         optimizer=size * moments,
         gathered=outside.gathered_bytes(formats) + 2 * max(part.gathered_bytes(formats) for part in blocks),
-        unsummed=size * (here if copies else outside.gathered + 2 * max(part.gathered for part in blocks)),
+        unsummed=size * (here if copies else outside.gathered + 2 * max(part.gathered for part in blocks))
+        + _whole_embedding(setup, outside),
         casts=_casts(setup, blocks) if formats.casts else 0,
         activations=found.kept,
         working=max(found.block, found.loss),
         stepping=_stepping(setup, parts) if setup.optimizer == "muon" else 0,
     )
+
+
+def _whole_embedding(setup: Setup, outside: Part) -> int:
+    """The gradient of a shared embedding, which torch makes for the whole vocabulary and then takes a part of."""
+    [embedding] = (each for each in outside.weights if each.name == "embedding.weight")
+    return setup.formats.weights.itemsize * math.prod(embedding.shape) if embedding.shared > 1 else 0
 
 
 def _activations(setup: Setup) -> ActivationEstimate:
@@ -441,10 +501,12 @@ def _activations(setup: Setup) -> ActivationEstimate:
     sixth less. A block at work is taken half way between fp32 and bf16.
     """
 
+    model = _share_of(setup.model, setup.parallel.tensor)
+
     def estimate(dtype: torch.dtype) -> ActivationEstimate:
         return estimate_activations(
-            setup.model,
-            batch_size=setup.batch_size // setup.ranks,
+            model,
+            batch_size=setup.batch_size // setup.owners,
             seq_len=setup.seq_len,
             dtype=dtype,
             checkpoint_activations=setup.checkpoint_activations,
@@ -455,6 +517,27 @@ def _activations(setup: Setup) -> ActivationEstimate:
         return high
     low = estimate(setup.formats.returned)
     return ActivationEstimate(high.kept, (high.block + low.block) // 2, high.loss)
+
+
+def _share_of(model: DecoderConfig, ranks: int) -> DecoderConfig:
+    """A model with the heads, widths and vocabulary of one rank: its activations are those of that rank.
+
+    Experts have a share of the rows rather than of the width, which is as many numbers between their matrices.
+    """
+    if ranks == 1:
+        return model
+    heads, moe = model.attention, model.moe
+    attention = dataclasses.replace(
+        heads,
+        num_heads=heads.num_heads // ranks,
+        num_kv_heads=model.num_kv_heads // ranks,
+        head_dim=model.head_dim,
+    )
+    if moe is not None:
+        shared = moe.shared_width // ranks
+        moe = dataclasses.replace(moe, hidden_dim=max(1, moe.hidden_dim // ranks), shared_hidden_dim=shared)
+    sizes = {"hidden_dim": model.hidden_dim // ranks, "vocab_size": model.vocab_size // ranks}
+    return dataclasses.replace(model, attention=attention, moe=moe, padding_token=None, **sizes)
 
 
 def _casts(setup: Setup, blocks: list[Part]) -> int:
@@ -509,14 +592,19 @@ class Plan:
 
     @property
     def model_flops(self) -> float:
-        """Active FLOPs of one rank's tokens, forward and backward: what MFU counts."""
-        return self.setup.tokens * self.account.training_flops
+        """Active FLOPs of one rank, forward and backward: what MFU counts."""
+        return self._share * self.account.training_flops
+
+    @property
+    def _share(self) -> float:
+        """Tokens of which this rank makes all the work, as much as it makes of those that others have too."""
+        return self.setup.tokens / self.setup.parallel.tensor
 
     @property
     def flops(self) -> float:
         """All FLOPs of one rank: with Muon's, and with the second forward of activation checkpointing."""
         again = self.account.forward_flops if self.setup.checkpoint_activations else 0.0
-        return self.model_flops + self.setup.tokens * again + self.optimizer_flops
+        return self.model_flops + self._share * again + self.optimizer_flops
 
     @property
     def nvlink(self) -> float:
@@ -536,7 +624,7 @@ class Plan:
         if gathered == 0 or owners == {1}:
             return 0.0
         whole = sum(
-            part.count * math.prod(weight.shape) / (part.expert_ranks if weight.ranks < self.setup.ranks else 1)
+            part.count * math.prod(weight.shape) / weight.shared
             for part in self.parts
             for weight in part.weights
             if weight.ranks > 1

@@ -35,16 +35,13 @@ def whole(tensor: Any) -> Any:
 def _gathered(tensor: Any, dims: Sequence[int]) -> Any:
     """A DTensor that is whole along some of its dimensions.
 
-    What was sharded last is gathered first: torch would do both at once, and say that it is slow.
+    What FSDP2 sharded last, along the first dimension of the mesh, is gathered first, and then the rest.
     """
     from torch.distributed.tensor import Replicate
 
-    for is_strided in (True, False):
-        placements = [
-            Replicate() if getattr(each, "dim", None) in dims and hasattr(each, "split_factor") == is_strided else each
-            for each in tensor.placements
-        ]
-        if tuple(placements) != tuple(tensor.placements):
+    for i, placement in enumerate(tensor.placements):
+        if getattr(placement, "dim", None) in dims:
+            placements = [Replicate() if i == j else each for j, each in enumerate(tensor.placements)]
             tensor = tensor.redistribute(placements=placements)
     return tensor
 

@@ -205,7 +205,7 @@ def find_run(config: Mapping[str, Any]) -> Found:
         return Found("new", {**config, "resume": False})
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"run_dir={str(run_dir)!r}: not a run directory (it has no config.yaml)")
-    if is_locked(run_dir) and not _is_other_rank(run_dir, config):
+    if not _is_other_rank(run_dir, config) and is_locked(run_dir):  # to look is to hold it: another rank must not
         raise InputError(busy(run_dir))
     return _existing(run_dir, config)
 
