@@ -163,6 +163,12 @@ CASES = {
     "mixed, checkpointed": setup_of(TOY, 2, 2, precision="bf16-mixed", checkpoint_activations=True),
     "matrices": setup_of(SEVERAL, 2, 1, 2),
     "matrices, each sharded": setup_of(TOY, 4, 2, 2, optimizer="muon", checkpoint_activations=True),
+    "matrices, mixed": setup_of(
+        dataclasses.replace(TOY, moe=dataclasses.replace(TOY.moe, shared_hidden_dim=0, top_k=2)),
+        *(2, 1, 2),
+        precision="bf16-mixed",
+        checkpoint_activations=True,
+    ),
     "one": setup_of(TOY, 1),
 }
 

@@ -53,7 +53,7 @@ def _task(config: DictConfig) -> None:
             table.add_row(*cells(each), style="bold red" if each.exceeding else None)
         Console(emoji=False).print(table)
     pairs = "".join(f"; {case} with {layout}, as {why}" for (layout, case), why in LEFT_OUT.items())
-    print(f"left out: tensor, pipeline and context parallelism, which are not there yet; GPUs{pairs}")
+    print(f"left out: pipeline and context parallelism, which are not there yet; GPUs{pairs}")
     sys.exit(any(each.exceeding for each in found))
 
 

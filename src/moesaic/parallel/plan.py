@@ -419,14 +419,15 @@ def _of_shared_matrices(setup: Setup, part: Part, is_block: bool) -> Iterator[tu
         yield "all-reduce", "sums of the loss", 1, 3 * setup.tokens * _FP32.itemsize
         return
     outputs = sum(each.shared_dim == 1 for each in shared)
-    # what is computed again stops before the last sum, which no gradient needs
-    yield "all-reduce", "activations", outputs + again * max(0, outputs - 1), stream * returned
+    # what is computed again stops before the last message of a block, which no gradient needs
+    ends_in_sum = any(each.name.endswith("down_proj.weight") for each in shared)
+    yield "all-reduce", "activations", outputs + again * (outputs - ends_in_sum), stream * returned
     yield "all-reduce", "their gradients", len(shared) - outputs, stream * sent
     if channels := sum(math.prod(each.shape) for each in part.weights if each.name.endswith(".conv.weight")):
         yield "all-reduce", "gradients of channels", 1, channels * setup.formats.weights.itemsize
     if part.has_routed:
         assert setup.model.moe is not None
-        yield "all-gather", "of experts", 1 + again, stream * returned
+        yield "all-gather", "of experts", 1 + again * ends_in_sum, stream * returned
         yield "all-gather", "their gradients", 1, (stream + setup.tokens * setup.model.moe.top_k) * sent
 
 
