@@ -22,7 +22,14 @@ from moesaic.parallel.workers import Workers
 Composed = Callable[..., dict[str, Any]]
 
 SIZES = ("trainer.precision=64-true", "training.batch_size=4", "training.seq_len=32", "model.num_layers=2")
-STEPS = (*SIZES, "model.vocab_size=258", "training.steps=4", "training.log_every=1", "finish=score", "training.validate_every=2")
+STEPS = (
+    *SIZES,
+    "model.vocab_size=258",
+    "training.steps=4",
+    "training.log_every=1",
+    "finish=score",
+    "training.validate_every=2",
+)
 
 
 def on_a_rank(config: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -133,6 +140,23 @@ def test_ranks_share_a_validation(
         assert here == pytest.approx(there, rel=1e-12, abs=1e-12)
 
 
+JOINT = (
+    "experiment=codistill_joint",
+    *(f"distillation.teacher_model.{each}" for each in ("dim=16", "hidden_dim=24", "moe.hidden_dim=24")),
+    *(f"distillation.teacher_model.attention.{each}" for each in ("num_heads=4", "num_kv_heads=2")),
+)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_trains_along_is_shared_too(composed: Composed, tmp_path: Path, workers: Workers) -> None:
+    overrides = (*JOINT, *STEPS)
+    [whole] = workers.run(on_a_rank, 1, composed(*overrides, f"run_dir={tmp_path / 'whole'}"), overrides)
+    shared = (*overrides, *several(2, 2, tensor=2), f"run_dir={tmp_path / 'shared'}")
+    metrics = workers.run(on_a_rank, 2, composed(*shared), shared)[0]
+    assert metrics["status"] == whole["status"] == "finished"
+    require_equal_runs(tmp_path / "shared", tmp_path / "whole")
+
+
 TENSOR_3 = ("trainer.devices=6", "parallel.tensor=3", "training.batch_size=4")
 HEADS_3 = (
     *("model.attention.num_heads=3", "model.attention.num_kv_heads=3", "model.dim=48"),
@@ -185,10 +209,17 @@ HEADS_3 = (
             [*TENSOR_3, "model.attention.num_heads=12", "model.attention.num_kv_heads=4", "model.dim=96"],
             r"^parallel\.tensor=3: must divide model\.attention\.num_kv_heads=4; allowed with 6 processes: 1, 2$",
         ),
-        ([*TENSOR_3, *HEADS_3, "model.hidden_dim=64"], r"^parallel\.tensor=3: must divide model\.hidden_dim=64; allowed"),
+        (
+            [*TENSOR_3, *HEADS_3, "model.hidden_dim=64"],
+            r"^parallel\.tensor=3: must divide model\.hidden_dim=64; allowed",
+        ),
         (
             [*TENSOR_3, *HEADS_3, "model.moe.shared_hidden_dim=8"],
             r"^parallel\.tensor=3: must divide model\.moe\.shared_hidden_dim=8; allowed with 6 processes: 1$",
+        ),
+        (
+            [*JOINT, "trainer.devices=4", "parallel.tensor=4", "model.attention.num_kv_heads=4"],
+            r"^parallel\.tensor=4: must divide distillation\.teacher_model\.attention\.num_kv_heads=2; allowed with 4 ",
         ),
         (
             [*TENSOR_3, *HEADS_3, "model.vocab_size=1024"],

@@ -35,12 +35,15 @@ class ParallelConfig:
                 raise ValueError(f"shard=false: must be true with {name}={getattr(self, name)}")
 
 
-def require_degrees(parallel: ParallelConfig, processes: int, batch_size: int, model: DecoderConfig) -> None:
+def require_degrees(
+    parallel: ParallelConfig, processes: int, batch_size: int, model: DecoderConfig, key: str = "model"
+) -> None:
     """Refuse what cannot be shared evenly.
 
     Args:
         processes: of the run.
         batch_size: sequences of a micro-batch, over all of them.
+        key: that of the model, for messages.
 
     Raises:
         InputError: it names the key, and the values that are allowed.
@@ -63,9 +66,9 @@ def require_degrees(parallel: ParallelConfig, processes: int, batch_size: int, m
             f"{_listed([each * parallel.tensor for each in _divisors(batch_size)])} processes are allowed"
         )
     if parallel.expert > 1:
-        _require_experts(parallel, processes, model)
+        _require_experts(parallel, processes, model, key)
     if parallel.tensor > 1:
-        _require_matrices(parallel, processes, model)
+        _require_matrices(parallel, processes, model, key)
 
 
 def require_vocabulary(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:
@@ -75,25 +78,23 @@ def require_vocabulary(parallel: ParallelConfig, processes: int, model: DecoderC
         InputError: it names the key, and the values that are allowed.
     """
     larger = math.ceil(model.vocab_size / parallel.tensor) * parallel.tensor
-    _require_share(
-        parallel, processes, {"model.vocab_size": model.vocab_size}, f"; or model.vocab_size={larger}"
-    )
+    _require_share(parallel, processes, {"model.vocab_size": model.vocab_size}, f"; or model.vocab_size={larger}")
 
 
-def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:
+def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderConfig, key: str) -> None:
     """Refuse heads and widths that cannot be shared evenly; custom modules are not shared."""
     sizes: dict[str, int] = {}
     if any(isinstance(layer.mixer, str) for layer in model.layers):
-        sizes["model.attention.num_heads"] = model.attention.num_heads
-        sizes["model.attention.num_kv_heads"] = model.num_kv_heads
+        sizes[f"{key}.attention.num_heads"] = model.attention.num_heads
+        sizes[f"{key}.attention.num_kv_heads"] = model.num_kv_heads
     ffns = {layer.ffn for layer in model.layers if isinstance(layer.ffn, str)}
     if "dense" in ffns:
-        sizes["model.hidden_dim"] = model.hidden_dim
+        sizes[f"{key}.hidden_dim"] = model.hidden_dim
     if model.moe is not None and "dense_twin" in ffns:
         sizes["the width of the dense twin"] = model.moe.active_hidden_dim
     if model.moe is not None and "moe" in ffns and model.moe.shared_width:
         name = "hidden_dim" if model.moe.shared_hidden_dim is None else "shared_hidden_dim"
-        sizes[f"model.moe.{name}"] = model.moe.shared_width
+        sizes[f"{key}.moe.{name}"] = model.moe.shared_width
     _require_share(parallel, processes, sizes)
 
 
@@ -103,32 +104,32 @@ def _require_share(parallel: ParallelConfig, processes: int, sizes: dict[str, in
             allowed = _divisors(math.gcd(processes, *sizes.values()))
             raise InputError(
                 f"parallel.tensor={parallel.tensor}: must divide {name}={size}; allowed with {processes} processes: "
-                f"{_listed(allowed)}"
+                f"{_listed(allowed)}{instead}"
             )
 
 
-def _require_experts(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:
+def _require_experts(parallel: ParallelConfig, processes: int, model: DecoderConfig, key: str) -> None:
     moe = model.moe
     if moe is None or not any(layer.ffn == "moe" for layer in model.layers):
         raise InputError(f"parallel.expert={parallel.expert}: must be 1 for a model without MoE layers")
     for name in ("experts", "dispatcher"):
         if isinstance(custom := getattr(moe, name), dict):
             raise InputError(
-                f"parallel.expert={parallel.expert}: must be 1 with model.moe.{name}={custom.get('type')}; only "
+                f"parallel.expert={parallel.expert}: must be 1 with {key}.moe.{name}={custom.get('type')}; only "
                 "those of moesaic.layers can be spread over ranks"
             )
     if moe.num_experts % parallel.expert:
         allowed = _divisors(math.gcd(moe.num_experts, processes))
         raise InputError(
-            f"parallel.expert={parallel.expert}: must divide model.moe.num_experts={moe.num_experts}; allowed with "
+            f"parallel.expert={parallel.expert}: must divide {key}.moe.num_experts={moe.num_experts}; allowed with "
             f"{processes} processes: {_listed(allowed)}"
         )
     owners = processes // parallel.expert
     if (moe.num_experts // parallel.expert) % owners and (model.dim % owners or moe.hidden_dim % owners):
         raise InputError(
             f"parallel.expert={parallel.expert}: {owners} ranks would share each "
-            f"{moe.num_experts // parallel.expert} experts; that number must be a multiple of {owners}, or model.dim "
-            "and model.moe.hidden_dim must"
+            f"{moe.num_experts // parallel.expert} experts; that number must be a multiple of {owners}, or {key}.dim "
+            f"and {key}.moe.hidden_dim must"
         )
 
 

@@ -205,6 +205,12 @@ def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[
             "that share a scale would be on several ranks"
         )
     require_degrees(config.parallel, number, config.training.batch_size, model)
+    if config.distillation is not None and config.distillation.source == "joint":
+        teacher = from_mapping(DecoderConfig, teacher_mapping(to_mapping(model), config.distillation.teacher_model))
+        parallel = config.parallel
+        if all(layer.ffn != "moe" for layer in teacher.layers):  # it has no experts, though the student may
+            parallel = dataclasses.replace(parallel, expert=1)
+        require_degrees(parallel, number, config.training.batch_size, teacher, "distillation.teacher_model")
     is_sharded = number > 1 and config.parallel.shard and config.trainer.strategy == "auto"
     if is_sharded and any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise InputError(
