@@ -22,6 +22,7 @@ from moesaic.parallel.workers import Workers
 Composed = Callable[..., dict[str, Any]]
 
 SIZES = ("trainer.precision=64-true", "training.batch_size=4", "training.seq_len=32", "model.num_layers=2")
+SIZES += ("model.vocab_size=258",)  # bytes and one more, which two ranks can share
 STEPS = (
     *SIZES,
     "model.vocab_size=258",
@@ -198,8 +199,8 @@ HEADS_3 = (
         (["parallel.tensor=2"], r"^parallel\.tensor=2: must divide the 1 process of the run .*; allowed: 1$"),
         (
             ["trainer.devices=6", "parallel.tensor=2", "training.batch_size=4"],
-            r"^training\.batch_size=4: counts the sequences of all 6 processes, of which 2 each have the same ones, and "
-            r"must be a multiple of 3, such as 3 or 6; as it is, 2, 4, 8 processes are allowed$",
+            r"^training\.batch_size=4: counts the sequences of all 6 processes, of which 2 each have the same ones, "
+            r"and must be a multiple of 3, such as 3 or 6; as it is, 2, 4, 8 processes are allowed$",
         ),
         (
             [*TENSOR_3, "model.attention.num_heads=8", "model.attention.num_kv_heads=4"],

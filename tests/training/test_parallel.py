@@ -52,10 +52,8 @@ def test_equals_one_process(workers: Workers, layout: str, case: str) -> None:
     assert Compared(layout, case, "64-true", found).exceeding == {}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["shards on 2", *(pytest.param(f"{what} on 2", marks=pytest.mark.slow) for what in ("experts", "matrices"))],
-)
+@pytest.mark.slow_but_for("shards")
+@pytest.mark.parametrize("layout", ["shards on 2", "experts on 2", "matrices on 2"])
 def test_equals_one_process_in_fp32(workers: Workers, layout: str) -> None:
     training = dataclasses.replace(CASES["uneven"], precision="32-true")
     found = deviations(train_on(workers, training, LAYOUTS[layout]), alone(workers, training))
