@@ -125,7 +125,16 @@ def _serve(jobs: Connection, inherited: list[Connection]) -> None:
             finally:
                 if distributed.is_initialized():
                     distributed.destroy_process_group()
+                    _forget_meshes()
             answer = pickle.dumps((True, result))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         jobs.send_bytes(answer)
+
+
+def _forget_meshes() -> None:
+    """Let torch forget what it remembers of tensors on meshes: those of the next job are equal, but not their groups."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
