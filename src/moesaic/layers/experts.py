@@ -19,8 +19,11 @@ def held(weight: Tensor) -> Tensor:
 
     Told by its method, so that nothing here imports torch's distributed tensors.
     """
-    to_local = getattr(weight, "to_local", None)
-    return weight if to_local is None else to_local()
+    # asked of the type: torch.compile takes it that no tensor has such a method, where the tensor itself is asked
+    if not hasattr(type(weight), "to_local"):
+        return weight
+    local: Tensor = weight.to_local()  # type: ignore[operator]
+    return local
 
 
 class Experts(nn.Module):

@@ -108,7 +108,7 @@ def _give_tail(
 
 
 def _gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """What all ranks have, side by side, rank 0 first. The gradient of each is the sum of what all ranks have for it."""
+    """What all ranks have, side by side, rank 0 first. Its gradient is the sum of those of all ranks."""
     name = "all_gather_single_autograd"  # as torch 2.13 calls it
     gather = getattr(collectives, name, None) or collectives.all_gather_tensor_autograd
     gathered: Tensor = collectives.wait_tensor(gather(x.contiguous(), dim, group))
