@@ -22,6 +22,7 @@ from moesaic.training.config import RunConfig
 from moesaic.training.fp8 import multiplying_in_fp8
 from moesaic.training.launched import is_lost, rank
 from moesaic.training.lightning_options import TENSORBOARD, ignore_advice, quiet_lightning
+from moesaic.training.meeting import no_meeting
 from moesaic.training.module import Diverged, LanguageModel
 from moesaic.training.prepare import Prepared, trainer_options
 from moesaic.training.rate_finder import LearningRateFinder
@@ -94,6 +95,8 @@ def fit(prepared: Prepared, module: LanguageModel, console: Console) -> Fitted:
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, OSError) as error:
         if (full := _disk_error(error)) is not None and not isinstance(error, CannotWrite):
             raise CannotWrite(full.filename or run_dir, full) from error
+        if (alone := no_meeting(error)) is not None:
+            raise alone from error
         last = next(each for each in trainer.callbacks if isinstance(each, LastCheckpoint))  # type: ignore[attr-defined]
         if isinstance(error, (InputError, OSError)) or last.began or not _is_restoring(error) or is_lost(error):
             raise
