@@ -76,6 +76,15 @@ HABITS = {
     "trainer.precision=16": "did you mean trainer.precision=bf16-mixed?",
     "trainer.accelerator=cuda": "did you mean trainer.accelerator=gpu?",
     "data.name=stdlib": "did you mean data.source?",
+    "+experiment=balancing": "must be experiment=balancing, without +",
+    # commands
+    "budget=3m": "did you mean moesaic compare budget=...?",
+    "eval_only=true": "did you mean moesaic evaluate CHECKPOINT?",
+    # other tools again
+    "optimizer.type=adamw": "did you mean optimizer.name?",
+    "optimizer.momentum=0.9": "did you mean optimizer.beta1?",
+    "model.num_shared_experts=1": "did you mean model.moe.shared_hidden_dim?",
+    "checkpoint.every=10": "did you mean training.checkpoint_every?",
     # a value with signs that Hydra reads otherwise
     "data.path=my texts/a, b = ü": "a text with special signs must be in quotes inside quotes",
     "data.path=[a b,c": "a text with special signs must be in quotes inside quotes",
@@ -113,6 +122,7 @@ WORK = [
     "+trainer.fast_dev_run=true",
     "trainer.limit_val_batches=2",
     "optimizer.name=adamw",
+    "sample.prompt=it's (not) so, is it",
 ]
 
 

@@ -51,7 +51,7 @@ __all__ = [
 OVERRIDE = re.compile(r"(?:\+{0,2}|~)(?:[\w.$@:-]*|hydra/[\w/@]+)=|~[\w.]+$")
 """An argument that is not a word: key=value, also of hydra/launcher, or ~key. Other paths with = in them are words."""
 
-TEXT = {"new", "baseline", "prompt", "where"}
+TEXT = {"new", "baseline", "prompt", "sample.prompt", "where"}
 """Keys whose value is text to the end, whatever signs are in it; so are the keys that words fill."""
 
 GLOBAL_GROUPS = ("experiment", "debug")
@@ -220,6 +220,9 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
     for each in overrides:
         if each.key_or_group == "launcher" and config_name != "study":
             raise InputError(f"{each.input_line}: is for moesaic study; a sweep must have -m and hydra/launcher=NAME")
+        if each.key_or_group in groups and (each.is_add() or each.is_force_add()):
+            given = str(each.input_line).lstrip("+")
+            raise InputError(f"{each.input_line}: {each.key_or_group} is there already; must be {given}, without +")
         if each.key_or_group in groups and not each.is_delete():
             _check_options(each, groups[each.key_or_group])
             _check_files(each, folders[1:])

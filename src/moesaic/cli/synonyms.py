@@ -13,6 +13,7 @@ _KEYS = {
     "model.moe.num_experts": "n_experts experts num_local_experts n_routed_experts number_of_experts",
     "model.moe.hidden_dim": "moe_intermediate_size expert_dim expert_hidden_dim d_expert",
     "model.moe.top_k": "k topk num_experts_per_tok num_experts_per_token experts_per_token",
+    "model.moe.shared_hidden_dim": "num_shared_experts n_shared_experts shared_experts shared_expert",
     "model.moe.router": "routing gate gating",
     "model.tie_embeddings": "tie_word_embeddings weight_tying",
     "training.steps": "max_steps num_steps train_steps total_steps iterations iters max_iters n_steps epochs "
@@ -25,13 +26,13 @@ _KEYS = {
     "training.validate_every": "eval_interval val_check_interval eval_steps eval_every check_val_every_n_epoch",
     "training.validation_batches": "limit_val_batches eval_iters",
     "training.log_every": "log_interval log_every_n_steps logging_steps",
-    "training.checkpoint_every": "save_steps save_interval save_every every_n_train_steps",
+    "training.checkpoint_every": "save_steps save_interval save_every every_n_train_steps checkpoint.every",
     "optimizer.learning_rate": "lr learning_rate base_lr max_lr",
     "optimizer.weight_decay": "wd",
-    "optimizer.beta1": "betas adam_beta1",
+    "optimizer.beta1": "betas adam_beta1 momentum",
     "optimizer.beta2": "adam_beta2",
     "optimizer.eps": "epsilon adam_epsilon",
-    "optimizer.name": "optim opt optimizer_name optimizer_type",
+    "optimizer.name": "optim opt optimizer_name optimizer_type optimizer.type optimizer._target_",
     "schedule.warmup_steps": "warmup num_warmup_steps warmup_iters warmup_ratio lr_warmup",
     "schedule.name": "scheduler lr_scheduler lr_scheduler_type lr_schedule",
     "schedule.final_factor": "min_lr final_lr",
@@ -104,7 +105,12 @@ OPTIONS = {
 """Options of config groups, and values of keys, that other projects have, and what to type here."""
 
 
-COMMAND_OF = {"new": "moesaic compare new=...", "rates": "moesaic compare rates=...", "study": "moesaic study"}
+COMMAND_OF = {
+    **{key: f"moesaic compare {key}=..." for key in ("new", "baseline", "rates", "budget", "equal")},
+    "study": "moesaic study",
+    "eval_only": "moesaic evaluate CHECKPOINT",
+    "prompt": "moesaic generate CHECKPOINT PROMPT",
+}
 """Keys of one command, which people also give to others."""
 
 

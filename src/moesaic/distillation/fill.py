@@ -1,7 +1,7 @@
 """A teacher's targets for a whole training split, computed once into a cache."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,8 @@ def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:
     Raises:
         InputError: bad configuration, teacher, data or directory; all of it before anything is computed.
     """
-    for key, example in (("teacher", "RUN/checkpoints/last.ckpt"), ("directory", "targets")):
-        if not isinstance(config[key], str):
-            raise InputError(f"{key}={config[key]!r}: it is needed ({key}={example})")
-    for key in ("seq_len", "batch_size", "windows_per_shard"):
-        if type(config[key]) is not int or config[key] < 1:
-            raise InputError(f"{key}={config[key]!r}: must be an integer >= 1")
-    if type(config["seed"]) is not int or not 0 <= config["seed"] <= LARGEST_SEED:
-        raise InputError(f"seed={config['seed']!r}: must be an integer from 0 to {LARGEST_SEED}")
+    _require_settings(config)
     batch_size, windows_per_shard = config["batch_size"], config["windows_per_shard"]
-    if windows_per_shard % batch_size:
-        # else a resumed run would batch windows in another way, and differ in the last bit
-        raise InputError(f"windows_per_shard={windows_per_shard}: must be a multiple of batch_size={batch_size}")
     form = from_mapping(TargetFormat, {key: config[key] for key in FORMAT_KEYS})
     require_accelerator("accelerator", config["accelerator"])
     require_teacher(config["teacher"])
@@ -97,6 +87,22 @@ def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:
         "bytes": cache.stored_bytes,
         "tokenizer": "of the data" if tokenizer is None else "of the teacher",
     }
+
+
+def _require_settings(config: Mapping[str, Any]) -> None:
+    """Refuse what is missing, and numbers that cannot be."""
+    for key, example in (("teacher", "RUN/checkpoints/last.ckpt"), ("directory", "targets")):
+        if not isinstance(config[key], str):
+            raise InputError(f"{key}={config[key]!r}: it is needed ({key}={example})")
+    for key in ("seq_len", "batch_size", "windows_per_shard"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise InputError(f"{key}={config[key]!r}: must be an integer >= 1")
+    if type(config["seed"]) is not int or not 0 <= config["seed"] <= LARGEST_SEED:
+        raise InputError(f"seed={config['seed']!r}: must be an integer from 0 to {LARGEST_SEED}")
+    batch_size, windows_per_shard = config["batch_size"], config["windows_per_shard"]
+    if windows_per_shard % batch_size:
+        # else a resumed run would batch windows in another way, and differ in the last bit
+        raise InputError(f"windows_per_shard={windows_per_shard}: must be a multiple of batch_size={batch_size}")
 
 
 def _distinct_ids(teacher: FrozenTeacher, tokens: Tokens, starts: Starts, identity: CacheIdentity) -> float:

@@ -124,91 +124,104 @@ def _is_matrix(x: Any) -> bool:
 
 def _formulas() -> dict[Any, Any]:
     """Formulas for the operators that torch's counter does not know, over the shapes of their arguments."""
-    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
-
     aten = torch.ops.aten
-
-    def numel(shape: Any) -> int:
-        return math.prod(int(size) for size in shape)
-
-    def vector(matrix: Any, *_: Any, **__: Any) -> int:
-        """A matrix, or a vector, times a vector."""
-        return 2 * numel(matrix)
-
-    def vector_added(added: Any, matrix: Any, *_: Any, **__: Any) -> int:
-        return 2 * numel(matrix)
-
-    def products_added(added: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
-        return 2 * numel(a) * int(b[-1])
-
-    def grouped(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        """Each row meets the matrix of its group; of two 2-D factors, the inner sizes are those of the groups."""
-        if len(a) == 2 and len(b) == 2:
-            return 2 * numel(a) * int(b[-1])
-        return 2 * numel(out_shape) * int(a[-1])
-
-    def visible(query: Any, key: Any, is_causal: bool) -> float:
-        """Share of the (L, S) products that a causal kernel makes: those up to the diagonal."""
-        length, keys = int(query[-2]), int(key[-2])
-        seen = sum(min(i + 1, keys) for i in range(length)) if length != keys else length * (length + 1) // 2
-        return seen / (length * keys) if is_causal else 1.0
-
-    def attention(
-        query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, *_: Any, **__: Any
-    ) -> int:
-        whole = sdpa_flop_count(query, _as_many(query, key), _as_many(query, value))
-        return round(whole * visible(query, key, is_causal))
-
-    def attention_backward(
-        gradient: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        out: Any,
-        logsumexp: Any,
-        dropout: float,
-        is_causal: bool,
-        *_: Any,
-        **__: Any,
-    ) -> int:
-        whole = sdpa_backward_flop_count(gradient, query, _as_many(query, key), _as_many(query, value))
-        return round(whole * visible(query, key, is_causal))
-
-    def recurrent(x: Any, of_inputs: Any, of_state: Any, *_: Any, **__: Any) -> int:
-        """Every step multiplies its input and its state by a matrix."""
-        return 2 * numel(x[:-1]) * (numel(of_inputs) + numel(of_state))
-
-    def recurrent_backward(x: Any, of_inputs: Any, of_state: Any, *_: Any, **__: Any) -> int:
-        return 2 * recurrent(x, of_inputs, of_state)
-
-    def fourier(x: Any, dims: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        """5 N log2 N per transform of N complex numbers (the convention of FFTW's benchmarks)."""
-        longer = max(x, out_shape, key=numel)
-        return round(5 * numel(longer) * math.log2(max(2, numel(longer[d] for d in dims))))
-
-    def real_fourier(x: Any, dims: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return fourier(x, dims, out_shape=out_shape) // 2
-
     return {
-        aten.addmm_: products_added,
-        aten.baddbmm_: products_added,
-        aten.addbmm: products_added,
-        aten.addbmm_: products_added,
-        aten.mv: vector,
-        aten.dot: vector,
-        aten.vdot: vector,
-        aten.addmv: vector_added,
-        aten.addmv_: vector_added,
-        aten._grouped_mm: grouped,
-        aten._scaled_grouped_mm: grouped,
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        aten.mkldnn_rnn_layer: recurrent,
-        aten.mkldnn_rnn_layer_backward: recurrent_backward,
-        aten._fft_c2c: fourier,
-        aten._fft_r2c: real_fourier,
-        aten._fft_c2r: real_fourier,
+        aten.addmm_: _products_added,
+        aten.baddbmm_: _products_added,
+        aten.addbmm: _products_added,
+        aten.addbmm_: _products_added,
+        aten.mv: _vector,
+        aten.dot: _vector,
+        aten.vdot: _vector,
+        aten.addmv: _vector_added,
+        aten.addmv_: _vector_added,
+        aten._grouped_mm: _grouped,
+        aten._scaled_grouped_mm: _grouped,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten.mkldnn_rnn_layer: _recurrent,
+        aten.mkldnn_rnn_layer_backward: _recurrent_backward,
+        aten._fft_c2c: _fourier,
+        aten._fft_r2c: _real_fourier,
+        aten._fft_c2r: _real_fourier,
     }
+
+
+def _numel(shape: Any) -> int:
+    return math.prod(int(size) for size in shape)
+
+
+def _vector(matrix: Any, *_: Any, **__: Any) -> int:
+    """A matrix, or a vector, times a vector."""
+    return 2 * _numel(matrix)
+
+
+def _vector_added(added: Any, matrix: Any, *_: Any, **__: Any) -> int:
+    return 2 * _numel(matrix)
+
+
+def _products_added(added: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * _numel(a) * int(b[-1])
+
+
+def _grouped(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Each row meets the matrix of its group; of two 2-D factors, the inner sizes are those of the groups."""
+    if len(a) == 2 and len(b) == 2:
+        return 2 * _numel(a) * int(b[-1])
+    return 2 * _numel(out_shape) * int(a[-1])
+
+
+def _visible(query: Any, key: Any, is_causal: bool) -> float:
+    """Share of the (L, S) products that a causal kernel makes: those up to the diagonal."""
+    length, keys = int(query[-2]), int(key[-2])
+    seen = sum(min(i + 1, keys) for i in range(length)) if length != keys else length * (length + 1) // 2
+    return seen / (length * keys) if is_causal else 1.0
+
+
+def _attention(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, *_: Any, **__: Any
+) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    whole = sdpa_flop_count(query, _as_many(query, key), _as_many(query, value))
+    return round(whole * _visible(query, key, is_causal))
+
+
+def _attention_backward(
+    gradient: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    logsumexp: Any,
+    dropout: float,
+    is_causal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
+    whole = sdpa_backward_flop_count(gradient, query, _as_many(query, key), _as_many(query, value))
+    return round(whole * _visible(query, key, is_causal))
+
+
+def _recurrent(x: Any, of_inputs: Any, of_state: Any, *_: Any, **__: Any) -> int:
+    """Every step multiplies its input and its state by a matrix."""
+    return 2 * _numel(x[:-1]) * (_numel(of_inputs) + _numel(of_state))
+
+
+def _recurrent_backward(x: Any, of_inputs: Any, of_state: Any, *_: Any, **__: Any) -> int:
+    return 2 * _recurrent(x, of_inputs, of_state)
+
+
+def _fourier(x: Any, dims: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """5 N log2 N per transform of N complex numbers (the convention of FFTW's benchmarks)."""
+    longer = max(x, out_shape, key=_numel)
+    return round(5 * _numel(longer) * math.log2(max(2, _numel(longer[d] for d in dims))))
+
+
+def _real_fourier(x: Any, dims: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _fourier(x, dims, out_shape=out_shape) // 2
 
 
 def _as_many(query: Any, shared: Any) -> Any:

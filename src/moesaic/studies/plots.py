@@ -113,6 +113,7 @@ def plot_curves(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None:
                 values = np.concatenate(late)
                 margin = 0.05 * max(float(values.max() - values.min()), 1e-3)
                 panel.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
+            panel.locator_params(axis="x", nbins=6)
             if column != "seconds":  # 500m would be read as minutes
                 panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.set_title(f"{f'{point[0]}={point[1]}: ' if point else ''}over {label}", fontsize=11)

@@ -91,6 +91,15 @@ def write_study_report(
         markdown_table(columns, lines),
         "\n".join(f"- {note}" for note in notes),
     ]
+    paragraphs += _pictures(study, base, arms, rows, results)
+    write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
+    write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
+
+
+def _pictures(
+    study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult], rows: Mapping[str, Row], results: Path
+) -> list[str]:
+    """Write the pictures that there is something for; returns what shows them in Markdown."""
     drawn = (
         plot_effects(study, arms),
         plot_curves(study, arms),
@@ -98,14 +107,14 @@ def write_study_report(
         plot_by_position(study, arms, base["training"]["seq_len"]),
         plot_total_flops(study, base, arms, rows),
     )
+    shown = []
     for (name, caption), figure in zip(PICTURES.items(), drawn, strict=True):
         if figure is None:
             (results / name).unlink(missing_ok=True)  # of what the study no longer has
         else:
             save_figure(figure, results / name)
-            paragraphs.append(f"![{caption}]({name})")
-    write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
-    write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
+            shown.append(f"![{caption}]({name})")
+    return shown
 
 
 def _table(study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:
