@@ -51,6 +51,7 @@ COMMANDS = {
         "Compare trainings on several processes with one process.",
         at_once="three steps each; this takes a minute or two",
     ),
+    "transfer": Command("Check that settings found at one size hold at others.", ("action",), "check"),
     "memory": Command("Say how much memory a model takes, without allocating it.", ("name",), "MODEL"),
     "plan": Command("Say what a training takes on many GPUs, without any of them.", ("model",), "[MODEL]"),
     "cache-targets": Command(

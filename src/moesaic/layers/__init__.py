@@ -23,13 +23,15 @@ from moesaic.layers.fp8 import Fp8Recipe
 from moesaic.layers.fp8_emulation import emulating_fp8
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
-from moesaic.layers.part import (
-    Flops,
+from moesaic.layers.parametrization import (
+    Fans,
     ParameterKind,
     Parametrization,
-    Part,
-    parameter_kinds,
+    Scales,
+    Transfer,
+    parameter_fans,
 )
+from moesaic.layers.part import Flops, Part, parameter_kinds
 from moesaic.layers.rotary import Llama3RopeScaling, RotaryEmbedding
 from moesaic.layers.router import Routing, TopKRouter, count_tokens
 
@@ -44,6 +46,7 @@ __all__ = [
     "Dispatched",
     "Dispatcher",
     "Experts",
+    "Fans",
     "FeedForward",
     "Flops",
     "Fp8Recipe",
@@ -57,8 +60,10 @@ __all__ = [
     "RotaryEmbedding",
     "RoutedLayer",
     "Routing",
+    "Scales",
     "ShortConvolution",
     "TopKRouter",
+    "Transfer",
     "UniformRouter",
     "causal_attention",
     "choose_backend",
@@ -67,6 +72,7 @@ __all__ = [
     "emulating_fp8",
     "masked_attention",
     "mix_experts",
+    "parameter_fans",
     "parameter_kinds",
     "run_experts",
 ]

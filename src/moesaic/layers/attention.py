@@ -23,7 +23,7 @@ from moesaic.layers.checks import (
     require_weights_dtype,
 )
 from moesaic.layers.norm import RMSNorm
-from moesaic.layers.part import ParameterKind
+from moesaic.layers.parametrization import ParameterKind
 from moesaic.layers.rotary import RotaryEmbedding
 
 __all__ = [

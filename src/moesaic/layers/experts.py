@@ -9,7 +9,7 @@ from moesaic.layers.backend_choice import BackendName, choose_backend
 from moesaic.layers.backends import Backend, run_experts
 from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
 from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName
-from moesaic.layers.part import Parametrization
+from moesaic.layers.parametrization import Fans, Parametrization
 
 __all__ = ["Experts", "held"]
 
@@ -72,6 +72,9 @@ class Experts(nn.Module):
     def initialize(self, parametrization: Parametrization) -> None:
         nn.init.normal_(self.gate_up_proj, std=parametrization.std("matrix", self.dim))
         nn.init.normal_(self.down_proj, std=parametrization.std("matrix", self.hidden_dim))
+
+    def fans(self) -> dict[str, Fans]:
+        return {"gate_up_proj": Fans(self.dim, 2 * self.hidden_dim), "down_proj": Fans(self.hidden_dim, self.dim)}
 
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of one row in one expert."""

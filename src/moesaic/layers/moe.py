@@ -20,7 +20,8 @@ from moesaic.layers.checks import (
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName, FeedForward
-from moesaic.layers.part import ParameterKind, declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
+from moesaic.layers.parametrization import ParameterKind
+from moesaic.layers.part import declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]

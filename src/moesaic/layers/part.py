@@ -12,13 +12,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.checks import require_decided, require_numbers
+from moesaic.layers.checks import require_decided
+from moesaic.layers.parametrization import Fans, ParameterKind, Parametrization
 from moesaic.layers.work import Work
 
 __all__ = [
     "Flops",
-    "ParameterKind",
-    "Parametrization",
     "Part",
     "active_parameters",
     "cache_bytes",
@@ -33,42 +32,14 @@ __all__ = [
     "remember_marks",
 ]
 
-ParameterKind = Literal["matrix", "output", "vector", "embedding"]
-"""How a parameter is trained. "matrix": hidden features to hidden features, or a stack of such, decayed and stepped by
-Muon where that is on. "output": logits from features (a head, a router), decayed, always stepped by AdamW. "vector" (a
-gain, a bias, a short filter) and "embedding": AdamW without decay."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parametrization:
-    """The rule by which parameters are drawn and by which their learning rates are scaled, by kind and shape.
-
-    This one is the standard parametrization: one standard deviation, one learning rate.
-
-    Args:
-        init_std: of every weight; None means 1 / sqrt(fan_in).
-    """
-
-    init_std: float | None = 0.02
-
-    def __post_init__(self) -> None:
-        if self.init_std is not None:
-            require_numbers(above=True, init_std=self.init_std)
-
-    def std(self, kind: ParameterKind, fan_in: int) -> float:
-        """Standard deviation of a new weight; `fan_in` of an embedding is its width."""
-        return self.init_std or fan_in**-0.5
-
-    def learning_rate_scale(self, kind: ParameterKind, shape: torch.Size) -> float:
-        """The factor on the learning rate of a parameter's kind."""
-        return 1.0
-
-
 class Part(Protocol):
     """What a part may say of itself. Each method is optional."""
 
     def parameter_kinds(self) -> Mapping[str, ParameterKind]:
         """Kinds of some parameters, by their name within the part ("A_log", "gate.weight"); the others get defaults."""
+
+    def fans(self) -> Mapping[str, Fans]:
+        """Fan-in and fan-out of matrices that no linear layer holds, by their name within the part."""
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs of one token in a sequence of seq_len tokens. A multiply-add counts as two."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.layers.checks import require_choice, require_dtype, require_flags, require_last, require_sizes
-from moesaic.layers.part import ParameterKind, Parametrization
+from moesaic.layers.parametrization import Fans, ParameterKind, Parametrization
 
 __all__ = ["Routing", "ScoreFunction", "TopKRouter", "at_least_fp32", "count_tokens"]
 
@@ -112,6 +112,9 @@ class TopKRouter(nn.Module):
 
     def parameter_kinds(self) -> dict[str, ParameterKind]:
         return {"weight": "output"}
+
+    def fans(self) -> dict[str, Fans]:
+        return {"weight": Fans(self.dim, self.num_experts)}
 
     def flops_per_token(self, seq_len: int) -> float:
         return 2 * self.weight.numel()

@@ -10,6 +10,7 @@ __all__ = [
     "FFN",
     "FORMAT",
     "AttentionConfig",
+    "BaseShape",
     "CustomModule",
     "DecoderConfig",
     "LayerConfig",
@@ -101,6 +102,17 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseShape:
+    """The model at which the settings of a parametrization that transfers are what the config says."""
+
+    dim: int = dataclasses.field(metadata={"most": 2**20})
+    num_layers: int = dataclasses.field(metadata={"most": 2**10})
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim", "num_layers")
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """One entry of the depth pattern."""
 
@@ -136,6 +148,8 @@ class DecoderConfig:
     tie_embeddings: bool = False
     init_std: float | None = dataclasses.field(default=0.02, metadata={"most": 100.0})  # null: 1 / sqrt(fan_in)
     padding_token: int | None = None  # its embedding gets no gradient
+    parametrization: Literal["standard", "transfer"] = "standard"
+    base: BaseShape | None = None  # of transfer; null: as transfer.base of the run
     format: int = FORMAT  # version of these words
 
     def __post_init__(self) -> None:
@@ -170,6 +184,14 @@ class DecoderConfig:
         chunk = self.attention.attention_chunk_size
         if chunk is None and (chunked := mixers & {"chunked_rope", "chunked_nope"}):
             raise ValueError(f"attention.attention_chunk_size=None: the depth pattern has {chunked.pop()} layers")
+        if self.parametrization == "transfer" and self.base is None:
+            raise ValueError("base=None: parametrization=transfer needs {dim, num_layers} there")
+        if self.parametrization == "standard" and self.base is not None:
+            raise ValueError("base: must be null with parametrization=standard")
+        if self.parametrization == "transfer" and self.tie_embeddings:
+            raise ValueError(
+                "tie_embeddings=True: must be false with parametrization=transfer, as no rule holds for both at once"
+            )
         if self.format != FORMAT:
             raise ValueError(f"format={self.format}: must be {FORMAT}")
 

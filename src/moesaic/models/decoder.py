@@ -21,6 +21,7 @@ from moesaic.layers import (
     RoutedLayer,
     Routing,
     TopKRouter,
+    Transfer,
     UniformRouter,
     count_tokens,
 )
@@ -36,7 +37,7 @@ from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
 
-__all__ = ["FOREIGN_FILES", "Block", "Decoder", "DecoderOutput", "build_block", "build_decoder", "initialize"]
+__all__ = ["FOREIGN_FILES", "Block", "Decoder", "DecoderOutput", "build_block", "build_decoder", "initialize", "parametrization_of"]
 
 FOREIGN_FILES = (
     "config.json",
@@ -58,7 +59,9 @@ class DecoderOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += ffn(norm(x))."""
+    """x += mixer(norm(x)); x += ffn(norm(x)); with a `residual_scale`, both times that."""
+
+    residual_scale = 1.0
 
     def __init__(self, *, mixer: nn.Module, ffn: nn.Module, mixer_norm: nn.Module, ffn_norm: nn.Module) -> None:
         super().__init__()
@@ -85,12 +88,15 @@ class Block(nn.Module):
             y = self.mixer(y, cache)
         else:
             y = self.mixer(y)
-        x = x + y
+        x = x + self._scaled(y)
         y = self.ffn_norm(x)
         if self.is_routed:
             y, routing = cast(RoutedLayer, self.ffn).forward_with_routing(y)
-            return x + y, routing
-        return x + self.ffn(y), None
+            return x + self._scaled(y), routing
+        return x + self._scaled(self.ffn(y)), None
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.residual_scale == 1 else y * self.residual_scale
 
 
 class Decoder(nn.Module):
@@ -331,7 +337,7 @@ def build_decoder(
         dtype=dtype,
     )
     decoder.config = config
-    initialize(decoder, Parametrization(config.init_std))
+    initialize(decoder, parametrization_of(config))
     return decoder
 
 
@@ -347,6 +353,20 @@ def build_block(
 
 
 @torch.no_grad()
+def parametrization_of(config: DecoderConfig) -> Parametrization:
+    """The rule by which the weights of a model are drawn and stepped."""
+    if config.parametrization == "standard":
+        return Parametrization(config.init_std)
+    assert config.base is not None  # checked at construction
+    return Transfer(
+        config.init_std,
+        dim=config.dim,
+        num_layers=config.num_layers,
+        base_dim=config.base.dim,
+        base_num_layers=config.base.num_layers,
+    )
+
+
 def initialize(decoder: Decoder, parametrization: Parametrization) -> None:
     """Draw every weight of our layers by the rule; biases are 0 and gains 1.
 
@@ -354,6 +374,9 @@ def initialize(decoder: Decoder, parametrization: Parametrization) -> None:
     they gave themselves, unless they have an `initialize` of their own.
     """
     decoder.parametrization = parametrization
+    for block in decoder.layers:
+        assert isinstance(block, Block)
+        block.residual_scale = parametrization.residual_scale
     if decoder.embedding.weight.is_meta:
         return
     dim = decoder.embedding.embedding_dim

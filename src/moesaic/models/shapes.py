@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from moesaic.layers.part import ParameterKind
+from moesaic.layers.parametrization import ParameterKind
 from moesaic.models.config import DecoderConfig, LayerConfig
 
 __all__ = [

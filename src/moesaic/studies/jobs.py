@@ -19,6 +19,7 @@ from moesaic.studies.config import PREPARED, Cell, Overrides, StudyConfig, Varia
 from moesaic.studies.defining import defining
 from moesaic.training.config import RunConfig
 from moesaic.training.memory import require_memory_of_run
+from moesaic.training.transfer import TransferBase
 
 __all__ = [
     "Evaluation",
@@ -54,6 +55,9 @@ Evaluation = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Mapping[str,
 
 YOUNGER: dict[str, Any] = {
     "training.score_windows": None,
+    "model.parametrization": "standard",
+    "model.base": None,
+    **{f"transfer.base.{key}": value for key, value in to_mapping(TransferBase()).items()},
     **{f"trainer.fp8.{key}": value for key, value in to_mapping(Fp8Recipe()).items()},
 }
 """Keys that are younger than rows, and the value that was meant before: with it the hash of a config is as it was."""

@@ -13,6 +13,7 @@ from moesaic.layers import Fp8Recipe
 from moesaic.models.presets import small
 from moesaic.parallel.config import ParallelConfig
 from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, option_names
+from moesaic.training.transfer import TransferConfig, settings_at
 
 __all__ = [
     "BalanceConfig",
@@ -165,6 +166,7 @@ class RunConfig:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
@@ -182,6 +184,9 @@ class RunConfig:
     logger: dict[str, Any] = dataclasses.field(default_factory=lambda: {"tensorboard": {**TENSORBOARD}})
 
     def __post_init__(self) -> None:
+        if self.model.get("parametrization") == "transfer" and self.model.get("base") is None:
+            base = {"dim": self.transfer.base.dim, "num_layers": self.transfer.base.num_layers}
+            object.__setattr__(self, "model", {**self.model, "base": base})
         require(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
         require(self, "seed", 0 <= self.seed <= LARGEST_SEED, f"an integer from 0 to {LARGEST_SEED}")
         if self.resume and self.ckpt_path is not None:
@@ -199,3 +204,24 @@ class RunConfig:
                 f"balance.expert_bias_update_rate={self.balance.expert_bias_update_rate}: it needs "
                 "model.moe.expert_bias=true"
             )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that an optimizer step sees, of all processes."""
+        return self.training.batch_size * self.training.seq_len * self.training.accumulate
+
+    def optimizer_at_scale(self) -> OptimizerConfig:
+        """The optimizer of this batch and so many tokens: as `optimizer` says, unless settings transfer."""
+        if self.model.get("parametrization") != "transfer":
+            return self.optimizer
+        settings = settings_at(self.transfer.base, self.tokens_per_step, self.tokens_per_step * self.training.steps)
+        at = self.optimizer
+        return dataclasses.replace(
+            at,
+            learning_rate=at.learning_rate * settings.rate,
+            muon_learning_rate=at.muon_learning_rate * settings.rate,
+            weight_decay=at.weight_decay * settings.rate,
+            eps=at.eps * settings.eps,
+            beta1=max(0.0, 1 - (1 - at.beta1) * settings.forgetting),
+            beta2=max(0.0, 1 - (1 - at.beta2) * settings.forgetting),
+        )

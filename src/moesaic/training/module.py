@@ -423,8 +423,8 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         beside = None
         if self.teacher is not None and self.codistillation is not None:
-            beside = (self.teacher, self.codistillation.teacher_optimizer(self.config.optimizer))
-        optimizer = build_optimizer(self.decoder, self.config.optimizer, beside)
+            beside = (self.teacher, self.codistillation.teacher_optimizer(self.config.optimizer_at_scale()))
+        optimizer = build_optimizer(self.decoder, self.config.optimizer_at_scale(), beside)
         factor = learning_rate_factor(self.config.schedule, self.config.training.steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._settings = settings_of(optimizer)
@@ -472,11 +472,7 @@ class LanguageModel(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.progress.tokens_per_step == 0:
-            self.progress = Progress(self._tokens_per_step(), self.training_flops_per_token)
-
-    def _tokens_per_step(self) -> int:
-        training = self.config.training
-        return training.batch_size * training.seq_len * training.accumulate
+            self.progress = Progress(self.config.tokens_per_step, self.training_flops_per_token)
 
     def _go_on_from(self, checkpoint: dict[str, Any]) -> None:
         """Count on from where a checkpoint is, though it may have had batches of another size."""
@@ -489,7 +485,7 @@ class LanguageModel(pl.LightningModule):
             model = from_mapping(DecoderConfig, stored["model"], "model")
             progress = Progress(tokens, account(model, before["seq_len"]).training_flops)
         move_positions(checkpoint, before, self.config.training)
-        self.progress = progress.then(step, self._tokens_per_step(), self.training_flops_per_token)
+        self.progress = progress.then(step, self.config.tokens_per_step, self.training_flops_per_token)
 
     def _of_all_ranks(self, watched: Watched) -> list[Watched]:
         """What ranks with other rows have, in their order."""

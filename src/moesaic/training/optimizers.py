@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers import ParameterKind, Parametrization, parameter_kinds
+from moesaic.errors import InputError
+from moesaic.layers import ParameterKind, Parametrization, Scales, parameter_fans, parameter_kinds
 from moesaic.parallel.shards import gather_matrices, held, held_slices, is_sharded, layout
 from moesaic.training.config import OptimizerConfig, ScheduleConfig
 
@@ -39,32 +40,51 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
 
     "matrices" and "outputs" are decayed, "vectors" and "embeddings" are not. With Muon the matrices take its steps; the
     outputs (routers, the head) stay with AdamW, because their results are not hidden features (Jordan et al. 2024).
-    A kind is split where the model's `parametrization` scales learning rates apart.
+    A kind is split where the model's `parametrization` scales settings apart.
+
+    Raises:
+        InputError: the parametrization has no rule for a matrix, because nothing states its fans.
     """
     kinds = parameter_kinds(model)
     parametrization: Parametrization = getattr(model, "parametrization", Parametrization())
-    grouped: dict[tuple[ParameterKind, float], list[nn.Parameter]] = {}
+    fans = parameter_fans(model) if parametrization.needs_fans else {}
+    grouped: dict[tuple[ParameterKind, Scales], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = parametrization.learning_rate_scale(kinds[name], parameter.shape)
-            grouped.setdefault((kinds[name], scale), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        kind = kinds[name]
+        if parametrization.needs_fans and kind in ("matrix", "output") and name not in fans:
+            raise InputError(
+                f"{name} of shape {list(parameter.shape)} has no fan-in and fan-out, which transfer needs; the part "
+                "must state them by a method fans() -> {name: (fan_in, fan_out)}, or hold it in a torch.nn.Linear"
+            )
+        by_muon = config.name == "muon" and kind == "matrix"
+        scales = parametrization.scales(kind, fans.get(name), in_block=name.startswith("layers."), by_muon=by_muon)
+        grouped.setdefault((kind, scales), []).append(parameter)
     groups = []
     for kind, name in GROUPS.items():
-        for (found, scale), parameters in grouped.items():
-            if found != kind:
-                continue
-            by_muon = config.name == "muon" and kind == "matrix"
-            learning_rate = config.muon_learning_rate if by_muon else config.learning_rate
-            groups.append(
-                {
-                    "name": name if scale == 1 else f"{name} x{scale:g}",
-                    "params": parameters,
-                    "weight_decay": config.weight_decay if kind in ("matrix", "output") else 0.0,
-                    "muon": by_muon,
-                    "lr": learning_rate * scale,
-                }
-            )
+        for (found, scales), parameters in grouped.items():
+            if found == kind:
+                groups.append(_group(kind, name, scales, parameters, config))
     return groups
+
+
+def _group(
+    kind: ParameterKind, name: str, scales: Scales, parameters: list[nn.Parameter], config: OptimizerConfig
+) -> Group:
+    by_muon = config.name == "muon" and kind == "matrix"
+    learning_rate = config.muon_learning_rate if by_muon else config.learning_rate
+    said = [] if scales.learning_rate == 1 else [f"x{scales.learning_rate:.4g}"]
+    if scales.eps != 1 and not by_muon:
+        said.append(f"eps x{scales.eps:.4g}")
+    group = {
+        "name": " ".join((name, *said)),
+        "params": parameters,
+        "weight_decay": config.weight_decay * scales.weight_decay if kind in ("matrix", "output") else 0.0,
+        "muon": by_muon,
+        "lr": learning_rate * scales.learning_rate,
+    }
+    return group if scales.eps == 1 or by_muon else {**group, "eps": config.eps * scales.eps}
 
 
 def describe_groups(model: nn.Module, config: OptimizerConfig) -> str:

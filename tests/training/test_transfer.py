@@ -1,0 +1,185 @@
+"""Settings that transfer: the rules by kind, their groups, and what a model computes as it grows."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moesaic.cli.common import composed
+from moesaic.config import from_mapping
+from moesaic.errors import InputError
+from moesaic.layers import Fans, Transfer
+from moesaic.models import DecoderConfig, build_decoder, llama4_toy
+from moesaic.models.config import BaseShape
+from moesaic.models.resizing import resized
+from moesaic.training.config import OptimizerConfig, RunConfig, TrainingConfig
+from moesaic.training.coordinates import Check, Curve, check
+from moesaic.training.optimizers import parameter_groups
+from moesaic.training.transfer import TransferBase, TransferConfig, settings_at
+
+WIDE = Transfer(0.02, dim=128, num_layers=8, base_dim=32, base_num_layers=2)
+
+
+def transferred(dim: int, num_layers: int, **changes: Any) -> DecoderConfig:
+    toy = resized(llama4_toy(257), dim=dim, num_layers=num_layers)
+    base = BaseShape(llama4_toy(257).dim, 2)
+    return dataclasses.replace(toy, parametrization="transfer", base=base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fans", "in_block", "by_muon", "expected"),
+    [
+        ("embedding", None, False, False, (1, 1, 1 / 4)),
+        ("matrix", (128, 512), True, False, (1 / 4, 4, 1 / 16)),
+        ("matrix", (512, 128), True, False, (1 / 16, 16, 1 / 16)),
+        ("output", (128, 8), True, False, (1 / 4, 4, 1 / 4)),
+        ("output", (128, 1000), False, False, (1 / 4, 4, 1)),
+        ("vector", None, True, False, (1, 1, 1 / 16)),
+        ("vector", None, False, False, (1, 1, 1 / 4)),
+    ],
+)
+def test_the_table_of_rules_for_adamw(
+    kind: Any, fans: Any, in_block: bool, by_muon: bool, expected: tuple[float, float, float]
+) -> None:
+    scales = WIDE.scales(kind, fans and Fans(*fans), in_block=in_block, by_muon=by_muon)
+    assert scales == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fans", [(32, 32), (128, 512), (512, 128)])
+def test_a_step_of_muon_has_the_norm_of_its_map(fans: tuple[int, int]) -> None:
+    """The optimizer's own factor times that of the rule is sqrt(fan_out / fan_in), in units of the base."""
+    rate = WIDE.scales("matrix", Fans(*fans), in_block=True, by_muon=True).learning_rate
+    whole = rate * 0.2 * math.sqrt(max(fans))
+    assert whole == pytest.approx(0.2 * math.sqrt(32) * math.sqrt(fans[1] / fans[0]))
+
+
+def test_weights_are_drawn_by_their_fan_in() -> None:
+    decoder = build_decoder(transferred(128, 4, init_std=0.1))
+    base = llama4_toy(257).dim
+    expected = {
+        "embedding.weight": 0.1,
+        "head.weight": 0.1 * base / 128,
+        "layers.1.ffn.router.weight": 0.1 * base / 128,
+        "layers.0.mixer.q_proj.weight": 0.1 * math.sqrt(base / 128),
+        "layers.1.ffn.experts.down_proj": 0.1 * math.sqrt(base / decoder.config.moe.hidden_dim),  # type: ignore[union-attr]
+    }
+    found = dict(decoder.named_parameters())
+    for name, std in expected.items():
+        assert float(found[name].detach().std()) == pytest.approx(std, rel=0.15), name
+
+
+def test_what_blocks_add_shrinks_with_the_depth() -> None:
+    decoder = build_decoder(transferred(32, 8)).eval()
+    block, x = decoder.layers[0], torch.randn(2, 5, 32)
+    mixed = x + block.mixer(block.mixer_norm(x)) / 4  # type: ignore[operator]
+    expected = mixed + block.ffn(block.ffn_norm(mixed)) / 4  # type: ignore[operator]
+    torch.testing.assert_close(block(x)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_with_its_rule(name: Any) -> None:
+    decoder = build_decoder(transferred(128, 4))
+    groups = parameter_groups(decoder, OptimizerConfig(name=name, learning_rate=1.0, weight_decay=1.0, eps=1.0))
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len({group["name"] for group in groups}) == len(groups)
+    parameters = dict(decoder.named_parameters())
+    assert of.keys() == {id(p) for p in parameters.values()}
+    ratio = 128 / llama4_toy(257).dim
+    for path in ("head.weight", "layers.1.ffn.router.weight"):
+        group = of[id(parameters[path])]
+        assert group["lr"] == pytest.approx(1 / ratio)
+        assert group["lr"] * group["weight_decay"] == pytest.approx(1)
+    group = of[id(parameters["layers.1.ffn.experts.gate_up_proj"])]
+    assert group["muon"] == (name == "muon")
+    assert name == "muon" or (group["lr"], group["eps"]) == pytest.approx((1 / ratio, 1 / ratio / 2))
+
+
+class Bare(nn.Module):
+    """A mixer whose matrix nothing says the way around of."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim, dim))
+
+    def forward(self, x: torch.Tensor, cache: Any = None, attention_mask: Any = None) -> torch.Tensor:
+        return x @ self.weight
+
+
+class Stating(Bare):
+    def fans(self) -> dict[str, Fans]:
+        return {"weight": Fans(*self.weight.shape)}
+
+
+def test_a_parameter_without_a_rule_is_refused_by_name() -> None:
+    decoder = build_decoder(transferred(32, 2))
+    decoder.layers[0].mixer = Bare(32)
+    with pytest.raises(InputError, match=r"layers\.0\.mixer\.weight of shape \[32, 32\] has no fan-in"):
+        parameter_groups(decoder, OptimizerConfig())
+    decoder.layers[0].mixer = Stating(32)
+    assert parameter_groups(decoder, OptimizerConfig())
+
+
+def test_batch_and_tokens() -> None:
+    """4 times the batch and 16 times the tokens: a step forgets a quarter as much of a training."""
+    base = TransferBase(batch=1024, tokens=100_000)
+    settings = settings_at(base, 4096, 1_600_000)
+    assert (settings.rate, settings.eps, settings.forgetting) == (0.5, 0.5, 0.25)
+    model = {"parametrization": "transfer"}
+    run = RunConfig(
+        model=model,
+        training=TrainingConfig(steps=100, batch_size=4, seq_len=8, accumulate=2),
+        transfer=TransferConfig(TransferBase(dim=32, num_layers=2, batch=16, tokens=6400)),
+    )
+    at = run.optimizer_at_scale()
+    assert run.model["base"] == {"dim": 32, "num_layers": 2}
+    assert at.learning_rate == pytest.approx(run.optimizer.learning_rate * 2)  # k = 4
+    assert (1 - at.beta2, at.eps) == pytest.approx((0.2, run.optimizer.eps / 2))
+    assert RunConfig().optimizer_at_scale() == RunConfig().optimizer
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"parametrization": "transfer"}, "base=None"),
+        ({"base": {"dim": 32, "num_layers": 2}}, "parametrization=standard"),
+        ({"parametrization": "transfer", "base": {"dim": 8, "num_layers": 1}, "tie_embeddings": True}, "tie_embeddings"),
+        ({"parametrization": "transfer", "base": {"dim": 0, "num_layers": 1}}, "model.base.dim=0"),
+        ({"parametrization": "mup"}, "parametrization: found 'mup'"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], named: str) -> None:
+    values = {**dataclasses.asdict(llama4_toy(257)), **changes}
+    with pytest.raises(InputError, match=named):
+        from_mapping(DecoderConfig, values, "model")
+
+
+def test_a_wider_model_has_more_heads_of_one_size() -> None:
+    toy = llama4_toy(257)
+    wide = resized(toy, dim=2 * toy.dim, num_layers=6)
+    assert (wide.attention.num_heads, wide.head_dim) == (2 * toy.attention.num_heads, toy.head_dim)
+    assert wide.hidden_dim == 2 * toy.hidden_dim
+    assert len(wide.layers) == 6
+    with pytest.raises(InputError, match=r"dim=7: attention\.num_heads"):
+        resized(toy, dim=7)
+
+
+def test_slopes() -> None:
+    assert Curve("x", "width", (64, 128, 256), (1.0, 2.0, 4.0)).slope == pytest.approx(1)
+    assert not Curve("x", "width", (64, 128, 256), (1.0, 2.0, math.inf)).holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_nothing_grows_under_transfer_and_much_does_under_the_standard(optimizer: Any) -> None:
+    model = from_mapping(DecoderConfig, {**composed("train", ["model=study"])["model"], "vocab_size": 256}, "model")
+    settings = OptimizerConfig(learning_rate=8e-3, muon_learning_rate=1.6e-2)
+    found = {
+        each: check(model, settings, Check(each, optimizer, "moe", (64, 128, 256), (2, 4, 8)))  # type: ignore[arg-type]
+        for each in ("standard", "transfer")
+    }
+    assert [curve for curve in found["transfer"] if not curve.holds] == []
+    stream = [curve.slope for curve in found["standard"] if curve.quantity == "residual stream"]
+    assert min(stream) > 0.5
