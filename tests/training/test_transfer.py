@@ -20,6 +20,7 @@ from moesaic.training.coordinates import Check, Curve, check
 from moesaic.training.optimizers import parameter_groups
 from moesaic.training.transfer import TransferBase, TransferConfig, settings_at
 
+BASE = {"dim": 32, "num_layers": 2}
 WIDE = Transfer(0.02, dim=128, num_layers=8, base_dim=32, base_num_layers=2)
 
 
@@ -144,8 +145,11 @@ def test_batch_and_tokens() -> None:
     ("changes", "named"),
     [
         ({"parametrization": "transfer"}, "base=None"),
-        ({"base": {"dim": 32, "num_layers": 2}}, "parametrization=standard"),
-        ({"parametrization": "transfer", "base": {"dim": 8, "num_layers": 1}, "tie_embeddings": True}, "tie_embeddings"),
+        ({"base": BASE}, "parametrization=standard"),
+        (
+            {"parametrization": "transfer", "base": {"dim": 8, "num_layers": 1}, "tie_embeddings": True},
+            "tie_embeddings",
+        ),
         ({"parametrization": "transfer", "base": {"dim": 0, "num_layers": 1}}, "model.base.dim=0"),
         ({"parametrization": "mup"}, "parametrization: found 'mup'"),
     ],

@@ -159,7 +159,6 @@ def parameter_fans(module: nn.Module) -> dict[str, Fans]:
     stated: Mapping[str, tuple[int, int]] = getattr(module, "fans", dict)()
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if unknown := set(stated) - names:
-        raise ValueError(
-            f"{type(module).__name__}.fans: {min(unknown)!r}: must be one of its parameters ({', '.join(sorted(names))})"
-        )
+        known = ", ".join(sorted(names))
+        raise ValueError(f"{type(module).__name__}.fans: {min(unknown)!r}: must be one of its parameters ({known})")
     return found | {name: Fans(*fans) for name, fans in stated.items()}

@@ -5,7 +5,6 @@ of the methods of `Part`. The functions of this module ask for them, and otherwi
 """
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -31,6 +30,7 @@ __all__ = [
     "parameter_kinds",
     "remember_marks",
 ]
+
 
 class Part(Protocol):
     """What a part may say of itself. Each method is optional."""

@@ -37,7 +37,16 @@ from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
 
-__all__ = ["FOREIGN_FILES", "Block", "Decoder", "DecoderOutput", "build_block", "build_decoder", "initialize", "parametrization_of"]
+__all__ = [
+    "FOREIGN_FILES",
+    "Block",
+    "Decoder",
+    "DecoderOutput",
+    "build_block",
+    "build_decoder",
+    "initialize",
+    "parametrization_of",
+]
 
 FOREIGN_FILES = (
     "config.json",
@@ -337,7 +346,7 @@ def build_decoder(
         dtype=dtype,
     )
     decoder.config = config
-    initialize(decoder, parametrization_of(config))
+    initialize(decoder, _parametrization_of(config))
     return decoder
 
 
@@ -353,7 +362,7 @@ def build_block(
 
 
 @torch.no_grad()
-def parametrization_of(config: DecoderConfig) -> Parametrization:
+def _parametrization_of(config: DecoderConfig) -> Parametrization:
     """The rule by which the weights of a model are drawn and stepped."""
     if config.parametrization == "standard":
         return Parametrization(config.init_std)

@@ -26,10 +26,10 @@ from moesaic.training.optimizers import build_optimizer
 __all__ = ["QUANTITIES", "Check", "Curve", "check", "measure"]
 
 QUANTITIES = ("residual stream", "mixer", "feed-forward", "router logits", "output logits")
-"""What is measured: mean absolute values; the residual stream after the last block, of the others the mean over layers."""
+"""What is measured, by mean absolute value: the stream after the last block, of parts the mean over layers."""
 
 MOST_SLOPE = 0.35
-"""Of log2 of a quantity over log2 of the size; 1 means that it doubles with it."""
+"""Largest slope of log2 of a quantity over log2 of the size; 1 means that it doubles with it."""
 
 Axis = Literal["width", "depth"]
 
