@@ -18,6 +18,7 @@ from moesaic.errors import InputError
 from moesaic.interop import accelerate, check_hf, config_from_hf, from_hf, to_hf
 from moesaic.layers import AttentionTemperature
 from moesaic.models import Decoder, build_decoder, llama4_maverick, llama4_scout, llama4_toy
+from moesaic.models.config import BaseShape
 
 
 @pytest.fixture
@@ -356,12 +357,15 @@ def test_models_that_are_no_llama4_are_not_written(tmp_path: Path) -> None:
         toy,
         attention=replace(toy.attention, conv_width=3, temperature=AttentionTemperature(scalable_softmax=0.5)),
         moe=replace(toy.moe, score_function="softmax", shared_hidden_dim=0),
+        parametrization="transfer",
+        base=BaseShape(dim=16, num_layers=2),
     )
     with pytest.raises(InputError) as error:
         to_hf(build_decoder(other), tmp_path / "out")
     for part in (
         "attention.conv_width: found 3, must be 0",
         "attention.temperature.scalable_softmax: found 0.5, must be null",
+        "base.num_layers: found 2, must be num_layers=4",
         "moe.score_function: found 'softmax', must be sigmoid",
         "moe.shared_hidden_dim: found 0, must be moe.hidden_dim=32",
     ):

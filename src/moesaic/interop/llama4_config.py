@@ -337,6 +337,8 @@ def _max_length(carried: Mapping[str, Any]) -> int:
 def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:
     attention, moe = config.attention, config.moe
     found: dict[str, Any] = {}
+    if config.base is not None and config.base.num_layers != config.num_layers:  # blocks add a fraction
+        found["base.num_layers"] = (config.base.num_layers, f"num_layers={config.num_layers}")
     if attention.conv_width:
         found["attention.conv_width"] = (attention.conv_width, "0")
     if attention.temperature is not None and attention.temperature.scalable_softmax is not None:

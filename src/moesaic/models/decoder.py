@@ -45,7 +45,6 @@ __all__ = [
     "build_block",
     "build_decoder",
     "initialize",
-    "parametrization_of",
 ]
 
 FOREIGN_FILES = (
