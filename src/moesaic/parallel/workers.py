@@ -133,7 +133,7 @@ def _serve(jobs: Connection, inherited: list[Connection]) -> None:
 
 
 def _forget_meshes() -> None:
-    """Let torch forget what it remembers of tensors on meshes: those of the next job are equal, but not their groups."""
+    """Let torch forget what it knows of tensors on meshes: those of the next job are equal, but not their groups."""
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()
