@@ -295,3 +295,25 @@ def test_a_killed_rank_ends_the_others_with_a_way_to_go_on(corpus: Path, tmp_pat
     assert done.returncode == 1, done.stderr
     assert "error: another process of this run has ended (" in done.stderr and "Traceback" not in done.stderr
     assert "failed; to continue from the last checkpoint:\n  moesaic train resume=true run_dir=two" in done.stdout
+
+
+JOINT = (
+    *("debug=smoke", "experiment=codistill_joint", "data=selective_copying", "training.accumulate=2"),
+    *("model.dim=16", "model.attention.head_dim=4", "balance.router_z_loss_weight=0.01"),
+    *("distillation.teacher_model.dim=24", "distillation.teacher_model.hidden_dim=32"),
+    *("distillation.teacher_model.attention.num_heads=4", "distillation.teacher_model.attention.num_kv_heads=2"),
+    *("distillation.teacher_model.moe.hidden_dim=16", "distillation.soft_weight.schedule=constant"),
+    *("distillation.soft_weight.value=0.5", "distillation.soft_weight.gap=null"),
+)
+"""A teacher that trains along, on sequences with different numbers of answers, so that ranks have different labels."""
+
+
+@pytest.mark.slow
+def test_soft_targets_on_two_processes_are_those_of_one(composed: Composed, tmp_path: Path, workers: Workers) -> None:
+    given = (*JOINT, *STEPS, f"output_dir={tmp_path}")
+    [whole] = workers.run(on_a_rank, 1, composed(*given, f"run_dir={tmp_path / 'one'}", smoke=False), ())
+    two = composed(*given, f"run_dir={tmp_path / 'two'}", *several(2, shard=False), smoke=False)
+    metrics, _ = workers.run(on_a_rank, 2, two, ())
+    assert metrics["validation/loss"] == pytest.approx(whole["validation/loss"], rel=1e-9)
+    assert float(rows(tmp_path / "one")[-1]["distillation/soft_weight"]) == 0.5
+    require_equal_runs(tmp_path / "two", tmp_path / "one")
