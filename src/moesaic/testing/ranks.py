@@ -43,7 +43,8 @@ def on_ranks(function: Callable[[int], Any], ranks: int, patience: float = 60.0)
         raise NotApplicable("this process uses CUDA, which does not survive a fork")
     importlib.import_module("torch._dynamo")  # seconds, which collectives would else take in every process
     context = multiprocessing.get_context("fork")
-    processes, waiting, results = [], {}, [None] * ranks
+    processes, waiting = [], {}
+    results: list[Any] = [None] * ranks
     with tempfile.TemporaryDirectory() as directory:
         meeting = (Path(directory) / "rendezvous").as_uri()
         try:
