@@ -96,9 +96,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.parallel.sharded_checkpoints:
-            from moesaic.parallel.shard_files import (
-                write_directory,  # torch's distributed checkpoints
-            )
+            from moesaic.parallel.shard_files import write_directory  # which needs torch's distributed checkpoints
 
             write_directory(Path(filepath), checkpoint)
         elif self.is_global_zero:
