@@ -29,7 +29,7 @@ from moesaic.parallel.manifest import read_manifest
 from moesaic.parallel.workers import Workers
 from moesaic.training.parallel_check import MODELS
 
-MODEL = MODELS["few experts, odd width"]
+MODEL = MODELS["few experts, odd width, convolutions"]
 
 
 def spread(expert: int, seed: int = 0) -> tuple[Decoder, dict[str, Tensor]]:
