@@ -58,6 +58,16 @@ def test_scales_at_the_edges_of_the_range(name: str) -> None:
             assert torch.equal(values.float() * factor, rounded(x, 1, name).float())
 
 
+@pytest.mark.parametrize(("length", "dim"), [(70, 0), (64, 1), (5, 1)])
+def test_a_block_of_mxfp8_has_a_scale_of_its_own(length: int, dim: int) -> None:
+    x = torch.randn(length, 3) * torch.logspace(-9, 9, length)[:, None]
+    x = x if dim == 0 else x.T
+    found = Fp8Recipe("mxfp8").round("gradients", x, dim)
+    blocks = [rounded(block, dim, "e4m3") for block in x.split(32, dim)]
+    assert torch.equal(found.double(), torch.cat(blocks, dim))
+    assert torch.equal(found.double(), rounded(x, dim, "e4m3")) == (length <= 32)
+
+
 @pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_what_is_not_finite_stays_visible(broken: float, dim: int | None) -> None:
@@ -96,7 +106,14 @@ def test_product_and_gradients_equal_the_reference(scaling: str, operands: str, 
         assert_close(found, exact, tolerance, f"{scaling} {operands}")
 
 
-@pytest.mark.parametrize(("scaling", "most"), [("rowwise", (0.045, 0.045, 0.045)), ("tensorwise", (0.05, 0.08, 0.08))])
+@pytest.mark.parametrize(
+    ("scaling", "most"),
+    [
+        ("rowwise", (0.045, 0.045, 0.045)),
+        ("tensorwise", (0.05, 0.08, 0.08)),
+        ("mxfp8", (0.045, 0.045, 0.045)),
+    ],
+)
 def test_each_product_is_off_by_a_few_percent(scaling: str, most: tuple[float, ...]) -> None:
     """Three bits of mantissa leave 2.6% of each operand, so 3.8% of a product; two bits of a gradient leave more."""
     x, weight, d_y = torch.randn(64, 128), torch.randn(128, 96), torch.randn(64, 96)
@@ -136,7 +153,7 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scaling": "blockwise"}, r"scaling='blockwise': must be one of rowwise, tensorwise"),
+        ({"scaling": "blockwise"}, r"scaling='blockwise': must be one of rowwise, tensorwise, mxfp8"),
         ({"operands": ()}, r"operands=\(\): must be one or more of activations, weights, gradients"),
         ({"operands": ("biases",)}, r"operands='biases': must be one of activations, weights, gradients"),
     ],

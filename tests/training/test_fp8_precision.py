@@ -46,7 +46,10 @@ def test_other_precisions_are_passed_on(precision: str) -> None:
     [
         ({"precision": "fp4"}, r"trainer\.precision: found 'fp4' .*; must be auto \| .* \| fp8"),
         ({"fp8": {"scaling": "tensorwise"}}, r"trainer\.precision='auto': must be fp8, as only that reads the keys"),
-        ({"precision": "fp8", "fp8": {"scaling": "block"}}, r"trainer\.fp8\.scaling: .* must be rowwise \| tensorwise"),
+        (
+            {"precision": "fp8", "fp8": {"scaling": "block"}},
+            r"trainer\.fp8\.scaling: .* must be rowwise \| tensorwise \| mxfp8",
+        ),
         ({"precision": "fp8", "fp8": {"operands": []}}, r"trainer\.fp8\.operands=\(\): must be one or more of"),
         ({"precision": "fp8", "fp8": {"operands": ["x"]}}, r"trainer\.fp8\.operands\[0\]: found 'x'"),
     ],

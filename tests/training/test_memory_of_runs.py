@@ -18,9 +18,10 @@ def model_of(share: float) -> DecoderConfig:
     """Its weights in fp32 are about this share of the memory of this machine."""
     toy = llama4_toy(num_layers=2)
     assert toy.moe is not None
-    one = dataclasses.replace(toy, interleave_moe_layer_step=1, moe=dataclasses.replace(toy.moe, hidden_dim=1024))
+    moe = dataclasses.replace(toy.moe, hidden_dim=1024)
+    one = dataclasses.replace(toy, interleave_moe_layer_step=1, moe=moe)
     width = int(1024 * share * machine_memory()[0] / (4 * num_parameters(one)))
-    return dataclasses.replace(one, moe=dataclasses.replace(one.moe, hidden_dim=width))
+    return dataclasses.replace(one, moe=dataclasses.replace(moe, hidden_dim=width))
 
 
 def run_of(devices: int, nodes: int = 1, shard: bool = True, **more: object) -> RunConfig:

@@ -1,13 +1,14 @@
 """Products in FP8, emulated: every operand is rounded to 8 bits and back, then multiplied as usual.
 
 Emulation shows on any device what FP8 does to numbers. It is slower than products without it, not faster. Formats are
-those of Micikevicius et al. 2022 (arXiv 2209.05433); the two recipes are those of torchao's float8 training.
+those of Micikevicius et al. 2022 (arXiv 2209.05433); the recipes "rowwise" and "tensorwise" are those of torchao.
 """
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +19,12 @@ __all__ = ["Fp8Recipe", "Operand", "fp8_emulated", "fp8_product", "quantize", "r
 
 Operand = Literal["activations", "weights", "gradients"]
 """What is multiplied in training; each of the three products of a layer has two of them."""
+
+
+Scaling = Literal["rowwise", "tensorwise", "mxfp8"]
+
+BLOCK = 32
+"""Numbers that share a scale in MXFP8."""
 
 
 class _Format(NamedTuple):
@@ -37,14 +44,15 @@ class Fp8Recipe:
 
     "rowwise": the numbers that are summed in one product share one, and everything is e4m3 (4 bits of exponent, 3 of
     mantissa). "tensorwise": a whole matrix shares one, and gradients are e5m2, which has more range and less precision.
-    Each expert is a matrix of its own.
+    Each expert is a matrix of its own. "mxfp8": 32 of the numbers that are summed share one, and everything is e4m3, as
+    in OCP's Microscaling Formats 1.0; its scale is the least that saturates no number.
     """
 
-    scaling: Literal["rowwise", "tensorwise"] = "rowwise"
+    scaling: Scaling = "rowwise"
     operands: tuple[Operand, ...] = get_args(Operand)
 
     def __post_init__(self) -> None:
-        require_choice(("rowwise", "tensorwise"), scaling=self.scaling)
+        require_choice(get_args(Scaling), scaling=self.scaling)
         if not self.operands:
             raise ValueError(f"operands=(): must be one or more of {', '.join(get_args(Operand))}")
         for operand in self.operands:
@@ -56,6 +64,8 @@ class Fp8Recipe:
             return x
         if self.scaling == "rowwise":
             return round_to_fp8(x, contracted)
+        if self.scaling == "mxfp8":
+            return _round_blocks(x, contracted)
         return round_to_fp8(x, None, torch.float8_e5m2 if operand == "gradients" else torch.float8_e4m3fn)
 
 
@@ -74,6 +84,13 @@ def round_to_fp8(x: Tensor, dim: int | None, dtype: torch.dtype = torch.float8_e
     exponent = (scaled.view(torch.int32) & 0x7F800000).clamp_(min=kept.least + 127 << 23)
     anchor = exponent.add_((23 - kept.mantissa_bits << 23) + 0x400000).view(torch.float32)  # 1.5 * 2**n
     return (scaled.add_(anchor).sub_(anchor).mul_(down)).to(x.dtype)
+
+
+def _round_blocks(x: Tensor, dim: int) -> Tensor:
+    """x (M, N) rounded to e4m3, where each `BLOCK` numbers along a dimension share a scale; the last may be fewer."""
+    rows = x.movedim(dim, -1)
+    blocks = F.pad(rows, (0, -rows.size(-1) % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return round_to_fp8(blocks, -1).flatten(-2)[..., : rows.size(-1)].movedim(-1, dim)
 
 
 @torch.no_grad()
