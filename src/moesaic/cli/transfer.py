@@ -101,7 +101,7 @@ def _table(found: dict[str, list[Curve]]) -> Table:
     for quantity, axis in sorted(rows, key=lambda row: row[1], reverse=True):
         slopes = []
         for curves in found.values():
-            [curve] = [x for x in curves if (x.quantity, x.axis) == (quantity, axis)] or [None]
+            curve = next((x for x in curves if (x.quantity, x.axis) == (quantity, axis)), None)
             slopes.append("" if curve is None else f"{'' if curve.holds else '[bold red]'}{curve.slope:+.2f}")
         table.add_row(quantity, axis, *slopes)
     return table

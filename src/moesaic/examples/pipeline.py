@@ -66,7 +66,8 @@ class Stage(nn.Module):
         is_first, is_last = blocks.start == 0, blocks.stop == len(decoder.layers)
         self.embedding = decoder.embedding if is_first else None
         self.layers = nn.ModuleDict({str(i): decoder.layers[i] for i in blocks})
-        self.norm, self.head = (decoder.norm, decoder.head) if is_last else (None, None)
+        self.norm = decoder.norm if is_last else None
+        self.head = decoder.head if is_last else None
         self.balance: list[Tensor] = []
         """What each micro-batch added since this was last emptied."""
 

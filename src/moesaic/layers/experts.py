@@ -22,7 +22,7 @@ def held(weight: Tensor) -> Tensor:
     # asked of the type: torch.compile takes it that no tensor has such a method, where the tensor itself is asked
     if not hasattr(type(weight), "to_local"):
         return weight
-    local: Tensor = weight.to_local()  # type: ignore[operator]
+    local: Tensor = weight.to_local()  # type: ignore[attr-defined]
     return local
 
 

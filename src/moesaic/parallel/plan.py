@@ -537,8 +537,14 @@ def _share_of(model: DecoderConfig, ranks: int) -> DecoderConfig:
     if moe is not None:
         shared = moe.shared_width // ranks
         moe = dataclasses.replace(moe, hidden_dim=max(1, moe.hidden_dim // ranks), shared_hidden_dim=shared)
-    sizes = {"hidden_dim": model.hidden_dim // ranks, "vocab_size": model.vocab_size // ranks}
-    return dataclasses.replace(model, attention=attention, moe=moe, padding_token=None, **sizes)
+    return dataclasses.replace(
+        model,
+        attention=attention,
+        moe=moe,
+        padding_token=None,
+        hidden_dim=model.hidden_dim // ranks,
+        vocab_size=model.vocab_size // ranks,
+    )
 
 
 def _casts(setup: Setup, blocks: list[Part]) -> int:

@@ -104,8 +104,9 @@ def check(model: DecoderConfig, optimizer: OptimizerConfig, of: Check) -> list[C
             known[width, depth] = measure(resized(model, dim=width, num_layers=depth), optimizer, of.steps)
         return known[width, depth]
 
-    curves = []
-    for axis, sizes in (("width", of.widths), ("depth", of.depths)):
+    curves: list[Curve] = []
+    axes: tuple[tuple[Axis, tuple[int, ...]], ...] = (("width", of.widths), ("depth", of.depths))
+    for axis, sizes in axes:
         if len(sizes) < 2:
             continue
         found = [measured(size, base.num_layers) if axis == "width" else measured(base.dim, size) for size in sizes]

@@ -92,7 +92,9 @@ def torchao_linears(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for name, linear in linears.items():
-            linear.weight = network.get_submodule(name).weight  # FSDP2 has given the layer another one
+            linear.register_parameter(
+                "weight", network.get_parameter(f"{name}.weight")
+            )  # FSDP2 has given the layer another one
             network.set_submodule(name, linear)
 
 
