@@ -68,6 +68,7 @@ def test_our_factory_makes_the_layer_that_was_asked_for(shared: bool) -> None:
 # ---- anybody's layer
 
 
+@pytest.mark.slow
 def test_layers_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "somebodys.py").write_text(
         "from benchmarks.layer import benchmark_layer\n"

@@ -215,7 +215,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"moe.router": "unform"},
-        r"model\.moe\.router: found 'unform' \(str\); must be top_k \| uniform or a mapping",
+        r"model\.moe\.router: found 'unform' \(str\) \(did you mean uniform\?\); must be top_k \| uniform or a mapping",
     ),
     (
         {"moe.router": {"scale": 2}},
@@ -223,7 +223,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pattern": [{"mixer": "chunked_rope", "ffn": "moe"}, {"mixer": "ropee", "ffn": "moe"}], **WITHOUT_INTERVALS},
-        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\); must be rope \| chunked_rope \| nope \| chunked_nope",
+        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\) \(did you mean rope\?\); must be rope \| chunked_rope \| nope",
     ),
     ({"pattern": [{"mixer": "chunked_rope"}], **WITHOUT_INTERVALS}, r"model\.pattern\[0\]\.ffn: missing"),
     (

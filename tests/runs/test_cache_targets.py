@@ -157,7 +157,7 @@ def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPat
         (["directory=null"], r"directory=None: it is needed \(directory=targets\)"),
         (["seq_len=0"], r"seq_len=0: must be an integer >= 1"),
         (["windows_per_shard=6"], r"windows_per_shard=6: must be a multiple of batch_size=4"),
-        (["kind=top_p"], r"kind: found 'top_p' \(str\); must be top_k \| sampled \| dense"),
+        (["kind=top_p"], r"kind: found 'top_p' \(str\) \(did you mean top_k\?\); must be top_k \| sampled \| dense"),
         (["temperature=0"], r"temperature=0.0: must be a number > 0"),
         (["k=258"], r"k=258: the vocabulary has 257 entries"),
         (["seq_len=99999999"], r"seq_len=99999999: the training split has \d+ tokens"),

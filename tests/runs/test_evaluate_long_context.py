@@ -241,6 +241,7 @@ def test_examples_in_the_comments_are_variants(checkpoint: Path) -> None:
     assert len(variants) == 6
 
 
+@pytest.mark.slow
 def test_evaluations_of_studies(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     run_config = {"data": {"source": "files", "path": str(corpus), "cache_dir": str(tmp_path)}}
     options = {

@@ -14,6 +14,7 @@ from moesaic.checkout import checkout
 from moesaic.cli.arguments import require_known, require_list, require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
+from moesaic.interrupts import ENDING, Interrupted, handling
 
 __all__ = ["exit_status_of", "main"]
 
@@ -76,14 +77,21 @@ def _task(config: DictConfig) -> None:
 
 def exit_status_of(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a process; what ends this one, ends it too, with all processes that it has started."""
-    # a terminal's Ctrl-C is for this process alone: the other would answer it with a traceback
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-        try:
-            status = process.wait()
-        except BaseException:
+    came: list[int] = []
+    process = None
+    try:
+        with handling(lambda signum, frame: came.append(signum), *ENDING):  # a half-started process cannot be ended
+            # a terminal's Ctrl-C is for this process alone: the other would answer it with a traceback
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+        if came:
+            raise Interrupted(came[0])
+        status = process.wait()
+    except BaseException:
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM) if hasattr(os, "killpg") else process.terminate()
-            raise
+            process.wait()
+        raise
     return 128 - status if status < 0 else status
 
 

@@ -63,10 +63,16 @@ def help_text(name: str, arguments: Sequence[str] = ()) -> str:
             names = ", ".join(f"[{name}]" if name in chosen else name for name in groups.get(group, []))
             lines.append(f"  {group:<11} {names}")
     for group, chosen in defaults.items():
-        for option in chosen:
+        for option in (each for named in chosen for each in _with_bases(group, named)):
             title = f"Keys of {group}={option}, below {group}:"
             lines += ["", title, "", _explained(CONFIG_DIR / group / f"{option}.yaml")]
     return "\n".join([*lines, "", FLAGS])
+
+
+def _with_bases(group: str, option: str) -> list[str]:
+    """An option of a group, and those that it is a difference to."""
+    bases = [base for base in _defaults(f"{group}/{option}") if isinstance(base, str) and base != "_self_"]
+    return [option, *(each for base in bases for each in _with_bases(group, base))]
 
 
 def _composed_files(config_name: str) -> list[str]:
@@ -80,7 +86,7 @@ def _composed_files(config_name: str) -> list[str]:
 
 def _defaults(config_name: str) -> list[Any]:
     text = (CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")
-    found: list[Any] = yaml.safe_load(text).get("defaults", [])
+    found: list[Any] = (yaml.safe_load(text) or {}).get("defaults", [])
     return found
 
 
