@@ -223,7 +223,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pattern": [{"mixer": "chunked_rope", "ffn": "moe"}, {"mixer": "ropee", "ffn": "moe"}], **WITHOUT_INTERVALS},
-        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\) \(did you mean rope\?\); must be rope \| chunked_rope \| nope",
+        r"model\.pattern\[1\]\.mixer: found 'ropee' \(str\) \(did you mean rope\?\); must be rope \| chunked_rope",
     ),
     ({"pattern": [{"mixer": "chunked_rope"}], **WITHOUT_INTERVALS}, r"model\.pattern\[0\]\.ffn: missing"),
     (
