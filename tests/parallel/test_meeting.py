@@ -7,9 +7,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import distributed
 
-from moesaic.training.meeting import no_meeting
+from moesaic.training.meeting import meet, no_meeting
 
 SECOND = timedelta(seconds=1)
 
@@ -56,6 +57,20 @@ def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     found = said(distributed.ProcessGroupGloo.create_device, interface="nonsense")
     assert found.startswith("GLOO_SOCKET_IFNAME=nonsense: no network interface with an address; must be one of ")
     assert "lo" in found
+
+
+def test_a_run_says_whom_it_waits_for_and_gives_up(
+    port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    environment = LightningEnvironment()
+    environment.set_global_rank(0)
+    environment.set_world_size(2)
+    assert re.match(r"1 of 2 processes came within \d seconds; ", said(meet, environment, patience=2, soon=0.1))
+    assert capsys.readouterr().err == f"rank 0 waits for the others of 2 at 127.0.0.1:{port}\n"
+    assert not distributed.is_initialized()
 
 
 def test_other_errors_are_left_alone() -> None:

@@ -1,12 +1,26 @@
-"""How the processes of a run fail to find each other, said in a sentence."""
+"""How the processes of a run find each other, and in a sentence how they do not."""
 
 import os
 import re
 import socket
+import sys
+import threading
+from datetime import timedelta
+
+from lightning.fabric.plugins import ClusterEnvironment
+from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from moesaic.errors import InputError
+from moesaic.interrupts import answering_signals
 
-__all__ = ["no_meeting"]
+__all__ = ["meet", "no_meeting"]
+
+PATIENCE = 600.0
+"""Seconds until a process that waits for others gives up: rank 0 may have a large text to read first."""
+
+SOON = 20.0
+"""Seconds after which it says that it waits."""
 
 SAME = "all must be started, with the same MASTER_ADDR and MASTER_PORT"
 
@@ -31,6 +45,38 @@ def no_meeting(error: BaseException) -> InputError | None:
             return InputError(f"{variable}={interface}: no network interface with an address; must be one of {known}")
         return InputError(f"{interface}: no address of this machine; {variable} must be one of {known}")
     return None
+
+
+def meet(environment: ClusterEnvironment, patience: float = PATIENCE, soon: float = SOON) -> None:
+    """Make the process group of a run on CPUs, unless there is one.
+
+    Torch would have one patience for this and for what follows, where a rank may wait long for a score of rank 0.
+
+    Raises:
+        RuntimeError: see `no_meeting`.
+    """
+    rank, world_size = environment.global_rank(), environment.world_size()
+    if distributed.is_initialized() or world_size == 1:
+        return
+    address = {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
+    os.environ.update(address)
+
+    def come_together() -> None:
+        store, *_ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=patience)))
+        store.set_timeout(distributed.default_pg_timeout)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+
+    def tell() -> None:
+        where = ":".join(address.values())
+        print(f"rank {rank} waits for the others of {world_size} at {where}", file=sys.stderr, flush=True)
+
+    waiting = threading.Timer(soon, tell)
+    waiting.daemon = True
+    waiting.start()
+    try:
+        answering_signals(come_together)
+    finally:
+        waiting.cancel()
 
 
 def _found(pattern: str, text: str) -> str | None:

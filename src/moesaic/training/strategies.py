@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from moesaic.errors import InputError
@@ -15,6 +15,7 @@ from moesaic.models import Decoder
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.manifest import map_tensors, read_manifest
 from moesaic.parallel.shards import held, load_shards, shard_like, whole
+from moesaic.training.meeting import meet
 
 __all__ = ["ShardedStrategy", "is_sharded", "strategy_options"]
 
@@ -28,14 +29,29 @@ def strategy_options(strategy: str, parallel: ParallelConfig, precision: str, pr
     """Keyword arguments of Lightning's Trainer: `strategy`, `precision`, and `plugins` where it needs one.
 
     Args:
-        strategy: a name of Lightning's, or "auto" for what `parallel` says; Lightning makes that DDP.
+        strategy: a name of Lightning's, or "auto" for what `parallel` says.
     """
     if not is_sharded(strategy, parallel, processes):
-        return {"strategy": strategy, "precision": precision}
+        is_ours = processes > 1 and strategy == "auto"
+        return {"strategy": CopiesStrategy() if is_ours else strategy, "precision": precision}
     sharded = ShardedStrategy(parallel, processes)
     if precision == "64-true":  # which Lightning allows here as a plugin only
         return {"strategy": sharded, "plugins": [DoublePrecision()]}
     return {"strategy": sharded, "precision": precision}
+
+
+def _meet(strategy: DDPStrategy | ModelParallelStrategy) -> None:
+    strategy.set_world_ranks()
+    if strategy.root_device.type == "cpu" and strategy.cluster_environment is not None:
+        meet(strategy.cluster_environment)
+
+
+class CopiesStrategy(DDPStrategy):
+    """DDP, where a rank that does not come is told of."""
+
+    def setup_environment(self) -> None:
+        _meet(self)
+        super().setup_environment()
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -53,6 +69,10 @@ class ShardedStrategy(ModelParallelStrategy):
         """The checkpoint that the run goes on from, if it does."""
         self.rows_group: Any = None
         """Ranks that have other rows of a batch, this one among them, once a decoder is spread."""
+
+    def setup_environment(self) -> None:
+        _meet(self)
+        super().setup_environment()
 
     def parallelize(self, decoder: Decoder) -> None:
         """Spread a decoder, the same on all ranks, over them in place."""
