@@ -156,6 +156,7 @@ ROWS: list[tuple[str, list[str]]] = [
     ("convert toy.ckpt out dtype=int8", ["dtype='int8'", "must be one of"]),
     ("cache-targets nowhere.ckpt targets", ["teacher='nowhere.ckpt'", "no such file"]),
     ("cache-targets cut.ckpt targets data=files data.path=text data.tokenizer=bytes", ["cut.ckpt"]),
+    ("parallel-check trace=many", ["trace='many'", "from 0 to"]),
     ("transfer chek", ["action='chek'", "must be check"]),
     ("transfer check kinds=[sparse]", ["kinds=sparse", "must be one of moe, dense"]),
     ("transfer check widths=[64] depths=[2]", ["widths=[64]", "two of them"]),

@@ -59,6 +59,7 @@ def sleeps(tree: ast.AST, function: str = "") -> Iterator[tuple[int, str]]:
         yield from sleeps(node, inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_private_name_is_used_and_no_sleep_decides(path: Path) -> None:
     tree, name = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(TESTS).as_posix()

@@ -364,6 +364,7 @@ def test_bad_config(values: dict[str, Any]) -> None:
         LossByPositionConfig(**values)
 
 
+@pytest.mark.slow_but_for("5-names0")
 @pytest.mark.parametrize("names", [("a",), ("a", "b", "attention.temperature.attn_scale=0.8 " * 3)])
 @pytest.mark.parametrize("stretches", [1, 5])
 def test_pictures(tmp_path: Path, names: tuple[str, ...], stretches: int) -> None:

@@ -56,6 +56,7 @@ def expected(directory: Path, mask: Tensor | None) -> Tensor:
         return AutoModelForCausalLM.from_pretrained(directory)(TOKENS, attention_mask=mask, use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", [None, 1, 5, 9])
 @pytest.mark.parametrize(
     ("inputs", "output"),

@@ -164,6 +164,7 @@ def test_the_dense_twin_has_equal_active_flops_up_to_the_router(moe: dict[str, A
     assert sparse.attention_flops == twin.attention_flops
 
 
+@pytest.mark.slow_but_for("every mixer")
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 21])
 @pytest.mark.parametrize("name", ["alternating", "one kv head", "head_dim is not dim / heads", "every mixer"])
 def test_kv_cache_bytes_equal_the_peak_of_what_decoding_reads(

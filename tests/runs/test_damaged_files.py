@@ -411,7 +411,7 @@ QUICK = {
     **{"checkpoint": 9, "training checkpoint": 97, "config.yaml": 67, "config.yaml of a report": 131},
     **{
         "metrics.json": 61,
-        "metrics.json of a study": 61,
+        "metrics.json of a study": 9,
         "rows.jsonl": 3,
         "metrics.csv of a report": 3,
         "config.yaml of a study": 11,

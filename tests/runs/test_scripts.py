@@ -120,7 +120,7 @@ def test_llama4_tiny_has_exactly_the_published_layout(composed: Composed) -> Non
     assert config.attention.temperature.attn_scale == 0.1
 
 
-@pytest.mark.slow_but_for("accumulate")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

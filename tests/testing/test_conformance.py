@@ -144,7 +144,7 @@ def test_one_expert_and_more_experts_than_features() -> None:
 # ---- on Hugging Face's
 
 
-@pytest.mark.slow_but_for("mixtral")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PEERS if name.startswith("transformers")])
 def test_transformers_blocks(name: str) -> None:
     pytest.importorskip("transformers")

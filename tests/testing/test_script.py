@@ -122,6 +122,7 @@ class Both(Mixing):
 """
 
 
+@pytest.mark.slow
 def test_parts_alone(
     script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def test_global_batch_scope_uses_the_counts_of_all_micro_batches() -> None:
     assert not torch.allclose(micro.decoder.get_parameter(name), whole.decoder.get_parameter(name), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_balance_loss_balances() -> None:
     data = batches(1) * 60
 

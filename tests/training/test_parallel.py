@@ -63,6 +63,7 @@ def test_equals_one_process_in_fp32(workers: Workers, layout: str) -> None:
 MIXED = [("shards on 2", "accumulated, uneven"), ("shards on 2", "starved, recomputed"), ("experts on 2", "Muon")]
 
 
+@pytest.mark.slow_but_for("Muon")
 @pytest.mark.parametrize(("layout", "case"), MIXED)
 def test_mixed_precision_rounds_what_one_process_rounds(workers: Workers, layout: str, case: str) -> None:
     """Weights that are gathered in bf16 give what autocast gives, which is what copies on as many ranks have."""

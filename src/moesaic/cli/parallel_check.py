@@ -12,11 +12,14 @@ from rich.table import Table
 
 from moesaic.cli.arguments import require_switches
 from moesaic.cli.common import launch, plain
+from moesaic.errors import InputError
 from moesaic.parallel.workers import Workers
 from moesaic.training.parallel_check import COLUMNS, LEFT_OUT, Compared, compare_all
+from moesaic.training.parallel_trace import Trace, compare_traces
 
 __all__ = ["main"]
 
+MOST_STEPS = 10_000
 HEADER = ("layout", "case", "precision", *COLUMNS)
 
 
@@ -35,10 +38,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def _task(config: DictConfig) -> None:
     given = plain(config)
     require_switches(given, "markdown")
+    if type(given["trace"]) is not int or not 0 <= given["trace"] <= MOST_STEPS:
+        raise InputError(f"trace={given['trace']!r}: must be a number of steps from 0 to {MOST_STEPS}")
     console = Console(emoji=False, stderr=True)
     found: list[Compared] = []
+    traces: list[Trace] = []
     workers = Workers()
     try:
+        for precision in ("64-true", "32-true") if given["trace"] else ():
+            traces.append(compare_traces(workers, precision, given["trace"]))
+            console.print(str(traces[-1]), markup=False, soft_wrap=True, style=None if traces[-1].holds else "red")
         for compared in compare_all(workers):
             found.append(compared)
             wrong = "".join(f" [red]{name} {each:.1e}[/]" for name, each in compared.exceeding.items())
@@ -53,8 +62,8 @@ def _task(config: DictConfig) -> None:
             table.add_row(*cells(each), style="bold red" if each.exceeding else None)
         Console(emoji=False).print(table)
     pairs = "".join(f"; {case} with {layout}, as {why}" for (layout, case), why in LEFT_OUT.items())
-    print(f"left out: pipeline and context parallelism, which are not there yet; GPUs{pairs}")
-    sys.exit(any(each.exceeding for each in found))
+    print(f"left out: pipeline and context parallelism, which runs do not have; GPUs{pairs}")
+    sys.exit(any(each.exceeding for each in found) or not all(each.holds for each in traces))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from moesaic.models.resizing import resized
 from moesaic.training.config import OptimizerConfig
 from moesaic.training.optimizers import build_optimizer
 
-__all__ = ["QUANTITIES", "Check", "Curve", "check", "measure"]
+__all__ = ["QUANTITIES", "Check", "Curve", "check", "measure", "source_batches"]
 
 QUANTITIES = ("residual stream", "mixer", "feed-forward", "router logits", "output logits")
 """What is measured, by mean absolute value: the stream after the last block, of parts the mean over layers."""
@@ -131,7 +131,7 @@ def _log(value: float) -> float:
 
 
 def _measure(model: DecoderConfig, optimizer: OptimizerConfig, steps: int, seed: int) -> dict[str, float]:
-    batches = list(_batches(steps + 1, seed))
+    batches = list(source_batches(steps + 1, seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = build_decoder(model)
@@ -149,8 +149,8 @@ def _measure(model: DecoderConfig, optimizer: OptimizerConfig, steps: int, seed:
     return {name: sum(seen[name]) / len(seen[name]) for name in QUANTITIES if seen[name]}
 
 
-def _batches(count: int, seed: int, sequences: int = 8, length: int = 64) -> Iterator[Tensor]:
-    """Batches (8, 65) int64 of bytes of Python's own source, the same for every model."""
+def source_batches(count: int, seed: int, sequences: int = 8, length: int = 64) -> Iterator[Tensor]:
+    """Batches (sequences, length + 1) int64 of bytes of Python's own source, the same for every model."""
     folder = Path(os.__file__).parent
     text = b"".join((folder / name).read_bytes() for name in ("argparse.py", "ast.py", "inspect.py", "typing.py"))
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,6 +37,8 @@ __all__ = [
     "Training",
     "compare_all",
     "deviations",
+    "fit_on_standing",
+    "place",
     "train_on",
 ]
 
@@ -336,7 +338,7 @@ class _Batches:
 
 
 def _train(training: Training, parallel: ParallelConfig) -> Trained:
-    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    rank, ranks = place()
     torch.manual_seed(0)
     config = training.config(parallel)
     module = _Watched(to_mapping(config), to_mapping(MODELS[training.model]))
@@ -346,26 +348,41 @@ def _train(training: Training, parallel: ParallelConfig) -> Trained:
             if training.starved and name.endswith("expert_bias"):
                 buffer[buffer.numel() // 2 :] = -10.0
     rows = _Rows(module.norms)
+    batches = _Batches(training, rank // parallel.tensor, ranks // parallel.tensor)
+    fit_on_standing(module, batches, training.steps, training.precision, rows, accumulate=training.accumulate)
+    weights = ShardedStrategy.gather(module.decoder.state_dict())
+    return Trained(rows.rows, weights)
+
+
+def place() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def fit_on_standing(
+    module: LanguageModel, batches: Iterable[Batch], steps: int, precision: Precision, logger: Any, accumulate: int = 1
+) -> None:
+    """Train on the processes that stand by here, without checkpoints and validation; every step is logged."""
+    _, ranks = place()
+    parallel = module.config.parallel
     quiet_lightning()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
-        max_steps=training.steps,
-        accumulate_grad_batches=training.accumulate,
-        logger=rows,
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        logger=logger,
         callbacks=[_Log()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **_with(strategy_options("auto", parallel, training.precision, ranks), _Standing() if ranks > 1 else None),
+        **_with(strategy_options("auto", parallel, precision, ranks), _Standing() if ranks > 1 else None),
     )
     with warnings.catch_warnings():
         ignore_advice()
         warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-        trainer.fit(module, _Batches(training, rank // parallel.tensor, ranks // parallel.tensor))
-    weights = ShardedStrategy.gather(module.decoder.state_dict())
-    return Trained(rows.rows, weights)
+        trainer.fit(module, batches)
 
 
 def _with(options: dict[str, Any], environment: LightningEnvironment | None) -> dict[str, Any]:
