@@ -138,7 +138,7 @@ def _train(config: RunConfig) -> _Steps:
 
 
 def _of_all(tensor: Tensor, ranks: int) -> Tensor:
-    """Those of all ranks, whose rows are in their order."""
+    """What all ranks have, in their order, which is that of the rows."""
     parts = [torch.empty_like(tensor) for _ in range(ranks)]
     distributed.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
