@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 from moesaic.layers import MoE
 from moesaic.layers.all_to_all import AllToAllDispatcher
-from moesaic.layers.experts import held
+from moesaic.layers.local import held
 from moesaic.parallel.workers import Workers
 
 pytest.importorskip("accelerate", reason="transformers lays models out with the accelerate package")

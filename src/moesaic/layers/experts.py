@@ -9,21 +9,10 @@ from moesaic.layers.backend_choice import BackendName, choose_backend
 from moesaic.layers.backends import Backend, run_experts
 from moesaic.layers.checks import require_choice, require_dtype, require_last, require_sizes
 from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName
+from moesaic.layers.local import held
 from moesaic.layers.parametrization import Fans, Parametrization
 
-__all__ = ["Experts", "held"]
-
-
-def held(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight: of a DTensor its shard, through which gradients flow, else all of it.
-
-    Told by its method, so that nothing here imports torch's distributed tensors.
-    """
-    # asked of the type: torch.compile takes it that no tensor has such a method, where the tensor itself is asked
-    if not hasattr(type(weight), "to_local"):
-        return weight
-    local: Tensor = weight.to_local()  # type: ignore[attr-defined]
-    return local
+__all__ = ["Experts"]
 
 
 class Experts(nn.Module):

@@ -1,6 +1,5 @@
 """The mixture-of-experts layer (channel mixer)."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +21,7 @@ from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName, FeedForward
 from moesaic.layers.parametrization import ParameterKind
 from moesaic.layers.part import declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
+from moesaic.layers.replay import replay
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
@@ -165,25 +165,10 @@ class MoE(nn.Module):
         if isinstance(self.experts, Experts):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
-        decided = self._count(self._route(tokens, routing), tokens.size(0), replayed=routing is not None)
+        decided = self.router(tokens) if routing is None else replay(self.router, tokens, routing)
+        decided = self._count(decided, tokens.size(0), replayed=routing is not None)
         y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
         return y if self.shared_expert is None else self.shared_expert(x) + y, decided
-
-    def _route(self, tokens: Tensor, replay: Routing | None) -> tuple[Tensor, ...]:
-        if replay is None:
-            decided: tuple[Tensor, ...] = self.router(tokens)
-            return decided
-        if not isinstance(replay, Routing):
-            raise TypeError(f"MoE: routing: found {type(replay).__name__}; must be a Routing, whose choice is replayed")
-        asked = inspect.signature(self.router.forward).parameters.values()
-        if any(each.name == "expert_ids" or each.kind is each.VAR_KEYWORD for each in asked):
-            decided = tuple(self.router(tokens, expert_ids=replay.expert_ids))
-            if decided[2] is replay.expert_ids or torch.equal(decided[2], replay.expert_ids):
-                return decided
-        raise ValueError(
-            f"routing: {type(self.router).__name__} cannot replay a choice; its forward must take expert_ids (T, K), "
-            "score these experts and return them"
-        )
 
     def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
         """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""

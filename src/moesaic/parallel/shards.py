@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.experts import held
+from moesaic.layers.local import held
 
 __all__ = ["gather_matrices", "held", "held_slices", "is_sharded", "layout", "load_shards", "shard_like", "whole"]
 

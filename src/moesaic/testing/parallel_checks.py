@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from moesaic.layers.experts import held
+from moesaic.layers.local import held
 from moesaic.testing.harness import (
     Failed,
     Layer,
