@@ -156,6 +156,8 @@ ROWS: list[tuple[str, list[str]]] = [
     ("convert toy.ckpt out dtype=int8", ["dtype='int8'", "must be one of"]),
     ("cache-targets nowhere.ckpt targets", ["teacher='nowhere.ckpt'", "no such file"]),
     ("cache-targets cut.ckpt targets data=files data.path=text data.tokenizer=bytes", ["cut.ckpt"]),
+    ("compare new=model.dense_twin=true output_dir=there", ["output_dir", "results_dir"]),
+    ("compare new=model.dense_twin=true resume=true", ["resume", "left out"]),
     ("parallel-check trace=many", ["trace='many'", "from 0 to"]),
     ("transfer chek", ["action='chek'", "must be check"]),
     ("transfer check kinds=[sparse]", ["kinds=sparse", "must be one of moe, dense"]),

@@ -53,6 +53,14 @@ class Options:
 
 OWN = tuple(field.name for field in dataclasses.fields(Options))
 
+INSTEAD = {
+    "seed": "given as seeds: how many, or a list as in seeds=[5]",
+    "output_dir": "given as results_dir, the directory that keeps everything",
+    "run_dir": "given as results_dir, the directory that keeps everything",
+    "resume": "left out; the same command goes on with what was stopped",
+}
+"""Keys of a run that say nothing to a comparison, and what says it."""
+
 
 def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
     """What a command line asks for.
@@ -67,8 +75,9 @@ def request_of(config: dict[str, Any], overrides: Sequence[str]) -> Request:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     candidates = [o.value() for o in parsed if o.key_or_group == "new"]
     new = tuple(str(one) for each in candidates for one in (each if isinstance(each, list) else [each]))
-    if any(o.key_or_group == "seed" for o in parsed):
-        raise InputError("seed: must be given as seeds: how many, or a list as in seeds=[5]")
+    for key, instead in INSTEAD.items():
+        if any(o.key_or_group == key for o in parsed):
+            raise InputError(f"{key}: must be {instead}")
     seeds = config["seeds"]
     asked = {"new": list(new), "seeds": [0] if type(seeds) is int else seeds, "budget": str(config["budget"])}
     options = from_mapping(Options, {**{key: config[key] for key in OWN}, **asked})
