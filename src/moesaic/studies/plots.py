@@ -75,9 +75,14 @@ def plot_effects(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | None
         panel.margins(y=0.15)
         panel.grid(axis="x", visible=False)
         label_axes(panel, title, axis, "")
-    panels[0].set_ylabel(f"{_metric(study, arms)}\n({better})")
+    panels[0].set_ylabel(f"{_in_lines(_metric(study, arms))}\n({better})")
     _legend(study, figure, panels[0], names)
     return figure
+
+
+def _in_lines(label: str) -> str:
+    """A label beside an axis, which is not as long as one below."""
+    return label.replace(" on ", "\non ")
 
 
 def _metric(study: StudyConfig, arms: Sequence[ArmResult]) -> str:
@@ -155,7 +160,8 @@ def plot_parameters(study: StudyConfig, arms: Sequence[ArmResult]) -> Figure | N
         _log_scale(panel)
         panel.set_xlabel("parameters")
         panel.set_title("at the end of training" if axis is None else f"over {axis}", fontsize=11)
-    panels[0].set_ylabel(f"{_metric(study, arms)}\n({'higher' if study.higher_is_better else 'lower'} is better)")
+    better = "higher is better" if study.higher_is_better else "lower is better"
+    panels[0].set_ylabel(f"{_in_lines(_metric(study, arms))}\n({better})")
     _legend_of_levels(study, figure, panels[0], arms, columns=4)
     return figure
 
@@ -284,7 +290,7 @@ def plot_total_flops(
         _log_scale(panel)
         panel.set_xlabel("FLOPs per student")
         panel.set_title(title, fontsize=11)
-    panels[0].set_ylabel(_metric(study, arms))
+    panels[0].set_ylabel(_in_lines(_metric(study, arms)))
     _legend_of_levels(study, figure, panels[0], shown, columns=5)
     return figure
 

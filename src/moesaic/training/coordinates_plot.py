@@ -1,5 +1,6 @@
 """The picture of a coordinate check."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,15 +16,19 @@ def draw(found: Mapping[str, Sequence[Curve]], out: Path) -> None:
     figure, axes = new_figure(len(axes_of), len(found), width=3.2 * len(found), height=2.8 * len(axes_of))
     for row, axis_name in enumerate(axes_of):
         panels = axes[row * len(found) : (row + 1) * len(found)]
+        lowest, highest = 1.0, 1.0
         for panel, (name, curves) in zip(panels, found.items(), strict=True):
             for curve in curves:
                 if curve.axis == axis_name:
                     relative = [value / curve.values[0] for value in curve.values]
                     color = COLORS[QUANTITIES.index(curve.quantity)]
+                    finite = [value for value in relative if math.isfinite(value)]
+                    lowest, highest = min(lowest, *finite), max(highest, *finite)
                     panel.plot(curve.sizes, relative, color=color, marker="o", markersize=3, label=curve.quantity)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
-            panel.sharey(panels[0]) if panel is not panels[0] else None
             label_axes(panel, name, axis_name, "times the smallest" if panel is panels[0] else "")
+        for panel in panels:
+            panel.set_ylim(lowest / 1.2, highest * 1.2)
     axes[0].legend(frameon=False, fontsize=7)
     save_figure(figure, out)
