@@ -138,8 +138,10 @@ def test_ranks_share_a_validation(
         workers.run(on_a_rank, ranks, composed(*overrides, f"run_dir={tmp_path / name}"), overrides)
     shared, whole = checks(tmp_path / "shared"), checks(tmp_path / "whole")
     assert len(whole) == 2 and any("drift" in name for name in whole[1])
+    # the nats of a token are kept in fp32, and a shared vocabulary sums them otherwise
+    within = 1e-7 if layout[4:] else 1e-12
     for here, there in zip(shared, whole, strict=True):
-        assert here == pytest.approx(there, rel=1e-12, abs=1e-12)
+        assert here == pytest.approx(there, rel=within, abs=1e-12)
 
 
 JOINT = (
@@ -298,7 +300,7 @@ def test_a_killed_rank_ends_the_others_with_a_way_to_go_on(corpus: Path, tmp_pat
     assert "failed; to continue from the last checkpoint:\n  moesaic train resume=true run_dir=two" in done.stdout
 
 
-JOINT = (
+UNEVEN_JOINT = (
     *("debug=smoke", "experiment=codistill_joint", "data=selective_copying", "training.accumulate=2"),
     *("model.dim=16", "model.attention.head_dim=4", "balance.router_z_loss_weight=0.01"),
     *("distillation.teacher_model.dim=24", "distillation.teacher_model.hidden_dim=32"),
@@ -311,7 +313,7 @@ JOINT = (
 
 @pytest.mark.slow
 def test_soft_targets_on_two_processes_are_those_of_one(composed: Composed, tmp_path: Path, workers: Workers) -> None:
-    given = (*JOINT, *STEPS, f"output_dir={tmp_path}")
+    given = (*UNEVEN_JOINT, *STEPS, f"output_dir={tmp_path}")
     [whole] = workers.run(on_a_rank, 1, composed(*given, f"run_dir={tmp_path / 'one'}", smoke=False), ())
     two = composed(*given, f"run_dir={tmp_path / 'two'}", *several(2, shard=False), smoke=False)
     metrics, _ = workers.run(on_a_rank, 2, two, ())

@@ -38,6 +38,7 @@ def write(*overrides: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_killed_and_continued_equals_uninterrupted(text: Path, tmp_path: Path, workers: int) -> None:
     """Its processes end with it: the pipe of what they print would be open for ever."""
     words = ["tokenize", str(text), str(tmp_path / "killed"), *SMALL, f"workers={workers}"]

@@ -118,7 +118,8 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.parallel.sharded_checkpoints:
             from moesaic.parallel.shard_files import write_directory  # which needs torch's distributed checkpoints
 
-            write_directory(Path(filepath), checkpoint)
+            # ranks that somebody else has started do not know which directory rank 0 has made
+            write_directory(Path(self.broadcast(str(filepath))), checkpoint)
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
