@@ -122,6 +122,7 @@ def test_the_split_of_a_content_never_changes() -> None:
     assert [i for i in range(60) if split_of(ints(i, i + 1)) == "test"] == [7, 11, 18, 19, 33, 37, 44, 49, 57]
 
 
+@pytest.mark.slow_but_for("Induction")
 @BY_TASK
 def test_both_splits_have_every_size_and_each_its_own_contents(task: Task) -> None:
     """Of tasks so small that their contents come again and again within a split."""

@@ -173,7 +173,7 @@ CASES = {
 }
 
 
-QUICK = ("experts, each sharded", "matrices, each sharded")
+QUICK = ("matrices, each sharded",)
 
 
 @pytest.mark.parametrize(

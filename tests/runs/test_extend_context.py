@@ -134,6 +134,7 @@ def test_other_text_is_read_with_the_tokenizer_of_the_checkpoint(
     assert ours["hyper_parameters"]["tokenizer"] == theirs["hyper_parameters"]["tokenizer"]
 
 
+@pytest.mark.slow
 def test_what_needs_other_weights_or_says_nothing_is_refused(
     extended: Composed, composed: Composed, start: Path, tmp_path: Path
 ) -> None:

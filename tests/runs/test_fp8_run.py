@@ -56,6 +56,7 @@ def test_losses_are_near_those_in_fp32_and_not_the_same(whole: Path, train_once:
     assert json.loads((whole / "metrics.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_equal(
     composed: Composed, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,15 +119,8 @@ def checks(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        (4, 2),
-        pytest.param((2, 1), marks=pytest.mark.slow),
-        pytest.param((2, 1, False), marks=pytest.mark.slow),
-        pytest.param((4, 2, True, True, 2), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(4, 2), (2, 1), (2, 1, False), (4, 2, True, True, 2)])
 def test_ranks_share_a_validation(
     composed: Composed, tmp_path: Path, workers: Workers, layout: tuple[int, ...]
 ) -> None:

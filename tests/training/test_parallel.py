@@ -21,7 +21,6 @@ from moesaic.training.parallel_check import (
 
 SEVERAL = [name for name in LAYOUTS if name != "one process"]
 QUICK = {
-    ("experts on 2, each sharded on 2", "accumulated, uneven"),
     ("shards on 2", "Muon"),
     ("experts on 2", "starved, recomputed"),
     ("matrices on 2", "odd sizes"),
