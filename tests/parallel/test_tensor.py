@@ -105,6 +105,7 @@ WITHOUT_CUSTOM = {"pattern": CONFIG.pattern[:2] if CONFIG.pattern else None, "nu
 SKIPPING = MoEConfig(num_experts=4, hidden_dim=12, router={"type": f"{__name__}.Skipping"}, shared_hidden_dim=0)
 
 
+@pytest.mark.slow_but_for("ranks without a token", "tied")
 @pytest.mark.parametrize(
     ("config", "ranks", "parallel", "length"),
     [

@@ -24,7 +24,6 @@ QUICK = {
     ("shards on 2", "Muon"),
     ("experts on 2", "starved, recomputed"),
     ("matrices on 2", "odd sizes"),
-    ("matrices on 2, experts on 2", "accumulated, uneven"),
 }
 
 _alone: dict[Training, Trained] = {}
