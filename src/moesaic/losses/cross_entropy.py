@@ -1,6 +1,6 @@
 """Cross-entropy of a linear head without the (T, V) logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,14 +109,14 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk
         from moesaic.losses.shared_vocabulary import shared_token_cross_entropy
 
         return shared_token_cross_entropy(hidden, weight, labels, chunk_tokens)
-    chunk = max(1, min(chunk_tokens or rows_per_chunk(weight.size(0)), hidden.size(0)))
-    head = ChunkedHead(hidden, weight, (False, False), torch.float32, chunk)
     nats = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, hidden.size(0), chunk):
-            rows = slice(start, start + chunk)
-            nats[rows] = F.cross_entropy(head.logits(rows), labels[rows], reduction="none")
-    return nats
+    return by_chunks(
+        hidden,
+        weight,
+        chunk_tokens,
+        nats,
+        lambda head, rows: F.cross_entropy(head.logits(rows), labels[rows], reduction="none"),
+    )
 
 
 def likeliest_tokens(hidden: Tensor, weight: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
@@ -136,14 +136,53 @@ def likeliest_tokens(hidden: Tensor, weight: Tensor, *, chunk_tokens: int | None
     """
     require_head("likeliest_tokens", hidden, weight)
     require_counts("likeliest_tokens", None, chunk_tokens)
+    found = torch.empty(hidden.size(0), dtype=torch.int64, device=hidden.device)
+    return by_chunks(hidden, weight, chunk_tokens, found, lambda head, rows: head.logits(rows).argmax(dim=-1))
+
+
+@torch.no_grad()
+def by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_tokens: int | None,
+    out: Tensor,
+    of_chunk: Callable[["ChunkedHead", slice], Tensor],
+) -> Tensor:
+    """`out` (T,), filled with what `of_chunk` gives for a head and some rows of hidden (T, D), in fp32."""
     chunk = max(1, min(chunk_tokens or rows_per_chunk(weight.size(0)), hidden.size(0)))
     head = ChunkedHead(hidden, weight, (False, False), torch.float32, chunk)
-    found = torch.empty(hidden.size(0), dtype=torch.int64, device=hidden.device)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.size(0), chunk):
             rows = slice(start, start + chunk)
-            found[rows] = head.logits(rows).argmax(dim=-1)
-    return found
+            out[rows] = of_chunk(head, rows)
+    return out
+
+
+def summed_over_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_valid: Tensor | int | None,
+    chunk_tokens: int,
+    wanted: Wanted,
+    of_chunk: Callable[["ChunkedHead", slice, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """A mean over valid labels and its gradients by hidden and weight.
+
+    Args:
+        of_chunk: of a head, rows, their labels and what each of them weighs: the sum of their losses. It gives the head
+            the gradient of its logits.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    chunk = max(1, min(chunk_tokens, hidden.size(0)))
+    head = ChunkedHead(hidden, weight, wanted.of, dtype, chunk)
+    denominator = tokens_to_divide_by(num_valid, labels != IGNORE_INDEX)
+    loss = torch.zeros((), dtype=dtype, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.size(0), chunk):
+            rows = slice(start, start + chunk)
+            loss += of_chunk(head, rows, labels[rows], 1 / denominator.to(dtype))
+    return loss / denominator, head.gradients()
 
 
 def _is_shared(weight: Tensor) -> bool:
@@ -207,16 +246,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         wanted: Wanted,
     ) -> tuple[Tensor | None, ...]:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        chunk = max(1, min(chunk_tokens, hidden.size(0)))
-        head = ChunkedHead(hidden, weight, wanted.of, dtype, chunk)
-        denominator = tokens_to_divide_by(num_valid, labels != IGNORE_INDEX)
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.size(0), chunk):
-                rows = slice(start, start + chunk)
-                loss += _chunk(head, rows, labels[rows], 1 / denominator.to(dtype))
-        return loss / denominator, *head.gradients()
+        loss, gradients = summed_over_chunks(hidden, weight, labels, num_valid, chunk_tokens, wanted, _chunk)
+        return loss, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-from moesaic.losses.cross_entropy import IGNORE_INDEX, ChunkedHead, rows_per_chunk, tokens_to_divide_by
+from moesaic.losses.cross_entropy import IGNORE_INDEX, ChunkedHead, by_chunks, rows_per_chunk, summed_over_chunks
 from moesaic.losses.kept_gradients import Wanted, first_derivative, keep_gradients, scaled_gradients, wanted_gradients
 
 __all__ = ["shared_cross_entropy", "shared_token_cross_entropy"]
@@ -49,14 +49,10 @@ def shared_cross_entropy(
 def shared_token_cross_entropy(hidden: Tensor, weight: Any, labels: Tensor, chunk_tokens: int | None) -> Tensor:
     """`token_cross_entropy` where weight (V, D) is a DTensor, sharded evenly along V over ranks."""
     share = _Share.of(weight)
-    chunk = max(1, min(chunk_tokens or rows_per_chunk(share.size), hidden.size(0)))
-    head = ChunkedHead(hidden, weight.to_local(), (False, False), torch.float32, chunk)
     nats = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, hidden.size(0), chunk):
-            rows = slice(start, start + chunk)
-            nats[rows] = _chunk(head, rows, labels[rows], None, share)
-    return nats
+    return by_chunks(
+        hidden, weight.to_local(), chunk_tokens, nats, lambda head, rows: _chunk(head, rows, labels[rows], None, share)
+    )
 
 
 class _SharedCrossEntropy(torch.autograd.Function):
@@ -71,20 +67,14 @@ class _SharedCrossEntropy(torch.autograd.Function):
         share: _Share,
         wanted: Wanted,
     ) -> tuple[Tensor | None, ...]:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        chunk = max(1, min(chunk_tokens, hidden.size(0)))
-        head = ChunkedHead(hidden, weight, wanted.of, dtype, chunk)
-        denominator = tokens_to_divide_by(num_valid, labels != IGNORE_INDEX)
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.size(0), chunk):
-                rows = slice(start, start + chunk)
-                loss += _chunk(head, rows, labels[rows], 1 / denominator.to(dtype), share).sum()
-        gradients = head.gradients()
+        def of_chunk(head: ChunkedHead, rows: slice, labels: Tensor, weight_per_token: Tensor) -> Tensor:
+            return _chunk(head, rows, labels, weight_per_token, share).sum()
+
+        loss, gradients = summed_over_chunks(hidden, weight, labels, num_valid, chunk_tokens, wanted, of_chunk)
         if gradients[0] is not None:  # through the logits of all ranks
             all_reduce(gradients[0], group=share.group)
         keep_gradients(ctx, wanted, (hidden, weight), gradients)
-        return loss / denominator, *gradients
+        return loss, *gradients
 
     @staticmethod
     @first_derivative
