@@ -22,7 +22,6 @@ from moesaic.comparison.request import (
     Subject,
     own_differences,
     read_arms,
-    tokens_per_step,
     unequal_training,
 )
 from moesaic.comparison.verdict import RANDOM, UNCHECKED, costs_table, next_steps, sentence
@@ -218,7 +217,7 @@ def _plan(
     tuning = f"{len(rates)} learning rates on seed {_tune_seed(request)}, then " if len(rates) > 1 else ""
     if tuning:
         say.say("every arm gets its own learning rate")
-    tokens = plan["steps"] * tokens_per_step(subjects[request.baseline.name].run)
+    tokens = plan["steps"] * subjects[request.baseline.name].run.training.tokens_per_step
     say.say(
         f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "
         f"{tokens:,} tokens in every run"
@@ -267,7 +266,7 @@ def _workloads(request: Request, subjects: Mapping[str, Subject], data: Data, de
     found = {}
     for name, subject in subjects.items():
         training = subject.run.training
-        step = tokens_per_step(subject.run)
+        step = subject.run.training.tokens_per_step
         seq_len = training.validation_seq_len or training.seq_len
         whole = len(data.validation.tokens) if data.task is None else data.task.test_sequences * seq_len
         check = min(whole, (training.validation_batches or whole) * training.batch_size * training.seq_len)

@@ -31,7 +31,6 @@ __all__ = [
     "candidate_of",
     "own_differences",
     "read_arms",
-    "tokens_per_step",
     "unequal_training",
 ]
 
@@ -200,11 +199,6 @@ def candidate_of(run: RunConfig, model: DecoderConfig) -> Candidate:
         make_optimizer=functools.partial(build_optimizer, config=run.optimizer),
         checkpoint_activations=run.trainer.checkpoint_activations,
     )
-
-
-def tokens_per_step(run: RunConfig) -> int:
-    """Tokens of one optimizer step of one process."""
-    return run.training.batch_size * run.training.seq_len * run.training.accumulate
 
 
 def own_differences(request: Request, arm: Arm) -> Overrides:

@@ -55,7 +55,7 @@ class Work:
     def of(cls, training: TrainingConfig, split_tokens: int) -> "Work":
         """The work of a run that is scored on a split of so many tokens."""
         sizes = evaluation_sizes(training)
-        per_step = training.batch_size * training.seq_len * training.accumulate
+        per_step = training.tokens_per_step
         batch = sizes["batch_size"] * sizes["seq_len"]
         checked = min((training.validation_batches or split_tokens) * batch, split_tokens)
         scored = min((training.score_windows or split_tokens) * sizes["seq_len"], split_tokens)

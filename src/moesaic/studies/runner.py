@@ -311,7 +311,7 @@ class _Running:
         training = from_mapping(TrainingConfig, config["training"], "training")
         data = self.loaded.get(_data_of(job.overrides), next(iter(self.loaded.values()), _Loaded(None, 0, 0)))
         if any(key.startswith("cache.") for key in job.overrides):  # a pass of the teacher over the training split
-            steps = data.training_tokens / (training.batch_size * training.seq_len * training.accumulate)
+            steps = data.training_tokens / training.tokens_per_step
             return Work(0, 1, 0.0, FORWARD * steps)
         return Work.of(training, data.validation_tokens)
 

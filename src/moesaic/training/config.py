@@ -115,6 +115,11 @@ class TrainingConfig:
             require(self, name, (getattr(self, name) or 1) >= 1 and getattr(self, name) != 0, "numbers >= 1, or null")
         require(self, "gradient_clip", self.gradient_clip >= 0, "a number >= 0 (0: off)")
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that an optimizer step sees, of all processes."""
+        return self.batch_size * self.seq_len * self.accumulate
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
@@ -205,16 +210,12 @@ class RunConfig:
                 "model.moe.expert_bias=true"
             )
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that an optimizer step sees, of all processes."""
-        return self.training.batch_size * self.training.seq_len * self.training.accumulate
-
     def optimizer_at_scale(self) -> OptimizerConfig:
         """The optimizer of this batch and so many tokens: as `optimizer` says, unless settings transfer."""
         if self.model.get("parametrization") != "transfer":
             return self.optimizer
-        settings = settings_at(self.transfer.base, self.tokens_per_step, self.tokens_per_step * self.training.steps)
+        batch = self.training.tokens_per_step
+        settings = settings_at(self.transfer.base, batch, batch * self.training.steps)
         at = self.optimizer
         return dataclasses.replace(
             at,

@@ -472,7 +472,7 @@ class LanguageModel(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.progress.tokens_per_step == 0:
-            self.progress = Progress(self.config.tokens_per_step, self.training_flops_per_token)
+            self.progress = Progress(self.config.training.tokens_per_step, self.training_flops_per_token)
 
     def _go_on_from(self, checkpoint: dict[str, Any]) -> None:
         """Count on from where a checkpoint is, though it may have had batches of another size."""
@@ -485,7 +485,7 @@ class LanguageModel(pl.LightningModule):
             model = from_mapping(DecoderConfig, stored["model"], "model")
             progress = Progress(tokens, account(model, before["seq_len"]).training_flops)
         move_positions(checkpoint, before, self.config.training)
-        self.progress = progress.then(step, self.config.tokens_per_step, self.training_flops_per_token)
+        self.progress = progress.then(step, self.config.training.tokens_per_step, self.training_flops_per_token)
 
     def _of_all_ranks(self, watched: Watched) -> list[Watched]:
         """What ranks with other rows have, in their order."""

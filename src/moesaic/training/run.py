@@ -198,7 +198,7 @@ def _num_tokens(config: RunConfig, data: Data) -> dict[str, int]:
         return {"train": len(data.train.tokens), "validation": len(data.validation.tokens)}
     training = config.training
     return {
-        "train": training.steps * training.accumulate * training.batch_size * training.seq_len,
+        "train": training.steps * training.tokens_per_step,
         "validation": data.task.test_sequences * (training.validation_seq_len or training.seq_len),
     }
 

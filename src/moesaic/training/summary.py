@@ -65,7 +65,7 @@ def print_summary(
         f"{account.forward_flops / 1e6:.3f}",
     )
     console.print(table)
-    tokens_per_step = config.tokens_per_step
+    tokens_per_step = training.tokens_per_step
     total_tokens = training.steps * tokens_per_step
     weights = account.weight_bytes()
     console.print(
