@@ -333,3 +333,15 @@ def test_auto_precision_is_chosen_once_and_said(
     stored = yaml.safe_load(next(metrics_dir.rglob("config.yaml")).read_text())
     assert stored["trainer"]["precision"] in ("32-true", "bf16-mixed")
     assert f"{stored['trainer']['precision']}: bf16-mixed takes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_summary_has_the_rates_that_transfer_gives(
+    composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["model.parametrization=transfer", "transfer.base.dim=8", "transfer.base.batch=16", "finish=score"]
+    run(composed(*overrides, f"run_dir={tmp_path / 'run'}"))
+    said = capsys.readouterr().out
+    [optimizer] = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"]
+    for group in optimizer["param_groups"]:
+        assert f"{group['name']}: {'muon' if group['muon'] else 'adamw'} at {group['initial_lr']:g}" in said

@@ -186,7 +186,7 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
     if assumed:
         said = f"FLOPs of {', '.join(dict.fromkeys(assumed))}: two per element of every matrix, as it could not be run"
         console.print(f"[bold]assumed[/] {escape(said)}", highlight=False, soft_wrap=True)
-    for line in describe_groups(module.decoder, config.optimizer).splitlines():
+    for line in describe_groups(module.decoder, config.optimizer_at_scale()).splitlines():
         console.print(f"[bold]steps[/]   {escape(line)}", highlight=False, soft_wrap=True)
     if prepared.why_precision:
         console.print(f"[bold]trainer[/] {config.trainer.precision}: {prepared.why_precision}", highlight=False)
