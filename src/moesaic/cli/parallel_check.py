@@ -60,7 +60,7 @@ def _task(config: DictConfig) -> None:
         table = Table(*HEADER, title="largest differences from one process", title_justify="left")
         for each in found:
             table.add_row(*cells(each), style="bold red" if each.exceeding else None)
-        Console(emoji=False).print(table)
+        Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)
     pairs = "".join(f"; {case} with {layout}, as {why}" for (layout, case), why in LEFT_OUT.items())
     print(f"left out: pipeline and context parallelism, which runs do not have; GPUs{pairs}")
     sys.exit(any(each.exceeding for each in found) or not all(each.holds for each in traces))
