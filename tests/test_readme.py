@@ -34,6 +34,7 @@ README = (ROOT / "README.md").read_text()
 TABLE = re.findall(r"\| `((?:-m )?[a-z_./]+=[^`]+)` \|$", README, re.MULTILINE)
 
 
+@pytest.mark.slow_but_for("README.md", "plain-pytorch")
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)])
 def test_snippet_runs(page: str, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in {"timm", "transformers"} & set(re.findall(r"^(?:from|import) (\w+)", snippet, re.MULTILINE)):

@@ -23,7 +23,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-@pytest.mark.slow_but_for("loss", "decoding")
+@pytest.mark.slow_but_for("loss")
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")

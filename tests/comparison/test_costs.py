@@ -71,12 +71,14 @@ def test_the_default_router_against_one_that_takes_every_expert() -> None:
     assert all_of_them.active_parameters - one.active_parameters == 7 * 3 * 32 * 32
 
 
+@pytest.mark.slow
 def test_expert_choice_costs_the_rows_that_the_experts_take() -> None:
     one, chosen = measure_costs(candidate()), measure_costs(candidate(with_router("ExpertChoice")))
     assert chosen.forward_flops - one.forward_flops == pytest.approx((8 / 2 - 1) * 2 * 3 * 32 * 32)
     assert chosen.active_parameters - one.active_parameters == 3 * 3 * 32 * 32
 
 
+@pytest.mark.slow
 def test_a_quadratic_mixer_costs_its_whole_product() -> None:
     attention, quadratic = measure_costs(candidate()), measure_costs(candidate(with_mixer("QuadraticMixer")))
     projections = 2 * (32 * 96 - 32 * (32 + 16 + 16 + 32))  # q, k and v of both, and the output of attention
@@ -84,6 +86,7 @@ def test_a_quadratic_mixer_costs_its_whole_product() -> None:
     assert quadratic.forward_flops - attention.forward_flops == pytest.approx(projections + products)
 
 
+@pytest.mark.slow
 def test_a_part_that_declares_too_little_is_named() -> None:
     costs = measure_costs(candidate(with_router("ModestRouter")))
     assert costs.forward_flops == measure_costs(candidate()).forward_flops

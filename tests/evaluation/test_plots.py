@@ -87,6 +87,7 @@ def test_loss_by_position(tmp_path: Path, length: int, train: int, chunk: int | 
     assert is_png(tmp_path / "p.png")
 
 
+@pytest.mark.slow
 def test_curves_of_several_arms_and_seeds(tmp_path: Path) -> None:
     def seed(n: int, offset: float) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
         x = np.arange(1, n + 1.0)

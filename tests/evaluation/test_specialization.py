@@ -213,6 +213,7 @@ def test_one_kind_of_file_has_nothing_to_tell(tmp_path: Path) -> None:
     assert heights["unknown"] == heights["alone"] < heights["both"], "a row more"
 
 
+@pytest.mark.slow
 def test_many_layers_make_no_larger_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     monkeypatch.setattr(specialization_plots, "save_figure", lambda figure, out: figures.append(figure))

@@ -300,6 +300,7 @@ def test_training_gives_the_same_losses(name: str) -> None:
     assert_close(losses(accelerate(make(name, torch.float64))), expected, 1e-9, "losses")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

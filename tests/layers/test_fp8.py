@@ -240,6 +240,7 @@ def test_vmap_is_refused() -> None:
         torch.vmap(lambda x: experts(x, torch.tensor([1, 1])))(torch.randn(3, 2, 16))
 
 
+@pytest.mark.slow_but_for("arguments0")
 @pytest.mark.parametrize("arguments", [{}, {"top_k": 2, "expert_bias": True, "score_function": "softmax"}])
 def test_the_conformance_kit_passes_at_the_tolerance_of_8_bits(arguments: dict[str, object]) -> None:
     def make() -> MoEUnderTest:

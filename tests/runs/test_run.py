@@ -289,6 +289,7 @@ def test_used_run_dir_is_refused(composed: Composed, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_resumed_but_trained_on(
     composed: Composed, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -369,6 +369,7 @@ def test_every_check_names_a_public_bug() -> None:
     assert len(CHECKS) == len(moe_checks()), "two checks of one name"
 
 
+@pytest.mark.slow
 def test_where_the_graph_breaks_is_said() -> None:
     from rigged import CountsAsPythonNumbers
 

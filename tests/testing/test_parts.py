@@ -29,6 +29,7 @@ ORDER = [
 REPEATS, CAUSAL, BATCH, LENGTH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
 
 
+@pytest.mark.slow_but_for("LinearRouter", "Average", "Stacked", "ffn")
 @pytest.mark.parametrize(
     ("seam", "make", "applies"),
     [

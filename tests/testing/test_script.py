@@ -52,6 +52,7 @@ def test_a_layer_of_ones_own(
     assert "must be a function" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_router_whose_signature_says_nothing(
     script: ModuleType,
     capsys: pytest.CaptureFixture[str],
