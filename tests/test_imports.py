@@ -45,6 +45,7 @@ TIERS = {
     "training": 5,
     "studies": 6,
     "comparison": 7,
+    "ladder": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.errors import InputError
@@ -21,6 +21,10 @@ def ladder(seed: int, rungs: int = 5, scatter: float = 0.01, misfit: float = 0.0
     compute = np.repeat(np.geomspace(1e11, 1e13, rungs), 3)
     noise = scatter * random.standard_normal(3 * rungs) + misfit * np.repeat(random.standard_normal(rungs), 3)
     return compute, LAW(compute) * np.exp(noise)
+
+
+def width(found: Estimate) -> float:
+    return found.high - found.low
 
 
 def coverage(ladders: int, samples: int, rungs: int, asymptote: float | None, misfit: float) -> dict[str, float]:
@@ -48,10 +52,13 @@ def test_intervals_of_200_ladders_hold_the_truth_in_90_to_99_percent(
     assert found["held out"] >= 0.90, found
 
 
-@pytest.mark.parametrize("asymptote", [0.6, None], ids=["pinned", "free"])
-def test_intervals_of_40_ladders_hold_the_truth_in_90_to_99_percent(asymptote: float | None) -> None:
-    found = coverage(40, 200, 5, asymptote, 0.0)
-    assert all(0.90 <= part < 1 for name, part in found.items() if name != "held out"), found
+def test_intervals_of_40_ladders_hold_the_truth_and_are_not_much_wider_than_they_must_be() -> None:
+    found = [predict(*ladder(seed), 1e15, asymptote=0.6, seed=seed, samples=100) for seed in range(40)]
+    held = [one.low <= LAW(1e15) <= one.high for one in found]
+    assert sum(held) >= 36, held
+    scatter = float(np.std([one.value for one in found]))
+    # Student's t with three degrees of freedom: 3.18 deviations on each side
+    assert 4 * scatter < np.mean([width(one) for one in found]) < 8 * scatter
 
 
 def test_a_refit_of_all_samples_at_once_is_what_the_optimizer_finds() -> None:
@@ -59,7 +66,7 @@ def test_a_refit_of_all_samples_at_once_is_what_the_optimizer_finds() -> None:
         runs = read_runs(*ladder(3, scatter=0.003))
         law = fit_runs(runs, asymptote)
         random = np.random.default_rng(0)
-        noise = Noise.of((runs, law, 3), samples=25, random=random)
+        noise = Noise.of((runs, law, 3), samples=15, random=random)
         drawn = np.log(law(runs.compute))[runs.rung] + noise.runs(runs, np.random.default_rng(1))
         laws = refit(runs, law, asymptote, noise, np.random.default_rng(1))  # the same draws
         for place, targets in enumerate(drawn):
@@ -74,16 +81,11 @@ def test_without_noise_the_interval_closes_on_the_truth() -> None:
         assert found.high == pytest.approx(float(LAW(1e15)), rel=1e-3)
 
 
-def width(found: Estimate) -> float:
-    return found.high - found.low
-
-
 def test_distance_and_noise_and_a_free_asymptote_widen_the_interval() -> None:
     compute, loss = ladder(0)
-    near, far = (predict(compute, loss, at, asymptote=0.6) for at in (1e14, 1e16))
-    free, noisy = predict(compute, loss, 1e14), predict(*ladder(0, scatter=0.03), 1e14, asymptote=0.6)
-    assert width(near) < width(far)
-    assert width(near) < width(free)
+    near, far = (predict(compute, loss, at, asymptote=0.6, samples=300) for at in (1e14, 1e16))
+    free, noisy = predict(compute, loss, 1e16), predict(*ladder(0, scatter=0.03), 1e14, asymptote=0.6)
+    assert width(near) < width(far) < width(free)
     assert width(near) < width(noisy)
     assert near.low < near.value < near.high
 
@@ -102,6 +104,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_a_near_one() -> N
     assert width(first) == pytest.approx(width(other), rel=0.25)
 
 
+@settings(max_examples=10)
 @given(unit=st.floats(1e-9, 1e9), seed=st.integers(0, 99))
 def test_the_unit_of_compute_changes_no_prediction(unit: float, seed: int) -> None:
     compute, loss = ladder(seed)

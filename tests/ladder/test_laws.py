@@ -139,9 +139,7 @@ def test_a_noisy_surface_predicts_a_larger_run() -> None:
 
 
 JOINT = JointLaw(0.7, a=35.0, delta=0.23, alpha=-0.19, gamma=-0.01, b=36.0, omega=-0.55, beta=-0.178, zeta=0.026)
-GRID = tuple(
-    grid.ravel() for grid in np.meshgrid(np.geomspace(1e5, 1e7, 4), np.geomspace(1e6, 1e8, 4), [1, 4, 16, 64])
-)
+GRID = tuple(grid.ravel() for grid in np.meshgrid(np.geomspace(1e5, 1e7, 4), np.geomspace(1e6, 1e8, 4), [1, 4, 16, 64]))
 
 
 def test_the_nine_constants_of_the_joint_law_are_recovered() -> None:

@@ -35,7 +35,18 @@ from scipy.stats import chi2
 from moesaic.errors import InputError
 from moesaic.ladder.laws import EXPONENTS, Floats, PowerLaw, Runs, fit_runs, read_runs
 
-__all__ = ["Estimate", "HeldOut", "LawSamples", "Noise", "RefutedLaw", "held_out", "numbers_of", "predict", "refit", "sample_laws"]
+__all__ = [
+    "Estimate",
+    "HeldOut",
+    "LawSamples",
+    "Noise",
+    "RefutedLaw",
+    "held_out",
+    "numbers_of",
+    "predict",
+    "refit",
+    "sample_laws",
+]
 
 
 @dataclass(frozen=True)
@@ -182,9 +193,7 @@ def numbers_of(asymptote: float | None) -> int:
     return 2 + (asymptote is None)
 
 
-def refit(
-    runs: Runs, law: PowerLaw, asymptote: float | None, noise: Noise, random: np.random.Generator
-) -> LawSamples:
+def refit(runs: Runs, law: PowerLaw, asymptote: float | None, noise: Noise, random: np.random.Generator) -> LawSamples:
     """Fit the law again to samples that are `law` and `noise`."""
     drawn = np.log(law(runs.compute))[runs.rung] + noise.runs(runs, random)
     level, exponent, floor = _refit(runs, law, drawn, asymptote).T
@@ -247,10 +256,8 @@ def _refit(runs: Runs, law: PowerLaw, targets: Floats, asymptote: float | None) 
             np.where(better.reshape(-1, *[1] * (now.ndim - 1)), now, old)
             for now, old in zip(new, (above, total, residual, cost), strict=True)
         )
-        going = (gain > 1e-9 * cost + 1e-30) & (damping[active] < 1e11)
-        active, above, total, residual, cost = (
-            values[going] for values in (active, above, total, residual, cost)
-        )
+        going = (gain > 1e-7 * cost + 1e-30) & (damping[active] < 1e11)
+        active, above, total, residual, cost = (values[going] for values in (active, above, total, residual, cost))
         if not len(active):
             break
     return p
@@ -364,5 +371,3 @@ def held_out(
         measured=math.exp(runs.means(runs.log_loss)[-1]),
         seeds=seeds,
     )
-
-

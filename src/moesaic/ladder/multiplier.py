@@ -87,7 +87,9 @@ def passes(multipliers: Sequence[Estimate], throughput_ratio: float | Sequence[f
     """
     ratios = np.asarray(throughput_ratio, dtype=float)
     if ratios.ndim and ratios.shape != (len(multipliers),):
-        raise InputError(f"throughput ratios of shape {ratios.shape}; must be one, or one for each of {len(multipliers)} rungs")
+        raise InputError(
+            f"throughput ratios of shape {ratios.shape}; must be one, or one for each of {len(multipliers)} rungs"
+        )
     if not (np.isfinite(ratios).all() and (ratios > 0).all()):
         raise InputError(f"throughput ratio {throughput_ratio}; must be finite and above 0")
     low: Floats = np.array([one.low for one in multipliers]) * ratios
