@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.errors import InputError
@@ -92,6 +92,7 @@ def test_a_mixture_and_its_dense_twin_are_four_times_apart() -> None:
     assert found[1].inverse(found[0](1e21)) / 1e21 == pytest.approx(4.2, rel=0.1)
 
 
+@settings(max_examples=10)
 @given(
     unit=st.floats(1e-12, 1e12),
     scale=st.floats(0.1, 10),

@@ -1,6 +1,6 @@
 """Compute multipliers: how many times the baseline's compute an idea is worth, as a function of size.
 
-The baseline's law is inverted at the loss of each rung of the arm (arXiv 2502.05172 and others report such factors).
+The baseline's law is inverted at the loss of each rung of the arm; arXiv 2507.17702 calls this efficiency leverage.
 The interval holds the baseline's law, and the seeds and the misfit of the arm's rung; see `moesaic.ladder.bootstrap`.
 Both arms are taken to have the same noise, which is estimated from both, and independent draws of it.
 Where a seed moves both alike, as its order of the data does, the interval is wider than it needs to be.
