@@ -61,7 +61,7 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     @classmethod
-    def of(cls, value: ArrayLike, samples: Floats) -> "Estimate":
+    def of(cls, value: float | Floats, samples: Floats) -> "Estimate":
         """Return `value` with the 2.5% and 97.5% quantiles of `samples` (B,), among which inf may be."""
         low, high = np.quantile(samples, [0.025, 0.975], method="nearest")  # between two inf there is nan
         return cls(float(value), float(low), float(high))
@@ -224,15 +224,15 @@ def _refit(runs: Runs, law: PowerLaw, targets: Floats, asymptote: float | None) 
     damping = np.full(count, 1e-3)
     active = np.arange(count)
 
-    def curve(p: Floats, place: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    def curve(p: Floats, targets: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         above = np.exp(p[:, :1] - p[:, 1:2] * u)
         total = p[:, 2:] + above
-        residual = np.log(total)[:, runs.rung] - targets[place]
+        residual = np.log(total)[:, runs.rung] - targets
         size = np.abs(residual)
         cost = np.where(size <= delta, residual**2 / 2, delta * (size - delta / 2)).sum(1)
         return above, total, residual, cost
 
-    above, total, residual, cost = curve(p, active)
+    above, total, residual, cost = curve(p, targets)
     for _ in range(100):
         q = p[active]
         weight = np.minimum(1, delta / np.maximum(np.abs(residual), 1e-300))
@@ -247,7 +247,7 @@ def _refit(runs: Runs, law: PowerLaw, targets: Floats, asymptote: float | None) 
         step = np.linalg.solve(curvature, -gradient[..., None])[..., 0]
         step[:, 0] = np.clip(step[:, 0], -2, 2)  # a longer one overflows
         tried = np.clip(q + step, low[active], high[active])
-        new = curve(tried, active)
+        new = curve(tried, targets[active])
         better = new[3] <= cost
         gain = np.where(better, cost - new[3], np.inf)
         p[active] = np.where(better[:, None], tried, q)
@@ -257,7 +257,8 @@ def _refit(runs: Runs, law: PowerLaw, targets: Floats, asymptote: float | None) 
             for now, old in zip(new, (above, total, residual, cost), strict=True)
         )
         going = (gain > 1e-7 * cost + 1e-30) & (damping[active] < 1e11)
-        active, above, total, residual, cost = (values[going] for values in (active, above, total, residual, cost))
+        active = active[going]
+        above, total, residual, cost = (values[going] for values in (above, total, residual, cost))
         if not len(active):
             break
     return p

@@ -208,7 +208,7 @@ def fit_runs(runs: Runs, asymptote: float | None) -> PowerLaw:
     free = asymptote is None
 
     def split(p: Floats) -> tuple[float, Floats]:
-        return (p[2] if free else asymptote), np.exp(p[0] - p[1] * position)
+        return (float(p[2]) if asymptote is None else asymptote), np.exp(p[0] - p[1] * position)
 
     def residuals(p: Floats) -> Floats:
         floor, above = split(p)
@@ -271,7 +271,7 @@ def fit_surface(
     (u, n0), (v, d0), target = _centered(n), _centered(d), np.log(y)
 
     def split(p: Floats) -> tuple[float, Floats, Floats]:
-        return (p[4] if free else asymptote), np.exp(p[0] - p[1] * u), np.exp(p[2] - p[3] * v)
+        return (float(p[4]) if asymptote is None else asymptote), np.exp(p[0] - p[1] * u), np.exp(p[2] - p[3] * v)
 
     def residuals(p: Floats) -> Floats:
         floor, of_size, of_data = split(p)
