@@ -280,6 +280,25 @@ def test_what_does_not_fit_is_refused_by_name(
     TargetCache.open(tmp_path, {key: of.settings()[key] for key in change})
 
 
+def test_a_tail_is_kept_and_told_apart(decoder: Decoder, tmp_path: Path) -> None:
+    """What is read without a tail sums to one whatever fp16 made of it; neither cache passes for the other."""
+    bucket = identity(decoder)
+    none = identity(decoder, form=TargetFormat("top_k", k=6, tail="none"))
+    assert "tail" not in bucket.settings(), "caches of before are as they were"
+    for of in (bucket, none):
+        filled(tmp_path / of.form.tail, decoder, of)
+    kept = {
+        of.form.tail: CachedTargets(TargetCache.open(tmp_path / of.form.tail, of.settings())).targets(batch(0, 3))
+        for of in (bucket, none)
+    }
+    assert isinstance(kept["none"], TopKTargets) and isinstance(kept["bucket"], TopKTargets)
+    torch.testing.assert_close(kept["none"].log_probs.exp().sum(dim=1), torch.ones(2 * L), atol=1e-6, rtol=0)
+    assert (kept["bucket"].log_probs.exp().sum(dim=1) < 0.99).any()
+    for there, wanted in ((bucket, none), (none, bucket)):
+        with pytest.raises(InputError, match=r"was made with another tail \(tail=.* here"):
+            TargetCache.open(tmp_path / there.form.tail, wanted.settings())
+
+
 def test_dense_targets_fit_every_temperature(decoder: Decoder, tmp_path: Path) -> None:
     filled(tmp_path, decoder, identity(decoder, "dense"))
     TargetCache.open(tmp_path, {"temperature": 3.0})

@@ -7,6 +7,7 @@ from torch import Tensor
 from moesaic.config import from_mapping
 from moesaic.distillation import TargetFormat, kept_targets, sampled_targets, top_k_targets
 from moesaic.errors import InputError
+from moesaic.losses import codistillation_loss
 from moesaic.losses.targets import DenseTargets, HeadTargets, SampledTargets, TopKTargets
 
 N, V = 6, 11
@@ -35,6 +36,26 @@ def test_top_k_are_the_most_probable(temperature: float) -> None:
     assert found.ids.shape == (N, 4)
     torch.testing.assert_close(found.log_probs.exp(), p.sort(dim=-1, descending=True).values[:, :4])
     torch.testing.assert_close(found.log_probs.exp(), p.gather(1, found.ids))
+
+
+def test_without_a_tail_the_k_sum_to_one_and_the_loss_is_their_divergence() -> None:
+    """The student's mass outside the k counts against it in full, where the bucket would allow the teacher's."""
+    found = top_k_targets(logits(), labels(), 4, tail="none")
+    with_bucket = top_k_targets(logits(), labels(), 4)
+    assert torch.equal(found.ids, with_bucket.ids)
+    p = logits().softmax(dim=-1).gather(1, found.ids)
+    p = p / p.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found.log_probs.exp(), p)
+
+    student = torch.randn(N, V, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    out = codistillation_loss(student, labels(), found, soft_weight=1.0)
+    q = student.softmax(dim=-1).gather(1, found.ids)
+    kl = (p * (p / q).log()).sum(dim=1)
+    torch.testing.assert_close(out.soft, kl[labels() != -100].mean())
+
+    knowing = codistillation_loss(logits(), labels(), with_bucket, soft_weight=1.0)
+    torch.testing.assert_close(knowing.soft, torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0)
+    assert codistillation_loss(logits(), labels(), found, soft_weight=1.0).soft > 0.01  # it moves the optimum
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled"])

@@ -66,6 +66,7 @@ MISMATCH = {
     "kind": "holds targets of another kind",
     "temperature": "was made at another temperature",
     "k": "was made with another k",
+    "tail": "was made with another tail",
     "num_samples": "was made with another number of samples",
     "exponent": "was made with another exponent of the sampling",
     "seed": "was sampled with another seed",
@@ -366,7 +367,8 @@ class TargetCache:
         if kind == "top_k":
             log_probs = _cat(rows, "log_probs")
             # after rounding to fp16 the kept mass may exceed 1, which would leave a tail of negative mass
-            log_probs -= log_probs.logsumexp(dim=-1, keepdim=True).clamp(min=0)
+            surplus = log_probs.logsumexp(dim=-1, keepdim=True)
+            log_probs -= surplus if self.identity.form.tail == "none" else surplus.clamp(min=0)
             return TopKTargets(ids.to(tokens.device), log_probs.to(tokens.device), *statistics)
         distinct = _cat(rows, "distinct").long()
         filled = torch.arange(int(distinct.max())) < distinct[:, None]
@@ -573,6 +575,9 @@ def _write_manifest(directory: Path, settings: Mapping[str, Any], shards: Sequen
 def _require(directory: Path, settings: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
     """Raise InputError that names everything in which a cache differs from `expect`."""
     differing = []
+    settings, expect = (
+        {"tail": "bucket", **given} if given.get("kind") == "top_k" else given for given in (settings, expect)
+    )
     for key, wanted in expect.items():
         meaning = MISMATCH[key]
         if key in settings and settings[key] != wanted:

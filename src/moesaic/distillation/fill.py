@@ -27,7 +27,7 @@ __all__ = ["fill_cache"]
 
 Starts = npt.NDArray[np.int64]
 
-FORMAT_KEYS = ("kind", "temperature", "k", "num_samples", "exponent")
+FORMAT_KEYS = ("kind", "temperature", "k", "tail", "num_samples", "exponent")
 
 
 def fill_cache(config: dict[str, Any], console: Console) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class TargetFormat:
     kind: Literal["top_k", "sampled", "dense"] = "top_k"
     temperature: float = 1.0  # of top_k and sampled; dense logits serve every temperature
     k: int = 32  # of top_k
+    tail: Literal["bucket", "none"] = "bucket"  # of top_k: other ids are one bucket | the k are scaled to sum to one
     num_samples: int = 50  # of sampled: draws per token; equal ones are kept once
     exponent: float = 1.0  # of sampled: ids are drawn from p^exponent, normalized
 
@@ -37,13 +38,14 @@ class TargetFormat:
         _check("exponent", self.exponent, 0.1 <= self.exponent <= 2, "0.1 to 2")
 
     def settings(self) -> dict[str, Any]:
-        """The kind and the settings that matter to it."""
+        """The kind and the settings that matter to it; a tail only where it is not a bucket, as all were before."""
         names = {
             "top_k": ("kind", "temperature", "k"),
             "sampled": ("kind", "temperature", "num_samples", "exponent"),
             "dense": ("kind",),
         }
-        return {name: getattr(self, name) for name in names[self.kind]}
+        tail = {"tail": self.tail} if self.kind == "top_k" and self.tail != "bucket" else {}
+        return {name: getattr(self, name) for name in names[self.kind]} | tail
 
 
 def _check(name: str, value: float, ok: bool, allowed: str) -> None:
@@ -52,13 +54,16 @@ def _check(name: str, value: float, ok: bool, allowed: str) -> None:
 
 
 @torch.no_grad()
-def top_k_targets(logits: Tensor, labels: Tensor, k: int, temperature: float = 1.0) -> TopKTargets:
+def top_k_targets(
+    logits: Tensor, labels: Tensor, k: int, temperature: float = 1.0, tail: Literal["bucket", "none"] = "bucket"
+) -> TopKTargets:
     """The k most probable tokens of each row, most probable first.
 
     Args:
         logits: (N, V).
         labels: (N,) int64; -100 is ignored.
         k: at most V.
+        tail: with none, their probabilities are divided by their sum, so that nothing is left for other tokens.
 
     Returns:
         In fp32 (fp64 for fp64 logits).
@@ -67,6 +72,8 @@ def top_k_targets(logits: Tensor, labels: Tensor, k: int, temperature: float = 1
         raise ValueError(f"k={k}: must be 1 to the vocabulary size, {logits.size(1)}")
     logits = _at_least_fp32(logits)
     log_probs, ids = (logits / temperature).log_softmax(dim=-1).topk(k, dim=-1)
+    if tail == "none":
+        log_probs = log_probs.log_softmax(dim=-1)
     return TopKTargets(ids, log_probs, temperature, *_statistics(logits, labels))
 
 
@@ -139,7 +146,7 @@ def kept_targets(
         if form.kind == "dense":
             parts.append(DenseTargets(logits))
         elif form.kind == "top_k":
-            parts.append(top_k_targets(logits, labels[inside], form.k, form.temperature))
+            parts.append(top_k_targets(logits, labels[inside], form.k, form.temperature, form.tail))
         else:
             draws = form.num_samples, form.exponent, form.temperature
             parts.append(sampled_targets(logits, labels[inside], *draws, generator=generator))
