@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from moesaic.config import from_mapping, to_mapping
 from moesaic.data import DataConfig, TaskEvaluationLoader, TaskTrainingLoader, load_data
-from moesaic.data.tasks import AssociativeRecall, Example, Induction, SelectiveCopying, Task
+from moesaic.data.tasks import AssociativeRecall, Biographies, Example, Induction, RecallTask, SelectiveCopying
 from moesaic.data.tasks.associative_recall import associative_recall
+from moesaic.data.tasks.biographies import biographies
 from moesaic.data.tasks.induction import induction
 from moesaic.data.tasks.selective_copying import selective_copying
 from moesaic.data.tasks.task import distance_bucket, split_of
@@ -62,7 +63,7 @@ def test_distances_are_rounded_up_to_powers_of_two() -> None:
     ]
 
 
-def answers(task: Task, tokens: list[int]) -> dict[int, int]:
+def answers(task: RecallTask, tokens: list[int]) -> dict[int, int]:
     """What a reader who knows the rules answers, from the tokens alone: place -> answer."""
     if isinstance(task, SelectiveCopying):
         data = [token for token in tokens if token < task.values]
@@ -80,7 +81,7 @@ def answers(task: Task, tokens: list[int]) -> dict[int, int]:
 
 @BY_TASK
 @pytest.mark.parametrize("seq_len", [24, 64, 300])
-def test_every_answer_stands_in_the_sequence_and_nothing_else_is_asked(task: Task, seq_len: int) -> None:
+def test_every_answer_stands_in_the_sequence_and_nothing_else_is_asked(task: RecallTask, seq_len: int) -> None:
     for index in range(20):
         example = task.example("train", 3, index, seq_len)
         assert example.tokens.shape == example.labels.shape == (seq_len,)
@@ -98,7 +99,7 @@ def test_every_answer_stands_in_the_sequence_and_nothing_else_is_asked(task: Tas
 
 @BY_TASK
 @given(index=st.integers(0, 10_000))
-def test_the_shortest_sequence_has_room(task: Task, index: int) -> None:
+def test_the_shortest_sequence_has_room(task: RecallTask, index: int) -> None:
     size = task.sizes[index % len(task.sizes)]
     example = task.example("train", 0, index, task.min_length(size))
     assert (example.labels != -100).sum() == size
@@ -109,7 +110,7 @@ def same(first: Example, second: Example) -> bool:
 
 
 @BY_TASK
-def test_a_sequence_is_a_pure_function_of_seed_and_number(task: Task) -> None:
+def test_a_sequence_is_a_pure_function_of_seed_and_number(task: RecallTask) -> None:
     first = task.example("train", 0, 5, 64)
     assert same(first, task.example("train", 0, 5, 64))
     assert not same(first, task.example("train", 1, 5, 64))
@@ -124,7 +125,7 @@ def test_the_split_of_a_content_never_changes() -> None:
 
 @pytest.mark.slow_but_for("Induction")
 @BY_TASK
-def test_both_splits_have_every_size_and_each_its_own_contents(task: Task) -> None:
+def test_both_splits_have_every_size_and_each_its_own_contents(task: RecallTask) -> None:
     """Of tasks so small that their contents come again and again within a split."""
     small = {
         AssociativeRecall: AssociativeRecall(pairs=(2,), keys=4, values=3),
@@ -157,7 +158,7 @@ def test_a_split_without_sequences_is_refused() -> None:
 
 
 @BY_TASK
-def test_training_batches_are_a_function_of_seed_and_number_and_resume(task: Task) -> None:
+def test_training_batches_are_a_function_of_seed_and_number_and_resume(task: RecallTask) -> None:
     settings = {"seq_len": 40, "batch_size": 3, "num_batches": 6}
     whole = TaskTrainingLoader(task, seed=0, **settings)
     assert len(whole) == 6
@@ -221,6 +222,42 @@ def test_longer_test_sequences_ask_further_back_or_for_more() -> None:
     assert set(seen.tolist()) == set(range(11))  # what longer tests need has been trained
 
 
+def test_biographies_by_hand() -> None:
+    """Names of ids 0 to 2, values 3 to 5, filler 6; two people and two places left."""
+    example = biographies(np.array([[0, 2], [1, 1]]), np.array([[3, 5, 4], [4, 4, 3]]), 12, filler=6)
+    assert example.tokens.tolist() == [0, 2, 3, 5, 4, 1, 1, 4, 4, 3, 6, 6]
+    no = -100
+    assert example.labels.tolist() == [no, 3, 5, 4, no, no, 4, 4, 3, no, no, no]
+    assert example.slices["attribute"].tolist() == [-1, 0, 1, 2, -1, -1, 0, 1, 2, -1, -1, -1]
+
+
+def people_in(batches: list[dict[str, torch.Tensor]], task: Biographies) -> list[tuple[int, ...]]:
+    """Every biography of some batches, in order."""
+    rows = torch.cat([batch["tokens"] for batch in batches])
+    together = rows[:, : rows.size(1) // task.length * task.length].reshape(-1, task.length)
+    return [tuple(each) for each in together.tolist() if each[0] < task.name_parts]
+
+
+def test_an_epoch_has_every_person_once_and_so_has_the_test_set() -> None:
+    task = Biographies(people=10, attributes=3, values=5, name_parts=4)
+    everyone = people_in(list(TaskEvaluationLoader(task, seq_len=16, batch_size=2)), task)  # three to a sequence
+    assert len(everyone) == len(set(everyone)) == 10
+    assert len({person[:2] for person in everyone}) == 10, "no two people have one name"
+    whole = TaskTrainingLoader(task, seq_len=16, batch_size=1, num_batches=12, seed=0)
+    epochs = [people_in([whole.batch(i) for i in range(4 * e, 4 * e + 4)], task) for e in range(3)]
+    assert all(set(epoch) == set(everyone) and len(epoch) == 10 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, everyone]}) == 4, "in another order each time"
+    other = TaskTrainingLoader(task, seq_len=16, batch_size=4, num_batches=1, seed=1)
+    seen = people_in([other.batch(0)], task)
+    assert set(seen) == set(everyone) and seen != epochs[0], "a seed changes the order, not the people"
+
+
+def test_a_biography_needs_its_length() -> None:
+    with pytest.raises(InputError, match=r"^training\.seq_len=9: a biography of data\.task needs 10 tokens"):
+        TaskTrainingLoader(Biographies(), seq_len=9, batch_size=1, num_batches=1, seed=0)
+    assert TaskTrainingLoader(Biographies(), seq_len=10, batch_size=2, num_batches=1, seed=0).batch(0)
+
+
 def test_data_of_a_task() -> None:
     config = from_mapping(DataConfig, {"source": "associative_recall", "task": {"keys": 10, "pairs": [3]}}, "data")
     data = load_data(config)
@@ -260,6 +297,12 @@ def test_data_of_a_task() -> None:
         ({"source": "induction", "task": {"values": 1}}, r"data\.task\.values=1: must be a number >= 2"),
         ({"source": "induction", "task": {"test_multiples": [4]}}, r"data\.task\.test_multiples=\[4\]: 1 has to be"),
         ({"source": "induction", "task": {"test_sequences": 0}}, r"data\.task\.test_sequences=0: must be"),
+        (
+            {"source": "biographies", "task": {"people": 17, "name_parts": 4}},
+            r"data\.task\.people=17: must be at most 16, so many names can be made of name_length=2 of name_parts=4",
+        ),
+        ({"source": "biographies", "task": {"values": 1}}, r"data\.task\.values=1: must be a number >= 2"),
+        ({"source": "biographies", "task": {"test_sequences": 4}}, r"data\.task\.test_sequences: unknown key"),
         ({"source": "stdlib", "task": {"pairs": [4]}}, r"data\.task=.*: source=stdlib takes none; it is for assoc"),
         ({"source": "recall"}, r"data\.source: found 'recall' \(str\); must be stdlib .* induction"),
         ({"source": "induction", "path": "x"}, r"data\.path='x': source=induction takes none"),
@@ -275,7 +318,7 @@ def test_bad_config_names_its_key(values: dict[str, Any], message: str) -> None:
     [(AssociativeRecall(pairs=(2, 9)), 26), (SelectiveCopying(copies=(9,)), 17), (Induction(triggers=(9,)), 35)],
     ids=lambda value: type(value).__name__,
 )
-def test_too_much_for_the_length(task: Task, too_short: int) -> None:
+def test_too_much_for_the_length(task: RecallTask, too_short: int) -> None:
     with pytest.raises(InputError, match=rf"^training\.seq_len={too_short}: .* size 9 .* at least {too_short + 1} tok"):
         TaskTrainingLoader(task, seq_len=too_short, batch_size=1, num_batches=1, seed=0)
     TaskTrainingLoader(task, seq_len=too_short + 1, batch_size=1, num_batches=1, seed=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.data import TaskEvaluationLoader
-from moesaic.data.tasks import AssociativeRecall, Induction, SelectiveCopying, Task
+from moesaic.data.tasks import AssociativeRecall, Induction, RecallTask, SelectiveCopying
 from moesaic.evaluation.recall import RecallScore, evaluate_recall, plot_recall, recall_numbers
 from moesaic.models import Decoder
 
@@ -37,7 +37,7 @@ class Rigged(nn.Module):
         return logits, {}
 
 
-def score(task: Task, answer: Callable[[Batch], Tensor], seq_len: int = 64) -> RecallScore:
+def score(task: RecallTask, answer: Callable[[Batch], Tensor], seq_len: int = 64) -> RecallScore:
     batches = list(TaskEvaluationLoader(task, seq_len=seq_len, batch_size=16))
     decoder = Rigged(batches, answer).train()
     found = evaluate_recall(cast(Decoder, decoder), batches)
@@ -51,7 +51,7 @@ def logits_of(labels: Tensor, vocab_size: int) -> Tensor:
 
 
 @BY_TASK
-def test_who_knows_scores_one_and_who_is_always_wrong_zero(task: Task) -> None:
+def test_who_knows_scores_one_and_who_is_always_wrong_zero(task: RecallTask) -> None:
     right = score(task, lambda batch: logits_of(batch["labels"], task.vocab_size))
     wrong = score(task, lambda batch: -logits_of(batch["labels"], task.vocab_size))
     assert right.accuracy == 1.0
@@ -64,7 +64,7 @@ def test_who_knows_scores_one_and_who_is_always_wrong_zero(task: Task) -> None:
 
 
 @BY_TASK
-def test_who_guesses_scores_chance(task: Task) -> None:
+def test_who_guesses_scores_chance(task: RecallTask) -> None:
     """A uniform guess among the tokens that are answers."""
     kinds = torch.cat([batch["labels"] for batch in TaskEvaluationLoader(task, seq_len=64, batch_size=256)]).unique()
     kinds = kinds[kinds >= 0]

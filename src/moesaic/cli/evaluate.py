@@ -24,10 +24,11 @@ from torch import Tensor
 
 from moesaic.checkpoints import TrainedModel, load_model
 from moesaic.cli.common import launch, plain
-from moesaic.config import flatten, from_mapping, require_same
+from moesaic.config import flatten, from_mapping, require_same, to_mapping
 from moesaic.data import AnyEvaluationLoader, Data, DataConfig, Task, TokenStream, load_data, token_strings
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, reason
+from moesaic.evaluation.capacity import capacity_numbers
 from moesaic.evaluation.checkpoint_evaluations import (
     checkpoint_digest,
     open_source,
@@ -49,7 +50,7 @@ from moesaic.evaluation.specialization import Specialization, file_kinds
 from moesaic.evaluation.specialization_plots import plot_specialization
 from moesaic.files import make_folder, write_json
 from moesaic.layers import Routing
-from moesaic.models import Decoder
+from moesaic.models import Decoder, account
 from moesaic.models.custom import custom_modules
 from moesaic.reading import read_json
 
@@ -112,6 +113,7 @@ def evaluate(config: dict[str, Any], tell: Callable[[dict[str, Any]], None] = la
     if given.data.task is not None:
         recalled = score_recall(decoder, given.data.task, given.seq_len, config["batch_size"])
         numbers |= {**recall_numbers(recalled), "recall/chance": given.data.task.chance}
+        numbers |= capacity_numbers(score, given.data.task, account(given.model.config, given.seq_len))
     tell(numbers)
     if config["output"]:
         _write(given, numbers, score, recalled, specialization)
@@ -158,8 +160,7 @@ def _open(config: dict[str, Any]) -> _Evaluation:
         raise InputError(f"split={config['split']!r}: must be validation, the test sequences of a recall task")
     if config["max_batches"] is not None:
         raise InputError(
-            f"max_batches={config['max_batches']}: of a recall task all test sequences are scored; "
-            "data.task.test_sequences says how many there are"
+            f"max_batches={config['max_batches']}: of a recall task all test sequences are scored; must be null"
         )
     data.task.require_length(given.seq_len, "seq_len")
     return given
@@ -265,8 +266,10 @@ def _require_readable(model: TrainedModel, data: DataConfig, checkpoint: str) ->
         )
 
 
-def _meaning(task: Task) -> dict[str, int]:
-    """What the ids stand for, by how many there are of each kind."""
+def _meaning(task: Task) -> dict[str, Any]:
+    """What the ids stand for, by how many there are of each kind; facts are others wherever any key is."""
+    if task.answer_bits is not None:
+        return to_mapping(task)
     kinds = {name: getattr(task, name) for name in ("keys", "values", "fillers") if hasattr(task, name)}
     return {**kinds, "all": task.vocab_size}
 

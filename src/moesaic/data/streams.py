@@ -1,4 +1,4 @@
-"""A corpus as two streams of token ids on disk, made once and memory-mapped afterwards; or a recall task."""
+"""A corpus as two streams of token ids on disk, made once and memory-mapped afterwards; or a task."""
 
 import contextlib
 import dataclasses
@@ -56,17 +56,25 @@ WORTH_A_STAMP = 1 << 28
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """A source of text, and how it becomes tokens; or a recall task, which is made of tokens and has its own keys."""
+    """A source of text, and how it becomes tokens; or a task, which is made of tokens and has its own keys."""
 
     source: Literal[
-        "stdlib", "packages", "files", "huggingface", "memmap", "associative_recall", "selective_copying", "induction"
+        "stdlib",
+        "packages",
+        "files",
+        "huggingface",
+        "memmap",
+        "associative_recall",
+        "selective_copying",
+        "induction",
+        "biographies",
     ] = "stdlib"
     path: str | None = None  # of files, huggingface and memmap
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     vocab_size: int = dataclasses.field(default=2048, metadata={"most": 2**20})  # of bpe
     validation_fraction: float = 0.06
     cache_dir: str = ".cache"
-    task: dict[str, Any] | None = None  # keys of the recall task that `source` names; null: its defaults
+    task: dict[str, Any] | None = None  # keys of the task that `source` names; null: its defaults
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
@@ -83,7 +91,7 @@ class DataConfig:
         self.make_task()
 
     def make_task(self) -> Task | None:
-        """The recall task, or None for text.
+        """The task, or None for text.
 
         Raises:
             InputError: an unknown key or impossible value in `task`.
@@ -105,7 +113,7 @@ class TokenStream:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Both splits, ready to train on; of a recall task both are empty, see `moesaic.data.tasks`."""
+    """Both splits, ready to train on; of a task both are empty, see `moesaic.data.tasks`."""
 
     train: TokenStream
     validation: TokenStream

@@ -226,7 +226,7 @@ def evaluate_split(
         if windows is not None:
             loader.starts = seq_len * sampled_windows(len(loader.tokens), seq_len, windows)
     else:
-        in_split = loader.task.test_sequences
+        in_split = loader.task.test_size(seq_len)
     score = evaluate_language_model(decoder, show(loader), token_bytes, watch)
     score.windows_in_split = in_split
     if score.num_windows == in_split:  # the size of a memory map without a tokenizer is known for the whole split only

@@ -1,4 +1,4 @@
-"""Accuracy on recall tasks, by slice and by length."""
+"""Accuracy on tasks, by slice and by length."""
 
 import dataclasses
 from collections import defaultdict
@@ -135,7 +135,7 @@ def score_recall(decoder: Decoder, task: Task, seq_len: int, batch_size: int) ->
         InputError: the test sequences do not fit seq_len.
     """
     scores = {}
-    for multiple in task.test_multiples:
+    for multiple in task.multiples:
         loader = TaskEvaluationLoader(
             task,
             seq_len=multiple * seq_len,

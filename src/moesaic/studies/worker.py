@@ -24,6 +24,7 @@ from moesaic.data import DataConfig, load_data
 from moesaic.distillation import TargetFormat
 from moesaic.distillation.fill import fill_cache
 from moesaic.errors import InputError, naming
+from moesaic.evaluation.capacity import capacity_numbers
 from moesaic.evaluation.language_modeling import evaluate_split
 from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.recall import recall_numbers, score_recall
@@ -179,7 +180,7 @@ def _distillation(metrics_csv: Path) -> dict[str, float]:
 def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> dict[str, float]:
     """Write the checkpoint's weights under the model of `config` to `out`; returns its loss on the validation split.
 
-    Of a recall task its accuracy too.
+    Of a task its accuracy and what is stored of it too.
 
     Raises:
         InputError: the weights do not fit that model.
@@ -206,6 +207,7 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
     if data.task is not None:
         numbers |= recall_numbers(score_recall(decoder, data.task, training["seq_len"], training["batch_size"]))
         numbers["recall/chance"] = data.task.chance
+    numbers |= capacity_numbers(score, data.task, account(model, seq_len))
     return numbers
 
 

@@ -14,6 +14,7 @@ from moesaic.arms import gather_custom
 from moesaic.checkpoints import save_model
 from moesaic.config import flatten, to_mapping
 from moesaic.data import token_bytes, token_strings
+from moesaic.evaluation.capacity import capacity_numbers
 from moesaic.evaluation.extension import compare_with_start, extension_numbers, extension_table, start_of
 from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_split, on_windows
 from moesaic.evaluation.long_context_plots import plot_variants_by_position
@@ -213,7 +214,7 @@ def board_pictures(run: Finished) -> dict[str, float]:
 
 
 def recall(run: Finished) -> dict[str, float]:
-    """Accuracy on the test sets of a recall task at all lengths, plotted and shown."""
+    """Accuracy on the test sets of a task at all lengths, plotted and shown."""
     prepared = run.fitted.prepared
     task, training = prepared.data.task, prepared.config.training
     if task is None:
@@ -226,6 +227,20 @@ def recall(run: Finished) -> dict[str, float]:
         f"[bold]recall[/]  accuracy {shown} the training length; chance {task.chance:.1%}", highlight=False
     )
     return {**recall_numbers(scores), "recall/chance": task.chance}
+
+
+def capacity(run: Finished) -> dict[str, float]:
+    """How many bits the model has stored, where the data are facts to be known."""
+    prepared = run.fitted.prepared
+    numbers = capacity_numbers(run.score, prepared.data.task, prepared.account)
+    if numbers:
+        run.console.print(
+            f"[bold]capacity[/] {numbers['capacity/known_bits']:,.0f} of {numbers['capacity/data_bits']:,.0f} bits "
+            f"known, {numbers['capacity/bits_per_parameter']:.3f} bits per parameter and "
+            f"{numbers['capacity/bits_per_active_parameter']:.3f} per active one",
+            highlight=False,
+        )
+    return numbers
 
 
 def sample(run: Finished) -> dict[str, float]:
@@ -290,6 +305,7 @@ FINISHERS: tuple[Finisher, ...] = (
     expert_pictures,
     board_pictures,
     recall,
+    capacity,
     sample,
     hyper_parameters,
 )

@@ -193,13 +193,17 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
 
 
 def _num_tokens(config: RunConfig, data: Data) -> dict[str, int]:
-    """Tokens of both splits; a recall task draws every training sequence once."""
+    """Tokens of both splits; a task draws every training sequence once, unless it has facts that come again."""
     if data.task is None:
         return {"train": len(data.train.tokens), "validation": len(data.validation.tokens)}
     training = config.training
+    seq_len = training.validation_seq_len or training.seq_len
+    facts = data.task.answer_bits is not None
     return {
-        "train": training.steps * training.tokens_per_step,
-        "validation": data.task.test_sequences * (training.validation_seq_len or training.seq_len),
+        "train": data.task.test_size(training.seq_len) * training.seq_len
+        if facts
+        else training.steps * training.tokens_per_step,
+        "validation": data.task.test_size(seq_len) * seq_len,
     }
 
 
@@ -279,7 +283,10 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
     if factor := found.pop("factor", None):
         rates = (override(key, float(f"{rate:.3g}")) for key, rate in found.items())
         return [f"{command_line('train', *rates)}   # and your other keys: {factor:.3g}x the rates of this run", *board]
-    if config.data.make_task() is not None:
+    if (made := config.data.make_task()) is not None and made.answer_bits is not None:
+        twins = command_line("train", "-m", "experiment=biographies", "model.dense_twin=false,true", "seed=0,1,2")
+        return [f"{twins}   # do experts that a token does not visit store facts?", *board]
+    if made is not None:
         mixers = ("model.nope_layer_interval=0,1,2", "model.attention.attention_chunk_size=null")
         task = f"data={config.data.source}"
         sweep = command_line("train", "-m", "experiment=recall", task, "seed=0,1,2", *mixers)

@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from moesaic.data.tasks.task import Example, Ints, Task, at, blank, check_sizes, distance_bucket
+from moesaic.data.tasks.task import Example, Ints, RecallTask, at, blank, check_sizes, distance_bucket
 
 __all__ = ["AssociativeRecall", "associative_recall"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AssociativeRecall(Task):
+class AssociativeRecall(RecallTask):
     """The task of Arora et al. 2023 (Zoology, arXiv:2312.04927).
 
     A sequence begins with P pairs of different keys and any values. In what follows each key stands once more, at a

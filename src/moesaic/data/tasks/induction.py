@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from moesaic.data.tasks.task import Example, Ints, Task, at, blank, check_sizes, distance_bucket
+from moesaic.data.tasks.task import Example, Ints, RecallTask, at, blank, check_sizes, distance_bucket
 
 __all__ = ["Induction", "induction"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Induction(Task):
+class Induction(RecallTask):
     """The pattern of Olsson et al. 2022 (arXiv:2209.11895) with triggers as in Gu & Dao 2023 (arXiv:2312.00752, 4.1.2).
 
     n triggers stand in random tokens, each of them twice and nowhere else, at places drawn uniformly; what follows the

@@ -1,4 +1,4 @@
-"""Batches of a recall task: for training drawn anew without end, for testing one fixed set per length."""
+"""Batches of a task: for training without end, for testing one fixed set per length."""
 
 from collections.abc import Iterator
 
@@ -69,7 +69,7 @@ class TaskEvaluationLoader:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.growth = growth
-        self.num_sequences = task.test_sequences
+        self.num_sequences = task.test_size(seq_len)
         if max_batches is not None:
             self.num_sequences = min(self.num_sequences, max_batches * batch_size)
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from moesaic.data.tasks.task import Example, Ints, Task, at, blank, check_sizes, distance_bucket
+from moesaic.data.tasks.task import Example, Ints, RecallTask, at, blank, check_sizes, distance_bucket
 
 __all__ = ["SelectiveCopying", "selective_copying"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectiveCopying(Task):
+class SelectiveCopying(RecallTask):
     """Gu & Dao 2023 (Mamba, arXiv:2312.00752), sections 3.1 and 4.1.1.
 
     A sequence ends in n markers; before them n data tokens stand at random places among blanks. The label at marker j

@@ -1,4 +1,4 @@
-"""What a recall task is: sequences whose answers stand earlier in the same sequence, train and test disjoint."""
+"""What a task is: generated sequences that ask for answers; of recall, answers that stand earlier in the sequence."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,18 @@ import numpy.typing as npt
 from moesaic.errors import InputError
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 
-__all__ = ["Example", "Ints", "Split", "Task", "at", "blank", "check_sizes", "distance_bucket", "split_of"]
+__all__ = [
+    "Example",
+    "Ints",
+    "RecallTask",
+    "Split",
+    "Task",
+    "at",
+    "blank",
+    "check_sizes",
+    "distance_bucket",
+    "split_of",
+]
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "test"]
@@ -37,9 +48,52 @@ class Example:
     """What the split goes by, in one canonical order."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A source of sequences; its fields are the keys of `data.task`.
+    """A source of sequences; the fields of its dataclass are the keys of `data.task`."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def chance(self) -> float:
+        """Accuracy of a guess among all tokens that can be an answer."""
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Lengths of the test sequences over the training length."""
+        return (1,)
+
+    def growth(self, multiple: int) -> int:
+        """By how much the sizes are multiplied in test sequences of `multiple` times the training length."""
+        return 1
+
+    @property
+    def answer_bits(self) -> float | None:
+        """Bits of all answers of the test set, where training tells them; None where each sequence tells its own."""
+        return None
+
+    @abstractmethod
+    def test_size(self, seq_len: int) -> int:
+        """How many test sequences there are."""
+
+    @abstractmethod
+    def example(self, split: Split, seed: int, index: int, seq_len: int, growth: int = 1) -> Example:
+        """Sequence `index` (of endlessly many) of a split: a pure function of the task and these arguments."""
+
+    @abstractmethod
+    def require_length(self, seq_len: int, key: str) -> None:
+        """Refuse what cannot be drawn at this length.
+
+        Raises:
+            InputError: naming `key`, where the length comes from.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallTask(Task):
+    """A task whose answers stand earlier in the same sequence.
 
     A sequence belongs to "test" if a hash of its content (what has to be remembered; each task says what that is) is a
     multiple of 8, else to "train". So no content of one split ever occurs in the other, whatever the seeds and lengths,
@@ -62,23 +116,20 @@ class Task(ABC):
         if 1 not in self.test_multiples:
             raise ValueError(f"test_multiples={list(self.test_multiples)}: 1 has to be among them")
 
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        return self.test_multiples
+
     def growth(self, multiple: int) -> int:
-        """By how much the sizes are multiplied in test sequences of `multiple` times the training length."""
         return multiple if self.grow_with_length else 1
+
+    def test_size(self, seq_len: int) -> int:
+        return self.test_sequences
 
     @property
     def largest_size(self) -> int:
         """The most that any sequence holds, those of the longest test set included."""
         return max(self.sizes) * self.growth(max(self.test_multiples))
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def chance(self) -> float:
-        """Accuracy of a guess among all tokens that can be an answer."""
 
     @property
     @abstractmethod
@@ -94,7 +145,6 @@ class Task(ABC):
         """A sequence of either split."""
 
     def example(self, split: Split, seed: int, index: int, seq_len: int, growth: int = 1) -> Example:
-        """Sequence `index` (of endlessly many) of a split: a pure function of the task and these arguments."""
         size = growth * self.sizes[index % len(self.sizes)]
         rng = np.random.default_rng((int(split == "test"), seed, index))
         for _ in range(TRIES):
@@ -104,11 +154,7 @@ class Task(ABC):
         raise InputError(f"data.task: too few different sequences of size {size}: none of {TRIES} belongs to {split}")
 
     def require_length(self, seq_len: int, key: str) -> None:
-        """Refuse what cannot be drawn at this length.
-
-        Raises:
-            InputError: naming `key`, where the length comes from, or a split without sequences.
-        """
+        """Refuse what cannot be drawn at this length, also a split without sequences."""
         for i, size in enumerate(self.sizes):
             if seq_len < self.min_length(size):
                 raise InputError(
