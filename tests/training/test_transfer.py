@@ -11,7 +11,7 @@ from torch import nn
 from moesaic.cli.common import composed
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.layers import Fans, Transfer
+from moesaic.layers import Fans, MoE, Transfer, parameter_fans
 from moesaic.models import DecoderConfig, build_decoder, llama4_toy
 from moesaic.models.config import BaseShape
 from moesaic.models.resizing import resized
@@ -65,11 +65,30 @@ def test_weights_are_drawn_by_their_fan_in() -> None:
         "head.weight": 0.1 * base / 128,
         "layers.1.ffn.router.weight": 0.1 * base / 128,
         "layers.0.mixer.q_proj.weight": 0.1 * math.sqrt(base / 128),
-        "layers.1.ffn.experts.down_proj": 0.1 * math.sqrt(base / decoder.config.moe.hidden_dim),  # type: ignore[union-attr]
+        "layers.1.ffn.experts.down_proj": 0.1 * math.sqrt(base / decoder.config.moe.active_hidden_dim),  # type: ignore[union-attr]
     }
     found = dict(decoder.named_parameters())
     for name, std in expected.items():
         assert float(found[name].detach().std()) == pytest.approx(std, rel=0.15), name
+
+
+@pytest.mark.parametrize("by_muon", [False, True])
+def test_experts_are_measured_by_what_a_token_meets(by_muon: bool) -> None:
+    """A step moves the sum of the experts of a token as far as it moves one FFN of their width."""
+    fine = MoE.build(32, 8, 16, top_k=4, shared_hidden_dim=16)
+    fans = parameter_fans(fine)
+
+    def moved(name: str) -> float:
+        """How far the result of a down projection moves: by its rate, and the width that it reads or its root."""
+        width, dim, _ = fans[name]
+        rate = WIDE.scales("matrix", fans[name], in_block=True, by_muon=by_muon).learning_rate
+        return rate * (0.2 * math.sqrt(max(width, dim) * width) if by_muon else width)
+
+    whole = Fans(4 * 8 + 16, 32)
+    rate = WIDE.scales("matrix", whole, in_block=True, by_muon=by_muon).learning_rate
+    expected = rate * (0.2 * math.sqrt(max(whole[:2]) * whole.fan_in) if by_muon else whole.fan_in)
+    found = 4 * moved("experts.down_proj") + moved("shared_expert.down_proj.weight")
+    assert found == pytest.approx(expected)
 
 
 def test_what_blocks_add_shrinks_with_the_depth() -> None:

@@ -19,7 +19,7 @@ from moesaic.layers.checks import (
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName, FeedForward
-from moesaic.layers.parametrization import ParameterKind
+from moesaic.layers.parametrization import Fans, ParameterKind
 from moesaic.layers.part import declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
 from moesaic.layers.replay import replay
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
@@ -193,6 +193,18 @@ class MoE(nn.Module):
         """
         declared, kinds = declared_kinds(self.router), parameter_kinds(self.router)
         return {f"router.{name}": "output" for name, kind in kinds.items() if kind == "matrix" and name not in declared}
+
+    def fans(self) -> dict[str, Fans]:
+        """The down projections of what a token meets are added up; a custom module that takes their place speaks alone."""
+        parts: dict[str, tuple[int, int, int]] = {}
+        if isinstance(self.experts, Experts):
+            count = getattr(self.router, "experts_per_token", None) or getattr(self.router, "top_k", 1)
+            parts["experts.down_proj"] = self.experts.hidden_dim, self.experts.dim, count
+        if isinstance(self.shared_expert, FeedForward):
+            down = self.shared_expert.down_proj
+            parts["shared_expert.down_proj.weight"] = down.in_features, down.out_features, 1
+        active = sum(width * count for width, _, count in parts.values())
+        return {name: Fans(width, dim, active) for name, (width, dim, _) in parts.items()}
 
     def flops_per_token(self, seq_len: int) -> float:
         """Router, shared expert, and as many experts as the router gives a token."""

@@ -24,6 +24,8 @@ class Fans(NamedTuple):
     """Features it reads."""
     fan_out: int
     """Features it gives."""
+    active_in: int | None = None
+    """Features that it and all maps read whose results are added to its own, for one token; None: it stands alone."""
 
 
 class Scales(NamedTuple):
@@ -64,6 +66,10 @@ class Parametrization:
         """Standard deviation of a new weight; `fan_in` of an embedding is its width."""
         return self.init_std or fan_in**-0.5
 
+    def std_in_sum(self, fans: Fans) -> float:
+        """A factor on `std` for a map whose result is added to those of others."""
+        return 1.0
+
     def scales(self, kind: ParameterKind, fans: Fans | None, *, in_block: bool, by_muon: bool) -> Scales:
         """Factors for a parameter.
 
@@ -85,7 +91,7 @@ class Transfer(Parametrization):
     |---|---|---|---|---|
     | embedding | s | 1 | | 1 / m |
     | matrix, by AdamW | s sqrt(d0 / fan_in) | d0 / fan_in | fan_in / d0 | 1 / (m l) |
-    | matrix, by Muon | s sqrt(d0 / fan_in) | sqrt(d0 fan_out / fan_in / max(fan_in, fan_out)) | its inverse | |
+    | matrix, by Muon | s sqrt(d0 / fan_in) | sqrt(d0 fan_out fan_in / max(fan_in, fan_out)) / fan_in | its inverse | |
     | output of a block (a router) | s d0 / fan_in | d0 / fan_in | fan_in / d0 | 1 / l |
     | output (the head) | s d0 / fan_in | d0 / fan_in | fan_in / d0 | 1 |
     | vector | | 1 | | 1 / (m l) in blocks, else 1 / m |
@@ -93,6 +99,11 @@ class Transfer(Parametrization):
     What a block adds to the residual stream is multiplied by 1 / l. An output is written here without a multiplier: a
     factor 1 / m on logits, with the std, rate and eps that belong to it, is the same training. For Muon, 0.2
     sqrt(max) of the optimizer times the factor gives sqrt(fan_out / fan_in), whose steps do not depend on the width.
+
+    Down projections of experts are added up, and so is what a step does to them, as the same gradient reaches them all.
+    Where nothing stands under a root, their fan_in is therefore the active width: that of all experts which a token
+    meets, the shared one included. So a mixture has the rates of the dense FFN of its active FLOPs (Complete-muE, Peng
+    et al. 2026, arXiv 2605.23893). This takes scores for numbers of order 1, which normalized ones are not.
 
     Width: muP (Yang et al. 2021, arXiv 2203.03466), and for mixtures 2508.09752. Depth: CompleteP (Dey et al. 2025,
     arXiv 2505.01618, alpha = 1). Eps by group follows from them.
@@ -132,14 +143,18 @@ class Transfer(Parametrization):
             return base_std * math.sqrt(self.base_dim / fan_in)
         return base_std * self.base_dim / fan_in if kind == "output" else base_std
 
+    def std_in_sum(self, fans: Fans) -> float:
+        return math.sqrt(fans.fan_in / (fans.active_in or fans.fan_in))
+
     def scales(self, kind: ParameterKind, fans: Fans | None, *, in_block: bool, by_muon: bool) -> Scales:
         width, depth = self.dim / self.base_dim, self.num_layers / self.base_num_layers if in_block else 1.0
         if kind not in ("matrix", "output"):
             return Scales(eps=1 / (width * depth))
         assert fans is not None  # see `needs_fans`
-        rate = self.base_dim / fans.fan_in
+        fan_in, fan_out, active_in = fans
+        rate = self.base_dim / (active_in or fan_in)
         if by_muon:
-            rate = math.sqrt(self.base_dim * fans.fan_out / fans.fan_in / max(fans))
+            rate = math.sqrt(self.base_dim * fan_out * fan_in / max(fan_in, fan_out)) / (active_in or fan_in)
         return Scales(rate, 1 / rate, 1 / (width * depth) if kind == "matrix" else 1 / depth)
 
 
@@ -156,7 +171,7 @@ def parameter_fans(module: nn.Module) -> dict[str, Fans]:
         found |= {f"{child_name}.{name}": fans for name, fans in parameter_fans(child).items()}
     if isinstance(module, nn.Linear):
         found["weight"] = Fans(module.in_features, module.out_features)
-    stated: Mapping[str, tuple[int, int]] = getattr(module, "fans", dict)()
+    stated: Mapping[str, tuple[int, ...]] = getattr(module, "fans", dict)()
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if unknown := set(stated) - names:
         known = ", ".join(sorted(names))

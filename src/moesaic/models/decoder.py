@@ -24,6 +24,7 @@ from moesaic.layers import (
     Transfer,
     UniformRouter,
     count_tokens,
+    parameter_fans,
 )
 from moesaic.layers.checks import (
     has_values,
@@ -360,7 +361,6 @@ def build_block(
     return Block(mixer=mixer, ffn=ffn, mixer_norm=norms[0], ffn_norm=norms[1])
 
 
-@torch.no_grad()
 def _parametrization_of(config: DecoderConfig) -> Parametrization:
     """The rule by which the weights of a model are drawn and stepped."""
     if config.parametrization == "standard":
@@ -375,6 +375,7 @@ def _parametrization_of(config: DecoderConfig) -> Parametrization:
     )
 
 
+@torch.no_grad()
 def initialize(decoder: Decoder, parametrization: Parametrization) -> None:
     """Draw every weight of our layers by the rule; biases are 0 and gains 1.
 
@@ -395,6 +396,10 @@ def initialize(decoder: Decoder, parametrization: Parametrization) -> None:
         assert isinstance(block, Block)
         for part in (block.mixer, block.ffn):
             initialize_part(part, parametrization)
+    if parametrization.needs_fans:
+        for name, fans in parameter_fans(decoder).items():
+            if (factor := parametrization.std_in_sum(fans)) != 1:
+                decoder.get_parameter(name).mul_(factor)
 
 
 def _build_mixer(

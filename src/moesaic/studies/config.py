@@ -1,7 +1,7 @@
 """What a study is: its arms, seeds, axes, variants and what is prepared for them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from moesaic.config import LARGEST_SEED
 from moesaic.distillation import TargetFormat
@@ -35,6 +35,8 @@ class TuneConfig:
     seed: int = dataclasses.field(metadata={"most": LARGEST_SEED})
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     keys: tuple[str, ...] = ("optimizer.learning_rate", "optimizer.muon_learning_rate")
+    # both: what is best at the first value of an axis is measured at the other values too, beside their own best
+    at: Literal["every", "both"] = "every"
 
     def __post_init__(self) -> None:
         if len(set(self.factors)) < 2 or len(set(self.factors)) < len(self.factors) or min(self.factors) <= 0:
@@ -177,6 +179,13 @@ class StudyConfig:
             return Cell(arm, None, self.arms[arm])
         axis, value = point
         return Cell(arm, f"{axis}={value}", {**self.axes[axis].values[value], **self.arms[arm]})
+
+    def first_cell(self, cell: "Cell") -> "Cell":
+        """The same arm at the first value of the axis."""
+        if cell.axis is None:
+            return cell
+        axis = cell.axis.partition("=")[0]
+        return self.cell(cell.arm, (axis, next(iter(self.axes[axis].values))))
 
     def result_cell(self, name: str, point: tuple[str, str] | None) -> "Cell":
         """As `cell`, of an arm or of the arm that a variant evaluates."""

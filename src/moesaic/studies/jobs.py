@@ -169,8 +169,7 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: the config is not one of a run.
     """
     run_config = from_mapping(RunConfig, config)
-    model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}  # 1: as the data say
-    whole = {**to_mapping(run_config), "model": to_mapping(from_mapping(DecoderConfig, model, "model"))}
+    whole = {**to_mapping(run_config), "model": to_mapping(_model_of(run_config))}
     compared = defining(whole)
     del compared["data.path"]  # data are compared by their content hash
     compared = {key: value for key, value in compared.items() if key not in YOUNGER or value != YOUNGER[key]}
@@ -179,8 +178,12 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def sources_of(config: Mapping[str, Any]) -> dict[str, str]:
     """The hashes of the files that the custom modules of a run are written in, by dotted path."""
-    model = {**config["model"], "vocab_size": config["model"].get("vocab_size") or 1}
-    return source_hashes(from_mapping(DecoderConfig, model, "model"))
+    return source_hashes(_model_of(from_mapping(RunConfig, config)))
+
+
+def _model_of(config: RunConfig) -> DecoderConfig:
+    model = {**config.model, "vocab_size": config.model.get("vocab_size") or 1}  # 1: as the data say
+    return from_mapping(DecoderConfig, model, "model")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -284,10 +287,9 @@ def _named(where: str, config: Mapping[str, Any], workers: int = 1) -> None:
     try:
         canonical(config)
         run_config = from_mapping(RunConfig, config)
-        model = {**run_config.model, "vocab_size": run_config.model.get("vocab_size") or 1}
-        require_memory_of_run(run_config, from_mapping(DecoderConfig, model, "model"), workers)
+        require_memory_of_run(run_config, _model_of(run_config), workers)
         if overrides := (config.get("distillation") or {}).get("teacher_model"):
-            teacher = teacher_mapping({**config["model"], "vocab_size": 1}, overrides)
+            teacher = teacher_mapping({**run_config.model, "vocab_size": 1}, overrides)
             from_mapping(DecoderConfig, teacher, "distillation.teacher_model")
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

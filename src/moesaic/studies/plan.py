@@ -8,7 +8,7 @@ from typing import Any
 from moesaic.studies.config import Cell, StudyConfig
 from moesaic.studies.jobs import Job, Row, job_of, needs, prepare_job, row_key
 
-__all__ = ["Plan", "Tuning", "plan", "score", "tuning"]
+__all__ = ["Plan", "Tuning", "moved", "plan", "score", "tuning"]
 
 
 EXTENSIONS = 2
@@ -69,6 +69,14 @@ def tuning(study: StudyConfig, cell: Cell, rows: Mapping[str, Row]) -> Tuning:
         extensions += 1
 
 
+def moved(study: StudyConfig, cell: Cell, rows: Mapping[str, Row]) -> Tuning | None:
+    """The tuning at the first value of the axis of a cell, if its best factor is measured in the cell as well."""
+    first = study.first_cell(cell)
+    if study.tune is None or study.tune.at != "both" or first == cell:
+        return None
+    return tuning(study, first, rows)
+
+
 def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], prepared: Collection[str] = ()) -> Plan:
     """What is missing. A measured run is missing as long as any of its variants is; tuning decides what is measured.
 
@@ -82,11 +90,14 @@ def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], p
         tuned = tuning(study, cell, rows)
         if study.tune is not None:
             jobs["tune"] += [job_of(study, base, cell, "tune", study.tune.seed, factor) for factor in tuned.factors]
-        if tuned.best is None:
-            may_grow = True
-            unknown += len(study.seeds)
-        else:
-            jobs["measure"] += [job_of(study, base, cell, "measure", seed, tuned.best) for seed in study.seeds]
+        there = moved(study, cell, rows)
+        factors = [tuned.best] if there is None else [tuned.best, there.best]
+        for factor in dict.fromkeys(factors):
+            if factor is None:
+                may_grow = True
+                unknown += len(study.seeds)
+            else:
+                jobs["measure"] += [job_of(study, base, cell, "measure", seed, factor) for seed in study.seeds]
     known = jobs["tune"] + jobs["measure"]
     missing = [job for job in known if not all(key in rows for key in _keys(study, job, rows))]
     lacking: dict[str, Job] = {}
@@ -94,9 +105,9 @@ def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], p
         _add_lacking(study, base, job, rows, prepared, lacking)
     ready = [job for job in (*lacking.values(), *missing) if not lacking.keys() & needs(study, base, job)]
     preparations = [prepare_job(study, base, name) for name in study.prepare]
-    there = sum(job.key in rows and job.arm not in lacking for job in preparations)
-    done = len(known) - len(missing) + there
-    return Plan(ready, done, len(known) + unknown + there + len(lacking), may_grow)
+    kept = sum(job.key in rows and job.arm not in lacking for job in preparations)
+    done = len(known) - len(missing) + kept
+    return Plan(ready, done, len(known) + unknown + kept + len(lacking), may_grow)
 
 
 def _add_lacking(
