@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moesaic.cli.common import composed
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.layers import Fans, MoE, Transfer, parameter_fans
+from moesaic.interop.llama4_config import config_to_hf
+from moesaic.layers import Fans, MoE, ScaledLogits, Scales, Transfer, parameter_fans
 from moesaic.models import DecoderConfig, build_decoder, llama4_toy
 from moesaic.models.config import BaseShape
 from moesaic.models.resizing import resized
 from moesaic.training.config import OptimizerConfig, RunConfig, TrainingConfig
 from moesaic.training.coordinates import Check, Curve, check
-from moesaic.training.optimizers import parameter_groups
+from moesaic.training.optimizers import build_optimizer, parameter_groups
 from moesaic.training.transfer import TransferBase, TransferConfig, settings_at
 
 BASE = {"dim": 32, "num_layers": 2}
@@ -165,6 +167,8 @@ def test_batch_and_tokens() -> None:
     [
         ({"parametrization": "transfer"}, "base=None"),
         ({"base": BASE}, "parametrization=standard"),
+        ({"base": BASE, "parametrization": "scaled_logits"}, "parametrization=scaled_logits"),
+        ({"parametrization": "scaled_logits", "tie_embeddings": True}, "tie_embeddings"),
         (
             {"parametrization": "transfer", "base": {"dim": 8, "num_layers": 1}, "tie_embeddings": True},
             "tie_embeddings",
@@ -177,6 +181,55 @@ def test_contradictions_are_refused(changes: dict[str, Any], named: str) -> None
     values = {**dataclasses.asdict(llama4_toy(257)), **changes}
     with pytest.raises(InputError, match=named):
         from_mapping(DecoderConfig, values, "model")
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.factor * weight
+
+
+def test_scaled_logits_are_logits_with_a_multiplier() -> None:
+    """Three steps of AdamW end where those of the standard rule do with 1 / sqrt(width / 256) in the forward pass."""
+    config = dataclasses.replace(llama4_toy(257), parametrization="scaled_logits")
+    settings = OptimizerConfig("adamw", learning_rate=0.01, weight_decay=0.1, eps=1e-3)
+    scaled, multiplied = build_decoder(config), build_decoder(dataclasses.replace(config, parametrization="standard"))
+    multiplier = math.sqrt(256 / config.dim)
+    outputs = ("head", "layers.1.ffn.router", "layers.3.ffn.router")
+    multiplied.load_state_dict(
+        {
+            name: weight / multiplier if name.removesuffix(".weight") in outputs else weight
+            for name, weight in scaled.state_dict().items()
+        }
+    )
+    optimizers = [build_optimizer(each, settings) for each in (scaled, multiplied)]
+    for name in outputs:
+        parametrize.register_parametrization(multiplied.get_submodule(name), "weight", Times(multiplier))
+    batches = torch.randint(257, (4, 2, 16), generator=torch.Generator().manual_seed(0))
+    for batch in batches[:-1]:
+        for decoder, optimizer in zip((scaled, multiplied), optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(decoder(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+            optimizer.step()
+    torch.testing.assert_close(scaled(batches[-1]).logits, multiplied(batches[-1]).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_at_width_256_logits_are_not_scaled() -> None:
+    assert ScaledLogits(dim=256).multiplier == 1
+    assert ScaledLogits(dim=256).scales("output", None, in_block=True, by_muon=False) == Scales()
+    assert ScaledLogits(0.02, dim=1024).std("output", 1024) == 0.01
+    assert ScaledLogits(0.02, dim=1024).std("matrix", 1024) == 0.02
+
+
+def test_a_model_with_scaled_logits_is_a_llama4() -> None:
+    """The multiplier is in the weights, so nothing of it is left to write."""
+    toy = llama4_toy(257)
+    assert config_to_hf(dataclasses.replace(toy, parametrization="scaled_logits"), {}, "float32") == config_to_hf(
+        toy, {}, "float32"
+    )
 
 
 def test_a_wider_model_has_more_heads_of_one_size() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from moesaic.layers.checks import require_numbers, require_sizes
 
-__all__ = ["Fans", "ParameterKind", "Parametrization", "Scales", "Transfer", "parameter_fans"]
+__all__ = ["Fans", "ParameterKind", "Parametrization", "ScaledLogits", "Scales", "Transfer", "parameter_fans"]
 
 ParameterKind = Literal["matrix", "output", "vector", "embedding"]
 """How a parameter is trained. "matrix": hidden features to hidden features, or a stack of such, decayed and stepped by
@@ -79,6 +79,32 @@ class Parametrization:
             by_muon: whether Muon steps it, by 0.2 sqrt(max(fan_in, fan_out)) times a matrix of norm 1.
         """
         return Scales()
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledLogits(Parametrization):
+    """The standard rule with a multiplier of 1 / sqrt(width / 256) on the logits of head and routers.
+
+    Public configurations of Meta's models after Llama 4 carry this number. Their rates are not public, so all else is
+    as in the standard rule. The multiplier is in the weights: with a std and a rate that are as much smaller, decay and
+    eps as much larger, AdamW takes the same steps. Only the norm that gradients are clipped by differs.
+
+    Args:
+        dim: width of the model.
+    """
+
+    dim: int = dataclasses.field(kw_only=True)
+
+    @property
+    def multiplier(self) -> float:
+        return (self.dim / 256) ** -0.5
+
+    def std(self, kind: ParameterKind, fan_in: int) -> float:
+        return super().std(kind, fan_in) * (self.multiplier if kind == "output" else 1.0)
+
+    def scales(self, kind: ParameterKind, fans: Fans | None, *, in_block: bool, by_muon: bool) -> Scales:
+        factor = self.multiplier if kind == "output" else 1.0
+        return Scales(factor, 1 / factor, 1 / factor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,7 @@ class DecoderConfig:
     tie_embeddings: bool = False
     init_std: float | None = dataclasses.field(default=0.02, metadata={"most": 100.0})  # null: 1 / sqrt(fan_in)
     padding_token: int | None = None  # its embedding gets no gradient
-    parametrization: Literal["standard", "transfer"] = "standard"
+    parametrization: Literal["standard", "scaled_logits", "transfer"] = "standard"
     base: BaseShape | None = None  # of transfer; null: as transfer.base of the run
     format: int = FORMAT  # version of these words
 
@@ -186,11 +186,12 @@ class DecoderConfig:
             raise ValueError(f"attention.attention_chunk_size=None: the depth pattern has {chunked.pop()} layers")
         if self.parametrization == "transfer" and self.base is None:
             raise ValueError("base=None: parametrization=transfer needs {dim, num_layers} there")
-        if self.parametrization == "standard" and self.base is not None:
-            raise ValueError("base: must be null with parametrization=standard")
-        if self.parametrization == "transfer" and self.tie_embeddings:
+        if self.parametrization != "transfer" and self.base is not None:
+            raise ValueError(f"base: must be null with parametrization={self.parametrization}")
+        if self.parametrization != "standard" and self.tie_embeddings:
             raise ValueError(
-                "tie_embeddings=True: must be false with parametrization=transfer, as no rule holds for both at once"
+                f"tie_embeddings=True: must be false with parametrization={self.parametrization}, as no rule holds for "
+                "both at once"
             )
         if self.format != FORMAT:
             raise ValueError(f"format={self.format}: must be {FORMAT}")

@@ -20,6 +20,7 @@ from moesaic.layers import (
     RotaryEmbedding,
     RoutedLayer,
     Routing,
+    ScaledLogits,
     TopKRouter,
     Transfer,
     UniformRouter,
@@ -365,6 +366,8 @@ def _parametrization_of(config: DecoderConfig) -> Parametrization:
     """The rule by which the weights of a model are drawn and stepped."""
     if config.parametrization == "standard":
         return Parametrization(config.init_std)
+    if config.parametrization == "scaled_logits":
+        return ScaledLogits(config.init_std, dim=config.dim)
     assert config.base is not None  # checked at construction
     return Transfer(
         config.init_std,

@@ -49,7 +49,7 @@ class Check:
         steps: of training on one batch after another, at a constant rate.
     """
 
-    parametrization: Literal["standard", "transfer"]
+    parametrization: Literal["standard", "scaled_logits", "transfer"]
     optimizer: Literal["muon", "adamw"]
     kind: Literal["moe", "dense"]
     widths: tuple[int, ...]
