@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Job, row_key
+from moesaic.studies.moving import moved_rates, plot_rates
 from moesaic.studies.plots import plot_by_position, plot_curves, plot_effects, plot_parameters, total_flops
 from moesaic.studies.report import write_study_report
 from moesaic.studies.results import summarize_study
@@ -330,3 +331,56 @@ def test_a_sample_of_windows_is_named_with_every_score(
     effects = plot_effects(study, summarize_study(study, rows))
     assert effects is not None
     assert effects.axes[0].get_xlabel() == "validation/bits_per_byte on 64 of 1,234 windows\n(lower is better)"
+
+
+WIDTHS = {"width": {"values": {"32": {}, "64": {"model.dim": 64, "model.moe.hidden_dim": 64}}}}
+
+
+def test_a_rate_that_is_moved_along_an_axis_is_measured_and_its_cost_told(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The best factor of the dense arm halves with the width, where its first one costs 0.5 of 2 bits; moe's stays."""
+    study = study_of(tune={"seed": 9, "factors": [0.25, 0.5, 1.0, 2.0, 4.0], "at": "both"}, axes=WIDTHS)
+
+    def lost(job: Job) -> float:
+        best = 2.0 if job.arm == "moe" or job.axis == "width=32" else 1.0
+        return 2.0 + abs(job.factor - best) / 2
+
+    rows = run_all(study, base, lost)
+    measured = {(row["arm"], row["axis"], row["factor"]) for row in rows.values() if row["purpose"] == "measure"}
+    assert {factor for arm, axis, factor in measured if (arm, axis) == ("dense", "width=64")} == {1.0, 2.0}
+    assert len(measured) == 5
+    dense, moe = moved_rates(study, rows)
+    assert (dense.best, dense.moved, dense.cost.mean, dense.cost.n) == (1.0, 2.0, 25.0, 3)
+    assert (moe.best, moe.moved, moe.cost.mean) == (2.0, 2.0, 0.0)
+    printed = report(study, base, rows, tmp_path)
+    assert "dense at width=64: x1 is best, and x2 at width=32; the latter costs 25.00% [25.00, 25.00] here" in printed
+    assert "moe at width=64: x2 is best, as at width=32" in printed
+    assert "rates.png" in (tmp_path / "table.md").read_text()
+    assert len(json.loads((tmp_path / "summary.json").read_text())["moved_rates"]) == 2
+
+
+def test_a_moved_rate_at_which_runs_diverge_is_told(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]
+) -> None:
+    study = study_of(tune={"seed": 9, "factors": [0.5, 1.0, 2.0, 4.0], "at": "both"}, axes=WIDTHS)
+
+    def lost(job: Job) -> float | None:
+        wide = job.axis == "width=64"
+        return None if wide and job.factor == 2.0 else 2.0 + abs(job.factor - (1.0 if wide else 2.0))
+
+    dense, _ = moved_rates(study, run_all(study, base, lost))
+    assert dense.diverged == 3
+    assert dense.sentence == "dense at width=64: x1 is best, and x2 at width=32; 3 runs at the latter diverged"
+
+
+def test_curves_over_rates_have_a_line_for_each_value(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]
+) -> None:
+    study = study_of(tune={"seed": 9, "factors": [0.5, 1.0, 2.0], "at": "both"}, axes=WIDTHS)
+    figure = plot_rates(study, run_all(study, base, lambda job: 2.0 + abs(job.factor - 1.0)))
+    assert figure is not None
+    lines = [line for line in figure.axes[0].lines if str(line.get_label()).startswith("width")]
+    assert [line.get_label() for line in lines] == ["width 32", "width 64"]
+    assert [list(map(float, line.get_ydata())) for line in lines] == [[2.5, 2.0, 3.0]] * 2
+    assert plot_rates(study_of(axes=WIDTHS), {}) is None

@@ -14,6 +14,7 @@ from moesaic.models.custom import custom_modules
 from moesaic.models.seams import FoundPart
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import Overrides
+from moesaic.training.config import RunConfig
 
 __all__ = [
     "Arm",
@@ -136,7 +137,8 @@ def with_parts(config: Mapping[str, Any], parts: Iterable[FoundPart], key: str) 
                 f"{key}: {placed[seam]} and {path} are both a {seam}, and a model has one; must be two candidates"
             )
         placed[seam] = path
-        model = from_mapping(DecoderConfig, {**changed["model"], "vocab_size": 1}, "model")
+        run = from_mapping(RunConfig, changed)
+        model = from_mapping(DecoderConfig, {**run.model, "vocab_size": 1}, "model")
         changed = apply_overrides(changed, part_overrides(seam, path, model), key)
     if "ffn" in placed and (lost := [placed[seam] for seam in placed if seam in OF_MOE]):
         raise InputError(f"{key}: {placed['ffn']} takes the place of the MoE layers, which {lost[0]} needs")

@@ -195,7 +195,7 @@ class MoE(nn.Module):
         return {f"router.{name}": "output" for name, kind in kinds.items() if kind == "matrix" and name not in declared}
 
     def fans(self) -> dict[str, Fans]:
-        """The down projections of what a token meets are added up; a custom module that takes their place speaks alone."""
+        """The down projections of what a token meets are added up. Custom experts are not counted among them."""
         parts: dict[str, tuple[int, int, int]] = {}
         if isinstance(self.experts, Experts):
             count = getattr(self.router, "experts_per_token", None) or getattr(self.router, "top_k", 1)

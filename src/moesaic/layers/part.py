@@ -39,7 +39,7 @@ class Part(Protocol):
         """Kinds of some parameters, by their name within the part ("A_log", "gate.weight"); the others get defaults."""
 
     def fans(self) -> Mapping[str, Fans]:
-        """Fan-in and fan-out of matrices that no linear layer holds, by their name within the part."""
+        """Fan-in and fan-out of matrices that no linear layer holds, or whose results are added up, by their name."""
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward FLOPs of one token in a sequence of seq_len tokens. A multiply-add counts as two."""

@@ -16,6 +16,7 @@ from moesaic.files import write_atomically, write_json
 from moesaic.statistics import Interval
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, shown_key
+from moesaic.studies.moving import moved_rates, plot_rates
 from moesaic.studies.plots import plot_by_position, plot_curves, plot_effects, plot_parameters, plot_total_flops
 from moesaic.studies.results import ArmResult, processors, scored_windows, summarize_study
 from moesaic.studies.tables import bounds, markdown_table, number
@@ -27,6 +28,7 @@ PICTURES = {
     "curves.png": "checks during training over what was spent",
     "parameters.png": "the end of training over the parameters of the model",
     "by_position.png": "loss over the position in the text, as trained and switched at evaluation",
+    "rates.png": "the end of training over the factor on the learning rates",
     "total_flops.png": "the end of training over FLOPs, those of the teacher counted in",
 }
 """The pictures that a study can have, in their order in table.md."""
@@ -77,6 +79,7 @@ def write_study_report(
         table.add_row(*map(escape, line))
     console.print(table)
     verdicts = list(verdicts) or [arm.verdict for arm in arms if arm.verdict]
+    verdicts += [each.sentence for each in moved_rates(study, rows)]
     notes = _notes(study, base, arms, rows)
     for text in [*verdicts, *then, *notes]:
         console.print(f"- {text}", markup=False, highlight=False, soft_wrap=True)
@@ -105,6 +108,7 @@ def _pictures(
         plot_curves(study, arms),
         plot_parameters(study, arms),
         plot_by_position(study, arms, base["training"]["seq_len"]),
+        plot_rates(study, rows),
         plot_total_flops(study, base, arms, rows),
     )
     shown = []
@@ -260,6 +264,7 @@ def _summary(
         }
         for arm in arms
     ]
+    moves = [{**dataclasses.asdict(each), "cost": _finite(each.cost)} for each in moved_rates(study, rows)]
     described = {name: getattr(study, name) for name in ("question", "equal", "metric", "higher_is_better", "baseline")}
     return {
         "study": base["name"],
@@ -269,6 +274,7 @@ def _summary(
         "prepared": {row["arm"]: row["cpu_seconds"] for row in rows.values() if row["purpose"] == "prepare"},
         "cpu_seconds": round(math.fsum(row["cpu_seconds"] for row in rows.values()), 1),
         "results": results,
+        **({"moved_rates": moves} if moves else {}),
         "notes": list(notes),
     }
 

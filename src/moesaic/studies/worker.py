@@ -36,6 +36,7 @@ from moesaic.studies.config import VariantConfig
 from moesaic.studies.jobs import Row, import_evaluation, sources_of, variant_options
 from moesaic.studies.serving import serve
 from moesaic.studies.sweep import read_metrics
+from moesaic.training.config import RunConfig
 from moesaic.training.records import environment
 from moesaic.training.run import run
 
@@ -186,7 +187,8 @@ def evaluate_variant(checkpoint: Path, config: Mapping[str, Any], out: Path) -> 
         InputError: the weights do not fit that model.
     """
     trained = load_model(checkpoint)
-    model = from_mapping(DecoderConfig, {**config["model"], "vocab_size": trained.config.vocab_size}, "model")
+    run_config = from_mapping(RunConfig, config)
+    model = from_mapping(DecoderConfig, {**run_config.model, "vocab_size": trained.config.vocab_size}, "model")
     with naming(f"{out.stem}: {checkpoint}"):
         decoder = with_config(trained.decoder, model)
     training = config["training"]
