@@ -250,7 +250,7 @@ def test_slopes() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_nothing_grows_under_transfer_and_much_does_under_the_standard(optimizer: Any) -> None:
-    model = from_mapping(DecoderConfig, {**composed("train", ["model=study"])["model"], "vocab_size": 256}, "model")
+    model = from_mapping(DecoderConfig, {**composed("train", ["model=proxy"])["model"], "vocab_size": 256}, "model")
     settings = OptimizerConfig(learning_rate=8e-3, muon_learning_rate=1.6e-2)
     found = {
         each: check(model, settings, Check(each, optimizer, "moe", (64, 128, 256), (2, 4, 8)))  # type: ignore[arg-type]
