@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moesaic.cli.common import composed
-from moesaic.config import from_mapping
+from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.interop.llama4_config import config_to_hf
 from moesaic.layers import Fans, MoE, ScaledLogits, Scales, Transfer, parameter_fans
@@ -18,7 +18,7 @@ from moesaic.models import DecoderConfig, build_decoder, llama4_toy
 from moesaic.models.config import BaseShape
 from moesaic.models.resizing import resized
 from moesaic.training.config import OptimizerConfig, RunConfig, TrainingConfig
-from moesaic.training.coordinates import Check, Curve, check
+from moesaic.training.coordinates import QUANTITIES, Check, Curve, check
 from moesaic.training.optimizers import build_optimizer, parameter_groups
 from moesaic.training.transfer import TransferBase, TransferConfig, settings_at
 
@@ -144,6 +144,21 @@ def test_a_parameter_without_a_rule_is_refused_by_name() -> None:
     assert parameter_groups(decoder, OptimizerConfig())
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_check_takes_custom_parts(optimizer: Any) -> None:
+    folder = "moesaic.examples.custom_modules"
+    toy = llama4_toy(257)
+    assert toy.moe is not None
+    moe = dataclasses.replace(
+        toy.moe, router={"type": f"{folder}.CosineRouter"}, experts={"type": f"{folder}.ReluSquaredExperts"}
+    )
+    curves = check(
+        dataclasses.replace(toy, moe=moe), OptimizerConfig(), Check("transfer", optimizer, "moe", (32, 64), (2, 4), 2)
+    )
+    assert {curve.quantity for curve in curves} == set(QUANTITIES)
+    assert all(math.isfinite(curve.slope) for curve in curves)
+
+
 def test_batch_and_tokens() -> None:
     """4 times the batch and 16 times the tokens: a step forgets a quarter as much of a training."""
     base = TransferBase(batch=1024, tokens=100_000)
@@ -160,6 +175,23 @@ def test_batch_and_tokens() -> None:
     assert at.learning_rate == pytest.approx(run.optimizer.learning_rate * 2)  # k = 4
     assert (1 - at.beta2, at.eps) == pytest.approx((0.2, run.optimizer.eps / 2))
     assert RunConfig().optimizer_at_scale() == RunConfig().optimizer
+
+
+def test_the_proxy_of_a_training_is_one_override() -> None:
+    base = {"dim": 48, "num_layers": 2, "batch": 256, "tokens": 25_600}
+    run = composed("train", ["model.parametrization=transfer"])
+    run |= {"transfer": {"base": base, "proxy": True}, "training": {**run["training"], "seq_len": 64, "steps": 1000}}
+    run = {key: value for key, value in run.items() if key in {field.name for field in dataclasses.fields(RunConfig)}}
+    target, proxy = (from_mapping(RunConfig, {**run, "transfer": {"base": base, "proxy": on}}) for on in (False, True))
+    assert (proxy.model["dim"], proxy.model["num_layers"], proxy.model["attention"]["num_heads"]) == (48, 2, 2)
+    assert proxy.model["moe"]["hidden_dim"] == run["model"]["moe"]["hidden_dim"] / 2
+    assert (proxy.training.batch_size, proxy.training.steps, proxy.schedule.warmup_steps) == (4, 100, 5)
+    assert (target.training.steps, target.schedule.warmup_steps) == (1000, 50)
+    assert proxy.optimizer_at_scale() == proxy.optimizer
+    assert target.optimizer_at_scale() != target.optimizer
+    assert from_mapping(RunConfig, to_mapping(proxy)) == proxy
+    with pytest.raises(InputError, match=r"transfer\.base\.batch=256: must be a multiple of .* = 768"):
+        from_mapping(RunConfig, {**run, "training": {**run["training"], "seq_len": 768}})
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ class ReluSquaredExperts(nn.Module):
         self.up = nn.Parameter(torch.randn(num_experts, dim, hidden_dim) * dim**-0.5)
         self.down = nn.Parameter(torch.randn(num_experts, hidden_dim, dim) * hidden_dim**-0.5)
 
+    def fans(self) -> dict[str, tuple[int, int]]:
+        """Features that each matrix reads and gives, for model.parametrization=transfer alone."""
+        _, dim, hidden_dim = self.up.shape
+        return {"up": (dim, hidden_dim), "down": (hidden_dim, dim)}
+
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of one row in one expert."""
         return 2 * (self.up.numel() + self.down.numel()) / self.num_experts
@@ -74,6 +79,11 @@ class CosineRouter(nn.Module):
         self.top_k = top_k
         self.scale = scale
         self.keys = nn.Parameter(torch.randn(num_experts, dim))
+
+    def fans(self) -> dict[str, tuple[int, int]]:
+        """Features that the keys read and logits that they give, for model.parametrization=transfer alone."""
+        num_experts, dim = self.keys.shape
+        return {"keys": (dim, num_experts)}
 
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
         """x (T, D) -> logits (T, E), scores (T, K), expert_ids (T, K), those chosen or those given; `MoE` counts."""

@@ -57,6 +57,7 @@ YOUNGER: dict[str, Any] = {
     "training.score_windows": None,
     "model.parametrization": "standard",
     "model.base": None,
+    "transfer.proxy": False,
     **{f"transfer.base.{key}": value for key, value in to_mapping(TransferBase()).items()},
     **{f"trainer.fp8.{key}": value for key, value in to_mapping(Fp8Recipe()).items()},
 }

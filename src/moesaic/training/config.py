@@ -4,13 +4,15 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-from moesaic.config import LARGEST_SEED, require, to_mapping
+from moesaic.config import LARGEST_SEED, from_mapping, require, to_mapping
 from moesaic.data import DataConfig
 from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.sampling import SampleConfig
 from moesaic.layers import Fp8Recipe
+from moesaic.models import DecoderConfig
 from moesaic.models.presets import small
+from moesaic.models.resizing import resized
 from moesaic.parallel.config import ParallelConfig
 from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, option_names
 from moesaic.training.transfer import TransferConfig, settings_at
@@ -192,6 +194,9 @@ class RunConfig:
         if self.model.get("parametrization") == "transfer" and self.model.get("base") is None:
             base = {"dim": self.transfer.base.dim, "num_layers": self.transfer.base.num_layers}
             object.__setattr__(self, "model", {**self.model, "base": base})
+        if self.transfer.proxy:
+            for section, value in self._at_base().items():
+                object.__setattr__(self, section, value)
         require(self, "name", bool(self.name) and "/" not in self.name, "a directory name")
         require(self, "seed", 0 <= self.seed <= LARGEST_SEED, f"an integer from 0 to {LARGEST_SEED}")
         if self.resume and self.ckpt_path is not None:
@@ -209,6 +214,26 @@ class RunConfig:
                 f"balance.expert_bias_update_rate={self.balance.expert_bias_update_rate}: it needs "
                 "model.moe.expert_bias=true"
             )
+
+    def _at_base(self) -> dict[str, Any]:
+        """The sections that a proxy changes; those of a proxy are as they are."""
+        base, training = self.transfer.base, self.training
+        window = training.seq_len * training.accumulate
+        if base.batch % window:
+            raise ValueError(
+                f"transfer.base.batch={base.batch}: must be a multiple of training.seq_len * training.accumulate = "
+                f"{window}, so that transfer.proxy=true can have it"
+            )
+        vocabulary = self.model.get("vocab_size")
+        model = from_mapping(DecoderConfig, {**self.model, "vocab_size": vocabulary or 1}, "model")
+        smaller = to_mapping(resized(model, dim=base.dim, num_layers=base.num_layers))
+        steps = max(1, round(base.tokens / base.batch))
+        warmup = round(self.schedule.warmup_steps * steps / training.steps)
+        return {
+            "model": {**smaller, "vocab_size": vocabulary},
+            "training": dataclasses.replace(training, steps=steps, batch_size=base.batch // window),
+            "schedule": dataclasses.replace(self.schedule, warmup_steps=warmup),
+        }
 
     def optimizer_at_scale(self) -> OptimizerConfig:
         """The optimizer of this batch and so many tokens: as `optimizer` says, unless settings transfer."""

@@ -26,6 +26,7 @@ class TransferConfig:
     """Read where model.parametrization=transfer."""
 
     base: TransferBase = dataclasses.field(default_factory=TransferBase)
+    proxy: bool = False  # run at the base: model, batch, tokens and warm-up of this config as they are there
 
 
 @dataclasses.dataclass(frozen=True)
