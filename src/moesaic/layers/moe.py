@@ -198,7 +198,8 @@ class MoE(nn.Module):
         """The down projections of what a token meets are added up. Custom experts are not counted among them."""
         parts: dict[str, tuple[int, int, int]] = {}
         if isinstance(self.experts, Experts):
-            count: int = getattr(self.router, "experts_per_token", None) or getattr(self.router, "top_k", 1)
+            stated: int | None = getattr(self.router, "experts_per_token", None)
+            count: int = getattr(self.router, "top_k", 1) if stated is None else stated
             parts["experts.down_proj"] = self.experts.hidden_dim, self.experts.dim, count
         if isinstance(self.shared_expert, FeedForward):
             down = self.shared_expert.down_proj
