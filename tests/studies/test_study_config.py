@@ -12,6 +12,7 @@ from moesaic.overrides import apply_overrides
 from moesaic.studies.config import Cell, StudyConfig
 from moesaic.studies.jobs import (
     Job,
+    Row,
     canonical,
     config_hash,
     fingerprint,
@@ -344,3 +345,35 @@ def test_placeholders_become_paths_wherever_they_stand() -> None:
     assert prepared_names(config) == ["x", "y y"]
     paths = {"x": Path("there/x"), "y y": Path("y")}
     assert resolve(config, paths) == {"a": {"b": ["there/x", 1]}, "c": "y", "d": "not prepared:x", "e": None}
+
+
+def test_tuned_at_the_first_value_the_others_take_its_factor(
+    base: dict[str, Any], study_of: Callable[..., StudyConfig], row_of: Callable[..., Row]
+) -> None:
+    values = {"small": {"training.steps": 4}, "large": {"training.steps": 8}}
+    study = study_of(tune={"seed": 9, "at": "first"}, axes={"size": {"values": values}})
+    first = plan(study, base, {})
+    assert {(job.axis, job.purpose) for job in first.missing} == {("size=small", "tune")}
+    assert first.total == 2 * 3 + 2 * 2 * 3
+    rows = {job.key: row_of(job, abs(job.factor - 1.0)) for job in first.missing}
+    then = plan(study, base, rows)
+    assert {(job.axis, job.purpose, job.factor) for job in then.missing} == {
+        ("size=small", "measure", 1.0),
+        ("size=large", "measure", 1.0),
+    }
+    large = next(job for job in then.missing if job.axis == "size=large")
+    assert large.overrides["training.steps"] == 8
+    assert large.overrides["optimizer.learning_rate"] == base["optimizer"]["learning_rate"]
+
+
+def test_an_arm_may_have_keys_of_its_own_at_a_value(study_of: Callable[..., StudyConfig]) -> None:
+    axis = {"values": {"a": {"training.steps": 4}, "b": {}}, "of_arm": {"moe": {"a": {"model.hidden_dim": 48}}}}
+    study = study_of(axes={"size": axis})
+    assert study.cell("moe", ("size", "a")).overrides == {"training.steps": 4, "model.hidden_dim": 48}
+    assert study.cell("dense", ("size", "a")).overrides == {"training.steps": 4, "model.dense_twin": True}
+    for wrong, said in (
+        ({"sparse": {}}, "unknown arm 'sparse'"),
+        ({"moe": {"c": {}}}, "unknown value 'c'; must be one of a, b"),
+    ):
+        with pytest.raises(InputError, match=said):
+            study_of(axes={"size": {**axis, "of_arm": wrong}})

@@ -35,6 +35,8 @@ COMMANDS = {
     "evaluate": Command("Score a checkpoint on any data.", ("checkpoint",), "CHECKPOINT"),
     "generate": Command("Continue a prompt with a trained model.", ("checkpoint", "prompt"), "CHECKPOINT [PROMPT]"),
     "study": Command("Run arms over seeds, with tuned learning rates, and report intervals and a verdict."),
+    "ladder": Command("Run arms at growing compute: laws of the loss, and what an arm is worth in compute."),
+    "predict": Command("Put a prediction of a larger run on record, before it runs.", ("directory",), "RESULTS"),
     "report": Command("Turn a tree of runs into one table and one plot.", ("directory",), "DIRECTORY"),
     "compare": Command(
         "Ask whether an idea beats the baseline: checked, made fair, run on several seeds.",

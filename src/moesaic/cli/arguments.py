@@ -218,8 +218,9 @@ def check_overrides(config_name: str, arguments: Sequence[str], config_dir: str 
     if config_dir and not Path(config_dir).samefile(CONFIG_DIR):
         _refuse_double_names(Path(config_dir))
     for each in overrides:
-        if each.key_or_group == "launcher" and config_name != "study":
-            raise InputError(f"{each.input_line}: is for moesaic study; a sweep must have -m and hydra/launcher=NAME")
+        if each.key_or_group == "launcher" and config_name not in ("study", "ladder"):
+            must = "is for moesaic study and moesaic ladder; a sweep must have -m and hydra/launcher=NAME"
+            raise InputError(f"{each.input_line}: {must}")
         if each.key_or_group in groups and (each.is_add() or each.is_force_add()):
             given = str(each.input_line).lstrip("+")
             raise InputError(f"{each.input_line}: {each.key_or_group} is there already; must be {given}, without +")

@@ -68,7 +68,7 @@ def prepare(name: str, arguments: Sequence[str]) -> Prepared:
         require_text(arguments)
         found, flags = read_flags(name, arguments)
         overrides = complete(name, found.overrides)
-        if name in ("train", "study"):
+        if name in ("train", "study", "ladder"):
             overrides = as_additions(overrides)
         if name == "compare" and not found.cfg:
             require_candidate(overrides, found.multirun)

@@ -55,6 +55,8 @@ def train(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, An
     """
     if "study" in config:
         raise InputError(f"this is a study: moesaic study experiment=study_{config['name']}")
+    if "ladder" in config:
+        raise InputError(f"this is a ladder: moesaic ladder experiment={config['name']}")
     found = find_run(config)
     return run_found(found if found.run_dir is None else _with_free_keys(found, config, overrides))
 

@@ -15,6 +15,8 @@ from moesaic.errors import InputError
 
 __all__ = [
     "END_OF_SPLIT",
+    "LEFT_OUT_FOLDERS",
+    "SMALLEST",
     "TAIL",
     "Corpus",
     "Document",
@@ -28,7 +30,9 @@ __all__ = [
     "load_stdlib",
     "nothing_usable",
     "place_to_cut",
+    "read_text",
     "relative_name",
+    "split_documents",
     "too_short_to_cut",
     "validation_names",
 ]
@@ -120,7 +124,7 @@ def load_files(path: str, validation_fraction: float) -> Corpus:
     documents: list[Document] = []
     unusable: dict[str, Path] = {}
     for file in paths:
-        text = _read_text(file)
+        text = read_text(file)
         if isinstance(text, str):
             left_out[text] += 1
             unusable.setdefault(text, file)
@@ -128,7 +132,7 @@ def load_files(path: str, validation_fraction: float) -> Corpus:
             documents.append(Document(relative_name(file, root), text))
     if not documents:
         raise nothing_usable(path, len(paths), unusable)
-    return _split(f"files: {path}", documents, validation_fraction, left_out)
+    return split_documents(f"files: {path}", documents, validation_fraction, left_out)
 
 
 def find_files(path: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
@@ -191,7 +195,7 @@ def load_huggingface(name: str, validation_fraction: float) -> Corpus:
             documents.append(Document(f"row {i:09d}", text.encode(errors="replace")))
     if not documents:
         raise InputError(f"data.path={name!r}: all {len(texts)} rows are empty; must have text")
-    return _split(f"huggingface: {name}", documents, validation_fraction, left_out)
+    return split_documents(f"huggingface: {name}", documents, validation_fraction, left_out)
 
 
 def _python_sources(source: str, root: Path, validation_fraction: float) -> Corpus:
@@ -202,7 +206,7 @@ def _python_sources(source: str, root: Path, validation_fraction: float) -> Corp
         generated = path.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
         if generated or LEFT_OUT_FOLDERS.intersection(folders):
             continue
-        text = _read_text(path)
+        text = read_text(path)
         if isinstance(text, str):
             left_out[text] += 1
         elif len(text) < SMALLEST:
@@ -211,10 +215,10 @@ def _python_sources(source: str, root: Path, validation_fraction: float) -> Corp
             documents.append(Document(relative_name(path, root), text))
     if not documents:
         raise InputError(f"data.source={source!r}: no Python sources under {root}")
-    return _split(source, documents, validation_fraction, left_out)
+    return split_documents(source, documents, validation_fraction, left_out)
 
 
-def _split(source: str, documents: list[Document], fraction: float, left_out: Counter[str]) -> Corpus:
+def split_documents(source: str, documents: list[Document], fraction: float, left_out: Counter[str]) -> Corpus:
     """Each document falls by a hash of its own name, whatever else is there; a lone one is cut at a line end.
 
     Of equal texts only the first one stays, so that none is in both splits.
@@ -284,7 +288,7 @@ def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
-def _read_text(path: Path) -> bytes | str:
+def read_text(path: Path) -> bytes | str:
     """The file with LF line ends, or why it is left out."""
     try:
         text = path.read_bytes().replace(b"\r\n", b"\n")

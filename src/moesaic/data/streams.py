@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from moesaic.config import from_mapping, require, to_mapping
 from moesaic.data.corpora import Corpus, Document, expanded, load_files, load_huggingface, load_packages, load_stdlib
+from moesaic.data.pinned import load_pinned
 from moesaic.data.shards import ShardedIds, Tokens
 from moesaic.data.tasks import TASKS, Task
 from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
@@ -61,6 +62,7 @@ class DataConfig:
     source: Literal[
         "stdlib",
         "packages",
+        "pinned",
         "files",
         "huggingface",
         "memmap",
@@ -222,6 +224,8 @@ def _load_corpus(config: DataConfig) -> Corpus:
         return load_stdlib(fraction)
     if config.source == "packages":
         return load_packages(fraction)
+    if config.source == "pinned":
+        return load_pinned(fraction)
     assert config.path is not None  # checked by the config
     if config.source == "files":
         return load_files(config.path, fraction)

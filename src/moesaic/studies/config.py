@@ -36,7 +36,8 @@ class TuneConfig:
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     keys: tuple[str, ...] = ("optimizer.learning_rate", "optimizer.muon_learning_rate")
     # both: what is best at the first value of an axis is measured at the other values too, beside their own best
-    at: Literal["every", "both"] = "every"
+    # first: it is all that is measured there, because the rates transfer
+    at: Literal["every", "both", "first"] = "every"
 
     def __post_init__(self) -> None:
         if len(set(self.factors)) < 2 or len(set(self.factors)) < len(self.factors) or min(self.factors) <= 0:
@@ -51,6 +52,8 @@ class AxisConfig:
 
     values: dict[str, Overrides]
     fixed: tuple[str, ...] = ()  # arms that are run once, without the axis, and compared at each of its values
+    # arm: {value: what this arm has there}, where no set of keys fits all arms; it counts before those of the arm
+    of_arm: dict[str, dict[str, Overrides]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,14 @@ class StudyConfig:
             for arm in axis.fixed:
                 if arm not in self.arms:
                     raise ValueError(f"axes.{name}.fixed: unknown arm {arm!r}; must be one of {known}")
+            for arm, values in axis.of_arm.items():
+                if arm not in self.arms:
+                    raise ValueError(f"axes.{name}.of_arm: unknown arm {arm!r}; must be one of {known}")
+                if unknown := [value for value in values if value not in axis.values]:
+                    raise ValueError(
+                        f"axes.{name}.of_arm.{arm}: unknown value {unknown[0]!r}; must be one of "
+                        + ", ".join(axis.values)
+                    )
         for name, variant in self.variants.items():
             if variant.arm not in self.arms:
                 raise ValueError(f"variants.{name}.arm={variant.arm!r}: unknown arm; must be one of {known}")
@@ -177,8 +188,10 @@ class StudyConfig:
         """Where the runs of an arm (not of a variant) at a point are kept."""
         if point is None or arm in self.axes[point[0]].fixed:
             return Cell(arm, None, self.arms[arm])
-        axis, value = point
-        return Cell(arm, f"{axis}={value}", {**self.axes[axis].values[value], **self.arms[arm]})
+        name, value = point
+        axis = self.axes[name]
+        own = axis.of_arm.get(arm, {}).get(value, {})
+        return Cell(arm, f"{name}={value}", {**axis.values[value], **self.arms[arm], **own})
 
     def first_cell(self, cell: "Cell") -> "Cell":
         """The same arm at the first value of the axis."""

@@ -46,6 +46,8 @@ def tuning(study: StudyConfig, cell: Cell, rows: Mapping[str, Row]) -> Tuning:
     """The learning-rate factors of a cell, the best of them if all have a row. The same rule for every cell."""
     if study.tune is None:
         return Tuning((1.0,), 1.0)
+    if study.tune.at == "first":
+        cell = study.first_cell(cell)
     factors = sorted(study.tune.factors)
     extensions = 0
     while True:
@@ -88,7 +90,7 @@ def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], p
     unknown, may_grow = 0, False
     for cell in study.cells:
         tuned = tuning(study, cell, rows)
-        if study.tune is not None:
+        if study.tune is not None and not (study.tune.at == "first" and study.first_cell(cell) != cell):
             jobs["tune"] += [job_of(study, base, cell, "tune", study.tune.seed, factor) for factor in tuned.factors]
         there = moved(study, cell, rows)
         factors = [tuned.best] if there is None else [tuned.best, there.best]

@@ -1,0 +1,315 @@
+"""What a ladder leaves to be read: table.md, summary.json, ladder.png and residuals.png, all from rows.jsonl alone."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic.evaluation.plotting import save_figure
+from moesaic.files import write_atomically, write_json
+from moesaic.ladder.analysis import MEASURES, Analysis, Fit, Worth, analyze
+from moesaic.ladder.bootstrap import Estimate
+from moesaic.ladder.config import LadderConfig, name_of
+from moesaic.ladder.plots import plot_ladder, plot_residuals
+from moesaic.ladder.points import Cell, cells_of
+from moesaic.ladder.prediction import Outcome, outcomes
+from moesaic.ladder.rungs import METRIC, Rung
+from moesaic.studies.config import StudyConfig
+from moesaic.studies.jobs import Row, row_key
+from moesaic.studies.results import processors, scored_windows
+from moesaic.studies.tables import markdown_table
+
+__all__ = ["PICTURES", "sentence", "write_ladder_report"]
+
+PICTURES = {
+    "ladder.png": "loss over compute with its laws, and what an arm is worth",
+    "residuals.png": "measured over fitted loss of every run",
+}
+
+
+def write_ladder_report(
+    ladder: LadderConfig,
+    study: StudyConfig,
+    rungs: Sequence[Rung],
+    rows: Mapping[str, Row],
+    results: Path,
+    name: str,
+    command: str,
+    console: Console,
+) -> None:
+    """Print tables and verdicts, and write table.md, summary.json and plots into `results`."""
+    cells = cells_of(study, rows)
+    analysis, found = analyze(ladder, cells), outcomes(results, ladder, cells, rows)
+    verdicts = [sentence(analysis.worth(arm, "FLOPs"), ladder.baseline) for arm in analysis.throughput]
+    verdicts += [_gate(arm, passed, analysis.throughput[arm]) for arm, passed in analysis.gates.items()]
+    verdicts += [_compared(outcome) for outcome in found]
+    tables = {
+        "Runs": _runs(ladder, rungs, cells),
+        "Laws: bits per byte = asymptote + coefficient · FLOPs^-exponent": _laws(analysis.fits),
+        f"Worth: how many times as much {ladder.baseline} needs for the same loss": _worth(analysis),
+    }
+    if found:
+        tables["Predictions on record"] = _predictions(found)
+    notes = _notes(ladder, study, cells, analysis, rows)
+    for title, (columns, lines) in tables.items():
+        table = Table(*map(escape, columns), title=escape(title), title_justify="left")
+        for line in lines:
+            table.add_row(*map(escape, line))
+        console.print(table)
+    for text in [*verdicts, *notes]:
+        console.print(f"- {text}", markup=False, highlight=False, soft_wrap=True)
+    save_figure(plot_ladder(ladder, cells, analysis, found), results / "ladder.png")
+    save_figure(plot_residuals(ladder, cells, analysis), results / "residuals.png")
+    paragraphs = [
+        f"# {name}",
+        f"**Question.** {ladder.question}",
+        f"**Command.** `{command}`",
+        "\n".join(["**Verdict**, made from the numbers:", "", *(f"- {text}" for text in verdicts)]),
+        *(f"{title}:\n\n{markdown_table(columns, lines)}" for title, (columns, lines) in tables.items()),
+        "\n".join(f"- {note}" for note in notes),
+        *(f"![{caption}]({file})" for file, caption in PICTURES.items()),
+    ]
+    write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
+    write_json(results / "summary.json", _summary(ladder, name, command, cells, analysis, found, verdicts, notes))
+
+
+def sentence(worth: Worth, baseline: str) -> str:
+    """What an arm is worth at the largest rung, and which way it goes with size."""
+    if not worth.values or worth.slope is None:
+        return f"{worth.arm}: no statement of its worth: {worth.reason}"
+    last, slope = worth.values[-1], worth.slope
+    if math.isinf(last.value):
+        return f"{worth.arm} at {worth.rungs[-1]} is below the asymptote of {baseline}: no compute is enough"
+    text = f"{worth.arm} is worth {_short(last)} times the compute of {baseline} at {worth.rungs[-1]} FLOPs"
+    if math.isnan(slope.value):
+        return text
+    if slope.low > 0:
+        trend = "the factor grows with size"
+    elif slope.high < 0:
+        trend = "the factor shrinks with size"
+    else:
+        trend = "whether the factor changes with size is not settled"
+    return f"{text}; {trend} (by {_short(_per_decade(slope))} per decade of compute)"
+
+
+def _per_decade(slope: Estimate) -> Estimate:
+    """By how much a worth changes over ten times the compute."""
+    with np.errstate(over="ignore"):
+        return Estimate(*(float(np.power(10.0, x)) for x in (slope.value, slope.low, slope.high)))
+
+
+def _short(estimate: Estimate) -> str:
+    value, low, high = (
+        f"{x:.2f}" if abs(x) < MOST_SHOWN else f"{'below -' if x < 0 else 'over '}{MOST_SHOWN}"
+        for x in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+MOST_SHOWN = 1000
+"""Beyond it an interval says that nothing is known."""
+
+
+def _gate(arm: str, passed: bool, throughput: Sequence[float]) -> str:
+    ratio = f"{min(throughput):.2f} to {max(throughput):.2f}"
+    verb = "passes" if passed else "does not pass"
+    return (
+        f"{arm} {verb} the gate: its worth in FLOPs times its speed (FLOPs per second are {ratio} of the baseline's) "
+        "must exceed 1 with 95% confidence at two rungs"
+    )
+
+
+def _compared(outcome: Outcome) -> str:
+    prediction = outcome.prediction
+    predicted, measured = prediction.arms[outcome.arm].expected, f"{outcome.measured:.4f} ({outcome.seeds} seeds)"
+    place = "inside" if outcome.inside else "outside"
+    changed = "" if outcome.rows_unchanged else "; the rows that it was made from have changed since"
+    return (
+        f"{outcome.arm} at {prediction.rung.name}: predicted {predicted.value:.4f} [{predicted.low:.4f}, "
+        f"{predicted.high:.4f}] on {prediction.date[:10]}, measured {measured}: {100 * outcome.error:+.2f}%, {place} "
+        f"the interval, {prediction.ratio:.3g} times the largest fitted rung{changed}"
+    )
+
+
+Lines = tuple[list[str], list[list[str]]]
+
+
+def _runs(ladder: LadderConfig, rungs: Sequence[Rung], cells: Sequence[Cell]) -> Lines:
+    columns = ["arm", "rung", "seeds", "bits per byte ± 95%", "active FLOPs", "parameters", "active", "width", "tokens"]
+    columns += ["tokens per parameter", "batch", "learning rates", "seconds", "tokens/s"]
+    shape = {rung.name: rung for rung in rungs}
+    lines = []
+    for cell in cells:
+        rung, done = shape[cell.rung], cell.finished
+        target = "" if cell.rung in {name_of(flops) for flops in ladder.rungs} else " (target)"
+        line = [cell.arm, cell.rung + target, f"{len(done)} of {len(cell.rows) + len(cell.missing)}", str(cell.score)]
+        metrics = (("active_flops", ".3g"), ("parameters/total", ",.0f"), ("parameters/active", ",.0f"))
+        line += [format(cell.mean_of(metric), form) if done else "-" for metric, form in metrics]
+        line += [f"{rung.dim}", f"{rung.tokens:,}", f"{rung.tokens / rung.parameters:.1f}"]
+        line += [f"{rung.tokens_per_step:,}"]
+        line += ["-" if cell.factor is None else f"x{cell.factor:g}"]
+        lines.append(
+            line + [f"{cell.mean_of(name):,.0f}" if done else "-" for name in ("seconds", "tokens_per_second")]
+        )
+    return columns, lines
+
+
+def _laws(fits: Sequence[Fit]) -> Lines:
+    columns = ["arm", "asymptote", "coefficient", "exponent", "largest rung by the others", "measured", "so"]
+    lines = []
+    for fit in fits:
+        line = [fit.arm]
+        if fit.law is None:
+            line += [fit.asymptote, "-", "-"]
+        else:
+            law = fit.law
+            line += [f"{law.asymptote:.3f} ({fit.asymptote})", f"{law.coefficient:.4g}", f"{law.exponent:.4f}"]
+        if fit.held is None:
+            line += ["-", "-", fit.reason]
+        else:
+            held = fit.held
+            line += [str(held.expected), f"{held.measured:.4f}", "refuted" if held.refuted else "holds"]
+        lines.append(line)
+    return columns, lines
+
+
+def _worth(analysis: Analysis) -> Lines:
+    columns = ["arm", "rung", *(f"in {measure}" for measure in MEASURES), "FLOPs per second to the baseline's"]
+    lines = []
+    for arm, ratios in analysis.throughput.items():
+        worths = [analysis.worth(arm, measure) for measure in MEASURES]
+        for i, rung in enumerate(worths[0].rungs):
+            values = [_short(worth.values[i]) if worth.values else "-" for worth in worths]
+            lines.append([arm, rung, *values, f"{ratios[i]:.2f}" if i < len(ratios) else "-"])
+        slopes = ["-" if worth.slope is None else _short(worth.slope) for worth in worths]
+        lines.append([arm, "slope", *slopes, "-"])
+    return columns, lines
+
+
+def _predictions(found: Sequence[Outcome]) -> Lines:
+    columns = ["arm", "rung", "predicted", "other asymptote", "measured", "difference", "inside", "written", "commit"]
+    lines = []
+    for outcome in found:
+        prediction = outcome.prediction
+        predicted = prediction.arms[outcome.arm]
+        other = "-" if predicted.other_law is None else str(predicted.other_law)
+        line = [outcome.arm, prediction.rung.name, str(predicted.expected), other, f"{outcome.measured:.4f}"]
+        line += [f"{100 * outcome.error:+.2f}%", "yes" if outcome.inside else "no", prediction.date]
+        lines.append([*line, (prediction.commit or "-")[:12]])
+    return columns, lines
+
+
+def _notes(
+    ladder: LadderConfig, study: StudyConfig, cells: Sequence[Cell], analysis: Analysis, rows: Mapping[str, Row]
+) -> list[str]:
+    notes = [
+        "± is Student's t over seeds. Brackets are 95% intervals by a bootstrap over seeds and rungs.",
+        "Active FLOPs are of the training, head and attention included.",
+        "For tokens per parameter, a parameter is two forward FLOPs per token of the baseline.",
+        f"Worth is by laws with the asymptote pinned at {ladder.asymptote:g} bits per byte; a slope is d ln(worth) / "
+        "d ln(measure).",
+    ]
+    if scored := scored_windows(rows.values()):
+        notes.append(f"{METRIC}: {scored} of the validation split, drawn with a fixed seed, the same for all runs.")
+    if ladder.tune is not None:
+        edge = sorted({cell.arm for cell in cells if cell.at_edge})
+        text = "Learning rates are tuned at the lowest rung, on a seed of its own, and moved by the rules of transfer."
+        notes.append(text + (f" The best is at the edge of what was tried: {', '.join(edge)}." if edge else ""))
+    notes += [f"{fit.arm}, {fit.asymptote} asymptote: {fit.reason}" for fit in analysis.fits if fit.reason]
+    for cell in cells:
+        notes += [f"diverged: {row_key(row)}: {row['error']}" for row in cell.diverged]
+        if cell.missing:
+            notes.append(f"missing: {cell.arm} at {cell.rung}, seed {', '.join(map(str, cell.missing))}")
+    if len(kinds := processors(rows.values())) > 1:
+        notes.append(f"Seconds cannot be compared: processors with {' and with '.join(kinds)}.")
+    cpu = math.fsum(row["cpu_seconds"] for row in rows.values())
+    where = {
+        name: sorted({str(row[name])[:12] for row in rows.values() if row.get(name) is not None})
+        for name in ("data_hash", "commit", "torch", "python")
+    }
+    known = ", ".join(f"{name} {' and '.join(values)}" for name, values in where.items() if values)
+    notes.append(f"{len(rows)} rows, {cpu / 3600:.2f} CPU hours. {known}")
+    if any(row["uncommitted_changes"] for row in rows.values()):
+        notes.append("Some rows were made with uncommitted changes in src/ or conf/.")
+    return notes
+
+
+def _summary(
+    ladder: LadderConfig,
+    name: str,
+    command: str,
+    cells: Sequence[Cell],
+    analysis: Analysis,
+    found: Sequence[Outcome],
+    verdicts: Sequence[str],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    results = [
+        {
+            "arm": cell.arm,
+            "rung": cell.rung,
+            "values": {row["seed"]: row["metrics"][METRIC] for row in cell.finished},
+            "factor": cell.factor,
+            "missing": list(cell.missing),
+            "diverged": [row["seed"] for row in cell.diverged],
+        }
+        for cell in cells
+    ]
+    fits = [
+        {
+            "arm": fit.arm,
+            "asymptote": fit.asymptote,
+            "law": None if fit.law is None else dataclasses.asdict(fit.law),
+            "refuted": None if fit.held is None else fit.held.refuted,
+            "reason": fit.reason or None,
+        }
+        for fit in analysis.fits
+    ]
+    worths = [
+        {
+            "arm": worth.arm,
+            "measure": worth.measure,
+            "rungs": list(worth.rungs),
+            "values": [_finite(value) for value in worth.values],
+            "slope": None if worth.slope is None else _finite(worth.slope),
+            "throughput": list(analysis.throughput[worth.arm]),
+            "reason": worth.reason or None,
+        }
+        for worth in analysis.worths
+    ]
+    compared = [
+        {
+            "arm": outcome.arm,
+            "rung": outcome.prediction.rung.name,
+            "predicted": _finite(outcome.prediction.arms[outcome.arm].expected),
+            "measured": outcome.measured,
+            "inside": outcome.inside,
+            "rows_unchanged": outcome.rows_unchanged,
+        }
+        for outcome in found
+    ]
+    return {
+        "ladder": name,
+        "question": ladder.question,
+        "baseline": ladder.baseline,
+        "command": command,
+        "results": results,
+        "laws": fits,
+        "worth": worths,
+        "gates": analysis.gates,
+        "predictions": compared,
+        "verdicts": list(verdicts),
+        "notes": list(notes),
+    }
+
+
+def _finite(estimate: Estimate) -> dict[str, float | None]:
+    """As a mapping; JSON has neither nan nor inf."""
+    numbers = dataclasses.asdict(estimate)
+    return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
