@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moesaic.errors import InputError
 from moesaic.layers.work import Work
 from moesaic.losses import linear_cross_entropy
 from moesaic.models import build_decoder, llama4_behemoth_guess, llama4_maverick, llama4_scout, llama4_toy
@@ -305,6 +306,7 @@ def test_the_count_of_muon_is_that_of_its_products() -> None:
 
 # ---- what would fit
 
+WIDE = dataclasses.replace(TOY, dim=512, hidden_dim=2048)
 ROOMY = dataclasses.replace(TOY, moe=dataclasses.replace(TOY.moe, num_experts=8))
 
 
@@ -323,6 +325,25 @@ def test_changes_fit_and_are_the_smallest(share: float) -> None:
             half = found.setup.ranks // 2
             fewer = dataclasses.replace(found.setup, ranks=half, batch_size=found.setup.batch_size // 2)
             assert plan(fewer).memory.total > room
+
+
+def test_shared_matrices_are_among_what_would_fit() -> None:
+    """A wide model: most of its memory is for blocks that are gathered, which no batch changes."""
+    setup = setup_of(WIDE, 8, batch_size=8, seq_len=16, optimizer="adamw")
+    assert plan(setup).memory.gathered > plan(setup).memory.activations
+    room = 0.7 * plan(setup).memory.total
+    found = {key: made for keys, made in changes_that_fit(setup, room) for key in keys}
+    assert found["parallel.tensor"].memory.total <= room
+    half = dataclasses.replace(found["parallel.tensor"].setup, parallel=ParallelConfig(tensor=1))
+    assert plan(half).memory.total > room
+
+
+def test_what_a_run_refuses_is_not_among_what_would_fit() -> None:
+    setup = setup_of(WIDE, 8, batch_size=8, seq_len=16, optimizer="adamw", precision="fp8")
+    room = 0.7 * plan(setup).memory.total
+    assert all("parallel.tensor" not in keys for keys, _ in changes_that_fit(setup, room))
+    with pytest.raises(InputError, match=r"must be another with parallel\.tensor=2"):
+        plan(dataclasses.replace(setup, parallel=ParallelConfig(tensor=2)))
 
 
 def test_nothing_fits_in_nothing() -> None:

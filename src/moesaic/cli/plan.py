@@ -166,7 +166,8 @@ def _print_changes(setup: Setup, hardware: Hardware, console: Console) -> None:
     if changes:
         console.print("It would fit with any of:", highlight=False)
     else:
-        console.print(f"Nothing tried makes it fit, nor do more devices up to {MOST_RANKS:,}:", highlight=False)
+        more = f", nor do more devices up to {MOST_RANKS:,}" if setup.ranks < MOST_RANKS else ""
+        console.print(f"Nothing tried makes it fit{more}. With all changes:", highlight=False)
         changes = [all_changes(setup)]
     for keys, changed in changes:
         typed = " ".join(override(key, value) for key, value in keys.items())

@@ -7,7 +7,7 @@ from moesaic.config import require
 from moesaic.errors import InputError
 from moesaic.models import DecoderConfig
 
-__all__ = ["ParallelConfig", "require_degrees", "require_vocabulary"]
+__all__ = ["ParallelConfig", "require_degrees", "require_precision", "require_vocabulary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,19 @@ def require_degrees(
         _require_experts(parallel, processes, model, key)
     if parallel.tensor > 1:
         _require_matrices(parallel, processes, model, key)
+
+
+def require_precision(parallel: ParallelConfig, precision: str) -> None:
+    """Refuse products of 8 bits on shared matrices.
+
+    Raises:
+        InputError: it names both keys.
+    """
+    if parallel.tensor > 1 and precision == "fp8":
+        raise InputError(
+            f"trainer.precision='fp8': must be another with parallel.tensor={parallel.tensor}, as the numbers that "
+            "share a scale would be on several ranks"
+        )
 
 
 def require_vocabulary(parallel: ParallelConfig, processes: int, model: DecoderConfig) -> None:

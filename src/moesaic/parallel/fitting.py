@@ -16,7 +16,8 @@ def changes_that_fit(setup: Setup, room: float) -> list[tuple[dict[str, object],
     """Changes after which a training needs at most `room` bytes on its fullest rank.
 
     Each key alone is tried first; if none is enough, each together with activation checkpointing, then with one
-    sequence per rank too, then with experts spread as far as they go too, then in bf16-true too.
+    sequence per rank too, then with experts spread as far as they go too, then with matrices shared by the ranks of a
+    node that need the least so, then in bf16-true too.
 
     Returns:
         keys with their new values, and the plan with them; of each key the smallest change. Empty if nothing fits.
@@ -24,7 +25,7 @@ def changes_that_fit(setup: Setup, room: float) -> list[tuple[dict[str, object],
     for before in _firsts(setup):
         found = [
             (_keys(setup, fitting.setup), fitting)
-            for search in (_checkpointing, _sharding, _batch, _experts, _devices, _precision, _optimizer)
+            for search in (_checkpointing, _sharding, _batch, _experts, _tensor, _devices, _precision, _optimizer)
             if (fitting := search(before, room)) is not None
         ]
         if found:
@@ -48,6 +49,11 @@ def _firsts(setup: Setup) -> Iterator[Setup]:
     if more := _more_experts(setup):
         setup = more[-1].setup
         yield setup
+    one_each = [each for each in _more_tensor(setup) if each.setup.batch_size == each.setup.owners]
+    best = min([plan(setup), *one_each], key=lambda each: each.memory.total)
+    if best.setup != setup:
+        setup = best.setup
+        yield setup
     yield dataclasses.replace(setup, precision="bf16-true")
 
 
@@ -58,6 +64,7 @@ def _keys(before: Setup, after: Setup) -> dict[str, object]:
         "parallel.shard": lambda setup: setup.parallel.shard,
         "training.batch_size": lambda setup: setup.batch_size,
         "parallel.expert": lambda setup: setup.parallel.expert,
+        "parallel.tensor": lambda setup: setup.parallel.tensor,
         "devices": lambda setup: setup.ranks,
         "trainer.precision": lambda setup: setup.precision,
         "optimizer.name": lambda setup: setup.optimizer,
@@ -111,6 +118,30 @@ def _more_experts(setup: Setup) -> list[Plan]:
     return [found for each in tried if (found := _if_fits(each, float("inf"))) is not None]
 
 
+def _tensor(setup: Setup, room: float) -> Plan | None:
+    return next((each for each in _more_tensor(setup) if each.memory.total <= room), None)
+
+
+def _more_tensor(setup: Setup) -> Iterator[Plan]:
+    """Plans with matrices shared by more ranks of a node, by every degree that is allowed, with the same batch.
+
+    After all of these, a batch of one sequence per rank becomes one per group of ranks that share.
+    """
+    degrees = [
+        degree
+        for degree in range(setup.parallel.tensor + 1, min(setup.ranks, setup.per_node) + 1)
+        if setup.ranks % degree == 0 and setup.parallel.shard
+    ]
+    tried = [
+        dataclasses.replace(setup, parallel=dataclasses.replace(setup.parallel, tensor=degree)) for degree in degrees
+    ]
+    if setup.batch_size == setup.owners:
+        tried += [dataclasses.replace(each, batch_size=each.owners) for each in tried]
+    for each in tried:
+        if (found := _if_fits(each, float("inf"))) is not None:
+            yield found
+
+
 def _devices(setup: Setup, room: float) -> Plan | None:
     """Twice as many and so on, each with as many sequences as before: only what a rank keeps gets smaller by it."""
     memory = plan(setup).memory
@@ -118,7 +149,7 @@ def _devices(setup: Setup, room: float) -> Plan | None:
         return None
     ranks = 2 * setup.ranks
     while ranks <= MOST_RANKS:
-        more = dataclasses.replace(setup, ranks=ranks, batch_size=setup.batch_size // setup.ranks * ranks)
+        more = dataclasses.replace(setup, ranks=ranks, batch_size=setup.batch_size * (ranks // setup.ranks))
         if (found := _if_fits(more, room)) is not None:
             return found
         ranks *= 2

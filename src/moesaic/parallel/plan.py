@@ -20,7 +20,7 @@ from moesaic.models.custom import asks_for, custom_modules
 from moesaic.models.decoder import Block, build_block
 from moesaic.models.memory import ActivationEstimate, estimate_activations
 from moesaic.models.shapes import uncounted
-from moesaic.parallel.config import ParallelConfig, require_degrees, require_vocabulary
+from moesaic.parallel.config import ParallelConfig, require_degrees, require_precision, require_vocabulary
 from moesaic.parallel.shards import held, is_sharded
 
 __all__ = ["FORMATS", "Collective", "Formats", "Memory", "Part", "Plan", "Setup", "Weight", "lay_out", "plan"]
@@ -175,10 +175,11 @@ def lay_out(setup: Setup) -> list[Part]:
     """All parts of the model as one rank has them; blocks that are alike are laid out once and counted.
 
     Raises:
-        InputError: the ranks cannot share model or batch evenly.
+        InputError: the ranks cannot share model or batch evenly, or not in this precision.
     """
     require_degrees(setup.parallel, setup.ranks, setup.batch_size, setup.model)
     require_vocabulary(setup.parallel, setup.ranks, setup.model)
+    require_precision(setup.parallel, setup.precision)
     what = setup.model, setup.parallel, setup.ranks, setup.per_node
     if (key := repr(what)) not in _laid_out:  # a custom module is a dict, so that no config with one has a hash
         _laid_out[key] = _lay_out(*what)
@@ -643,7 +644,7 @@ def plan(setup: Setup) -> Plan:
     """Lay a training out and add up what it takes.
 
     Raises:
-        InputError: the ranks cannot share model or batch evenly.
+        InputError: the ranks cannot share model or batch evenly, or not in this precision.
     """
     parts = lay_out(setup)
     return Plan(

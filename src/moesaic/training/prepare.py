@@ -40,7 +40,7 @@ from moesaic.files import (
 from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
-from moesaic.parallel.config import require_degrees, require_vocabulary
+from moesaic.parallel.config import require_degrees, require_precision, require_vocabulary
 from moesaic.training.batches import RunBatches, require_same_batches
 from moesaic.training.building import build
 from moesaic.training.components import make_callbacks, require_loggers
@@ -199,11 +199,7 @@ def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[
             raise InputError(
                 f"trainer.strategy={config.trainer.strategy!r}: must be auto with parallel.{name}={degree}"
             )
-    if config.parallel.tensor > 1 and config.trainer.precision == "fp8":
-        raise InputError(
-            f"trainer.precision='fp8': must be another with parallel.tensor={config.parallel.tensor}, as the numbers "
-            "that share a scale would be on several ranks"
-        )
+    require_precision(config.parallel, config.trainer.precision)
     require_degrees(config.parallel, number, config.training.batch_size, model)
     if config.distillation is not None and config.distillation.source == "joint":
         teacher = from_mapping(DecoderConfig, teacher_mapping(to_mapping(model), config.distillation.teacher_model))
