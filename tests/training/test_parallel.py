@@ -5,13 +5,16 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from moesaic.models import LayerConfig
 from moesaic.parallel.workers import Workers
 from moesaic.training.parallel_check import (
     CASES,
     COLUMNS,
     LAYOUTS,
     LEFT_OUT,
+    MODELS,
     Compared,
     Trained,
     Training,
@@ -73,6 +76,70 @@ def test_mixed_precision_rounds_what_one_process_rounds(workers: Workers, layout
         copies = deviations(found, train_on(workers, training, LAYOUTS["copies on 2"]))
         assert Compared(layout, case, "32-true", copies).exceeding == {}
     assert all(weight.dtype == torch.float32 for weight in found.weights.values() if weight.is_floating_point())
+
+
+# ---- custom modules
+
+
+class Choosy(nn.Module):
+    """A mixture of our own, which leaves out an expert that no token of its rank has chosen."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(dim, 5, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        score, chosen = self.router(x).softmax(-1)[..., :4].max(-1)  # nobody chooses the last one
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mine = chosen == i
+            if mine.any():
+                out[mine] = expert(x[mine]) * score[mine].unsqueeze(-1)
+        return out
+
+
+class Remembering(nn.Module):
+    """A layer that keeps a mean of its tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.register_buffer("mean", torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.flatten(0, 1).mean(0).to(self.mean.dtype), 0.1)
+        return (x - self.mean) * self.scale
+
+
+def with_layer(layer: type[nn.Module]) -> str:
+    """The name of a model with a layer of our own."""
+    name, [first, *_] = f"Llama 4 with {layer.__name__}", MODELS
+    pattern = LayerConfig("chunked_rope", {"type": f"{__name__}.{layer.__name__}"}), LayerConfig("nope", "moe")
+    changes = {"pattern": pattern, "interleave_moe_layer_step": None, "nope_layer_interval": None}
+    MODELS[name] = dataclasses.replace(MODELS[first], **changes)
+    return name
+
+
+CHOOSY, REMEMBERING = with_layer(Choosy), with_layer(Remembering)
+
+
+@pytest.mark.parametrize("layout", ["copies on 2", "shards on 2"])
+def test_a_weight_that_only_some_ranks_need(workers: Workers, layout: str) -> None:
+    training = dataclasses.replace(CASES["AdamW"], model=CHOOSY)
+    found = deviations(train_on(workers, training, LAYOUTS[layout]), alone(workers, training))
+    assert Compared(layout, CHOOSY, "64-true", found).exceeding == {}
+
+
+@pytest.mark.parametrize("layout", ["copies on 2", "shards on 2"])
+def test_a_module_that_keeps_something_of_its_tokens_is_refused(workers: Workers, layout: str) -> None:
+    training = dataclasses.replace(CASES["AdamW"], model=REMEMBERING)
+    with pytest.raises(
+        RuntimeError, match=r"Remembering: its buffer layers\.0\.ffn\.mean follows the tokens of a rank"
+    ):
+        train_on(workers, training, LAYOUTS[layout])
 
 
 def test_a_number_that_is_none_is_told() -> None:

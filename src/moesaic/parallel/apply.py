@@ -107,6 +107,8 @@ def _shard(modules: list[nn.Module], mesh: DeviceMesh, narrow: torch.dtype | Non
         # sums, not means. Forced, because torch would else multiply within the collective, which gloo cannot
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        # a custom module may leave out a weight that no row of this rank needs, and another rank needs it
+        module.set_reduce_scatter_unused_params(True)
 
 
 def _placement(weight: nn.Parameter, ranks: int) -> Shard | None:

@@ -3,6 +3,7 @@
 Of a plain tensor the part is all of it, so that callers need not ask.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 
 from moesaic.layers.local import held
 
-__all__ = ["gather_matrices", "held", "held_slices", "is_sharded", "layout", "load_shards", "shard_like", "whole"]
+__all__ = [
+    "differing_buffers",
+    "gather_matrices",
+    "held",
+    "held_slices",
+    "is_sharded",
+    "layout",
+    "load_shards",
+    "shard_like",
+    "whole",
+]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -44,6 +55,19 @@ def _gathered(tensor: Any, dims: Sequence[int]) -> Any:
             placements = [Replicate() if i == j else each for j, each in enumerate(tensor.placements)]
             tensor = tensor.redistribute(placements=placements)
     return tensor
+
+
+def differing_buffers(module: nn.Module) -> list[str]:
+    """Names of stored buffers that are not the same on all ranks. Every rank must ask."""
+    stored = module.state_dict().keys()
+    here = {
+        name: hashlib.sha256(buffer.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).digest()
+        for name, buffer in module.named_buffers()
+        if name in stored
+    }
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, here)
+    return sorted({name for each in everywhere for name in each if each[name] != everywhere[0].get(name)})
 
 
 def held_slices(tensor: Any) -> tuple[slice, ...]:

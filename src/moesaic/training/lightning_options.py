@@ -62,7 +62,8 @@ def ignore_advice() -> None:
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ".*The dirpath has changed from.*",
         ".*LeafSpec.* is deprecated.*",
-        ".*FSDPExperts.* returned a view tensor.*",  # nothing works on it in place
+        ".*FSDP.* returned a view tensor.*",  # nothing works on it in place
+        ".*find_unused_parameters=True was specified.*",  # a custom module may leave one out in another step
         ".*WeightAveraging callback with a model that overrides.*",  # an average of a sharded model is refused
     ):
         warnings.filterwarnings("ignore", message)

@@ -13,6 +13,7 @@ from moesaic.config import from_mapping, to_mapping
 from moesaic.data import with_step_counts
 from moesaic.distillation import TargetSource
 from moesaic.distillation.config import teacher_mapping
+from moesaic.errors import InputError
 from moesaic.evaluation.drift import RunningDrift, Watched
 from moesaic.evaluation.language_modeling import LanguageModelScore
 from moesaic.evaluation.routing import RoutingSums, routing_sums
@@ -25,9 +26,9 @@ from moesaic.losses import (
     update_expert_bias,
 )
 from moesaic.models import Account, Decoder, DecoderConfig, account, build_decoder
-from moesaic.models.custom import source_hashes
+from moesaic.models.custom import custom_modules, source_hashes
 from moesaic.parallel.clipping import clip_gradients
-from moesaic.parallel.shards import whole
+from moesaic.parallel.shards import differing_buffers, whole
 from moesaic.training.codistillation import Codistillation
 from moesaic.training.config import RunConfig, TrainingConfig
 from moesaic.training.forensics import describe_break
@@ -245,6 +246,9 @@ class LanguageModel(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Between backward and step: what moves by the counts and losses of this whole step."""
+        for weight in self.parameters():
+            if weight.requires_grad and weight.grad is None:  # no row needed it, on any rank: like a starved expert
+                weight.grad = torch.zeros_like(weight)
         self._step_counts = None
         self._move_biases(self.decoder, self.step_load)
         self.step_load = {}
@@ -343,7 +347,18 @@ class LanguageModel(pl.LightningModule):
         return True
 
     def _add_up_ranks(self) -> None:
-        """Make those of all ranks of the sums since the last row."""
+        """Make those of all ranks of the sums since the last row.
+
+        Raises:
+            InputError: a custom module keeps something that each rank has seen otherwise.
+        """
+        if custom_modules(self.decoder.config) and (names := differing_buffers(self.decoder)):
+            place, _, name = names[0].rpartition(".")
+            kind = type(self.decoder.get_submodule(place)).__name__
+            raise InputError(
+                f"{kind}: its buffer {names[0]} follows the tokens of a rank, so each process has another; {name} must "
+                "be the same on all of them, or trainer.devices must be 1"
+            )
         book = self.log_book
         book.nats = self._over_ranks(book.nats)
         book.auxiliary = {

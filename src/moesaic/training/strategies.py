@@ -12,6 +12,7 @@ from torch import Tensor
 from moesaic.errors import InputError
 from moesaic.files import standing
 from moesaic.models import Decoder
+from moesaic.models.custom import custom_modules
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.manifest import map_tensors, read_manifest
 from moesaic.parallel.shards import held, load_shards, shard_like, whole
@@ -47,11 +48,17 @@ def _meet(strategy: DDPStrategy | ModelParallelStrategy) -> None:
 
 
 class CopiesStrategy(DDPStrategy):
-    """DDP, where a rank that does not come is told of."""
+    """DDP, where a rank that does not come is told of, and custom modules may leave out weights that no row needs."""
 
     def setup_environment(self) -> None:
         _meet(self)
         super().setup_environment()
+
+    def configure_ddp(self) -> None:
+        decoder = getattr(self.lightning_module, "decoder", None)
+        if isinstance(decoder, Decoder):
+            self._ddp_kwargs["find_unused_parameters"] = bool(custom_modules(decoder.config))
+        super().configure_ddp()
 
 
 class ShardedStrategy(ModelParallelStrategy):
