@@ -10,7 +10,8 @@ import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import distributed
 
-from moesaic.training.meeting import meet, no_meeting
+from moesaic.errors import InputError
+from moesaic.training.meeting import meet, no_meeting, require_meeting
 
 SECOND = timedelta(seconds=1)
 
@@ -57,6 +58,32 @@ def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     found = said(distributed.ProcessGroupGloo.create_device, interface="nonsense")
     assert found.startswith("GLOO_SOCKET_IFNAME=nonsense: no network interface with an address; must be one of ")
     assert "lo" in found
+
+
+def test_what_no_process_could_meet_by_is_refused_first(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(**variables: str) -> str:
+        with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+            for name in ("GLOO_SOCKET_IFNAME", "MASTER_PORT", "WORLD_SIZE"):
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            require_meeting(is_first=True)
+        return str(error.value)
+
+    assert refusal(GLOO_SOCKET_IFNAME="lo,eth99").startswith("GLOO_SOCKET_IFNAME=eth99: no network interface")
+    assert refusal(MASTER_PORT="http") == "MASTER_PORT=http: must be a number from 1 to 65535"
+    assert refusal(MASTER_PORT="70000") == "MASTER_PORT=70000: must be a number from 1 to 65535"
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        assert refusal(MASTER_PORT=str(port)).startswith(f"MASTER_PORT={port}: another program uses this port")
+        require_meeting(is_first=False)
+        monkeypatch.setenv("WORLD_SIZE", "2")  # whoever set this may have opened the port
+        require_meeting(is_first=True)
+    monkeypatch.delenv("WORLD_SIZE")
+    require_meeting(is_first=True)
 
 
 def test_a_run_says_whom_it_waits_for_and_gives_up(

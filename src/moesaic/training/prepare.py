@@ -56,6 +56,7 @@ from moesaic.training.continuing import (
 from moesaic.training.fp8 import lightning_precision, plan_fp8
 from moesaic.training.launched import is_one_process, processes, rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
+from moesaic.training.meeting import require_meeting
 from moesaic.training.memory import require_memory_of_run
 from moesaic.training.module import LanguageModel
 from moesaic.training.precision import choose_precision
@@ -194,6 +195,8 @@ def _checked_model(config: RunConfig) -> DecoderConfig:
 def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[Callback]) -> None:
     """Refuse a number of processes that cannot share the model or the batch."""
     number = processes(to_mapping(config.trainer))
+    if number > 1:
+        require_meeting(is_first=rank() == 0)
     for name in ("expert", "tensor"):
         if (degree := getattr(config.parallel, name)) > 1 and config.trainer.strategy != "auto":
             raise InputError(
