@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moesaic.cli.train import objective
+from moesaic.cli.common import composed
+from moesaic.cli.train import objective, train_in_sweep
+from moesaic.errors import InputError
+from moesaic.training.launched import require_one_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["-m", "debug=smoke", "training.steps=2", "data=files", "data.tokenizer=bytes", "logger=none", "finish=score"]
@@ -60,3 +63,20 @@ def test_optuna_minimizes_bits_per_byte(corpus: Path, tmp_path: Path) -> None:
 )
 def test_what_a_sweeper_minimizes(metrics: dict[str, object], expected: float) -> None:
     assert objective(metrics) == expected
+
+
+def test_a_run_of_several_processes_is_none_of_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would start the whole sweep once more for its second process, and the first would wait for it."""
+    for name in ("LOCAL_RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert math.isinf(train_in_sweep(composed("train", ["trainer.devices=2"]), tmp_path))
+    assert "error: trainer.devices=2: a run of a sweep is one process, not 2; must be 1, or" in capsys.readouterr().err
+    with pytest.raises(InputError, match="a run of a study is one process, not 6"):
+        require_one_process({"devices": 2, "num_nodes": 3}, "a study")
+    require_one_process({"devices": 1}, "a study")
+    for name in ("LOCAL_RANK", "SLURM_NTASKS"):  # somebody else has started the others
+        with monkeypatch.context() as started:
+            started.setenv(name, "2")
+            require_one_process({"devices": 2}, "a study")

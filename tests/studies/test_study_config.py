@@ -147,6 +147,11 @@ def test_what_a_run_would_refuse_is_refused_first_and_by_name(
         validate(study, base)
 
 
+def test_runs_of_several_processes_are_refused(study_of: StudyOf, base: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"trainer\.devices=2: a run of a study is one process, not 2; must be 1"):
+        validate(study_of(), {**base, "trainer": {"devices": 2}})
+
+
 def test_a_good_study_is_not_refused(study_of: StudyOf, base: dict[str, Any]) -> None:
     validate(study_of(evaluations=["moesaic.config.flatten"]), base)
     with pytest.raises(InputError, match=r"workers=100000000 runs at a time, each \(weights .*or fewer workers"):

@@ -114,6 +114,18 @@ class Remembering(nn.Module):
         return (x - self.mean) * self.scale
 
 
+class Scaled(nn.Module):
+    """A layer with a weight of no dimension."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.linear(x)
+
+
 def with_layer(layer: type[nn.Module]) -> str:
     """The name of a model with a layer of our own."""
     name, [first, *_] = f"Llama 4 with {layer.__name__}", MODELS
@@ -123,7 +135,7 @@ def with_layer(layer: type[nn.Module]) -> str:
     return name
 
 
-CHOOSY, REMEMBERING = with_layer(Choosy), with_layer(Remembering)
+CHOOSY, REMEMBERING, SCALED = with_layer(Choosy), with_layer(Remembering), with_layer(Scaled)
 
 
 @pytest.mark.parametrize("layout", ["copies on 2", "shards on 2"])
@@ -140,6 +152,16 @@ def test_a_module_that_keeps_something_of_its_tokens_is_refused(workers: Workers
         RuntimeError, match=r"Remembering: its buffer layers\.0\.ffn\.mean follows the tokens of a rank"
     ):
         train_on(workers, training, LAYOUTS[layout])
+
+
+def test_a_weight_without_a_dimension_is_refused_where_it_would_be_in_parts(workers: Workers) -> None:
+    training = dataclasses.replace(CASES["Muon"], model=SCALED)
+    with pytest.raises(
+        RuntimeError, match=r"Scaled: its weight layers\.0\.ffn\.scale has no dimension; scale must have"
+    ):
+        train_on(workers, training, LAYOUTS["shards on 2"])
+    copies = deviations(train_on(workers, training, LAYOUTS["copies on 2"]), alone(workers, training))
+    assert Compared("copies on 2", SCALED, "64-true", copies).exceeding == {}
 
 
 def test_a_number_that_is_none_is_told() -> None:

@@ -29,6 +29,7 @@ from moesaic.files import write_json, write_yaml
 from moesaic.overrides import for_shell, override
 from moesaic.studies.sweep import DEFAULT_METRICS, ENDED, collect_runs, write_report
 from moesaic.training.fit import WARNED
+from moesaic.training.launched import require_one_process
 from moesaic.training.run import run_found
 from moesaic.training.starting import Found, find_run, free_part, is_finished
 
@@ -111,6 +112,7 @@ def train_in_sweep(config: dict[str, Any], run_dir: Path) -> float:
     if config["trainer"]["precision"] == "auto":
         config = {**config, "trainer": {**config["trainer"], "precision": "32-true"}}
     try:
+        require_one_process(config["trainer"], "a sweep")
         metrics = train({**config, "run_dir": str(run_dir)})
     except Exception as error:
         if not isinstance(error, InputError):

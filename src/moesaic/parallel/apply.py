@@ -17,7 +17,7 @@ from moesaic.layers.all_to_all import AllToAllDispatcher
 from moesaic.layers.fp8_emulation import hidden_linears
 from moesaic.models import Block, Decoder
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.shards import held
+from moesaic.parallel.shards import held, require_parts
 from moesaic.parallel.tensor import share_matrices
 
 __all__ = ["parallelize", "working_narrow"]
@@ -44,7 +44,11 @@ def parallelize(
 
     Returns:
         the ranks with other rows than this one, and this one, a mesh of one dimension.
+
+    Raises:
+        InputError: a weight has no dimension.
     """
+    require_parts(decoder)
     ranks = get_world_size()
     mesh = init_device_mesh(device.type, (ranks // config.expert, config.expert), mesh_dim_names=("efsdp", "ep"))
     if config.tensor > 1:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.errors import InputError
 from moesaic.layers.local import held
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "is_sharded",
     "layout",
     "load_shards",
+    "require_parts",
     "shard_like",
     "whole",
 ]
@@ -68,6 +70,21 @@ def differing_buffers(module: nn.Module) -> list[str]:
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, here)
     return sorted({name for each in everywhere for name in each if each[name] != everywhere[0].get(name)})
+
+
+def require_parts(module: nn.Module) -> None:
+    """Refuse a weight that has no dimension along which ranks could keep parts of it, which FSDP2 cannot have.
+
+    Raises:
+        InputError: it names the weight.
+    """
+    for name, weight in module.named_parameters():
+        if weight.dim() == 0:
+            place, _, own = name.rpartition(".")
+            raise InputError(
+                f"{type(module.get_submodule(place)).__name__}: its weight {name} has no dimension; {own} must have "
+                "one, such as torch.ones(1), or parallel.shard must be false"
+            )
 
 
 def held_slices(tensor: Any) -> tuple[slice, ...]:

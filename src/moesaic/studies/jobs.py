@@ -18,6 +18,7 @@ from moesaic.overrides import apply_overrides
 from moesaic.studies.config import PREPARED, Cell, Overrides, StudyConfig, VariantConfig
 from moesaic.studies.defining import defining
 from moesaic.training.config import RunConfig
+from moesaic.training.launched import require_one_process
 from moesaic.training.memory import require_memory_of_run
 from moesaic.training.transfer import TransferBase
 
@@ -288,6 +289,7 @@ def _named(where: str, config: Mapping[str, Any], workers: int = 1) -> None:
     try:
         canonical(config)
         run_config = from_mapping(RunConfig, config)
+        require_one_process(to_mapping(run_config.trainer), "a study")
         require_memory_of_run(run_config, _model_of(run_config), workers)
         if overrides := (config.get("distillation") or {}).get("teacher_model"):
             teacher = teacher_mapping({**run_config.model, "vocab_size": 1}, overrides)

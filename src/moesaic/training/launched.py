@@ -12,7 +12,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from moesaic.errors import InputError
 from moesaic.training.lightning_options import require_options
 
-__all__ = ["is_lost", "is_one_process", "processes", "rank", "rank_run_dir", "settle_rank", "tell_ranks"]
+__all__ = [
+    "is_lost",
+    "is_one_process",
+    "processes",
+    "rank",
+    "rank_run_dir",
+    "require_one_process",
+    "settle_rank",
+    "tell_ranks",
+]
 
 VARIABLE = "MOESAIC_RUN_DIR"
 
@@ -48,6 +57,27 @@ def processes(trainer: Mapping[str, Any]) -> int:
     if nodes < 1:
         raise InputError(f"trainer.num_nodes={nodes}: must be a number >= 1")
     return devices * nodes
+
+
+def require_one_process(trainer: Mapping[str, Any], what: str) -> None:
+    """Refuse several processes for one of many runs, where this process would have to start the others.
+
+    Lightning repeats the command for that, and the command is the one of all runs.
+
+    Args:
+        what: what the run is one of, for the message.
+
+    Raises:
+        InputError: it has more than one process.
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "LOCAL_RANK" in os.environ or (tasks.isdecimal() and int(tasks) > 1):
+        return
+    if (number := processes(trainer)) > 1:
+        raise InputError(
+            f"trainer.devices={trainer.get('devices', 1)}: a run of {what} is one process, not {number}; must be 1, or "
+            "start each run by a command of its own"
+        )
 
 
 def settle_rank(trainer: Mapping[str, Any]) -> None:

@@ -52,6 +52,8 @@ def quiet_lightning() -> None:
     """Let Lightning say warnings only; the run's own summary names devices and what is trained."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # its one message says which process has ended, before it ends this one
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
 
 
 def ignore_advice() -> None:

@@ -41,6 +41,7 @@ from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
 from moesaic.parallel.config import require_degrees, require_precision, require_vocabulary
+from moesaic.parallel.shards import require_parts
 from moesaic.training.batches import RunBatches, require_same_batches
 from moesaic.training.building import build
 from moesaic.training.components import make_callbacks, require_loggers
@@ -62,7 +63,7 @@ from moesaic.training.module import LanguageModel
 from moesaic.training.precision import choose_precision
 from moesaic.training.records import create_run_dir, environment
 from moesaic.training.starting import Found, Start, busy, clear_unstarted, read_start, require_free
-from moesaic.training.strategies import strategy_options
+from moesaic.training.strategies import is_sharded, strategy_options
 
 __all__ = ["Prepared", "fit_vocabulary", "prepare", "trainer_options"]
 
@@ -125,6 +126,10 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
         at_the_end.callback(targets.close)  # also where the run fails: other runs may want to add to the cache
     accounts = _require_room(run_config, model)
     module = build(run_config, model, start, data, targets)
+    number = processes(to_mapping(run_config.trainer))
+    if is_sharded(run_config.trainer.strategy, run_config.parallel, number):
+        for decoder in filter(None, (module.decoder, module.teacher)):
+            require_parts(decoder)
     run_dir = _claim_directory(found, run_config, at_the_end)
     if not rank():
         _begin_records(run_dir, run_config, model, start, data, targets)
@@ -210,8 +215,8 @@ def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[
         if all(layer.ffn != "moe" for layer in teacher.layers):  # it has no experts, though the student may
             parallel = dataclasses.replace(parallel, expert=1)
         require_degrees(parallel, number, config.training.batch_size, teacher, "distillation.teacher_model")
-    is_sharded = number > 1 and config.parallel.shard and config.trainer.strategy == "auto"
-    if is_sharded and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+    sharded = is_sharded(config.trainer.strategy, config.parallel, number)
+    if sharded and any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise InputError(
             f"callbacks: an average of the weights, with {number} processes; must be left out, or parallel.shard=false"
         )
