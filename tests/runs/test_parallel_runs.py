@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from small_runs import SMOKE
 from torch import distributed
@@ -78,6 +79,34 @@ def several(
     keys = {"parallel.shard": shard, "parallel.sharded_checkpoints": directory}
     switches = (f"{key}={str(value).lower()}" for key, value in keys.items())
     return (f"trainer.devices={devices}", f"parallel.expert={expert}", f"parallel.tensor={tensor}", *switches)
+
+
+class StopsAlone(Callback):
+    """Decides on the second rank alone, after two steps, that training ends."""
+
+    def on_train_batch_end(self, trainer: Trainer, *others: Any) -> None:
+        trainer.should_stop = trainer.should_stop or (trainer.global_rank == 1 and trainer.global_step == 2)
+
+
+def test_what_one_rank_decides_holds_for_all(composed: Composed, tmp_path: Path, workers: Workers) -> None:
+    typed = (*STEPS, *several(2), f"+callbacks.it._target_={__name__}.StopsAlone", f"run_dir={tmp_path / 'run'}")
+    found, _ = workers.run(on_a_rank, 2, composed(*typed), typed)
+    assert found["steps"] == 2 and [row["step"] for row in rows(tmp_path / "run")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("shard", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_the_range_test_has_the_loss_of_all_ranks(
+    shard: bool, composed: Composed, tmp_path: Path, workers: Workers
+) -> None:
+    """Parts of a loss, or DDP's multiples, would explode at other steps."""
+    keys = {"explosion": 1.01, "smoothing": 0.0, "highest": 1000.0}
+    settings = [f"callbacks.learning_rate_finder.{key}={value}" for key, value in keys.items()]
+    typed = (*SIZES, "callbacks=learning_rate_finder", *settings, "training.steps=12", "finish=score")
+    [whole] = workers.run(on_a_rank, 1, composed(*typed, f"run_dir={tmp_path / 'one'}"), typed)
+    typed += several(2, shard=shard)
+    found, _ = workers.run(on_a_rank, 2, composed(*typed, f"run_dir={tmp_path / 'two'}"), typed)
+    name = "learning_rate_finder/factor"
+    assert found["steps"] == whole["steps"] < 12 and found[name] == pytest.approx(whole[name])
 
 
 @pytest.mark.slow

@@ -141,11 +141,11 @@ class LastCheckpoint(Checkpoint):
             self._signum = signum
 
     def _agree(self, trainer: pl.Trainer) -> None:
-        """What one rank was told holds for all."""
+        """What one rank was told holds for all, and what a callback decided there."""
         if trainer.world_size > 1:
-            told = torch.tensor([self._signum, self.warned], device=trainer.strategy.root_device)
-            signum, warned = trainer.strategy.reduce(told, reduce_op="max").tolist()
-            self._signum, self.warned = int(signum), bool(warned)
+            told = torch.tensor([self._signum, self.warned, trainer.should_stop], device=trainer.strategy.root_device)
+            signum, warned, stop = trainer.strategy.reduce(told, reduce_op="max").tolist()
+            self._signum, self.warned, trainer.should_stop = int(signum), bool(warned), bool(stop)
         trainer.should_stop = trainer.should_stop or self.warned
 
     def _save(self, trainer: pl.Trainer) -> None:

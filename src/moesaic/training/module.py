@@ -510,6 +510,10 @@ class LanguageModel(pl.LightningModule):
         torch.distributed.all_gather_object(found, watched)
         return found[:: self.config.parallel.tensor]
 
+    def over_ranks(self, loss: Tensor) -> float:
+        """The loss of all ranks, of which `training_step` gave this one its part. Every rank must ask."""
+        return float(self._over_ranks(loss.detach()) / self._averaged_ranks)
+
     def _over_ranks(self, counts: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return counts

@@ -6,6 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim.lr_scheduler import LambdaLR
 
+from moesaic.training.module import LanguageModel
+
 __all__ = ["LearningRateFinder"]
 
 
@@ -62,7 +64,8 @@ class LearningRateFinder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        self._sum += float(outputs["loss"])
+        assert isinstance(module, LanguageModel)
+        self._sum += module.over_ranks(outputs["loss"])  # so that all ranks end at the same step
         self._micro_batches += 1
         if self._micro_batches < trainer.accumulate_grad_batches:
             return
