@@ -268,7 +268,7 @@ def _workloads(request: Request, subjects: Mapping[str, Subject], data: Data, de
         training = subject.run.training
         step = subject.run.training.tokens_per_step
         seq_len = training.validation_seq_len or training.seq_len
-        whole = len(data.validation.tokens) if data.task is None else data.task.test_sequences * seq_len
+        whole = len(data.validation.tokens) if data.task is None else data.task.test_size(seq_len) * seq_len
         check = min(whole, (training.validation_batches or whole) * training.batch_size * training.seq_len)
         score = min(whole, (training.score_windows or SCORE_WINDOWS) * seq_len)
         # a forward pass is a third of a step

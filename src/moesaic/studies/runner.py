@@ -388,7 +388,8 @@ def _load(config: Mapping[str, Any], rows: Path, known: str | None) -> _Loaded:
         what = of_python if config["data"]["source"] in ("stdlib", "packages") else "content hash of the data"
         _require_equal(rows, {what: known}, {what: found})
     if data.task is not None:
-        return _Loaded(found, 0, data.task.test_sequences * config["training"]["seq_len"])
+        seq_len = config["training"]["seq_len"]
+        return _Loaded(found, 0, data.task.test_size(seq_len) * seq_len)
     return _Loaded(found, len(data.train.tokens), len(data.validation.tokens))
 
 

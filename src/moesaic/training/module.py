@@ -352,7 +352,8 @@ class LanguageModel(pl.LightningModule):
         Raises:
             InputError: a custom module keeps something that each rank has seen otherwise.
         """
-        if custom_modules(self.decoder.config) and (names := differing_buffers(self.decoder)):
+        config = self.decoder.config
+        if (config is None or custom_modules(config)) and (names := differing_buffers(self.decoder)):
             place, _, name = names[0].rpartition(".")
             kind = type(self.decoder.get_submodule(place)).__name__
             raise InputError(

@@ -57,7 +57,7 @@ class CopiesStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         decoder = getattr(self.lightning_module, "decoder", None)
         if isinstance(decoder, Decoder):
-            self._ddp_kwargs["find_unused_parameters"] = bool(custom_modules(decoder.config))
+            self._ddp_kwargs["find_unused_parameters"] = decoder.config is None or bool(custom_modules(decoder.config))
         super().configure_ddp()
 
 
