@@ -58,7 +58,7 @@ def knows_the_first(tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("logits", "share"), [(oracle, 1.0), (uniform, 0.0), (knows_the_first, 1 / 3)], ids=lambda value: str(value)
+    ("logits", "share"), [(oracle, 1.0), (uniform, 0.0), (knows_the_first, 1 / 3)], ids=["all", "nothing", "a third"]
 )
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_known_bits_are_counted(logits: Callable[[Tensor], Tensor], share: float, batch_size: int) -> None:

@@ -17,7 +17,8 @@ They are the generalized intervals of Weerahandi (1993, J. Am. Stat. Assoc. 88) 
 The bootstrap of residuals, its factor, and the one of two levels: Davison and Hinkley (1997, sections 3.8 and 6.2).
 
 Two bounds keep v sensible.
-It is never below the variance that the seeds show alone, at its lower end of 95% confidence.
+It is never below the variance that the seeds show alone, at its lower end of 99.9% confidence: a higher
+bound would cover too often.
 With fewer than two spare rungs Student's t is useless (a factor of 12.7 for one, none for zero).
 Then the misfit is taken to be at most as large as the scatter of the seeds, unless the residual is larger.
 
@@ -106,7 +107,7 @@ class Noise:
         deviations, scatter, least, drawn = np.zeros(1), 0.0, 0.0, np.zeros(samples)
         if extra:
             scatter = float((within**2).sum()) / extra
-            least = scatter * extra / float(chi2.ppf(0.95, extra)) / seeds
+            least = scatter * extra / float(chi2.ppf(0.999, extra)) / seeds
             drawn = scatter * extra / random.chisquare(extra, samples)
         if scatter:
             raw = within[size > 1] * np.sqrt(size[size > 1] / (size[size > 1] - 1))
