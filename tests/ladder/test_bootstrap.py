@@ -47,7 +47,7 @@ def coverage(ladders: int, samples: int, rungs: int, asymptote: float | None, mi
 def test_intervals_of_200_ladders_hold_the_truth_in_90_to_99_percent(
     rungs: int, asymptote: float | None, misfit: float
 ) -> None:
-    found = coverage(200, 400, rungs, asymptote, misfit)
+    found = coverage(200, 250, rungs, asymptote, misfit)
     assert all(0.90 <= found[times] <= 0.99 for times in ("10", "100", "300")), found
     assert found["held out"] >= 0.90, found
 

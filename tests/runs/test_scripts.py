@@ -33,9 +33,12 @@ def group(name: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / name).glob("*.yaml"))
 
 
+RUNS = [name for name in group("experiment") if not name.startswith(("study_", "ladder_"))]
+
+
 @pytest.mark.slow_but_for("balancing")
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 20 steps are no time to balance in
-@pytest.mark.parametrize("experiment", [name for name in group("experiment") if not name.startswith("study_")])
+@pytest.mark.parametrize("experiment", RUNS)
 def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Path) -> None:
     overrides = [f"experiment={experiment}", "name=it"]
     if experiment == "codistill_joint":
@@ -51,7 +54,7 @@ def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Pa
     assert run(composed(*overrides))["status"] == "finished"
 
 
-@pytest.mark.parametrize("experiment", [name for name in group("experiment") if not name.startswith("study_")])
+@pytest.mark.parametrize("experiment", RUNS)
 def test_every_experiment_is_valid(composed: Composed, experiment: str) -> None:
     given = {
         "codistill_frozen": ["distillation.teacher=it"],
