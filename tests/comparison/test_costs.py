@@ -136,6 +136,7 @@ def test_operators() -> None:
     assert count(lambda: (x.cumprod(1), x.logsumexp(1), x.cummax(1), x.sort(), x.topk(2))) == (0, ())
 
 
+@pytest.mark.slow
 def test_activations_by_hand() -> None:
     """What two mixers keep besides their input, by how much they differ."""
     costs = [measure_costs(candidate(with_mixer(name))) for name in ("Orthogonal", "QuadraticMixer")]

@@ -120,6 +120,7 @@ def test_without_an_answer() -> None:
     assert RecallScore().accuracy == 0.0
 
 
+@pytest.mark.slow
 def test_plot(tmp_path: Path) -> None:
     task = SelectiveCopying(copies=(2,), test_sequences=8)
     scores = {

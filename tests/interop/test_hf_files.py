@@ -54,6 +54,7 @@ def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torc
 # ---- both ways
 
 
+@pytest.mark.slow_but_for("scout", "every expert", "tied head")
 @pytest.mark.parametrize("name", CASES)
 def test_round_trip_is_bit_equal_and_loads_in_transformers(name: str, tmp_path: Path) -> None:
     model = llama4(**CASES[name])

@@ -138,6 +138,7 @@ def test_moe_is_the_same_on_every_backend(name: str, top_k: int) -> None:
     assert_gradients(results[0][1], results[1][1], 1e-5)
 
 
+@pytest.mark.slow_but_for("sliced-True", "padded-False")
 @pytest.mark.parametrize("score_before", [True, False])
 @pytest.mark.parametrize("name", FLOAT64)
 def test_gradcheck(name: str, score_before: bool) -> None:
@@ -268,6 +269,7 @@ def test_any_activation(name: str, dtype: torch.dtype, activation: str) -> None:
     assert_gradients(results[0][1], results[1][1], tolerance)
 
 
+@pytest.mark.slow_but_for("sliced-silu")
 @pytest.mark.parametrize("activation", [F.silu, F.gelu, torch.tanh])
 @pytest.mark.parametrize("name", SLICED)
 def test_gradcheck_of_the_function(name: str, activation: Callable[[Tensor], Tensor]) -> None:

@@ -290,6 +290,7 @@ def test_a_full_disk_is_refused(given: Composed, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "targets").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_teacher_is_refused(given: Composed, teacher: Path) -> None:
     config = given()
     fill(config)

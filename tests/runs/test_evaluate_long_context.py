@@ -102,6 +102,7 @@ def test_the_whole_split_in_stretches_agrees_with_the_score(asked: Composed) -> 
     assert not any(key.startswith("beyond") for key in found)
 
 
+@pytest.mark.slow
 def test_needles_of_variants(asked: Composed, tmp_path: Path) -> None:
     config = asked("task=needle", "variants=[as_trained,no_temperature]")
     summary = evaluate.evaluate_long_context(config)

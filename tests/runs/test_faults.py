@@ -195,6 +195,7 @@ def test_a_directory_is_locked_until_its_process_ends(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_is_left_alone(composed: Composed, tmp_path: Path, unfinished: Path) -> None:
     with holding(unfinished):
         with pytest.raises(InputError, match=r"run_dir='.*run': another process is training in it"):
@@ -557,6 +558,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     assert (tmp_path / "file.txt").read_text() == "first"
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_score_leaves_the_numbers(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

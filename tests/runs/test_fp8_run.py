@@ -73,6 +73,7 @@ def test_a_stopped_run_goes_on_bit_equal(
         assert torch.equal(value, other["state_dict"][name]), name
 
 
+@pytest.mark.slow
 def test_its_checkpoint_holds_ordinary_weights(whole: Path, train_once: Callable[..., Path]) -> None:
     stored, plain = (
         load_checkpoint(each / "checkpoints" / "last.ckpt")["state_dict"] for each in (whole, train_once(*STEPS))
@@ -84,6 +85,7 @@ def test_its_checkpoint_holds_ordinary_weights(whole: Path, train_once: Callable
     assert generate(decoder, torch.tensor([[1, 2]]), 3, temperature=0).shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_share_of_flipped_choices(whole: Path, train_once: Callable[..., Path]) -> None:
     """None in the precision that it is compared with, few in another."""
     for run_dir, least in ((whole, 1e-6), (train_once(*STEPS), 0.0)):

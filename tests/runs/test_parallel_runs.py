@@ -88,6 +88,7 @@ class StopsAlone(Callback):
         trainer.should_stop = trainer.should_stop or (trainer.global_rank == 1 and trainer.global_step == 2)
 
 
+@pytest.mark.slow
 def test_what_one_rank_decides_holds_for_all(composed: Composed, tmp_path: Path, workers: Workers) -> None:
     typed = (*STEPS, *several(2), f"+callbacks.it._target_={__name__}.StopsAlone", f"run_dir={tmp_path / 'run'}")
     found, _ = workers.run(on_a_rank, 2, composed(*typed), typed)

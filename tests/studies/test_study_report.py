@@ -104,6 +104,7 @@ def test_unfinished_and_diverged_studies_are_reported_too(
     assert "moe against dense: no pair of finished runs, no verdict; moe: 3 of 3 runs diverged" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_pictures")
 def test_axes_and_variants_are_drawn(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], row_of: Callable[..., Any], tmp_path: Path

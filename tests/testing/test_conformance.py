@@ -409,6 +409,7 @@ def test_a_process_group_of_the_caller_is_left_alone(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_runs_agree() -> None:
     rows = [[check.run(bad) for check in QUICK] for _ in range(2)]
     assert rows[0] == rows[1]
