@@ -161,6 +161,7 @@ ROWS: list[tuple[str, list[str]]] = [
     ("parallel-check trace=many", ["trace='many'", "from 0 to"]),
     ("transfer chek", ["action='chek'", "must be check"]),
     ("transfer check kinds=[sparse]", ["kinds=sparse", "must be one of moe, dense"]),
+    ("transfer check parametrizations=[]", ["parametrizations=[]", "one or more of standard"]),
     ("transfer check widths=[64] depths=[2]", ["widths=[64]", "two of them"]),
     ("transfer check widths=[65,130]", ["dim=65", "must be whole"]),
     ("transfer check widths=[64,64]", ["widths=[64, 64]", "different whole numbers"]),

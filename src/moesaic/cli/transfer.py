@@ -1,6 +1,7 @@
 """Check that settings transfer over width and depth: moesaic transfer check [key=value ...]"""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,9 +43,7 @@ def _task(config: DictConfig) -> None:
     found: dict[str, list[Curve]] = {}
     for each in checks:
         found[each.name] = check(model, optimizer, each)
-        fails = [curve for curve in found[each.name] if not curve.holds]
-        said = "holds" if not fails else "grows: " + ", ".join(f"{curve.quantity} with {curve.axis}" for curve in fails)
-        console.print(f"{each.name}: {said}", markup=False)
+        console.print(f"{each.name}: {_said(found[each.name])}", markup=False)
     rows = {name: [_row(each) for each in curves] for name, curves in found.items()}
     write_json(directory / "coordinates.json", rows)
     draw(found, directory / "coordinates.png")
@@ -55,9 +54,26 @@ def _task(config: DictConfig) -> None:
         for each in checks
         if each.parametrization == "transfer" and any(not x.holds for x in found[each.name])
     ]
-    said = f"fails: {'; '.join(broken)}" if broken else f"passes: no slope beyond {MOST_SLOPE} under transfer"
+    if broken:
+        said = f"fails: {'; '.join(broken)}"
+    elif any(each.parametrization == "transfer" for each in checks):
+        said = f"passes: no slope beyond {MOST_SLOPE} under transfer"
+    else:
+        said = "no verdict: parametrizations has no transfer"
     console.print(said, markup=False)
     sys.exit(bool(broken))
+
+
+def _said(curves: Sequence[Curve]) -> str:
+    """What a check found, in one line: each quantity that does not keep its size, and which way it goes."""
+    moves = [f"{curve.quantity} {_way(curve.slope)} with {curve.axis}" for curve in curves if not curve.holds]
+    return ", ".join(moves) or "holds"
+
+
+def _way(slope: float) -> str:
+    if math.isinf(slope):
+        return "becomes 0 or infinite"
+    return "grows" if slope > 0 else "shrinks"
 
 
 def _checks(given: dict[str, Any]) -> list[Check]:
@@ -69,6 +85,8 @@ def _checks(given: dict[str, Any]) -> list[Check]:
     fields = {field.name: field.type for field in dataclasses.fields(Check)}
     for key, field in (("parametrizations", "parametrization"), ("optimizers", "optimizer"), ("kinds", "kind")):
         require_list(key, given[key])
+        if not given[key]:
+            raise InputError(f"{key}=[]: must be one or more of {', '.join(get_args(fields[field]))}")
         for each in given[key]:
             require_known(key, each, get_args(fields[field]))
     for key in ("widths", "depths"):
