@@ -39,7 +39,9 @@ class LadderConfig:
             if any(not math.isfinite(each) or each <= 0 for each in flops) or list(flops) != sorted(set(flops)):
                 raise ValueError(f"{key}={_listed(flops)}: must be different numbers of FLOPs > 0, the smallest first")
         if self.targets and self.targets[0] <= self.rungs[-1]:
-            raise ValueError(f"targets={_listed(self.targets)}: must be above the largest rung, {self.rungs[-1]:g}")
+            raise ValueError(
+                f"targets={_listed(self.targets)}: must be above the largest rung, {name_of(self.rungs[-1])}"
+            )
         if not 0 < self.tokens_per_parameter < math.inf:
             raise ValueError(f"tokens_per_parameter={self.tokens_per_parameter}: must be a number > 0")
         if self.batch < 1:

@@ -19,7 +19,7 @@ from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.files import write_json
 from moesaic.formats import translate_run
-from moesaic.ladder.bootstrap import Estimate, held_out, predict, sample_laws
+from moesaic.ladder.bootstrap import Estimate, RefutedLaw, held_out, predict, sample_laws
 from moesaic.ladder.config import LadderConfig, name_of
 from moesaic.ladder.laws import read_runs
 from moesaic.ladder.points import Cell, Points, cells_of, points_of
@@ -162,9 +162,11 @@ def record(results: Path, at: float, *, free: bool = False, least: float = 0.0) 
     if path.exists():
         raise InputError(f"{path}: there is a prediction already, which must stay; remove it by hand if it is wrong")
     if at <= config.rungs[-1]:
-        raise InputError(f"at={at:g}: must be above the largest rung, {config.rungs[-1]:g} FLOPs")
+        raise InputError(f"at={name_of(at)}: must be above the largest rung, {name_of(config.rungs[-1])} FLOPs")
     if any(row["axis"] == f"{AXIS}={name_of(at)}" for row in ladder.rows.values()):
-        raise InputError(f"at={at:g}: {results / 'rows.jsonl'} has runs of this rung; a prediction must be made before")
+        raise InputError(
+            f"at={name_of(at)}: {results / 'rows.jsonl'} has runs of this rung; a prediction must be made before them"
+        )
     rung, cells = ladder.rungs.at(at), ladder.cells
     arms, used = {}, list[Row]()
     for arm in config.arms:
@@ -201,10 +203,13 @@ def _predict(config: LadderConfig, points: Points, flops: float, free: bool, res
         held.require()
         samples = sample_laws(read_runs(points.flops, points.loss), asymptotes[0])
     except InputError as error:
-        raise InputError(
-            f"{results}: {points.arm}: {error}. least=FLOPs uses only rungs from there on, asymptote=free|pinned "
-            "another law, and ladder.rungs can have a larger one"
-        ) from error
+        ways = "least=0 uses all rungs, and asymptote=free|pinned another law"
+        if isinstance(error, RefutedLaw):
+            ways = (
+                "least=FLOPs uses only rungs from there on, asymptote=free|pinned another law, and ladder.rungs can "
+                "have a larger one"
+            )
+        raise InputError(f"{results}: {points.arm}: {error}. {ways}") from error
     try:
         other = predict(points.flops, points.loss, flops, asymptote=asymptotes[1])
     except InputError:
