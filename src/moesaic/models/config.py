@@ -191,7 +191,7 @@ class DecoderConfig:
         if self.parametrization != "standard" and self.tie_embeddings:
             raise ValueError(
                 f"tie_embeddings=True: must be false with parametrization={self.parametrization}, as no rule holds for "
-                "both at once"
+                "an embedding and a head at once"
             )
         if self.format != FORMAT:
             raise ValueError(f"format={self.format}: must be {FORMAT}")
