@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +18,12 @@ from moesaic.ladder.rungs import METRIC
 
 __all__ = ["plot_ladder", "plot_residuals"]
 
+OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+
 DASHES = {"pinned": "-", "free": "--"}
+
+BESIDE = 1.08
+"""By what factor of compute the intervals of two arms at a rung are drawn apart."""
 
 HIGHEST = 1e6
 """What an end of an interval is drawn as that is further up, or infinite."""
@@ -47,14 +53,19 @@ def plot_ladder(ladder: LadderConfig, cells: Sequence[Cell], analysis: Analysis,
         low, high = predicted.expected.low, predicted.expected.high
         color = dict(zip(ladder.arms, _colors(ladder), strict=True))[outcome.arm]
         left.vlines(predicted.flops, low, high, color=color, linewidth=4, alpha=0.3)
+    if outcomes:
+        left.plot([], [], "o", color=GRAY, markerfacecolor="none", markersize=4, label="target, measured")
+        left.plot([], [], color=GRAY, linewidth=4, alpha=0.3, label="target, predicted")
     _logarithmic(left, both=True)
     label_axes(left, "laws: asymptote pinned (lines) and free (dashes)", "active FLOPs", "bits per byte")
     left.legend(frameon=False, fontsize=8)
+    others = [arm for arm in ladder.arms if arm != ladder.baseline]
     for arm, color in zip(ladder.arms, _colors(ladder), strict=True):
         if arm == ladder.baseline or not (worth := analysis.worth(arm, "FLOPs")).values:
             continue
         at = {cell.rung: cell.mean_of("active_flops") for cell in cells if cell.arm == arm and cell.finished}
-        places = [at[rung] for rung in worth.rungs]
+        beside = BESIDE ** (others.index(arm) - (len(others) - 1) / 2)  # else equal arms would hide each other
+        places = [at[rung] * beside for rung in worth.rungs]
         highs = [min(v.high, HIGHEST) for v in worth.values]
         right.vlines(places, [min(v.low, HIGHEST) for v in worth.values], highs, color=color, alpha=0.8)
         right.plot(places, [v.value for v in worth.values], "o", color=color, markersize=5, label=arm)
@@ -88,8 +99,10 @@ def plot_residuals(ladder: LadderConfig, cells: Sequence[Cell], analysis: Analys
         panel.axhline(0, color=GRAY, linewidth=1, linestyle="--")
         _logarithmic(panel, both=False)
         label_axes(panel, f"asymptote {which}", "active FLOPs", "measured less fitted (% of the loss)")
-    if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(frameon=False, fontsize=8)
+    for panel in panels:
+        if panel.get_legend_handles_labels()[0]:  # beside the panels: inside, its marks would pass for runs
+            panels[-1].legend(*panel.get_legend_handles_labels(), frameon=False, fontsize=8, **OUTSIDE)
+            break
     return figure
 
 
