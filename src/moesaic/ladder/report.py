@@ -127,7 +127,8 @@ def _gate(arm: str, passed: bool, throughput: Sequence[float]) -> str:
 
 def _compared(outcome: Outcome) -> str:
     prediction = outcome.prediction
-    predicted, measured = prediction.arms[outcome.arm].expected, f"{outcome.measured:.4f} ({outcome.seeds} seeds)"
+    seeds = "1 seed" if outcome.seeds == 1 else f"{outcome.seeds} seeds"
+    predicted, measured = prediction.arms[outcome.arm].expected, f"{outcome.measured:.4f} ({seeds})"
     place = "inside" if outcome.inside else "outside"
     changed = "" if outcome.rows_unchanged else "; the rows that it was made from have changed since"
     return (
@@ -221,7 +222,7 @@ def _notes(
         edge = sorted({cell.arm for cell in cells if cell.at_edge})
         text = "Learning rates are tuned at the lowest rung, on a seed of its own, and moved by the rules of transfer."
         notes.append(text + (f" The best is at the edge of what was tried: {', '.join(edge)}." if edge else ""))
-    notes += [f"{fit.arm}, {fit.asymptote} asymptote: {fit.reason}" for fit in analysis.fits if fit.reason]
+    notes += _unsaid(analysis)
     for cell in cells:
         notes += [f"diverged: {row_key(row)}: {row['error']}" for row in cell.diverged]
         if cell.missing:
@@ -238,6 +239,16 @@ def _notes(
     if any(row["uncommitted_changes"] for row in rows.values()):
         notes.append("Some rows were made with uncommitted changes in src/ or conf/.")
     return notes
+
+
+def _unsaid(analysis: Analysis) -> list[str]:
+    """Why a law or a worth is missing, each reason once."""
+    of_reason: dict[str, list[str]] = {}
+    for fit in analysis.fits:
+        of_reason.setdefault(fit.reason, []).append(f"{fit.arm}, {fit.asymptote} asymptote")
+    for worth in analysis.worths:
+        of_reason.setdefault(worth.reason, []).append(f"{worth.arm}, worth in {worth.measure}")
+    return [f"{'; '.join(what)}: {reason}" for reason, what in of_reason.items() if reason]
 
 
 def _summary(
