@@ -1,16 +1,19 @@
 """The report of a ladder: what an arm is worth, with its slope, and what could not be said."""
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from moesaic.ladder.analysis import Worth, analyze
 from moesaic.ladder.bootstrap import Estimate
+from moesaic.ladder.plots import plot_ladder, plot_residuals
 from moesaic.ladder.prediction import read_ladder
 from moesaic.ladder.report import sentence, write_ladder_report
 from moesaic.ladder.rungs import Rungs
@@ -49,6 +52,21 @@ def test_twice_the_compute_is_found_and_told_in_one_sentence(rungs_of: MakeRungs
     assert summary["gates"] == {"16 experts": True}
 
 
+def test_equal_arms_do_not_hide_each_other_in_the_pictures(rungs_of: MakeRungs, made_ladder: MakeLadder) -> None:
+    ladder = read_ladder(made_ladder(rungs_of("experiment=ladder_experts")))
+    analysis = analyze(ladder.config, ladder.cells)
+    _, right = plot_ladder(ladder.config, ladder.cells, analysis, []).axes
+    at_first = sorted(
+        float(np.asarray(line.get_xdata())[0]) for line in right.lines if line.get_label() in analysis.gates
+    )
+    assert len(at_first) == 3
+    assert all(larger / smaller > 1.02 for smaller, larger in itertools.pairwise(at_first))
+    figure = plot_residuals(ladder.config, ladder.cells, analysis)
+    [legend] = [panel.get_legend() for panel in figure.axes if panel.get_legend() is not None]
+    figure.canvas.draw()
+    assert legend.get_window_extent().x0 >= figure.axes[-1].get_window_extent().x1, "its marks would pass for runs"
+
+
 def test_a_diverged_run_leaves_no_law_and_is_named(rungs_of: MakeRungs, made_ladder: MakeLadder) -> None:
     def diverged(row: Row) -> Row:
         bad = (row["arm"], row["axis"], row["seed"]) == ("16 experts", "rung=1e12", 2)
@@ -57,6 +75,9 @@ def test_a_diverged_run_leaves_no_law_and_is_named(rungs_of: MakeRungs, made_lad
     text, summary = report(made_ladder(rungs_of(), change=diverged))
     assert "16 experts: no statement of its worth: 16 experts, rung=1e12, measure, seed 2" in text
     assert summary["gates"] == {}
+    notes = text[text.index("± is") :]
+    assert notes.count("a law must have all runs of a rung") == 1, "each reason once"
+    assert "16 experts, worth in seconds" in notes, "why there is no number in the table"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from moesaic.cli import main
 from moesaic.cli.common import composed
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
@@ -157,6 +159,36 @@ def test_the_check_takes_custom_parts(optimizer: Any) -> None:
     )
     assert {curve.quantity for curve in curves} == set(QUANTITIES)
     assert all(math.isfinite(curve.slope) for curve in curves)
+
+
+@pytest.mark.parametrize(
+    ("parametrization", "slope_of", "said"),
+    [
+        ("standard", 1.0, "residual stream grows with width"),
+        ("standard", -1.0, "residual stream shrinks with width"),
+        ("standard", 0.0, "holds"),
+        ("transfer", 0.0, "passes: no slope beyond"),
+    ],
+)
+def test_the_check_says_which_way_it_goes_and_passes_only_what_it_checked(
+    parametrization: str,
+    slope_of: float,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    curve = Curve("residual stream", "width", (32, 64), (1.0, 2.0**slope_of))
+    monkeypatch.setattr("moesaic.cli.transfer.check", lambda *_: [curve])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["transfer", "check", f"parametrizations=[{parametrization}]", "optimizers=[muon]", "kinds=[dense]"])
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("no verdict" in out) == (parametrization == "standard") and ("passes" in out) == (
+        parametrization == "transfer"
+    )
 
 
 def test_batch_and_tokens() -> None:
