@@ -309,6 +309,10 @@ def test_a_wider_model_has_more_heads_of_one_size() -> None:
 def test_slopes() -> None:
     assert Curve("x", "width", (64, 128, 256), (1.0, 2.0, 4.0)).slope == pytest.approx(1)
     assert not Curve("x", "width", (64, 128, 256), (1.0, 2.0, math.inf)).holds
+    falling = (1.0, 2**-0.6, 2**-1.2)
+    assert Curve("router logits", "width", (64, 128, 256), falling).holds
+    assert not Curve("router logits", "depth", (2, 4, 8), falling).holds
+    assert not Curve("mixer", "width", (64, 128, 256), falling).holds
 
 
 @pytest.mark.slow
