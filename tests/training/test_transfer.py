@@ -222,6 +222,9 @@ def test_the_proxy_of_a_training_is_one_override() -> None:
     assert proxy.optimizer_at_scale() == proxy.optimizer
     assert target.optimizer_at_scale() != target.optimizer
     assert from_mapping(RunConfig, to_mapping(proxy)) == proxy
+    standard = {**run, "model": {**run["model"], "parametrization": "standard"}}
+    with pytest.raises(InputError, match=r"proxy=True: needs model\.parametrization=transfer"):
+        from_mapping(RunConfig, {**standard, "transfer": {"base": base, "proxy": True}})
     with pytest.raises(InputError, match=r"transfer\.base\.batch=256: must be a multiple of .* = 768"):
         from_mapping(RunConfig, {**run, "training": {**run["training"], "seq_len": 768}})
 

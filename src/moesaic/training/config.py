@@ -194,6 +194,10 @@ class RunConfig:
         if self.model.get("parametrization") == "transfer" and self.model.get("base") is None:
             base = {"dim": self.transfer.base.dim, "num_layers": self.transfer.base.num_layers}
             object.__setattr__(self, "model", {**self.model, "base": base})
+        if self.transfer.proxy and self.model.get("parametrization") != "transfer":
+            raise ValueError(
+                "transfer.proxy=True: needs model.parametrization=transfer, as under no other the rates of a proxy hold"
+            )
         if self.transfer.proxy:
             for section, value in self._at_base().items():
                 object.__setattr__(self, section, value)
