@@ -115,6 +115,7 @@ def test_what_raises_is_a_row_that_says_so(options: Options) -> None:
     assert rows["broken", "forward"].note == "not run: NotImplementedError"
 
 
+@pytest.mark.slow
 def test_what_is_slow_is_timed_once(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

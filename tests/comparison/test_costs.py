@@ -147,6 +147,7 @@ def test_activations_by_hand() -> None:
     assert costs[1].activation_bytes - costs[0].activation_bytes == quadratic - orthogonal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_activations_of_our_parts_are_those_of_the_formula(checkpoint: bool) -> None:
     costs = measure_costs(candidate(checkpoint_activations=checkpoint))
@@ -179,6 +180,7 @@ def test_a_large_batch_is_counted_on_a_part_of_it() -> None:
     assert "of 64 sequences of 256 tokens" in note
 
 
+@pytest.mark.slow
 def test_times_are_of_the_candidates_in_order() -> None:
     large = dataclasses.replace(SMALL, dim=256, hidden_dim=4096)
     small_seconds, large_seconds = time_steps([candidate(batch_size=1), candidate(large)], rounds=3)

@@ -99,6 +99,7 @@ def test_none_solves_nothing() -> None:
     assert any("active FLOPs" in each for each in fair.unequal)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_solved_is_no_error() -> None:
     deep = candidate(num_layers=6)
     fair = make_fair(candidate(), deep, "active_flops", rounds=0)

@@ -186,6 +186,7 @@ def test_prompts_depend_on_the_seed_only() -> None:
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(contexts, 2))
 
 
+@pytest.mark.slow
 def test_a_stopped_grid_goes_on(tmp_path: Path) -> None:
     task = task_of(ByteTokenizer())
     model = Rigged(257, 6)

@@ -23,6 +23,7 @@ def test_runs_flops_and_time_of_what_is_missing(
     assert cost.seconds(2) == pytest.approx(as_those_there / 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_without_a_run_a_cpu_is_timed_and_a_gpu_is_not(rungs_of: Callable[..., Rungs]) -> None:
     rungs = rungs_of()
     study, base = rungs.study()

@@ -52,6 +52,7 @@ def test_twice_the_compute_is_found_and_told_in_one_sentence(rungs_of: MakeRungs
     assert summary["gates"] == {"16 experts": True}
 
 
+@pytest.mark.slow
 def test_equal_arms_do_not_hide_each_other_in_the_pictures(rungs_of: MakeRungs, made_ladder: MakeLadder) -> None:
     ladder = read_ladder(made_ladder(rungs_of("experiment=ladder_experts")))
     analysis = analyze(ladder.config, ladder.cells)

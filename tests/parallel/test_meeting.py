@@ -47,6 +47,7 @@ def test_a_rank_that_does_not_come(port: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_does_not_come(port: int) -> None:
     assert said(distributed.TCPStore, "127.0.0.1", port, 2, False, timeout=SECOND) == (
         f"rank 0 did not answer at 127.0.0.1:{port}; all must be started, with the same MASTER_ADDR and MASTER_PORT"

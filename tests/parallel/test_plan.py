@@ -177,6 +177,7 @@ CASES = {
 QUICK = ("matrices, each sharded",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )

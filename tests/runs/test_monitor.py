@@ -84,6 +84,7 @@ def test_healthy_router_raises_none(composed: Composed) -> None:
     assert all(float(row["load"]) == pytest.approx(1) for row in rows)
 
 
+@pytest.mark.slow
 def test_broken_weights_stop_the_run_and_name_the_layer(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     original = run_module.LanguageModel.training_step
 

@@ -95,6 +95,7 @@ def test_what_one_rank_decides_holds_for_all(composed: Composed, tmp_path: Path,
     assert found["steps"] == 2 and [row["step"] for row in rows(tmp_path / "run")] == ["1", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_range_test_has_the_loss_of_all_ranks(
     shard: bool, composed: Composed, tmp_path: Path, workers: Workers

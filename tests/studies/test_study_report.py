@@ -231,6 +231,7 @@ def test_a_switch_is_compared_with_its_own_arm_and_drawn_by_position(
     assert "moe: 2 of 3 runs diverged" in report(study, base, rows, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_pictures")
 def test_the_teachers_flops_are_counted(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path

@@ -198,6 +198,7 @@ class Flat(Own):
         return y.flatten(0, 1), loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Own, Flat])
 def test_a_plain_module_needs_no_description(kind: type[Own]) -> None:
     report = check_moe(kind)
@@ -219,6 +220,7 @@ def test_a_plain_module_needs_no_description(kind: type[Own]) -> None:
         assert row.detail, f"{row.check} says nothing"
 
 
+@pytest.mark.slow
 def test_more_is_checked_when_more_is_said() -> None:
     def factory() -> MoEUnderTest:
         return MoEUnderTest(Own(), router_weight=lambda module: module.gate.weight, top_k=1)

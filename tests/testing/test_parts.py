@@ -124,6 +124,7 @@ def with_parts(**moe: Any) -> DecoderConfig:
     )
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_model_are_checked_each_once_where_they_stand() -> None:
     rows = check_decoder_parts(with_parts(router={"type": "rigged_parts:ExpertChoice"}))
     assert [row.check for row in rows] == 3 * ORDER
@@ -134,6 +135,7 @@ def test_the_parts_of_a_model_are_checked_each_once_where_they_stand() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_experts_and_a_dispatcher_of_a_model_are_checked() -> None:
     config = with_parts(
         experts={"type": "rigged_parts.CenteredExperts"}, dispatcher={"type": "moesaic.layers.LocalDispatcher"}

@@ -30,6 +30,7 @@ def test_a_layer_known_by_name(script: ModuleType, capsys: pytest.CaptureFixture
         assert check.name in out
 
 
+@pytest.mark.slow
 def test_a_layer_of_ones_own(
     script: ModuleType,
     capsys: pytest.CaptureFixture[str],

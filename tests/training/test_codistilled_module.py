@@ -333,6 +333,7 @@ def test_the_gap_sees_means_over_the_global_batch_once_per_step() -> None:
     torch.testing.assert_close(module.soft_weight.loss_gap(), gap, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gap_control_ignores_a_teacher_that_knows_less() -> None:
     module = make(STUDENT, frozen(SoftWeightConfig(value=0.9, gap=0.1, ema=0.0)), some_teacher(), steps=12, clip=1.0)
     rows = fit(module, batches(1) * 12)

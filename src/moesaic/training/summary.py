@@ -45,7 +45,7 @@ def print_summary(
 ) -> None:
     training = config.training
     shape = f"{model.num_layers} layers, dim {model.dim}, vocabulary {model.vocab_size}"
-    table = Table(title=f"{escape(config.name)}: {shape}")
+    table = Table(title=f"{escape(config.name)}{', a proxy' if config.transfer.proxy else ''}: {shape}")
     for column in ("layer", "token mixer", "channel mixer"):
         table.add_column(column)
     for column in ("parameters", "active", "MFLOP/token"):
@@ -72,11 +72,6 @@ def print_summary(
         f"[bold]memory[/]  weights {_bytes(weights)}, gradients {_bytes(weights)}, "
         f"optimizer at most {_bytes(account.optimizer_bytes())}, activations {_bytes(activations)} per step"
     )
-    if config.transfer.proxy:
-        console.print(
-            f"[bold]proxy[/]   the training at its base: dim {model.dim}, {model.num_layers} layers, "
-            f"{training.steps:,} steps of {tokens_per_step:,} tokens"
-        )
     source = escape(str(facts.get("source", config.data.source)))
     files = f", {facts['train_files']} + {facts['validation_files']} files" if "train_files" in facts else ""
     if left_out := facts.get("left_out"):
