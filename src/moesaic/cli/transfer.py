@@ -20,7 +20,7 @@ from moesaic.files import make_folder, write_json
 from moesaic.models import DecoderConfig
 from moesaic.models.resizing import resized
 from moesaic.training.config import OptimizerConfig
-from moesaic.training.coordinates import MOST_SLOPE, Check, Curve, check
+from moesaic.training.coordinates import MOST_FALL_OF_LOGITS, MOST_SLOPE, Check, Curve, check
 from moesaic.training.coordinates_plot import draw
 
 __all__ = ["main"]
@@ -57,7 +57,8 @@ def _task(config: DictConfig) -> None:
     if broken:
         said = f"fails: {'; '.join(broken)}"
     elif any(each.parametrization == "transfer" for each in checks):
-        said = f"passes: no slope beyond {MOST_SLOPE} under transfer"
+        falls = f"logits may fall with the width by {MOST_FALL_OF_LOGITS}"
+        said = f"passes: no slope beyond {MOST_SLOPE} under transfer ({falls})"
     else:
         said = "no verdict: parametrizations has no transfer"
     console.print(said, markup=False)

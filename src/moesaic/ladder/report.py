@@ -272,6 +272,31 @@ def _summary(
         }
         for cell in cells
     ]
+    compared = [
+        {
+            "arm": outcome.arm,
+            "rung": outcome.prediction.rung.name,
+            "predicted": _finite(outcome.prediction.arms[outcome.arm].expected),
+            "measured": outcome.measured,
+            "inside": outcome.inside,
+            "rows_unchanged": outcome.rows_unchanged,
+        }
+        for outcome in found
+    ]
+    return {
+        "ladder": name,
+        "question": ladder.question,
+        "baseline": ladder.baseline,
+        "command": command,
+        "results": results,
+        **_of_analysis(analysis),
+        "predictions": compared,
+        "verdicts": list(verdicts),
+        "notes": list(notes),
+    }
+
+
+def _of_analysis(analysis: Analysis) -> dict[str, Any]:
     fits = [
         {
             "arm": fit.arm,
@@ -294,30 +319,7 @@ def _summary(
         }
         for worth in analysis.worths
     ]
-    compared = [
-        {
-            "arm": outcome.arm,
-            "rung": outcome.prediction.rung.name,
-            "predicted": _finite(outcome.prediction.arms[outcome.arm].expected),
-            "measured": outcome.measured,
-            "inside": outcome.inside,
-            "rows_unchanged": outcome.rows_unchanged,
-        }
-        for outcome in found
-    ]
-    return {
-        "ladder": name,
-        "question": ladder.question,
-        "baseline": ladder.baseline,
-        "command": command,
-        "results": results,
-        "laws": fits,
-        "worth": worths,
-        "gates": analysis.gates,
-        "predictions": compared,
-        "verdicts": list(verdicts),
-        "notes": list(notes),
-    }
+    return {"laws": fits, "worth": worths, "gates": analysis.gates}
 
 
 def _finite(estimate: Estimate) -> dict[str, float | None]:

@@ -194,10 +194,6 @@ class RunConfig:
         if self.model.get("parametrization") == "transfer" and self.model.get("base") is None:
             base = {"dim": self.transfer.base.dim, "num_layers": self.transfer.base.num_layers}
             object.__setattr__(self, "model", {**self.model, "base": base})
-        if self.transfer.proxy and self.model.get("parametrization") != "transfer":
-            raise ValueError(
-                "transfer.proxy=True: needs model.parametrization=transfer, as under no other the rates of a proxy hold"
-            )
         if self.transfer.proxy:
             for section, value in self._at_base().items():
                 object.__setattr__(self, section, value)
@@ -221,6 +217,10 @@ class RunConfig:
 
     def _at_base(self) -> dict[str, Any]:
         """The sections that a proxy changes; those of a proxy are as they are."""
+        if self.model.get("parametrization") != "transfer":
+            raise ValueError(
+                "transfer.proxy=True: needs model.parametrization=transfer, as under no other the rates of a proxy hold"
+            )
         base, training = self.transfer.base, self.training
         window = training.seq_len * training.accumulate
         if base.batch % window:

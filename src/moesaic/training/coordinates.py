@@ -31,6 +31,9 @@ QUANTITIES = ("residual stream", "mixer", "feed-forward", "router logits", "outp
 MOST_SLOPE = 0.35
 """Largest slope of log2 of a quantity over log2 of the size; 1 means that it doubles with it."""
 
+MOST_FALL_OF_LOGITS = MOST_SLOPE + 0.5
+"""The same for logits that fall with the width: new ones do, as width^-0.5, and a few steps may not change that."""
+
 Axis = Literal["width", "depth"]
 
 VOCABULARY = 256
@@ -79,9 +82,8 @@ class Curve:
 
     @property
     def holds(self) -> bool:
-        # new logits shrink as width^-0.5 by rule, and in a few steps they need not have outgrown that
-        by_rule = 0.5 if self.axis == "width" and self.quantity in ("router logits", "output logits") else 0.0
-        return -MOST_SLOPE - by_rule <= self.slope <= MOST_SLOPE
+        falls = self.axis == "width" and self.quantity in ("router logits", "output logits")
+        return -(MOST_FALL_OF_LOGITS if falls else MOST_SLOPE) <= self.slope <= MOST_SLOPE
 
 
 def check(model: DecoderConfig, optimizer: OptimizerConfig, of: Check) -> list[Curve]:
