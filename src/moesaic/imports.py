@@ -164,7 +164,8 @@ def names_in(config: Any) -> frozenset[str]:
             elif last == "evaluations" and isinstance(value, (list, tuple)):
                 found |= {each for each in value if isinstance(each, str)}
             found |= names_in(value)
-        return frozenset(map(_dotted, filter(_is_path, found)))
+        named = (path for path in found if _is_path(path) and _dotted(path).rpartition(".")[0])
+        return frozenset(map(_dotted, named))  # a name without a module imports nothing
     if isinstance(config, (list, tuple)):
         return frozenset().union(*map(names_in, config))
     return frozenset()

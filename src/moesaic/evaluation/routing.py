@@ -72,6 +72,10 @@ class RoutingSums(NamedTuple):
         """Share of the tokens that no expert sees: every slot of theirs has the id E."""
         return (self.counts[-2] / self.counts[-3]).item()
 
+    def experts_per_token(self) -> float:
+        """The mean number of experts that a token has."""
+        return (self.counts[:-3].sum() / self.counts[-3]).item()
+
 
 @torch.no_grad()
 def routing_sums(routing: Routing, valid: Tensor | None = None) -> RoutingSums:

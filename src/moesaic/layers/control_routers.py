@@ -11,8 +11,10 @@ __all__ = ["UniformRouter"]
 class UniformRouter(TopKRouter):
     """Sends token t to experts t*K, t*K + 1, ... modulo E, whatever the logits say: perfectly balanced.
 
-    Scores still come from the logits, so every gradient exists.
+    Scores still come from the logits, so every gradient exists. A token's place in the batch decides, and nothing else.
     """
+
+    depends_on_batch = True
 
     def select(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         slots = torch.arange(logits.size(0) * self.top_k, device=logits.device)

@@ -1,5 +1,6 @@
 """The mixture-of-experts layer (channel mixer)."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,7 +67,8 @@ class MoE(nn.Module):
     Args:
         router: x (T, D) -> logits (T, E), scores (T, K), expert_ids (T, K), as a `Routing` or a tuple. The layer counts
             the tokens of each expert. An id of E means "no expert"; a router that never gives it may say so with an
-            attribute `may_skip = False`, which saves a host synchronization on GPUs.
+            attribute `may_skip = False`, which saves a host synchronization on GPUs. If its forward has an argument
+            `token_ids`, it gets the ids (T,) of the tokens.
         experts: rows (R, D) sorted by expert, rows_per_expert (E,) -> (R, D).
         shared_expert: sees every token, unscaled; None for none.
         dispatcher: how rows reach the experts.
@@ -88,6 +90,8 @@ class MoE(nn.Module):
         self.shared_expert = shared_expert
         self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.score_before_experts = score_before_experts
+        self.takes_token_ids = "token_ids" in inspect.signature(router.forward).parameters
+        """Whether the router asks for the ids of the tokens; the forward methods then take them."""
         self.assume_full = False
         """Whether to take it that every slot has an expert, without looking: for tensors without values."""
 
@@ -144,11 +148,13 @@ class MoE(nn.Module):
             score_before_experts=score_before_experts,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.forward_with_routing(x)[0]
+        return self.forward_with_routing(x, token_ids=token_ids)[0]
 
-    def forward_with_routing(self, x: Tensor, routing: Routing | None = None) -> tuple[Tensor, Routing]:
+    def forward_with_routing(
+        self, x: Tensor, routing: Routing | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D), and the router's decision over the T flattened tokens.
 
         Returning it, instead of storing it on a module or calling hooks, keeps it exactly once under activation
@@ -157,6 +163,7 @@ class MoE(nn.Module):
         Args:
             routing: replays its expert_ids (T, K) instead of choosing. The scores are computed anew from all logits, so
                 the router learns as if it had made this choice. The result is marked as `replayed`.
+            token_ids: (...) int64, for a router that asks for them.
 
         Raises:
             ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
@@ -165,7 +172,12 @@ class MoE(nn.Module):
         if isinstance(self.experts, Experts):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
-        decided = self.router(tokens) if routing is None else replay(self.router, tokens, routing)
+        if routing is not None:
+            decided = replay(self.router, tokens, routing)
+        elif self.takes_token_ids:
+            decided = self.router(tokens, token_ids=None if token_ids is None else token_ids.flatten())
+        else:
+            decided = self.router(tokens)
         decided = self._count(decided, tokens.size(0), replayed=routing is not None)
         y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
         return y if self.shared_expert is None else self.shared_expert(x) + y, decided

@@ -14,7 +14,7 @@ from torch import nn
 
 from moesaic.errors import InputError
 from moesaic.layers.part import Flops, active_parameters, cache_bytes, flops_per_token, num_parameters, parameter_kinds
-from moesaic.models.config import FFN, DecoderConfig, Mixer
+from moesaic.models.config import FFN, CustomModule, DecoderConfig, Mixer
 from moesaic.models.custom import asks_for, custom_modules
 from moesaic.models.decoder import Block, build_block
 
@@ -161,13 +161,17 @@ def _describe_ffn(config: DecoderConfig, ffn: FFN) -> str:
     moe = config.moe
     assert moe is not None  # checked by the config
     shared = f" + shared {moe.shared_width}" if moe.shared_width else ""
-    router = (
-        ""
-        if moe.router == "top_k"
-        else f", router {moe.router['type'] if isinstance(moe.router, dict) else moe.router}"
-    )
+    router = "" if moe.router == "top_k" else f", router {_name_of(moe.router)}"
     experts = f" {moe.experts['type']}" if isinstance(moe.experts, dict) else ""
     return f"MoE {moe.num_experts} x {moe.hidden_dim}{experts}, top {moe.top_k}{shared}{router}"
+
+
+def _name_of(part: str | CustomModule) -> str:
+    """A built-in name or a dotted path, with what it is given beside."""
+    if isinstance(part, str):
+        return part
+    arguments = ", ".join(f"{key}={value}" for key, value in part.items() if key != "type")
+    return part["type"] + (f" ({arguments})" if arguments else "")
 
 
 def _describe_mixer(config: DecoderConfig, mixer: Mixer) -> str:

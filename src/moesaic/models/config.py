@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from moesaic.layers import ActivationName, AttentionTemperature, BackendName, Llama3RopeScaling
+from moesaic.layers.router import ScoreFunction
+from moesaic.layers.routers import RouterName
 
 __all__ = [
     "FFN",
@@ -25,7 +27,10 @@ FFN = Literal["dense", "moe", "dense_twin"]
 """Channel mixers. `dense_twin` is a dense FFN of the width that a token meets in the MoE layer: top_k * F + shared."""
 
 CustomModule = dict[str, Any]
-"""A user's own module: {"type": "package.module.Class", ...its keyword arguments}, see `moesaic.models.custom`."""
+"""A user's own module: {"type": "package.module.Class", ...its keyword arguments}, see `moesaic.models.custom`.
+
+For a router `type` may also be a name of `RouterName`, which then gets these arguments.
+"""
 
 FORMAT = 2
 """Version of the words of this file. In version 1, which carries no number, `rope` meant today's `chunked_rope`."""
@@ -64,8 +69,8 @@ class MoEConfig:
     top_k: int = 1
     # null: as hidden_dim; 0: no shared expert
     shared_hidden_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**22})
-    router: Literal["top_k", "uniform"] | CustomModule = "top_k"
-    score_function: Literal["sigmoid", "softmax"] = "sigmoid"
+    router: RouterName | CustomModule = "top_k"
+    score_function: ScoreFunction = "sigmoid"
     normalize_scores: bool = False
     score_before_experts: bool = True
     expert_bias: bool = False
@@ -90,6 +95,12 @@ class MoEConfig:
             raise ValueError(
                 "expert_bias=True: router=uniform has no selection bias; it must be top_k or a custom module"
             )
+
+    @property
+    def built_in_router(self) -> RouterName | None:
+        """The name of the router; None for a custom module."""
+        name = self.router["type"] if isinstance(self.router, dict) else self.router
+        return name if name in get_args(RouterName) else None
 
     @property
     def shared_width(self) -> int:
@@ -271,7 +282,7 @@ def _within(config: Any, name: str, least: float, most: float) -> None:
 BUILT_IN = {
     "mixer": get_args(Mixer),
     "ffn": get_args(FFN),
-    "router": ("top_k", "uniform"),
+    "router": get_args(RouterName),
     "dispatcher": ("local",),
     "experts": ("swiglu",),
 }
@@ -284,3 +295,6 @@ def _check_part(name: str, part: str | CustomModule) -> None:
         raise ValueError(f"{name}={part!r}{meant}: must be one of {known}, or a custom module {{type: dotted path}}")
     if isinstance(part, dict) and not isinstance(part.get("type"), str):
         raise ValueError(f"{name}={part}: a custom module needs `type: package.module.Class`; built-in are {known}")
+    is_named = name == "router" and isinstance(part, dict) and not set(".:") & set(part["type"])
+    if is_named and part["type"] not in BUILT_IN[name]:
+        raise ValueError(f"router.type={part['type']!r}: must be package.module.Class, or one of {known}")

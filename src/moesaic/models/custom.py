@@ -168,7 +168,7 @@ def custom_modules(config: DecoderConfig) -> dict[str, CustomModule]:
     if config.moe is not None:
         for name in ("router", "dispatcher", "experts"):
             seam = getattr(config.moe, name)
-            if isinstance(seam, dict):
+            if isinstance(seam, dict) and not (name == "router" and config.moe.built_in_router):
                 found[f"moe.{name}"] = seam
     return found
 

@@ -21,9 +21,7 @@ from moesaic.layers import (
     RoutedLayer,
     Routing,
     ScaledLogits,
-    TopKRouter,
     Transfer,
-    UniformRouter,
     count_tokens,
     parameter_fans,
 )
@@ -38,6 +36,7 @@ from moesaic.layers.checks import (
 from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
+from moesaic.models.routers import build_router
 
 __all__ = [
     "FOREIGN_FILES",
@@ -80,13 +79,15 @@ class Block(nn.Module):
         self.ffn_norm = ffn_norm
         self.ffn = ffn
         self.is_routed = isinstance(ffn, RoutedLayer)  # once: a protocol check is slow
+        self.takes_token_ids = bool(getattr(ffn, "takes_token_ids", False))
 
     def forward(
-        self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None
+        self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         """x (B, L, D) -> (B, L, D), and the routing if the channel mixer is a MoE.
 
-        What stands in padding reaches no real token and no gradient, whatever it is.
+        The token_ids (B, L) are for a MoE whose router asks for them. What stands in padding reaches no real token and
+        no gradient, whatever it is.
         """
         if attention_mask is not None:  # finite: a gradient of 0 times inf or nan would be nan
             is_padding = ~attention_mask[:, attention_mask.size(1) - x.size(1) :, None]
@@ -101,7 +102,8 @@ class Block(nn.Module):
         x = x + self._scaled(y)
         y = self.ffn_norm(x)
         if self.is_routed:
-            y, routing = cast(RoutedLayer, self.ffn).forward_with_routing(y)
+            asked = {"token_ids": token_ids} if self.takes_token_ids else {}
+            y, routing = cast(RoutedLayer, self.ffn).forward_with_routing(y, **asked)
             return x + self._scaled(y), routing
         return x + self._scaled(self.ffn(y)), None
 
@@ -240,7 +242,7 @@ class Decoder(nn.Module):
         Raises:
             TypeError: what is given is no tensor of the right kind.
             ValueError: both of them, or neither; tokens that `embed` refuses; another shape; tied weights that came
-                apart.
+                apart; embeddings where a router asks for token ids.
             InputError: padding, where a custom mixer cannot hide it.
         """
         if (tokens is None) == (embeddings is None):
@@ -252,6 +254,7 @@ class Decoder(nn.Module):
             require_floating("hidden_states", embeddings=embeddings)
             require_tensor("hidden_states", "embeddings", embeddings, (None, None, self.embedding.embedding_dim))
             x = cast(Tensor, embeddings)
+            self._require_no_token_ids()
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache of {len(cache)} entries: must be one for each of the {len(self.layers)} layers")
         if attention_mask is not None:
@@ -264,10 +267,11 @@ class Decoder(nn.Module):
             is_real = attention_mask[:, attention_mask.size(1) - x.size(1) :].flatten()
         routing: dict[str, Routing] = {}
         for i, block in enumerate(self.layers):
+            token_ids = tokens if getattr(block, "takes_token_ids", False) else None
             if self.checkpoint_activations and self.training and cache is None:
-                x, decided = checkpoint(block, x, None, attention_mask, use_reentrant=False)
+                x, decided = checkpoint(block, x, None, attention_mask, token_ids, use_reentrant=False)
             else:
-                x, decided = block(x, None if cache is None else cache[i], attention_mask)
+                x, decided = block(x, None if cache is None else cache[i], attention_mask, token_ids)
             if decided is not None:
                 routing[f"layers.{i}.ffn"] = decided if is_real is None else _count_real(decided, is_real)
         return self.norm(x), routing
@@ -280,6 +284,13 @@ class Decoder(nn.Module):
                 "replaced one of them alone, such as load_state_dict(assign=True) or to_empty; call that on the "
                 "decoder, or set decoder.head.weight = decoder.embedding.weight afterwards"
             )
+
+    def _require_no_token_ids(self) -> None:
+        for i, block in enumerate(self.layers):
+            if getattr(block, "takes_token_ids", False):
+                raise ValueError(
+                    f"hidden_states: embeddings: the router of layer {i} asks for token ids; must be tokens instead"
+                )
 
     def _require_padding_support(self) -> None:
         for i, block in enumerate(self.layers):
@@ -464,25 +475,16 @@ def _build_ffn(
 def _build_router(
     config: DecoderConfig, moe: MoEConfig, i: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    if isinstance(moe.router, dict):
-        router = build_custom(moe.router, f"layer {i} router", device, dtype, **_known(config, i))
-        if moe.expert_bias and not isinstance(getattr(router, "expert_bias", None), Tensor):
-            raise InputError(
-                f"layer {i} router: moe.expert_bias=true, but {moe.router['type']} has no buffer `expert_bias` (E,) "
-                "that balancing could move; it must register one, or moe.expert_bias must be false"
-            )
-        return router
-    cls = {"top_k": TopKRouter, "uniform": UniformRouter}[moe.router]
-    return cls(
-        config.dim,
-        moe.num_experts,
-        top_k=moe.top_k,
-        score_function=moe.score_function,
-        normalize_scores=moe.normalize_scores,
-        expert_bias=moe.expert_bias,
-        device=device,
-        dtype=dtype,
-    )
+    if moe.built_in_router is not None:
+        return build_router(config, moe, f"layer {i} router", device, dtype)
+    assert isinstance(moe.router, dict)
+    router = build_custom(moe.router, f"layer {i} router", device, dtype, **_known(config, i))
+    if moe.expert_bias and not isinstance(getattr(router, "expert_bias", None), Tensor):
+        raise InputError(
+            f"layer {i} router: moe.expert_bias=true, but {moe.router['type']} has no buffer `expert_bias` (E,) "
+            "that balancing could move; it must register one, or moe.expert_bias must be false"
+        )
+    return router
 
 
 def _build_experts(

@@ -7,6 +7,7 @@ process on a CPU. The tests hold both against the peak that torch's profiler see
 
 import dataclasses
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from moesaic.layers.sliced import tiles_of
 from moesaic.losses.cross_entropy import VOCABULARY_BLOCK, linear_cross_entropy, rows_per_chunk
 from moesaic.models.config import DecoderConfig, LayerConfig, Mixer, MoEConfig
 from moesaic.models.decoder import Block, Decoder, build_decoder
+from moesaic.models.routers import router_parameters
 from moesaic.models.shapes import Shape, attention_shapes, decoder_shapes, feed_forward_shapes, uncounted
 
 __all__ = [
@@ -368,7 +370,7 @@ def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
     """Router, dispatch, experts and combine, rows spread evenly. Without the shared expert."""
     rows = sizes.tokens * moe.top_k
     weights = 3 * moe.num_experts * config.dim * moe.hidden_dim * sizes.bytes
-    router = moe.num_experts * config.dim * sizes.bytes if isinstance(moe.router, str) else 0
+    router = sum(math.prod(shape) for shape, _ in router_parameters(config)) * sizes.bytes
     kept = sizes.stream + sizes.tokens * moe.num_experts * sizes.exact_bytes  # probabilities
     kept += rows * (8 * 3 + sizes.bytes)  # expert ids, permutations, scores
     dispatched = rows * sizes.dim * sizes.bytes

@@ -1,10 +1,11 @@
-"""Shapes of a decoder's parameters, from its config alone: nothing is built, so any size is answered at once."""
+"""Shapes of a decoder's parameters, from its config alone: only a router is built, so any size is answered at once."""
 
 import math
 from typing import Any, NamedTuple
 
 from moesaic.layers.parametrization import ParameterKind
 from moesaic.models.config import DecoderConfig, LayerConfig
+from moesaic.models.routers import router_parameters
 
 __all__ = [
     "Shape",
@@ -73,9 +74,7 @@ def _moe_shapes(config: DecoderConfig) -> list[Shape]:
         shapes.append(Shape((moe.num_experts, moe.hidden_dim, dim), "matrix"))
     if moe.shared_width:
         shapes += feed_forward_shapes(dim, moe.shared_width)
-    if isinstance(moe.router, str):
-        shapes.append(Shape((moe.num_experts, dim), "output"))
-    return shapes
+    return shapes + [Shape(*each) for each in router_parameters(config)]
 
 
 def num_parameters(config: DecoderConfig) -> int:
@@ -87,5 +86,5 @@ def uncounted(config: DecoderConfig) -> tuple[str, ...]:
     """Dotted paths of the custom modules whose parameters only building them can tell."""
     parts: list[Any] = [part for layer in config.layers for part in (layer.mixer, layer.ffn)]
     if config.moe is not None and any(layer.ffn == "moe" for layer in config.layers):
-        parts += [config.moe.router, config.moe.experts]
+        parts += [*([] if config.moe.built_in_router else [config.moe.router]), config.moe.experts]
     return tuple(dict.fromkeys(part["type"] for part in parts if isinstance(part, dict)))

@@ -19,7 +19,7 @@ def describe_break(decoder: Decoder, tokens: Tensor) -> str:
     if not is_spread:
         x = decoder.embedding(tokens)
         for i, block in enumerate(decoder.layers):
-            x, _ = block(x)
+            x, _ = block(x, token_ids=tokens)
             if not bool(x.isfinite().all()):
                 return f"layers.{i} is the first layer with a non-finite output"
     known = "" if is_spread else "all layers' outputs are finite, "

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +17,7 @@ from moesaic.errors import InputError
 from moesaic.evaluation.drift import RunningDrift, Watched
 from moesaic.evaluation.language_modeling import LanguageModelScore
 from moesaic.evaluation.routing import RoutingSums, routing_sums
-from moesaic.layers import Routing, count_tokens
+from moesaic.layers import MovingRouter, Routing, count_tokens
 from moesaic.losses import (
     SoftWeight,
     linear_cross_entropy,
@@ -120,6 +120,9 @@ class LanguageModel(pl.LightningModule):
         """What the routers did in all micro-batches of a logged step."""
         self.teacher_step_load: dict[str, Tensor] = {}
         """`step_load` of a teacher that trains along."""
+        self.step_observed: dict[str, Tensor] = {}
+        """What routers with a state of their own saw since the last optimizer step."""
+        self.teacher_step_observed: dict[str, Tensor] = {}
         self._step_counts: StepCounts | None = None
         self._noted: StepCounts | None = None
         self._sums: dict[str, Tensor] = {}
@@ -145,10 +148,11 @@ class LanguageModel(pl.LightningModule):
         for name, load in _count(routing, valid).items():
             self.step_load[name] = load + self.step_load.get(name, 0)
             self.logged_load[name] = load + self.logged_load.get(name, 0)
+        _observe(self.decoder, routing, valid, self.step_observed)
         if self._is_logged(self.trainer.global_step + 1):
             for name, decided in routing.items():
                 self.step_routing[name] = routing_sums(decided, valid).plus(self.step_routing.get(name))
-        loss = loss + self._balance_loss("train", routing, valid, self.step_load, counts)
+        loss = loss + self._balance_loss("train", self.decoder, routing, valid, self.step_load, counts)
         # gradients are sums over ranks; where a strategy averages them, this makes sums of its means
         return loss if self._averaged_ranks == 1 else loss * self._averaged_ranks
 
@@ -192,17 +196,22 @@ class LanguageModel(pl.LightningModule):
             return loss
         for name, load in _count(routing, valid).items():
             self.teacher_step_load[name] = load + self.teacher_step_load.get(name, 0)
-        return loss + self._balance_loss("teacher", routing, valid, self.teacher_step_load, counts)
+        _observe(self.teacher, routing, valid, self.teacher_step_observed)
+        return loss + self._balance_loss("teacher", self.teacher, routing, valid, self.teacher_step_load, counts)
 
     def _balance_loss(
         self,
         network: str,
+        decoder: Decoder,
         routing: dict[str, Routing],
         valid: Tensor | None,
         step_load: dict[str, Tensor],
         counts: StepCounts,
     ) -> Tensor | float:
-        """The weighted auxiliary losses, each the mean over MoE layers; logged unweighted below the network's name."""
+        """The weighted auxiliary losses, each the mean over MoE layers; logged unweighted below the network's name.
+
+        A router that has a loss of its own weights it itself.
+        """
         balance = self.config.balance
         total: Tensor | float = 0.0
         if balance.load_balance_loss_weight and routing:
@@ -225,6 +234,15 @@ class LanguageModel(pl.LightningModule):
             term = torch.stack(terms).mean() * counts.share
             self._note(f"{network}/router_z_loss", term.detach(), counts)
             total = total + balance.router_z_loss_weight * term
+        own = [
+            loss(decided, valid, counts.tokens)
+            for name, decided in routing.items()
+            if (loss := getattr(_router_of(decoder, name), "auxiliary_loss", None)) is not None
+        ]
+        if own:
+            term = torch.stack(own).sum() / len(routing) * counts.share
+            self._note(f"{network}/router_loss", term.detach(), counts)
+            total = total + term
         return total
 
     def _note(self, name: str, term: Tensor, counts: StepCounts) -> None:
@@ -250,18 +268,20 @@ class LanguageModel(pl.LightningModule):
             if weight.requires_grad and weight.grad is None:  # no row needed it, on any rank: like a starved expert
                 weight.grad = torch.zeros_like(weight)
         self._step_counts = None
-        self._move_biases(self.decoder, self.step_load)
-        self.step_load = {}
+        self._move_biases(self.decoder, self.step_load, self.step_observed)
+        self.step_load, self.step_observed = {}, {}
         if self.teacher is not None:
-            self._move_biases(self.teacher, self.teacher_step_load)
-            self.teacher_step_load = {}
+            self._move_biases(self.teacher, self.teacher_step_load, self.teacher_step_observed)
+            self.teacher_step_load, self.teacher_step_observed = {}, {}
         if self.codistillation is not None:
             self.codistillation.end_step(self._over_ranks(self.codistillation.step_losses))
 
-    def _move_biases(self, decoder: Decoder, step_load: dict[str, Tensor]) -> None:
+    def _move_biases(self, decoder: Decoder, step_load: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        for name, seen in observed.items():
+            cast(MovingRouter, _router_of(decoder, name)).end_step(self._over_ranks(seen))
         if rate := self.config.balance.expert_bias_update_rate:
             for name, counts in step_load.items():
-                expert_bias = getattr(getattr(decoder.get_submodule(name), "router", None), "expert_bias", None)
+                expert_bias = getattr(_router_of(decoder, name), "expert_bias", None)
                 if isinstance(expert_bias, Tensor):
                     update_expert_bias(expert_bias, self._over_ranks(counts), rate)
 
@@ -383,8 +403,9 @@ class LanguageModel(pl.LightningModule):
         for name, sums in self.step_routing.items():
             sums = RoutingSums(*(self._over_ranks(each) for each in sums))
             row |= {f"router/{name}/{measure}": value for measure, value in dataclasses.asdict(sums.health()).items()}
-            if getattr(getattr(self.decoder.get_submodule(name), "router", None), "may_skip", True):
+            if getattr(_router_of(self.decoder, name), "may_skip", True):
                 shares[f"router/{name}/no_expert_share"] = sums.no_expert_share()
+                shares[f"router/{name}/experts_per_token"] = sums.experts_per_token()
         return row | shares
 
     def log_row(self, row: dict[str, float]) -> None:
@@ -543,6 +564,19 @@ def _compile_blocks(*decoders: Decoder | None) -> None:
     for decoder in decoders:
         for block in () if decoder is None else decoder.layers:
             block.compile()
+
+
+def _router_of(decoder: Decoder, name: str) -> torch.nn.Module | None:
+    """The router of the MoE layer of this name, if it is a module of that name."""
+    return getattr(decoder.get_submodule(name), "router", None)
+
+
+def _observe(decoder: Decoder, routing: dict[str, Routing], valid: Tensor | None, sums: dict[str, Tensor]) -> None:
+    """Add what each router with a state of its own sees in what it decided; in what was replayed it sees nothing."""
+    for name, decided in routing.items():
+        router = _router_of(decoder, name)
+        if isinstance(router, MovingRouter) and not decided.replayed:
+            sums[name] = router.observe(decided, valid) + sums.get(name, 0)
 
 
 def _count(routing: dict[str, Routing], valid: Tensor | None) -> dict[str, Tensor]:
