@@ -8,15 +8,20 @@ from hypothesis import strategies as st
 
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
+from moesaic.layers import ROUTERS
 from moesaic.models import (
     AttentionConfig,
     DecoderConfig,
     LayerConfig,
     MoEConfig,
+    account,
+    build_decoder,
     llama4_maverick,
     llama4_scout,
     llama4_toy,
 )
+from moesaic.models.custom import custom_modules
+from moesaic.models.shapes import num_parameters, uncounted
 
 
 def mapping(**changes: Any) -> dict[str, Any]:
@@ -215,7 +220,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"moe.router": "unform"},
-        r"model\.moe\.router: found 'unform' \(str\) \(did you mean uniform\?\); must be top_k \| uniform \| .* or a mapping",
+        r"model\.moe\.router: found 'unform' \(str\) \(did you mean uniform\?\); must be top_k \| uniform \| .*mapping",
+    ),
+    (
+        {"moe.router": {"type": "quantil"}},
+        r"model\.moe\.router\.type='quantil': must be package\.module\.Class, or one of top_k, uniform, .*quantile",
     ),
     (
         {"moe.router": {"scale": 2}},
@@ -313,3 +322,39 @@ def test_odd_head_dim_is_fine_without_positions() -> None:
 def test_custom_modules_do_not_need_moe() -> None:
     own = LayerConfig(mixer="chunked_rope", ffn={"type": "somewhere.Part"})
     assert llama4_toy(moe=None, pattern=(own,), **WITHOUT_INTERVALS).moe is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe.router": {"type": "capacity", "capacity": 2}}, r"unknown argument 'capacity'; must be one of .*factor"),
+        ({"moe.router": {"type": "capacity", "capacity_factor": 0.0}}, r"capacity_factor=0.0: must be a number > 0"),
+        ({"moe.router": {"type": "group_limited", "num_groups": 3, "top_groups": 1}}, r"num_groups=3: must divide"),
+        (
+            {"moe.router": "group_limited"},
+            r"needs num_groups, top_groups; must be {type: group_limited, num",
+        ),
+        (
+            {"moe.router": "quantile", "moe.expert_bias": True},
+            r"quantile has no expert_bias; moe.expert_bias=True",
+        ),
+        ({"moe.router": "relu", "moe.score_function": "softmax"}, r"moe.router=relu has no score_function"),
+    ],
+)
+def test_arguments_of_a_built_in_router_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    config = from_mapping(DecoderConfig, mapping(**changes), "model")
+    with pytest.raises(InputError, match=f"layer 1 router: .*{message}"):
+        build_decoder(config, device="meta")
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_shapes_of_every_router_are_those_that_are_built(router: str) -> None:
+    arguments = {"num_groups": 2, "top_groups": 1} if router == "group_limited" else {}
+    changes: dict[str, Any] = {"moe.router": {"type": router, **arguments}, "moe.top_k": 2}
+    if router == "top_p":
+        changes["moe.score_function"] = "softmax"
+    config = from_mapping(DecoderConfig, mapping(**changes), "model")
+    built = build_decoder(config, device="meta")
+    assert num_parameters(config) == sum(p.numel() for p in built.parameters())
+    assert account(config, 16).parameters == num_parameters(config)
+    assert not uncounted(config) and not custom_modules(config)

@@ -172,13 +172,9 @@ class MoE(nn.Module):
         if isinstance(self.experts, Experts):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
-        if routing is not None:
-            decided = replay(self.router, tokens, routing)
-        elif self.takes_token_ids:
-            decided = self.router(tokens, token_ids=None if token_ids is None else token_ids.flatten())
-        else:
-            decided = self.router(tokens)
-        decided = self._count(decided, tokens.size(0), replayed=routing is not None)
+        asked = {"token_ids": None if token_ids is None else token_ids.flatten()} if self.takes_token_ids else {}
+        found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing)
+        decided = self._count(found, tokens.size(0), replayed=routing is not None)
         y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
         return y if self.shared_expert is None else self.shared_expert(x) + y, decided
 

@@ -43,6 +43,11 @@ def build_router(
     allowed = sorted(asked - given.keys())
     if unknown := own.keys() - set(allowed):
         raise InputError(f"{name}: unknown argument {min(unknown)!r}; must be one of {', '.join(allowed)}")
+    needed = [each.name for each in inspect.signature(cls).parameters.values() if each.default is each.empty]
+    needed = [each for each in needed if each in allowed and each not in own and each not in known]
+    if needed:
+        written = ", ".join(f"{each}: ..." for each in needed)
+        raise InputError(f"{name}: needs {', '.join(needed)}; must be {{type: {moe.built_in_router}, {written}}}")
     try:
         return cls(**{key: value for key, value in known.items() if key in asked} | own | given)
     except (TypeError, ValueError) as error:
