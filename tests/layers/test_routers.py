@@ -35,6 +35,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "hash": {"vocab_size": VOCABULARY},
     "top_p": {"score_function": "softmax"},
     "capacity": {"capacity_factor": 1.0},
+    "mlp": {"router_dim": 5},
 }
 
 
@@ -440,5 +441,5 @@ def test_state_stays_in_fp32_and_shapes_need_no_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", ROUTERS)
 def test_flops_count_the_router_and_top_k_experts(name: str) -> None:
     moe = MoE.build(6, 8, 4, router=make(name), shared_hidden_dim=0)
-    matrices = 2 if name == "noisy_top_k" else 1
-    assert moe.flops_per_token(10) == 2 * matrices * 6 * 4 + 2 * 2 * (3 * 6 * 8)
+    in_router = {"noisy_top_k": 2 * 6 * 4, "mlp": 6 * 5 + 2 * 5 * 5 + 5 * 4}.get(name, 6 * 4)
+    assert moe.flops_per_token(10) == 2 * in_router + 2 * 2 * (3 * 6 * 8)

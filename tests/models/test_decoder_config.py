@@ -349,7 +349,8 @@ def test_arguments_of_a_built_in_router_are_refused_by_name(changes: dict[str, A
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_shapes_of_every_router_are_those_that_are_built(router: str) -> None:
-    arguments = {"num_groups": 2, "top_groups": 1} if router == "group_limited" else {}
+    own: dict[str, Any] = {"group_limited": {"num_groups": 2, "top_groups": 1}, "mlp": {"router_dim": 5}}
+    arguments = own.get(router, {})
     changes: dict[str, Any] = {"moe.router": {"type": router, **arguments}, "moe.top_k": 2}
     if router == "top_p":
         changes["moe.score_function"] = "softmax"

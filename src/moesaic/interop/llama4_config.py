@@ -351,6 +351,9 @@ def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:
             "normalize_scores": False,
             "score_before_experts": True,
             "expert_bias": False,
+            "identity_experts": 0,
+            "skip_experts": 0,
+            "latent_dim": None,
         }
         for name, value in allowed.items():
             if getattr(moe, name) != value:

@@ -21,6 +21,8 @@ from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ACTIVATIONS, ActivationName, FeedForward
 from moesaic.layers.fp8 import Fp8Recipe
 from moesaic.layers.fp8_emulation import emulating_fp8
+from moesaic.layers.free_experts import FreeExperts
+from moesaic.layers.latent import Latent
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.parametrization import (
@@ -41,6 +43,7 @@ from moesaic.layers.routers import (
     ExpertChoiceRouter,
     GroupLimitedRouter,
     HashRouter,
+    MlpRouter,
     NoisyTopKRouter,
     QuantileRouter,
     ReluRouter,
@@ -67,10 +70,13 @@ __all__ = [
     "FeedForward",
     "Flops",
     "Fp8Recipe",
+    "FreeExperts",
     "GroupLimitedRouter",
     "HashRouter",
+    "Latent",
     "Llama3RopeScaling",
     "LocalDispatcher",
+    "MlpRouter",
     "MoE",
     "MovingRouter",
     "NoisyTopKRouter",

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "differentiates_forward",
     "has_values",
+    "is_shape_only",
     "require_choice",
     "require_decided",
     "require_dtype",
@@ -156,6 +157,11 @@ def require_ids(owner: str, name: str, ids: Tensor, end: int, ignore: int | None
 def differentiates_forward() -> bool:
     """Whether forward-mode derivatives are computed here: torch.func.jvp, jacfwd, hessian, or a dual level."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def is_shape_only(x: Tensor) -> bool:
+    """Whether it has no numbers, on any device: it is on the meta device or a fake tensor outside of a compiler."""
+    return x.is_meta or (type(x) is not Tensor and not torch.compiler.is_compiling())
 
 
 def has_values(x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from moesaic.layers.checks import (
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName, FeedForward
+from moesaic.layers.latent import Latent
 from moesaic.layers.parametrization import Fans, ParameterKind
 from moesaic.layers.part import declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
 from moesaic.layers.replay import replay
@@ -73,6 +74,7 @@ class MoE(nn.Module):
         shared_expert: sees every token, unscaled; None for none.
         dispatcher: how rows reach the experts.
         score_before_experts: whether the score multiplies the experts' input (Llama 4) or output (most others).
+        latent: projections around dispatch, experts and combine, for experts of another width; None for none.
     """
 
     def __init__(
@@ -83,13 +85,17 @@ class MoE(nn.Module):
         shared_expert: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
         score_before_experts: bool = True,
+        latent: Latent | None = None,
     ) -> None:
         super().__init__()
+        if latent is not None and getattr(experts, "dim", None) != (width := latent.up_proj.in_features):
+            raise ValueError(f"experts of width {getattr(experts, 'dim', None)}: must be {width}, the latent width")
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert
         self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
         self.score_before_experts = score_before_experts
+        self.latent = latent
         self.takes_token_ids = "token_ids" in inspect.signature(router.forward).parameters
         """Whether the router asks for the ids of the tokens; the forward methods then take them."""
         self.assume_full = False
@@ -113,6 +119,7 @@ class MoE(nn.Module):
         router: nn.Module | None = None,
         experts: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
+        latent_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "MoE":
@@ -123,6 +130,7 @@ class MoE(nn.Module):
             shared_hidden_dim: width of the shared expert; None means `hidden_dim`, 0 means no shared expert.
             router: takes the place of the `TopKRouter`, and with it of all arguments about choice and scores.
             experts: takes the place of the SwiGLU `Experts`; a shared expert still has `hidden_dim`.
+            latent_dim: width of the experts, with projections around them; None for `dim` and none.
         """
         if shared_hidden_dim is not None:
             require_sizes(0, shared_hidden_dim=shared_hidden_dim)
@@ -140,12 +148,14 @@ class MoE(nn.Module):
                 dtype=dtype,
             )
         where: dict[str, Any] = {"activation": activation, "backend": backend, "device": device, "dtype": dtype}
+        latent = None if latent_dim is None else Latent(dim, latent_dim, device=device, dtype=dtype)
         return cls(
             router=router,
-            experts=Experts(num_experts, dim, hidden_dim, **where) if experts is None else experts,
+            experts=Experts(num_experts, latent_dim or dim, hidden_dim, **where) if experts is None else experts,
             shared_expert=FeedForward(dim, shared_width, **where) if shared_width else None,
             dispatcher=dispatcher,
             score_before_experts=score_before_experts,
+            latent=latent,
         )
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
@@ -168,14 +178,17 @@ class MoE(nn.Module):
         Raises:
             ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
         """
-        require_last(x, getattr(self.experts, "dim", None), "MoE")
+        width = getattr(self.experts, "dim", None) if self.latent is None else self.latent.up_proj.out_features
+        require_last(x, width, "MoE")
         if isinstance(self.experts, Experts):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
         asked = {"token_ids": None if token_ids is None else token_ids.flatten()} if self.takes_token_ids else {}
         found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing)
         decided = self._count(found, tokens.size(0), replayed=routing is not None)
-        y = mix_experts(tokens, decided, self.experts, self.dispatcher, self.score_before_experts).view_as(x)
+        inputs = tokens if self.latent is None else self.latent.down(tokens)
+        y = mix_experts(inputs, decided, self.experts, self.dispatcher, self.score_before_experts)
+        y = (y if self.latent is None else self.latent.up(y)).view_as(x)
         return y if self.shared_expert is None else self.shared_expert(x) + y, decided
 
     def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
@@ -204,24 +217,29 @@ class MoE(nn.Module):
 
     def fans(self) -> dict[str, Fans]:
         """The down projections of what a token meets are added up. Custom experts are not counted among them."""
-        parts: dict[str, tuple[int, int, int]] = {}
+        parts: dict[str, tuple[int, int, float]] = {}
         if isinstance(self.experts, Experts):
-            stated: int | None = getattr(self.router, "experts_per_token", None)
-            count: int = getattr(self.router, "top_k", 1) if stated is None else stated
+            stated: float | None = getattr(self.router, "experts_per_token", None)
+            count: float = getattr(self.router, "top_k", 1) if stated is None else stated
             parts["experts.down_proj"] = self.experts.hidden_dim, self.experts.dim, count
         if isinstance(self.shared_expert, FeedForward):
             down = self.shared_expert.down_proj
             parts["shared_expert.down_proj.weight"] = down.in_features, down.out_features, 1
-        active = sum(width * count for width, _, count in parts.values())
+        if self.latent is not None:  # then the experts' sum is one of its own, which the projection up takes
+            return {name: Fans(width, dim, round(width * count)) for name, (width, dim, count) in parts.items()}
+        active = round(sum(width * count for width, _, count in parts.values()))
         return {name: Fans(width, dim, active) for name, (width, dim, _) in parts.items()}
 
     def flops_per_token(self, seq_len: int) -> float:
         """Router, shared expert, and as many experts as the router gives a token."""
-        return mixture_flops(self.router, self.experts, self.shared_expert, seq_len)
+        around = 0.0 if self.latent is None else self.latent.flops_per_token(seq_len)
+        width = None if self.latent is None else self.latent.up_proj.out_features
+        return around + mixture_flops(self.router, self.experts, self.shared_expert, seq_len, width)
 
     def active_parameters(self) -> int:
         """All but those of the experts that a token does not meet."""
-        return mixture_parameters(self, self.router, self.experts)
+        width = None if self.latent is None else self.latent.up_proj.out_features
+        return mixture_parameters(self, self.router, self.experts, width)
 
     def extra_repr(self) -> str:
         return f"score_before_experts={self.score_before_experts}"

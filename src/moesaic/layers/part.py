@@ -216,10 +216,18 @@ def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: fl
     return float((decided[2] < num_experts).sum()) / _SOME_TOKENS
 
 
-def mixture_flops(router: nn.Module, experts: nn.Module, shared_expert: nn.Module | None, seq_len: int) -> float:
-    """Forward FLOPs of one token of a mixture: router, shared expert, and as many experts as the router gives it."""
-    num_experts, dim, chosen = _chosen(router, experts)
-    of_one = _flops_per_row(experts, seq_len, num_experts, dim)
+def mixture_flops(
+    router: nn.Module, experts: nn.Module, shared_expert: nn.Module | None, seq_len: int, dim: int | None = None
+) -> float:
+    """Forward FLOPs of one token of a mixture: router, shared expert, and as many experts as the router gives it.
+
+    Args:
+        dim: width of what router and shared expert see; None for that of the experts.
+    """
+    width = int(getattr(experts, "dim"))  # noqa: B009
+    dim = dim or width
+    num_experts, chosen = _chosen(router, experts, dim)
+    of_one = _flops_per_row(experts, seq_len, num_experts, width)
     always = [flops_per_token(part, seq_len, seq_len, dim) for part in (router, shared_expert) if part is not None]
     return sum(flops.per_token for flops in always) + chosen * of_one
 
@@ -232,16 +240,16 @@ def _flops_per_row(experts: nn.Module, num_rows: int, num_experts: int, dim: int
     return flops.per_token / (num_experts if flops.source == "assumed" else 1)
 
 
-def mixture_parameters(mixture: nn.Module, router: nn.Module, experts: nn.Module) -> int:
+def mixture_parameters(mixture: nn.Module, router: nn.Module, experts: nn.Module, dim: int | None = None) -> int:
     """Parameters that one token meets in a mixture: all but those of the experts that the router does not give it."""
-    num_experts, _, chosen = _chosen(router, experts)
+    num_experts, chosen = _chosen(router, experts, dim or int(getattr(experts, "dim")))  # noqa: B009
     return num_parameters(mixture) - round((1 - chosen / num_experts) * num_parameters(experts))
 
 
-def _chosen(router: nn.Module, experts: nn.Module) -> tuple[int, int, float]:
-    """E, D, and how many experts a token meets; of a router that cannot be asked, its top_k or 1."""
-    num_experts, dim = (int(getattr(experts, name)) for name in ("num_experts", "dim"))
-    return num_experts, dim, experts_per_token(router, num_experts, dim, float(getattr(router, "top_k", 1)))
+def _chosen(router: nn.Module, experts: nn.Module, dim: int) -> tuple[int, float]:
+    """E, and how many experts a token of width `dim` meets; of a router that cannot be asked, its top_k or 1."""
+    num_experts = int(getattr(experts, "num_experts"))  # noqa: B009
+    return num_experts, experts_per_token(router, num_experts, dim, float(getattr(router, "top_k", 1)))
 
 
 _SOME_TOKENS = 256

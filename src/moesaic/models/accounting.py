@@ -163,7 +163,10 @@ def _describe_ffn(config: DecoderConfig, ffn: FFN) -> str:
     shared = f" + shared {moe.shared_width}" if moe.shared_width else ""
     router = "" if moe.router == "top_k" else f", router {_name_of(moe.router)}"
     experts = f" {moe.experts['type']}" if isinstance(moe.experts, dict) else ""
-    return f"MoE {moe.num_experts} x {moe.hidden_dim}{experts}, top {moe.top_k}{shared}{router}"
+    besides = {"identity": moe.identity_experts, "skip": moe.skip_experts}
+    free = "".join(f" + {number} {name}" for name, number in besides.items() if number)
+    latent = f" in {moe.latent_dim}" if moe.latent_dim else ""
+    return f"MoE {moe.num_experts} x {moe.hidden_dim}{latent}{experts}{free}, top {moe.top_k}{shared}{router}"
 
 
 def _name_of(part: str | CustomModule) -> str:

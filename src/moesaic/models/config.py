@@ -77,11 +77,19 @@ class MoEConfig:
     backend: BackendName = "auto"
     dispatcher: Literal["local"] | CustomModule = "local"
     experts: Literal["swiglu"] | CustomModule = "swiglu"
+    identity_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return their input
+    skip_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return zero
+    latent_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**20})  # null: experts as wide as dim
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "hidden_dim")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k={self.top_k}: must be 1 to num_experts={self.num_experts}")
+        _positive(self, "latent_dim")
+        for name in ("identity_experts", "skip_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
+        if not 1 <= self.top_k <= self.num_routed:
+            besides = " and those without weights" if self.num_routed > self.num_experts else ""
+            raise ValueError(f"top_k={self.top_k}: must be 1 to num_experts={self.num_experts}{besides}")
         if self.normalize_scores and self.top_k == 1:
             raise ValueError("normalize_scores=True: with top_k=1 every score is 1 and the router never learns")
         if self.shared_hidden_dim is not None and self.shared_hidden_dim < 0:
@@ -97,6 +105,11 @@ class MoEConfig:
             )
 
     @property
+    def num_routed(self) -> int:
+        """All that a router chooses from: the experts, and those without weights."""
+        return self.num_experts + self.identity_experts + self.skip_experts
+
+    @property
     def built_in_router(self) -> RouterName | None:
         """The name of the router; None for a custom module."""
         name = self.router["type"] if isinstance(self.router, dict) else self.router
@@ -108,8 +121,8 @@ class MoEConfig:
 
     @property
     def active_hidden_dim(self) -> int:
-        """FFN width that one token meets: the width of the dense twin."""
-        return self.top_k * self.hidden_dim + self.shared_width
+        """FFN width that one token meets, with equal loads: the width of the dense twin."""
+        return self.top_k * self.num_experts * self.hidden_dim // self.num_routed + self.shared_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +208,8 @@ class DecoderConfig:
         chunk = self.attention.attention_chunk_size
         if chunk is None and (chunked := mixers & {"chunked_rope", "chunked_nope"}):
             raise ValueError(f"attention.attention_chunk_size=None: the depth pattern has {chunked.pop()} layers")
+        if any(layer.ffn == "dense_twin" for layer in self.layers) and self.moe and self.moe.latent_dim:
+            raise ValueError(f"moe.latent_dim={self.moe.latent_dim}: must be null with a dense twin, which has no such")
         if self.parametrization == "transfer" and self.base is None:
             raise ValueError("base=None: parametrization=transfer needs {dim, num_layers} there")
         if self.parametrization != "transfer" and self.base is not None:

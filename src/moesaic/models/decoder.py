@@ -12,7 +12,9 @@ from moesaic.errors import InputError
 from moesaic.layers import (
     Attention,
     Dispatcher,
+    Experts,
     FeedForward,
+    FreeExperts,
     MoE,
     ParameterKind,
     Parametrization,
@@ -460,6 +462,7 @@ def _build_ffn(
         config.dim,
         moe.hidden_dim,
         moe.num_experts,
+        latent_dim=moe.latent_dim,
         shared_hidden_dim=moe.shared_width,
         score_before_experts=moe.score_before_experts,
         activation=config.activation,
@@ -490,10 +493,17 @@ def _build_router(
 def _build_experts(
     config: DecoderConfig, moe: MoEConfig, i: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module | None:
-    if not isinstance(moe.experts, dict):
-        return None
-    known = {"hidden_dim": moe.hidden_dim, "activation": config.activation, "backend": moe.backend}
-    return build_custom(moe.experts, f"layer {i} experts", device, dtype, **_known(config, i), **known)
+    num_free = moe.identity_experts + moe.skip_experts
+    given = {"hidden_dim": moe.hidden_dim, "activation": config.activation, "backend": moe.backend}
+    experts: nn.Module | None = None
+    if isinstance(moe.experts, dict):
+        known = _known(config, i) | {"dim": moe.latent_dim or config.dim, "num_experts": moe.num_experts}
+        experts = build_custom(moe.experts, f"layer {i} experts", device, dtype, **known, **given)
+    elif num_free:
+        experts = Experts(moe.num_experts, moe.latent_dim or config.dim, **given, device=device, dtype=dtype)
+    if experts is None or not num_free:
+        return experts
+    return FreeExperts(experts, identity=moe.identity_experts, skip=moe.skip_experts)
 
 
 def _build_dispatcher(config: DecoderConfig, moe: MoEConfig, i: int) -> Dispatcher | None:
@@ -513,6 +523,7 @@ def _known(config: DecoderConfig, i: int) -> dict[str, Any]:
     if config.moe is not None:
         names = ("num_experts", "top_k", "score_function", "normalize_scores", "expert_bias")
         known |= {name: getattr(config.moe, name) for name in names}
+        known["num_experts"] = config.moe.num_routed
     return known
 
 

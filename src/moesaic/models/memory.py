@@ -369,7 +369,8 @@ def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
 def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
     """Router, dispatch, experts and combine, rows spread evenly. Without the shared expert."""
     rows = sizes.tokens * moe.top_k
-    weights = 3 * moe.num_experts * config.dim * moe.hidden_dim * sizes.bytes
+    width = moe.latent_dim or config.dim
+    weights = 3 * moe.num_experts * width * moe.hidden_dim * sizes.bytes
     router = sum(math.prod(shape) for shape, _ in router_parameters(config)) * sizes.bytes
     kept = sizes.stream + sizes.tokens * moe.num_experts * sizes.exact_bytes  # probabilities
     kept += rows * (8 * 3 + sizes.bytes)  # expert ids, permutations, scores

@@ -34,7 +34,7 @@ def build_router(
     asked = _arguments_of(cls)
     own = {key: value for key, value in moe.router.items() if key != "type"} if isinstance(moe.router, dict) else {}
     name = f"{where}: moe.router={moe.built_in_router}"
-    given = {"dim": config.dim, "num_experts": moe.num_experts, "device": device, "dtype": dtype}
+    given = {"dim": config.dim, "num_experts": moe.num_routed, "device": device, "dtype": dtype}
     known: dict[str, Any] = {"top_k": moe.top_k, "vocab_size": config.vocab_size}
     for key, default in ABOUT_SCORES.items():
         known[key] = getattr(moe, key)

@@ -70,8 +70,11 @@ def _moe_shapes(config: DecoderConfig) -> list[Shape]:
     assert moe is not None  # checked by the config
     shapes = []
     if isinstance(moe.experts, str):
-        shapes.append(Shape((moe.num_experts, dim, 2 * moe.hidden_dim), "matrix"))
-        shapes.append(Shape((moe.num_experts, moe.hidden_dim, dim), "matrix"))
+        width = moe.latent_dim or dim
+        shapes.append(Shape((moe.num_experts, width, 2 * moe.hidden_dim), "matrix"))
+        shapes.append(Shape((moe.num_experts, moe.hidden_dim, width), "matrix"))
+    if moe.latent_dim:
+        shapes += [Shape((moe.latent_dim, dim), "matrix"), Shape((dim, moe.latent_dim), "matrix")]
     if moe.shared_width:
         shapes += feed_forward_shapes(dim, moe.shared_width)
     return shapes + [Shape(*each) for each in router_parameters(config)]

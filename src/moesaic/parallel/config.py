@@ -131,6 +131,9 @@ def _require_experts(parallel: ParallelConfig, processes: int, model: DecoderCon
                 f"parallel.expert={parallel.expert}: must be 1 with {key}.moe.{name}={custom.get('type')}; only "
                 "those of moesaic.layers can be spread over ranks"
             )
+    for name in ("identity_experts", "skip_experts", "latent_dim"):
+        if value := getattr(moe, name):
+            raise InputError(f"parallel.expert={parallel.expert}: must be 1 with {key}.moe.{name}={value}")
     if moe.num_experts % parallel.expert:
         allowed = _divisors(math.gcd(moe.num_experts, processes))
         raise InputError(

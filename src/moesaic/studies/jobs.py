@@ -59,6 +59,9 @@ YOUNGER: dict[str, Any] = {
     "model.parametrization": "standard",
     "model.base": None,
     "transfer.proxy": False,
+    "model.moe.identity_experts": 0,
+    "model.moe.skip_experts": 0,
+    "model.moe.latent_dim": None,
     **{f"transfer.base.{key}": value for key, value in to_mapping(TransferBase()).items()},
     **{f"trainer.fp8.{key}": value for key, value in to_mapping(Fp8Recipe()).items()},
 }

@@ -8,6 +8,7 @@ from moesaic.layers.routers.capacity import CapacityRouter
 from moesaic.layers.routers.expert_choice import ExpertChoiceRouter
 from moesaic.layers.routers.groups import GroupLimitedRouter
 from moesaic.layers.routers.hashed import HashRouter
+from moesaic.layers.routers.mlp import MlpRouter
 from moesaic.layers.routers.noisy import NoisyTopKRouter
 from moesaic.layers.routers.quantile import QuantileRouter
 from moesaic.layers.routers.relu import ReluRouter
@@ -21,6 +22,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "GroupLimitedRouter",
     "HashRouter",
+    "MlpRouter",
     "NoisyTopKRouter",
     "QuantileRouter",
     "ReluRouter",
@@ -43,6 +45,7 @@ RouterName = Literal[
     "capacity",
     "relu",
     "top_p",
+    "mlp",
 ]
 
 ROUTERS: dict[RouterName, type[TopKRouter]] = {
@@ -58,5 +61,6 @@ ROUTERS: dict[RouterName, type[TopKRouter]] = {
     "capacity": CapacityRouter,
     "relu": ReluRouter,
     "top_p": TopPRouter,
+    "mlp": MlpRouter,
 }
 """What `model.moe.router` may name, alone or as {type: NAME, argument: value}."""

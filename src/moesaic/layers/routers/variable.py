@@ -1,8 +1,8 @@
 """What routers share whose tokens have different numbers of experts."""
 
-import torch
 from torch import Tensor
 
+from moesaic.layers.checks import is_shape_only
 from moesaic.layers.router import TopKRouter
 
 __all__ = ["VariableRouter", "slots_of"]
@@ -36,7 +36,7 @@ def slots_of(is_chosen: Tensor, ranking: Tensor, default: int) -> Tensor:
     """
     num_experts = is_chosen.size(1)
     width = default
-    if not is_chosen.is_meta and (torch.compiler.is_compiling() or type(is_chosen) is Tensor):
+    if not is_shape_only(is_chosen):
         width = max(1, int(is_chosen.sum(dim=1).max())) if is_chosen.numel() else 1
     order = ranking.masked_fill(~is_chosen, -float("inf")).topk(width, dim=-1).indices
     return order.masked_fill(~is_chosen.gather(1, order), num_experts)
