@@ -1,6 +1,8 @@
 """What routers beyond top-k promise: against slow references, and by what must hold for any input."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -76,6 +78,15 @@ def mask_of(routing: Routing) -> Tensor:
 
 def test_names_are_those_of_the_type() -> None:
     assert tuple(ROUTERS) == get_args(RouterName)
+
+
+def test_the_table_in_the_docs_says_what_the_classes_say() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    stated = {name: (causal, batch) for name, causal, batch in re.findall(r"\| `(\w+)` \|.*\| (\w+) \| (\w+) \|", page)}
+    words = {True: "yes", False: "no"}
+    assert {name: stated[name] for name in ROUTERS} == {
+        name: (words[cls.causal], words[cls.depends_on_batch]) for name, cls in ROUTERS.items()
+    }
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -115,6 +115,22 @@ def test_costs_alone_tell_validity_costs_and_fairness(common: list[str], capsys:
 
 
 @pytest.mark.slow
+def test_a_built_in_router_is_compared_by_name_and_marked_by_what_its_class_says(
+    common: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ["new=model.moe.router=quantile", "new=model.moe.router=expert_choice", "baseline=model.moe.router=top_k"]
+    status, shown = run(*arms, "only=costs", *common, capsys=capsys)
+    assert status == 0
+    assert shown.count("FAILS causality: router expert_choice: its class says so") == 1
+    assert "FAILS" not in shown.partition("router=quantile")[0] and shown.count("FAILS") == 2
+    [stored] = Path("comparisons").glob("*/comparison.json")
+    checks = json.loads(stored.read_text())["checks"]
+    assert {name: [row["check"] for row in rows] for name, rows in checks.items()} == {
+        "router=expert_choice": ["causality", "batch independence"]
+    }
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 4 steps are no time to balance in
 def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(corpus: Path, folder: Path) -> None:
     def leaking(dim: int, num_experts: int, top_k: int) -> nn.Module:

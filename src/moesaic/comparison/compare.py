@@ -29,6 +29,8 @@ from moesaic.config import from_mapping
 from moesaic.data import Data, DataConfig
 from moesaic.files import lock, make_folder
 from moesaic.imports import names_in, trusting
+from moesaic.layers import ROUTERS
+from moesaic.models import DecoderConfig
 from moesaic.models.custom import require_fresh
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig, TuneConfig
@@ -102,26 +104,43 @@ class _Teller:
 def _check(request: Request, subjects: Mapping[str, Subject], decided: Decided, say: _Teller) -> None:
     """Step 1."""
     parts = {name: custom_paths(subject.candidate.model) for name, subject in subjects.items()}
-    if not any(parts.values()):
+    stated = {name: _stated_leaks(subject.candidate.model) for name, subject in subjects.items()}
+    if not any(parts.values()) and not any(stated.values()):
         say.step("1. Is it valid?", "All parts are ours, and our tests hold them.")
         return
     say.step("1. Is it valid?", "A part that sees the future, or other sequences, has a score that means nothing.")
     for name, subject in subjects.items():
-        if not parts[name]:
+        if not parts[name] and not stated[name]:
             continue
         rows = decided.get(
             "checks",
             name,
-            lambda asked=subject.candidate: [  # type: ignore[misc]
-                {"check": row.check, "status": row.status, "detail": row.detail, "raised": row.raised}
-                for row in check_decoder_parts(asked.model, asked.seq_len)
+            lambda asked=subject.candidate, own=stated[name]: [  # type: ignore[misc]
+                *own,
+                *(
+                    {"check": row.check, "status": row.status, "detail": row.detail, "raised": row.raised}
+                    for row in check_decoder_parts(asked.model, asked.seq_len)
+                ),
             ],
         )
         failed = [row for row in rows if row["status"] == "fail"]
         passed = [row["check"] for row in rows if row["status"] == "pass"]
-        say.say(f"{name} ({', '.join(parts[name])}): {len(passed)} of {len(passed) + len(failed)} checks pass")
+        if parts[name]:
+            say.say(f"{name} ({', '.join(parts[name])}): {len(passed)} of {len(passed) + len(failed)} checks pass")
         for row in failed:
             say.say(f"FAILS {row['check']}: {row['detail']}", "bold red")
+
+
+def _stated_leaks(model: DecoderConfig) -> list[dict[str, Any]]:
+    """What the class of a built-in router says it fails, as rows of checks."""
+    name = None if model.moe is None else model.moe.built_in_router
+    if name is None or name == "uniform" or not any(layer.ffn == "moe" for layer in model.layers):
+        return []  # a control looks at no token
+    cls = ROUTERS[name]
+    failed = [] if cls.causal else ["causality"]
+    failed += ["batch independence"] if cls.depends_on_batch else []
+    detail = f"router {name}: its class says so"
+    return [{"check": check, "status": "fail", "detail": detail, "raised": False} for check in failed]
 
 
 LEAKS = {"causality": "sees later tokens", "batch independence": "sees other sequences", "repeatability": RANDOM}
