@@ -90,14 +90,14 @@ class LinearArguments(TypedDict, total=False):
 
 
 class ScoreArguments(LinearArguments, total=False):
-    """Those of a router that leaves the scores to `TopKRouter`."""
+    """Arguments of a router that leaves the scores to `TopKRouter`."""
 
     score_function: ScoreFunction
     normalize_scores: bool
 
 
 class TopKArguments(ScoreArguments, total=False):
-    """Those of a router that leaves the selection to it as well."""
+    """Arguments of a router that leaves the selection to it as well."""
 
     expert_bias: bool
 

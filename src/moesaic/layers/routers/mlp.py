@@ -1,6 +1,6 @@
 """A router that is a small network."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class MlpRouter(TopKRouter):
     ) -> None:
         require_sizes(dim=dim, router_dim=router_dim)
         super().__init__(router_dim, num_experts, top_k=top_k, **others)
-        where = {"device": self.weight.device, "dtype": self.weight.dtype}
+        where: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.dim = dim
         self.router_dim = router_dim
         self.down_proj = nn.Linear(dim, router_dim, **where)

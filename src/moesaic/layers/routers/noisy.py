@@ -35,7 +35,7 @@ class NoisyTopKRouter(TopKRouter):
         return {**super().fans(), "noise_weight": Fans(self.dim, self.num_experts)}
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Those of training, where the noise has its matrix too."""
+        """FLOPs of training, where the noise has its matrix too."""
         return 2 * (self.weight.numel() + self.noise_weight.numel())
 
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
