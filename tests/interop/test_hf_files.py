@@ -338,7 +338,8 @@ def test_what_a_config_says_and_we_do_not_have_is_refused(changes: dict[str, Any
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, r"architectures=\['MixtralForCausalLM'\]"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, r"architectures=\['Qwen2ForCausalLM'\]"),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "qwen2"}, "model_type='qwen2'; must be one of Llama4"),
         ({"architectures": ["Llama4ForConditionalGeneration"]}, "with a text_config"),
         ({"architectures": None, "model_type": ...}, r"architectures=\[\], model_type=None"),
     ],

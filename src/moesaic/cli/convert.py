@@ -1,4 +1,4 @@
-"""Convert between transformers' Llama 4 directories and our checkpoints: moesaic convert SOURCE DESTINATION"""
+"""Convert between transformers' directories and our checkpoints: moesaic convert SOURCE DESTINATION"""
 
 import json
 import time
@@ -20,7 +20,7 @@ from moesaic.data import BPETokenizer, Tokenizer
 from moesaic.data.tokenizers import END_OF_TEXT
 from moesaic.errors import InputError
 from moesaic.interop import check_hf, config_to_hf, from_hf, to_hf
-from moesaic.interop.llama4_weights import Progress as TensorProgress
+from moesaic.interop.weights import Progress as TensorProgress
 from moesaic.models import Decoder, DecoderConfig, account
 from moesaic.parallel.manifest import is_sharded_checkpoint
 from moesaic.reading import reading
@@ -99,9 +99,10 @@ def _tokenizer_files(tokenizer: BPETokenizer) -> dict[str, str]:
 def dry_run(source: Path) -> Table:
     """Check all that can be checked without weights; returns what was found."""
     if not _is_directory(source):
-        config = load_model(source).config
-        config_to_hf(config, {}, "float32")
-        return _summary(str(source), config, {"can be written as": "Llama4ForCausalLM"})
+        loaded = load_model(source)
+        carried = json.loads(loaded.decoder.foreign_files.get("config.json", "{}"))
+        written = config_to_hf(loaded.config, carried, "float32")
+        return _summary(str(source), loaded.config, {"can be written as": written["architectures"][0]})
     report = check_hf(source)
     facts = {"tensors": f"{report.tensors}, all accounted for", "bytes": f"{report.bytes:,}"}
     if report.skipped:
@@ -119,7 +120,8 @@ def _summary(title: str, config: DecoderConfig, facts: dict[str, str]) -> Table:
     table = Table(title=escape(title), show_header=False)
     table.add_row("layers", f"{config.num_layers}, {moe_layers} of them MoE, {nope_layers} without positions")
     if config.moe is not None and moe_layers:
-        table.add_row("experts", f"{config.moe.num_experts}, top {config.moe.top_k}, and a shared one")
+        shared = ", and a shared one" if config.moe.shared_width else ""
+        table.add_row("experts", f"{config.moe.num_experts}, top {config.moe.top_k}{shared}")
     table.add_row("parameters", f"{counted.parameters:,}, {counted.active_parameters:,} active")
     for name, value in facts.items():
         table.add_row(name, escape(value))

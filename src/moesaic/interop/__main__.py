@@ -1,4 +1,4 @@
-"""Hold this package against transformers on any Llama 4 directory, without writing Python.
+"""Hold this package against transformers on any directory of theirs, without writing Python.
 
     python -m moesaic.interop logits DIRECTORY INPUTS OUTPUT [--dtype float32] [--prefill N]
     python -m moesaic.interop roundtrip DIRECTORY OUTPUT_DIRECTORY
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moesaic.errors import InputError
 from moesaic.files import atomic
-from moesaic.interop.llama4_weights import from_hf, to_hf
+from moesaic.interop.weights import from_hf, to_hf
 
 __all__ = ["compute_logits", "main"]
 

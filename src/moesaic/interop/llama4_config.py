@@ -10,51 +10,22 @@ from typing import Any, Literal
 
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.layers import ActivationName, AttentionTemperature, Llama3RopeScaling
+from moesaic.interop.fields import (
+    ACTIVATION_OF,
+    INERT,
+    activation_name,
+    known_values,
+    read_rope,
+    with_intervals,
+    write_rope,
+)
+from moesaic.layers import AttentionTemperature
 from moesaic.models import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig
 
-__all__ = ["config_from_hf", "config_to_hf", "text_fields"]
+__all__ = ["TEXT_ONLY", "UNREAD", "WITH_VISION", "config_from_hf", "differences", "fields_to_hf", "text_of_vision"]
 
+UNREAD = {"router_jitter_noise"}  # by transformers' Llama 4
 TEXT_ONLY, WITH_VISION = "Llama4ForCausalLM", "Llama4ForConditionalGeneration"
-
-ACTIVATION_OF: dict[str, ActivationName] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",  # the next three are the same formula, spelled out
-    "gelu_fast": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "sigmoid": "sigmoid",
-    "linear": "linear",
-}
-"""transformers' name -> the name in `moesaic.layers.ACTIVATIONS`; of several, the first one is written."""
-
-# Fields that say nothing about the function that the weights compute: kept for the way back.
-INERT = {
-    # identity and storage
-    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "for_llm_compressor",
-    "max_position_embeddings", "task_specific_params", "problem_type", "torchscript", "use_bfloat16", "tf_legacy_loss",
-    "id2label", "label2id", "num_labels", "finetuning_task", "tokenizer_class", "prefix",
-    # token ids and what generate() and the outputs do with the logits
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache",
-    "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_router_logits",
-    "output_scores", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups",
-    "num_return_sequences", "max_length", "min_length", "early_stopping", "length_penalty", "diversity_penalty",
-    "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
-    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty",
-    "remove_invalid_values", "cache_implementation",
-    # of other kinds of model, in every config file of transformers 4
-    "is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
-    "pruned_heads", "chunk_size_feed_forward",
-    # read by nothing in transformers' Llama 4
-    "router_aux_loss_coef", "router_jitter_noise",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,27 +92,15 @@ class _TextFields:
                 raise ValueError(f"no_rope_layers: found {uses_rope}; must be 1 (uses RoPE) and 0 (does not)")
 
 
-def text_fields(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """The text part of a whole config.json, and the prefix of its tensors' names.
-
-    Raises:
-        InputError: an architecture other than Llama 4's text model or text and vision model.
-    """
+def text_of_vision(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The text part of a whole config.json of Llama 4 with vision; None if it is something else."""
     architectures = config.get("architectures") or []
-    model_type = config.get("model_type")
-    of_type = {"llama4_text": TEXT_ONLY, "llama4": WITH_VISION}
-    named = architectures[0] if architectures else of_type.get(str(model_type))
-    if named == WITH_VISION and isinstance(config.get("text_config"), Mapping):
-        outer, text = config, config["text_config"]
-        if outer.get("quantization_config"):
-            text = {**text, "quantization_config": outer["quantization_config"]}
-        return text, "language_model."
-    if named == TEXT_ONLY and model_type in ("llama4_text", None):
-        return config, ""
-    raise InputError(
-        f"config.json: architectures={architectures}, model_type={model_type!r}; must be {TEXT_ONLY} (llama4_text) "
-        f"and {WITH_VISION} (llama4, with a text_config)"
-    )
+    named = architectures[0] if architectures else {"llama4": WITH_VISION}.get(str(config.get("model_type")))
+    text = config.get("text_config")
+    if named != WITH_VISION or not isinstance(text, Mapping):
+        return None
+    quantization = config.get("quantization_config")
+    return {**text, "quantization_config": quantization} if quantization else text
 
 
 def config_from_hf(text: Mapping[str, Any]) -> DecoderConfig:
@@ -154,14 +113,7 @@ def config_from_hf(text: Mapping[str, Any]) -> DecoderConfig:
         InputError: a field that is not known, or a value that cannot be represented.
     """
     known = {field.name for field in dataclasses.fields(_TextFields)}
-    # quantization_config is neither: its weights are in a format of their own
-    unknown = [key for key in text if key not in known | INERT and not key.startswith("_") and text[key] is not None]
-    if unknown:
-        raise InputError(
-            f"config.json: {', '.join(f'{key}={text[key]!r}' for key in unknown)}: not a field of Llama 4 that is "
-            "understood here; if it does not change the model, remove it from the file"
-        )
-    values = {key: text[key] for key in known if key in text}
+    values = known_values(text, known, INERT | UNREAD, "Llama 4")
     if isinstance(values.get("attn_temperature_tuning"), int):
         values["attn_temperature_tuning"] = bool(values["attn_temperature_tuning"])
     fields = from_mapping(_TextFields, values, "config.json")
@@ -184,7 +136,7 @@ def _decoder_config(fields: _TextFields, pad_token_id: int | None, max_length: i
         {"mixer": mixers[rope, chunk], "ffn": "moe" if i in moe_layers else "dense"}
         for i, (rope, chunk) in enumerate(zip(uses_rope, chunked, strict=True))
     ]
-    theta, scaling = _rope(fields, max_length)
+    theta, scaling = read_rope(fields, 500000.0, max_length)
     config = DecoderConfig(
         vocab_size=fields.vocab_size,
         dim=fields.hidden_size,
@@ -215,7 +167,7 @@ def _decoder_config(fields: _TextFields, pad_token_id: int | None, max_length: i
         init_std=fields.initializer_range,
         padding_token=pad_token_id if pad_token_id is None else pad_token_id % fields.vocab_size,  # -1: the last
     )
-    return _with_intervals(config, step, interval)
+    return with_intervals(config, step, interval)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,62 +175,17 @@ class _Pattern:
     pattern: tuple[LayerConfig, ...]
 
 
-def _with_intervals(config: DecoderConfig, step: int, interval: int) -> DecoderConfig:
-    """The same layers as Llama 4's two intervals, which read better than a list, if these give them."""
-    for moe_step, nope_interval in ((step, interval), (step, 0), (0, interval), (0, 0)):
-        shorter = dataclasses.replace(
-            config, pattern=None, interleave_moe_layer_step=moe_step, nope_layer_interval=nope_interval
-        )
-        if shorter.layers == config.layers:
-            return shorter
-    return config
-
-
-def _rope(fields: _TextFields, max_length: int) -> tuple[float, Llama3RopeScaling | None]:
-    """theta and scaling from rope_parameters (transformers 5) or rope_scaling and rope_theta (before)."""
-    name = "rope_scaling" if fields.rope_scaling else "rope_parameters"
-    given = dict(fields.rope_scaling or fields.rope_parameters or {})
-    theta = given.pop("rope_theta", fields.rope_theta)
-    theta = 500000.0 if theta is None else theta
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
-        raise InputError(f"config.json: rope_theta={theta!r}: must be a number from 1 to 1e15")
-    legacy = given.pop("type", None)
-    kind = given.pop("rope_type", legacy) or "default"
-    if kind not in ("default", "llama3"):
-        raise InputError(f"config.json.{name}: found rope_type={kind!r}; must be one of default, llama3")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"config.json.{name}: found a partial_rotary_factor; must be 1.0 (all of head_dim)")
-    if kind == "default":
-        original = {"original_max_position_embeddings"}  # written by some tools, without effect
-        if given.keys() - original:
-            raise InputError(f"config.json.{name}: found {sorted(given.keys() - original)} with rope_type default")
-        return theta, None
-    given["original_length"] = given.pop("original_max_position_embeddings", None) or max_length
-    return theta, from_mapping(Llama3RopeScaling, given, f"config.json.{name}")
-
-
-def config_to_hf(config: DecoderConfig, carried: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json of `Llama4ForCausalLM` for this decoder.
+def fields_to_hf(config: DecoderConfig, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Llama4TextConfig` for a decoder without `differences`.
 
     Args:
-        carried: fields of an imported config.json, kept where they say nothing about the function (token ids).
-        dtype: of the weights, as torch spells it without its prefix: "bfloat16".
-
-    Raises:
-        InputError: the decoder computes what Llama 4 does not; the message names every such key.
+        carried: an imported config.json; what is switched off or said in several ways is kept as it is there.
     """
-    _refuse_what_llama4_has_not(config)
     fields = _text_fields_of(config, carried)
     written = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(fields).items()}
     for legacy in ("rope_theta", "rope_scaling"):
         del written[legacy]
-    inert = {key: value for key, value in carried.items() if key in INERT}
-    own = {"max_position_embeddings": _max_length(carried), "pad_token_id": config.padding_token}
-    if not carried:  # transformers' defaults are ids of Llama's tokenizer
-        own |= {"bos_token_id": None, "eos_token_id": None}
-    identity = {"architectures": [TEXT_ONLY], "model_type": "llama4_text", "dtype": dtype}
-    inert.pop("torch_dtype", None)  # dtype's old name
-    return {**inert, **written, **own, **identity}
+    return {**written, "max_position_embeddings": _max_length(carried), "pad_token_id": config.padding_token}
 
 
 def _text_fields_of(config: DecoderConfig, carried: Mapping[str, Any]) -> _TextFields:
@@ -297,7 +204,7 @@ def _text_fields_of(config: DecoderConfig, carried: Mapping[str, Any]) -> _TextF
         num_attention_heads=attention.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        hidden_act=_activation_name(config.activation, carried.get("hidden_act")),
+        hidden_act=activation_name(config.activation, carried.get("hidden_act")),
         rms_norm_eps=config.norm_eps,
         initializer_range=config.init_std or 0.02,
         tie_word_embeddings=config.tie_embeddings,
@@ -316,17 +223,8 @@ def _text_fields_of(config: DecoderConfig, carried: Mapping[str, Any]) -> _TextF
         attn_temperature_tuning=attention.temperature is not None,
         floor_scale=temperature.floor_scale,
         attn_scale=temperature.attn_scale,
-        rope_parameters=_rope_parameters(attention),
+        rope_parameters=write_rope(attention),
     )
-
-
-def _rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
-    """The inverse of `_rope`, as transformers 5 spells it."""
-    if attention.rope_scaling is None:
-        return {"rope_theta": attention.rope_theta, "rope_type": "default"}
-    rope = {"rope_theta": attention.rope_theta, "rope_type": "llama3", **dataclasses.asdict(attention.rope_scaling)}
-    rope["original_max_position_embeddings"] = rope.pop("original_length")
-    return rope
 
 
 def _max_length(carried: Mapping[str, Any]) -> int:
@@ -334,11 +232,15 @@ def _max_length(carried: Mapping[str, Any]) -> int:
     return carried.get("max_position_embeddings", 131072)
 
 
-def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:
+def differences(config: DecoderConfig) -> dict[str, tuple[Any, Any]]:
+    """What a decoder computes and Llama 4 does not: key -> (what was found, what it must be)."""
     attention, moe = config.attention, config.moe
     found: dict[str, Any] = {}
     if config.base is not None and config.base.num_layers != config.num_layers:  # blocks add a fraction
         found["base.num_layers"] = (config.base.num_layers, f"num_layers={config.num_layers}")
+    for name in ("qk_norm", "clip_qkv"):
+        if isinstance(value := getattr(attention, name), (str, float)):
+            found[f"attention.{name}"] = (value, "a switch" if name == "qk_norm" else "null")
     if attention.conv_width:
         found["attention.conv_width"] = (attention.conv_width, "0")
     if attention.temperature is not None and attention.temperature.scalable_softmax is not None:
@@ -366,17 +268,9 @@ def _refuse_what_llama4_has_not(config: DecoderConfig) -> None:
                 found[f"pattern.{name}"] = (part.get("type"), "a built-in part")
     if len({config.ffn_width(x.ffn) for x in config.layers if x.ffn in ("dense", "dense_twin")}) > 1:
         found["hidden_dim"] = (config.hidden_dim, "one width for all dense layers, the dense twins' included")
-    if found:
-        listed = "; ".join(f"{key}: found {value!r}, must be {allowed}" for key, (value, allowed) in found.items())
-        raise InputError(f"this model is not a Llama 4: {listed}")
+    return found
 
 
 def _dense_width(config: DecoderConfig) -> int:
     widths = [config.ffn_width(layer.ffn) for layer in config.layers if layer.ffn in ("dense", "dense_twin")]
     return widths[0] if widths else config.hidden_dim
-
-
-def _activation_name(activation: str, carried: str | None) -> str:
-    if carried is not None and ACTIVATION_OF.get(carried) == activation:
-        return carried
-    return next(name for name, ours in ACTIVATION_OF.items() if ours == activation)

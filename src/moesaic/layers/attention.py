@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moesaic.layers.checks import (
     differentiates_forward,
     has_values,
+    require_choice,
     require_dtype,
     require_flags,
     require_kinds,
@@ -30,11 +32,15 @@ __all__ = [
     "Attention",
     "AttentionCache",
     "AttentionTemperature",
+    "QKNorm",
     "ShortConvolution",
     "causal_attention",
     "masked_attention",
     "visible_keys",
 ]
+
+QKNorm = Literal["per_head", "full_width"]
+"""Norms of queries and keys with a gain, before RoPE: of each head (Qwen3), or of all heads as one vector (OLMoE)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,10 +326,11 @@ def _refuse_second_derivatives(gradient: Tensor) -> None:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with the options of Llama 4, each on its own switch.
+    """Causal self-attention with the options of Llama 4, Mixtral, Qwen3 and OLMoE, each on its own switch.
 
     Order of operations, as in transformers' `Llama4TextAttention`: project, (short convolution,) RoPE, QK norm,
-    temperature, softmax(q k / sqrt(head_dim)) v, output projection.
+    temperature, softmax(q k / sqrt(head_dim)) v, output projection. QK norms with a gain and then clipping come before
+    RoPE instead, as in `Qwen3MoeAttention` and `OlmoeAttention`.
 
     Llama 4's two kinds of layer:
 
@@ -337,12 +344,17 @@ class Attention(nn.Module):
         num_kv_heads: key and value heads G, a divisor of N; None means N.
         head_dim: H; None means dim / num_heads.
         rotary: positions for queries and keys; None for a layer without positions (NoPE).
-        qk_norm: normalize queries and keys per head, without gain.
+        qk_norm: True normalizes queries and keys per head after RoPE, without gain (Llama 4). A name of `QKNorm`
+            normalizes them before RoPE, with a gain.
+        clip_qkv: queries, keys and values are clipped to +-clip_qkv after such a norm (OLMoE); None for no clipping.
         attention_chunk_size: tokens per chunk of a chunk-local layer; None for full causal attention.
         temperature: scale of the queries by absolute position; None for none.
         bias: whether the four projections have a bias.
         conv_width: width of a `ShortConvolution` over queries, keys and values; 0 for none.
     """
+
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
 
     def __init__(
         self,
@@ -352,7 +364,8 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rotary: RotaryEmbedding | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | QKNorm = False,
+        clip_qkv: float | None = None,
         norm_eps: float = 1e-5,
         attention_chunk_size: int | None = None,
         temperature: AttentionTemperature | None = None,
@@ -365,7 +378,13 @@ class Attention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require_sizes(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
         require_sizes(0, conv_width=conv_width)
-        require_flags(qk_norm=qk_norm, bias=bias)
+        require_flags(bias=bias)
+        if isinstance(qk_norm, str):
+            require_choice(get_args(QKNorm), qk_norm=qk_norm)
+        else:
+            require_flags(qk_norm=qk_norm)
+        if clip_qkv is not None:
+            require_numbers(above=True, clip_qkv=clip_qkv)
         require_numbers(norm_eps=norm_eps)
         require_kinds(RotaryEmbedding, rotary=rotary)
         require_kinds(AttentionTemperature, temperature=temperature)
@@ -387,7 +406,8 @@ class Attention(nn.Module):
         self.attention_chunk_size = attention_chunk_size
         self.temperature = temperature
         self.rotary = rotary
-        self.qk_norm = RMSNorm(head_dim, eps=norm_eps, gain=False) if qk_norm else None
+        self.qk_norm = RMSNorm(head_dim, eps=norm_eps, gain=False) if qk_norm is True else None
+        self.clip_qkv = clip_qkv
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -398,6 +418,10 @@ class Attention(nn.Module):
         self.o_proj = linear(num_heads * head_dim, dim)
         channels = (num_heads + 2 * num_kv_heads) * head_dim
         self.conv = ShortConvolution(channels, conv_width, device=device, dtype=dtype) if conv_width else None
+        for name, heads in (("q_norm", num_heads), ("k_norm", num_kv_heads)):
+            width = head_dim if qk_norm == "per_head" else heads * head_dim
+            has_gain = isinstance(qk_norm, str)
+            setattr(self, name, RMSNorm(width, eps=norm_eps, device=device, dtype=dtype) if has_gain else None)
 
     def make_cache(self) -> AttentionCache:
         return AttentionCache(self.attention_chunk_size)
@@ -452,7 +476,12 @@ class Attention(nn.Module):
             q, k, v = qkv.split((q.size(-1), k.size(-1), v.size(-1)), dim=-1)
             if cache is not None:
                 cache.convolution_tail = tail
-        q, k, v = (rearrange(y, "b l (n h) -> b l n h", h=self.head_dim) for y in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rearrange(self.q_norm(_grouped(q, self.q_norm.dim)), "b l n h -> b l (n h)")
+            k = rearrange(self.k_norm(_grouped(k, self.k_norm.dim)), "b l n h -> b l (n h)")
+        if self.clip_qkv is not None:
+            q, k, v = (y.clamp(-self.clip_qkv, self.clip_qkv) for y in (q, k, v))
+        q, k, v = (_grouped(y, self.head_dim) for y in (q, k, v))
         if self.rotary is not None or self.temperature is not None:
             positions = torch.arange(start, start + x.size(1), device=x.device)
         if self.rotary is not None:
@@ -475,3 +504,8 @@ class Attention(nn.Module):
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"attention_chunk_size={self.attention_chunk_size}, temperature={self.temperature}"
         )
+
+
+def _grouped(x: Tensor, width: int) -> Tensor:
+    """(B, L, N * H) -> (B, L, N, H) with H = width."""
+    return rearrange(x, "b l (n h) -> b l n h", h=width)

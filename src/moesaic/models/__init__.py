@@ -5,7 +5,16 @@ from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, M
 from moesaic.models.decoder import Block, Decoder, DecoderOutput, build_decoder
 from moesaic.models.generation import generate, sample
 from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
-from moesaic.models.presets import llama4_behemoth_guess, llama4_maverick, llama4_scout, llama4_toy
+from moesaic.models.presets import (
+    llama4_behemoth_guess,
+    llama4_maverick,
+    llama4_scout,
+    llama4_toy,
+    mixtral_8x7b,
+    olmoe_1b_7b,
+    qwen3_30b_a3b,
+    tiny_twin,
+)
 
 __all__ = [
     "Account",
@@ -27,6 +36,10 @@ __all__ = [
     "llama4_maverick",
     "llama4_scout",
     "llama4_toy",
+    "mixtral_8x7b",
+    "olmoe_1b_7b",
+    "qwen3_30b_a3b",
     "sample",
+    "tiny_twin",
     "trace_memory",
 ]

@@ -183,8 +183,12 @@ def _describe_mixer(config: DecoderConfig, mixer: Mixer) -> str:
     words = ["RoPE" if positions else "NoPE"]
     chunk = config.chunk_of(mixer)
     words.append("full" if chunk is None else f"chunks of {chunk}")
-    if positions and attention.qk_norm:
+    if isinstance(attention.qk_norm, str):
+        words.append(f"QK norm {attention.qk_norm}")
+    elif positions and attention.qk_norm:
         words.append("QK norm")
+    if attention.clip_qkv is not None:
+        words.append(f"clipped at {attention.clip_qkv:g}")
     if not positions and attention.temperature is not None:
         temperature = attention.temperature
         scale = temperature.scalable_softmax

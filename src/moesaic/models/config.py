@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from moesaic.layers import ActivationName, AttentionTemperature, BackendName, Llama3RopeScaling
+from moesaic.layers import ActivationName, AttentionTemperature, BackendName, Llama3RopeScaling, QKNorm
 from moesaic.layers.router import ScoreFunction
 from moesaic.layers.routers import RouterName
 
@@ -45,14 +45,16 @@ class AttentionConfig:
     head_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**16})
     rope_theta: float = 500000.0
     rope_scaling: Llama3RopeScaling | None = None
-    qk_norm: bool = True  # on layers with RoPE only, as in Llama 4
+    # true: after RoPE and on layers with RoPE only, as in Llama 4; those by name: before RoPE, on all layers
+    qk_norm: bool | QKNorm = True
+    clip_qkv: float | None = dataclasses.field(default=None, metadata={"most": 1e9})
     attention_chunk_size: int | None = None
     temperature: AttentionTemperature | None = None  # on layers without positions only
     bias: bool = False
     conv_width: int = dataclasses.field(default=0, metadata={"most": 2**10})
 
     def __post_init__(self) -> None:
-        _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta")
+        _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta", "clip_qkv")
         _within(self, "rope_theta", 1.0, 1e15)
         if self.conv_width < 0:
             raise ValueError(f"conv_width={self.conv_width}: must be a number >= 0")

@@ -436,7 +436,8 @@ def _build_mixer(
         rotary=RotaryEmbedding(config.head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling)
         if positions
         else None,
-        qk_norm=attention.qk_norm and positions,
+        qk_norm=attention.qk_norm if positions or isinstance(attention.qk_norm, str) else False,
+        clip_qkv=attention.clip_qkv,
         norm_eps=config.norm_eps,
         attention_chunk_size=config.chunk_of(mixer),
         temperature=None if positions else attention.temperature,

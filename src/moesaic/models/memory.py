@@ -334,8 +334,13 @@ def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
         kept += padded
     if positions:
         kept += 2 * length * config.head_dim * sizes.exact_bytes  # sine and cosine, for queries and for keys
-    if positions and attention.qk_norm:
+    if isinstance(attention.qk_norm, str):  # in fp32 as it is normalized, and what its gain multiplies
+        statistics = heads if attention.qk_norm == "per_head" else 2
+        kept += tokens * ((queries + keys + statistics) * sizes.exact_bytes + (queries + keys) * sizes.bytes)
+    elif positions and attention.qk_norm:
         kept += tokens * (queries + keys + heads) * sizes.exact_bytes
+    if attention.clip_qkv is not None:
+        kept += tokens * channels * sizes.bytes
 
     chunk = min(length, config.chunk_of(mixer) or length)
     rest = length % chunk

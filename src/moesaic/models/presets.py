@@ -1,4 +1,4 @@
-"""Configurations by name: the published Llama 4 text models, and a tiny model of exactly their layout."""
+"""Configurations by name: the published Llama 4 text models and softmax MoEs, and tiny models of their layouts."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,17 @@ from typing import Any
 from moesaic.layers import AttentionTemperature, Llama3RopeScaling
 from moesaic.models.config import AttentionConfig, DecoderConfig, MoEConfig
 
-__all__ = ["llama4_behemoth_guess", "llama4_maverick", "llama4_scout", "llama4_toy", "small"]
+__all__ = [
+    "llama4_behemoth_guess",
+    "llama4_maverick",
+    "llama4_scout",
+    "llama4_toy",
+    "mixtral_8x7b",
+    "olmoe_1b_7b",
+    "qwen3_30b_a3b",
+    "small",
+    "tiny_twin",
+]
 
 
 def llama4_scout() -> DecoderConfig:
@@ -111,3 +121,64 @@ def llama4_toy(vocab_size: int = 512, **changes: Any) -> DecoderConfig:
         nope_layer_interval=4,
     )
     return dataclasses.replace(tiny, **changes)
+
+
+def mixtral_8x7b() -> DecoderConfig:
+    """Mixtral 8x7B: 46.70B parameters, 12.88B active; embedding and head, 0.13B each, count in both."""
+    return _softmax_moe(
+        vocab_size=32000,
+        dim=4096,
+        num_layers=32,
+        attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128, rope_theta=1e6, qk_norm=False),
+        hidden_dim=14336,
+        moe={"num_experts": 8, "hidden_dim": 14336, "top_k": 2, "normalize_scores": True},
+    )
+
+
+def qwen3_30b_a3b() -> DecoderConfig:
+    """Qwen3-30B-A3B: 30.53B parameters, 3.35B active; embedding and head, 0.31B each, count in both."""
+    return _softmax_moe(
+        vocab_size=151936,
+        dim=2048,
+        num_layers=48,
+        attention=AttentionConfig(num_heads=32, num_kv_heads=4, head_dim=128, rope_theta=1e6, qk_norm="per_head"),
+        hidden_dim=6144,
+        moe={"num_experts": 128, "hidden_dim": 768, "top_k": 8, "normalize_scores": True},
+        norm_eps=1e-6,
+    )
+
+
+def olmoe_1b_7b() -> DecoderConfig:
+    """OLMoE-1B-7B: 6.92B parameters, 1.28B active; embedding and head, 0.10B each, count in both."""
+    return _softmax_moe(
+        vocab_size=50304,
+        dim=2048,
+        num_layers=16,
+        attention=AttentionConfig(
+            num_heads=16, num_kv_heads=16, head_dim=128, rope_theta=10000.0, qk_norm="full_width"
+        ),
+        hidden_dim=1024,
+        moe={"num_experts": 64, "hidden_dim": 1024, "top_k": 8},
+        padding_token=1,
+    )
+
+
+def _softmax_moe(*, moe: dict[str, Any], **sizes: Any) -> DecoderConfig:
+    """A model of MoE layers alone, which scale the output of the experts that a softmax chose."""
+    moe |= {"shared_hidden_dim": 0, "score_function": "softmax", "score_before_experts": False}
+    return DecoderConfig(moe=MoEConfig(**moe), interleave_moe_layer_step=1, nope_layer_interval=0, **sizes)
+
+
+def tiny_twin(preset: DecoderConfig, vocab_size: int = 512) -> DecoderConfig:
+    """A published softmax MoE's layout at toy size: its norms, routing and ties, with 4 layers of 8 experts.
+
+    The number of key-value heads keeps its ratio to that of queries, 1:1 or grouped.
+    """
+    assert preset.moe is not None
+    grouped = preset.num_kv_heads < preset.attention.num_heads
+    attention = dataclasses.replace(
+        preset.attention, num_heads=4, num_kv_heads=2 if grouped else 4, head_dim=8, rope_theta=10000.0
+    )
+    moe = dataclasses.replace(preset.moe, num_experts=8, hidden_dim=16, top_k=2)
+    sizes = {"vocab_size": vocab_size, "dim": 32, "num_layers": 4, "hidden_dim": 64}
+    return dataclasses.replace(preset, attention=attention, moe=moe, **sizes)

@@ -56,6 +56,11 @@ def attention_shapes(config: DecoderConfig) -> list[Shape]:
     shapes = [Shape(sizes, "matrix") for sizes in matrices]
     if attention.bias:
         shapes += [Shape((outputs,), "vector") for outputs, _ in matrices]
+    if isinstance(attention.qk_norm, str):
+        one_head = (config.head_dim, config.head_dim)
+        shapes += [
+            Shape((width,), "vector") for width in (one_head if attention.qk_norm == "per_head" else (queries, keys))
+        ]
     if attention.conv_width:
         shapes.append(Shape((attention.conv_width, queries + 2 * keys), "vector"))
     return shapes

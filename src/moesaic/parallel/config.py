@@ -96,6 +96,11 @@ def require_vocabulary(parallel: ParallelConfig, processes: int, model: DecoderC
 
 def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderConfig, key: str) -> None:
     """Refuse heads and widths that cannot be shared evenly; custom modules are not shared."""
+    if isinstance(model.attention.qk_norm, str):  # a rank would see the gradient of its own heads only
+        raise InputError(
+            f"parallel.tensor={parallel.tensor}: must be 1 with {key}.attention.qk_norm={model.attention.qk_norm}, "
+            "whose gains the heads share"
+        )
     sizes: dict[str, int] = {}
     if any(isinstance(layer.mixer, str) for layer in model.layers):
         sizes[f"{key}.attention.num_heads"] = model.attention.num_heads

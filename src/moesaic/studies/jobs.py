@@ -62,6 +62,7 @@ YOUNGER: dict[str, Any] = {
     "model.moe.identity_experts": 0,
     "model.moe.skip_experts": 0,
     "model.moe.latent_dim": None,
+    "model.attention.clip_qkv": None,
     **{f"transfer.base.{key}": value for key, value in to_mapping(TransferBase()).items()},
     **{f"trainer.fp8.{key}": value for key, value in to_mapping(Fp8Recipe()).items()},
 }

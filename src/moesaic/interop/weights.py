@@ -1,16 +1,18 @@
-"""Weights of Llama 4 between transformers' files or models and our decoder.
+"""Weights between transformers' files or models and our decoder.
 
-Our parameters have the shapes and layouts of transformers' tensors, so a tensor only changes its name: nothing is
-transposed, split or permuted, and a round trip is bit-equal. Files are read and written tensor by tensor.
+A parameter of ours is one tensor of theirs, or several that stand side by side in it; `layouts` says which. Nothing is
+computed, only copied, so a round trip is bit-equal. Files are read and written tensor by tensor.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ from torch import Tensor, nn
 from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.files import LOCK, staging_folder, sync, write_atomically, write_json, writing
-from moesaic.interop.llama4_config import config_from_hf, config_to_hf, text_fields
+from moesaic.interop.architectures import Architecture, architecture_of, config_to_hf
+from moesaic.interop.layouts import AS_OURS, Layout, Piece
 from moesaic.layers import BackendName
 from moesaic.models import Decoder, DecoderConfig, build_decoder
 from moesaic.models.decoder import FOREIGN_FILES
 from moesaic.models.shapes import num_parameters
 from moesaic.reading import read_json, reading, require_finite
 
-__all__ = ["CheckReport", "Progress", "check_hf", "from_hf", "hf_name", "to_hf"]
+__all__ = ["CheckReport", "Progress", "check_hf", "from_hf", "gradients_to_hf", "hf_name", "to_hf"]
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(tensors done, tensors in all, name) after each tensor."""
@@ -45,19 +48,8 @@ logger = logging.getLogger("moesaic.interop")
 
 
 def hf_name(name: str) -> str:
-    """transformers' name of one of our decoder's parameters."""
-    if name == "head.weight":
-        return "lm_head.weight"
-    if name == "embedding.weight":
-        return "model.embed_tokens.weight"
-    for ours, theirs in (
-        (".mixer_norm.", ".input_layernorm."),
-        (".ffn_norm.", ".post_attention_layernorm."),
-        (".mixer.", ".self_attn."),
-        (".ffn.", ".feed_forward."),
-    ):
-        name = name.replace(ours, theirs)
-    return f"model.{name}"
+    """transformers' name of one of our decoder's parameters, in a Llama 4."""
+    return AS_OURS.hf_name(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +83,10 @@ def from_hf(
     checkpoint_activations: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
-    """The decoder with the weights of a Llama 4 in transformers' format, in evaluation mode.
+    """The decoder with the weights of a model in transformers' format, in evaluation mode.
 
-    The text part of `Llama4ForConditionalGeneration` is taken, its vision tensors are skipped (and counted in the log).
+    Supported are Llama 4, Mixtral, Qwen3-MoE and OLMoE (`ARCHITECTURES`). The text part of
+    `Llama4ForConditionalGeneration` is taken, its vision tensors are skipped (and counted in the log).
     Every tensor must be accounted for. Memory: the decoder and one tensor; nothing is shared with the source.
 
     Args:
@@ -132,19 +125,25 @@ def _decoder(
     checkpoint_activations: bool,
     progress: Progress | None,
 ) -> Decoder:
-    text, prefix = text_fields(config_json)
-    config = _config(text, stored)
+    architecture, text, prefix = architecture_of(config_json)
+    config = _config(architecture, text, stored)
     if config.moe is not None and backend != "auto":
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
     require_memory(f"{where}: its model", num_parameters(config) * (dtype or torch.bfloat16).itemsize)
     decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, device="meta")
-    tensors, skipped = _match(decoder, stored, prefix, where)
+    tensors, skipped = _match(decoder, architecture.layout, stored, prefix, where)
     if skipped:
         logger.warning("%s: %d vision tensors skipped, only the text model is imported", where, skipped)
-    for i, (name, tensor) in enumerate(tensors.items(), start=1):
-        _fill(decoder, name, tensor, dtype)
+    done, total = 0, sum(map(len, tensors.values()))
+
+    def tell(piece: Piece) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
-            progress(i, len(tensors), hf_name(name))
+            progress(done, total, piece.name)
+
+    for name, pieces in tensors.items():
+        _fill(decoder, name, pieces, dtype, tell)
     if config.tie_embeddings:
         decoder.head.weight = decoder.embedding.weight
     decoder.foreign_files = {**files, "config.json": json.dumps(dict(text), default=str)}
@@ -165,21 +164,22 @@ def check_hf(directory: str | Path) -> CheckReport:
         return _check(path)
 
 
-def _config(text: Mapping[str, Any], stored: Mapping[str, _Stored]) -> DecoderConfig:
+def _config(architecture: Architecture, text: Mapping[str, Any], stored: Mapping[str, _Stored]) -> DecoderConfig:
     """The config, if its number of layers is possible: it is refused before anything of this size is made."""
     require_finite(text, "config.json")
     layers = text.get("num_hidden_layers", 0)
     if isinstance(layers, (int, float)) and layers > len(stored):
         raise InputError(f"config.json: num_hidden_layers={layers}: the files hold {len(stored)} tensors in all")
-    return config_from_hf(text)
+    return architecture.read(text)
 
 
 def _check(path: Path) -> CheckReport:
-    text, prefix = text_fields(_read_config(path))
+    architecture, text, prefix = architecture_of(_read_config(path))
     stored = _of_directory(path, absent_allowed=True)
-    config = _config(text, stored)
-    tensors, skipped = _match(build_decoder(config, device="meta"), stored, prefix, str(path))
-    present = [t for t in tensors.values() if isinstance(t.dtype, torch.dtype)]
+    config = _config(architecture, text, stored)
+    matched, skipped = _match(build_decoder(config, device="meta"), architecture.layout, stored, prefix, str(path))
+    tensors = [tensor for pieces in matched.values() for _, tensor in pieces]
+    present = [t for t in tensors if isinstance(t.dtype, torch.dtype)]
     return CheckReport(
         config=config,
         tensors=len(tensors),
@@ -197,7 +197,10 @@ def to_hf(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> None:
-    """Write the decoder as transformers' `Llama4ForCausalLM`: config.json and (sharded) safetensors.
+    """Write the decoder in transformers' format: config.json and (sharded) safetensors.
+
+    It becomes the architecture that it was read from, or else the first of `ARCHITECTURES` that holds it exactly. Each
+    expert has tensors of its own where the architecture's published files have that.
 
     What `from_hf` read beside the weights (token ids, generation_config.json, tokenizer) is written again. The files
     appear under their names only when all are complete, config.json last. Memory: the decoder and one tensor.
@@ -209,16 +212,17 @@ def to_hf(
         progress: called after each tensor.
 
     Raises:
-        InputError: the decoder is no Llama 4 (every difference is named), has no weights (meta device) or no config,
-            or the directory already holds a model.
+        InputError: no architecture holds the decoder (every difference to the nearest is named), it has no weights
+            (meta device) or no config, or the directory already holds a model.
     """
     target = Path(directory)
     if decoder.config is None:
         raise InputError("this decoder has no config: only decoders of build_decoder can be written")
-    parameters = _parameters_to_write(decoder, decoder.config.tie_embeddings, dtype)
+    _require_writable(decoder, decoder.config.tie_embeddings, dtype)
     _require_free(target)
     written_dtype = str(dtype or decoder.embedding.weight.dtype).removeprefix("torch.")
     config = config_to_hf(decoder.config, json.loads(decoder.foreign_files.get("config.json", "{}")), written_dtype)
+    parameters = _tensors_to_write(decoder, architecture_of(config)[0].layout)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(target) as staging:
@@ -234,25 +238,53 @@ def to_hf(
         sync(target)
 
 
-def _parameters_to_write(decoder: Decoder, tied: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """By transformers' names, without the head of a tied decoder.
+def gradients_to_hf(decoder: Decoder) -> dict[str, Tensor | None]:
+    """The gradients of a decoder by the names and in the layouts of a transformers model in memory.
+
+    They are copies; None where there is none. A tied head has its embedding's name.
 
     Raises:
-        InputError: one without data, of a dtype that files do not have, or two that should be tied and differ.
+        InputError: no architecture holds the decoder, or it has no config.
     """
-    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in decoder.named_parameters(remove_duplicate=False)}
-    for name, p in parameters.items():
+    if decoder.config is None:
+        raise InputError("this decoder has no config: only decoders of build_decoder have names in transformers")
+    config = config_to_hf(decoder.config, json.loads(decoder.foreign_files.get("config.json", "{}")), "float32")
+    layout, gradients = architecture_of(config)[0].layout, {}
+    for name, parameter in decoder.named_parameters():
+        (piece,) = layout.pieces(name, tuple(parameter.shape), decoder.config.head_dim, in_model=True)
+        gradient = parameter.grad
+        gradients[piece.name] = None if gradient is None else piece.view(gradient).reshape(piece.shape).clone()
+    return gradients
+
+
+def _require_writable(decoder: Decoder, tied: bool, dtype: torch.dtype | None) -> None:
+    """Raise InputError for a parameter without data, a dtype that files do not have, or two tied that differ."""
+    for name, p in decoder.named_parameters(remove_duplicate=False):
         if p.is_meta:
             raise InputError(f"{name}: on the meta device, it has no data to write")
         if (dtype or p.dtype) not in DTYPES.values():
             raise InputError(
                 f"{name}: found dtype {dtype or p.dtype}; must be one of {', '.join(map(str, DTYPES.values()))}"
             )
-    if tied:
-        head, embedding = parameters.pop(hf_name("head.weight")), parameters[hf_name("embedding.weight")]
-        if head is not embedding and not torch.equal(head, embedding):
-            raise InputError("head.weight differs from embedding.weight, but the config says tie_embeddings=true")
-    return parameters
+    head, embedding = decoder.head.weight, decoder.embedding.weight
+    if tied and head is not embedding and not torch.equal(head, embedding):
+        raise InputError("head.weight differs from embedding.weight, but the config says tie_embeddings=true")
+
+
+def _tensors_to_write(decoder: Decoder, layout: Layout) -> dict[str, _Stored]:
+    """By transformers' names in files, without the head of a tied decoder."""
+    assert decoder.config is not None
+    tensors = {}
+    for name, p in decoder.named_parameters(remove_duplicate=False):
+        if name == "head.weight" and decoder.config.tie_embeddings:
+            continue
+        for piece in layout.pieces(name, tuple(p.shape), decoder.config.head_dim, in_model=False):
+            tensors[piece.name] = _Stored(piece.shape, p.dtype, partial(_read_piece, p, piece))
+    return tensors
+
+
+def _read_piece(parameter: Tensor, piece: Piece) -> Tensor:
+    return piece.view(parameter.detach()).reshape(piece.shape)
 
 
 def _require_free(target: Path) -> None:
@@ -266,7 +298,7 @@ def _require_free(target: Path) -> None:
 
 def _write_weights(
     directory: Path,
-    parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, _Stored],
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     progress: Progress | None,
@@ -292,26 +324,43 @@ def _write_weights(
 # ---- matching names
 
 
-def _match(decoder: Decoder, stored: Mapping[str, _Stored], prefix: str, where: str) -> tuple[dict[str, _Stored], int]:
+def _match(
+    decoder: Decoder, layout: Layout, stored: Mapping[str, _Stored], prefix: str, where: str
+) -> tuple[dict[str, list[tuple[Piece, _Stored]]], int]:
     """Our parameters' names -> tensors of the source; every one on either side accounted for."""
+    assert decoder.config is not None
+    # files may have the stacked tensors of a model in memory too
+    in_model = layout.experts is not None and any(name.endswith(".experts.gate_up_proj") for name in stored)
     vision = [name for name in stored if prefix and name.startswith(VISION)]
-    wanted = {prefix + hf_name(name): name for name, _ in decoder.named_parameters()}
-    shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    sizes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    pieces = {
+        name: [
+            dataclasses.replace(piece, name=prefix + piece.name)
+            for piece in layout.pieces(name, shape, decoder.config.head_dim, in_model=in_model)
+        ]
+        for name, shape in sizes.items()
+    }
+    wanted = {piece.name: piece for parts in pieces.values() for piece in parts}
     tied_head = prefix + "lm_head.weight"
-    unused_head = stored.get(tied_head) if "head.weight" not in shapes else None
+    unused_head = stored.get(tied_head) if "head.weight" not in sizes else None
     missing = [name for name in wanted if name not in stored]
     unexpected = [
         name for name in stored if name not in wanted and name not in vision and (name != tied_head or not unused_head)
     ]
     problems = [_listed(missing, "missing"), _listed(unexpected, "unexpected")]
-    for theirs, ours in wanted.items():
-        tensor = stored.get(theirs)
+    for name, piece in wanted.items():
+        tensor = stored.get(name)
         if tensor is None or tensor.dtype == ABSENT:
             continue
-        if tensor.shape != shapes[ours]:
-            problems.append(f"{theirs}: found shape {list(tensor.shape)}, config.json says {list(shapes[ours])}")
+        if tensor.shape != piece.shape:
+            problems.append(f"{name}: found shape {list(tensor.shape)}, config.json says {list(piece.shape)}")
         if tensor.dtype not in DTYPES.values():
-            problems.append(f"{theirs}: found dtype {tensor.dtype}; must be one of {', '.join(DTYPES)}")
+            problems.append(f"{name}: found dtype {tensor.dtype}; must be one of {', '.join(DTYPES)}")
+    for parts in pieces.values():
+        found = {x.dtype: part.name for part in parts if (x := stored.get(part.name)) and x.dtype != ABSENT}
+        if len(found) > 1:
+            listed = ", ".join(f"{name} {dtype}" for dtype, name in found.items())
+            problems.append(f"{listed}: must have one dtype, they become one parameter")
     problems = [problem for problem in problems if problem]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
@@ -320,7 +369,7 @@ def _match(decoder: Decoder, stored: Mapping[str, _Stored], prefix: str, where: 
         embedding = stored[prefix + "model.embed_tokens.weight"]
         if unused_head.shape != embedding.shape or not torch.equal(unused_head.read(), embedding.read()):
             raise InputError(f"{where}: {tied_head} differs from the embedding although tie_word_embeddings=true")
-    return {ours: stored[theirs] for theirs, ours in wanted.items()}, len(vision)
+    return {name: [(piece, stored[piece.name]) for piece in parts] for name, parts in pieces.items()}, len(vision)
 
 
 def _listed(names: list[str], word: str) -> str:
@@ -331,13 +380,28 @@ def _listed(names: list[str], word: str) -> str:
 
 
 @torch.no_grad()
-def _fill(decoder: Decoder, name: str, tensor: _Stored, dtype: torch.dtype | None) -> None:
-    """Replace a parameter on the meta device by a copy of the stored tensor."""
+def _fill(
+    decoder: Decoder,
+    name: str,
+    pieces: list[tuple[Piece, _Stored]],
+    dtype: torch.dtype | None,
+    tell: Callable[[Piece], None],
+) -> None:
+    """Replace a parameter on the meta device by a copy of the stored tensors that it is made of."""
     module_name, _, parameter_name = name.rpartition(".")
-    read = tensor.read()
-    # a copy, also where the dtype is right: what is read may be a view of a mapped file or of the source model
-    copy = torch.empty(tensor.shape, dtype=dtype or read.dtype, device=read.device).copy_(read)
-    setattr(decoder.get_submodule(module_name), parameter_name, nn.Parameter(copy))
+    module = decoder.get_submodule(module_name)
+    copy: Tensor | None = None
+    for piece, tensor in pieces:
+        read = tensor.read()
+        if copy is None:
+            # a copy, also where the dtype is right: what is read may be a view of a mapped file or of the source model
+            shape = getattr(module, parameter_name).shape
+            copy = torch.empty(shape, dtype=dtype or read.dtype, device=read.device)
+        part = piece.view(copy)
+        part.copy_(read.reshape(part.shape))
+        tell(piece)
+    assert copy is not None
+    setattr(module, parameter_name, nn.Parameter(copy))
 
 
 # ---- reading
@@ -434,11 +498,17 @@ def _data_digest(path: Path) -> str:
 # ---- writing
 
 
-def _bytes(parameter: Tensor, dtype: torch.dtype | None) -> int:
-    return parameter.numel() * (dtype or parameter.dtype).itemsize
+def _bytes(tensor: _Stored, dtype: torch.dtype | None) -> int:
+    return math.prod(tensor.shape) * _written_as(tensor, dtype).itemsize
 
 
-def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> dict[str, list[str]]:
+def _written_as(tensor: _Stored, dtype: torch.dtype | None) -> torch.dtype:
+    written = dtype or tensor.dtype
+    assert isinstance(written, torch.dtype)  # of a parameter
+    return written
+
+
+def _shards(parameters: Mapping[str, _Stored], dtype: torch.dtype | None, limit: int) -> dict[str, list[str]]:
     """File name -> names of its tensors, in order."""
     if limit < 1:
         raise InputError(f"max_shard_bytes={limit}: must be a number >= 1")
@@ -458,7 +528,7 @@ def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype | None, limit: 
 
 @torch.no_grad()
 def _write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, tell: Callable[[str], None]
+    path: Path, tensors: Mapping[str, _Stored], dtype: torch.dtype | None, tell: Callable[[str], None]
 ) -> None:
     """The safetensors format: length of the header, header, data.
 
@@ -473,7 +543,7 @@ def _write_safetensors(
     for name, tensor in tensors.items():
         end = offset + _bytes(tensor, dtype)
         header[name] = {
-            "dtype": names_of[dtype or tensor.dtype],
+            "dtype": names_of[_written_as(tensor, dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -484,7 +554,7 @@ def _write_safetensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors.items():
-            data = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            data = tensor.read().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             hashed.update(data)
             tell(name)

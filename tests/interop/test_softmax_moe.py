@@ -1,0 +1,279 @@
+"""Our decoder with the weights of a Mixtral, Qwen3-MoE or OLMoE is that model, and writes it back bit-equal."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference.comparing import assert_close, assert_gradients
+from safetensors.torch import load_file
+from softmax_moe_samples import CASES, CLASSES, EXPERTS, RANDOM, SMALL, sample
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moesaic.errors import InputError
+from moesaic.interop import check_hf, config_from_hf, config_to_hf, from_hf, gradients_to_hf, to_hf
+from moesaic.models import build_decoder, generate
+
+LENGTH = 13
+MASK = torch.stack([(torch.arange(LENGTH) >= amount).long() for amount in (0, 3, 9)])
+every_kind = pytest.mark.parametrize("kind", CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def tokens_of(model: PreTrainedModel, batch: int = 3) -> Tensor:
+    return torch.randint(model.config.vocab_size, (batch, LENGTH))
+
+
+def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
+    model.save_pretrained(directory, max_shard_size="20KB", **options)
+    return directory
+
+
+def load(directory: Path, **options: Any) -> Any:
+    """With the experts that they call the reference: others have demands on widths."""
+    return AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager", **options)
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+# ---- the same function
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "left padding"])
+@pytest.mark.parametrize("name", CASES | RANDOM)
+def test_logits_and_gradients_agree(name: str, padded: bool) -> None:
+    kind, changes = (CASES | RANDOM)[name]
+    model = sample(kind, **changes)
+    decoder, tokens, mask = from_hf(model), tokens_of(model), MASK if padded else None
+    expected = model(tokens, attention_mask=mask, use_cache=False).logits
+    found = decoder(tokens, attention_mask=mask).logits
+    assert expected.std() > 0.5, "logits this small hide mistakes"
+    upstream = torch.randn_like(expected) * (1 if mask is None else mask[:, :, None])
+    assert_close(found * upstream.ne(0), expected * upstream.ne(0), 3e-5, "logits")
+    for logits in (expected, found):
+        (logits * upstream).sum().backward()
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours = gradients_to_hf(decoder)
+    assert theirs.keys() <= ours.keys()
+    assert_gradients({name: ours[name] for name in theirs}, theirs, 2e-4)
+    assert all(ours[name] is None or not ours[name].any() for name in ours.keys() - theirs.keys())
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["", "padded"])
+@pytest.mark.parametrize("pieces", [[5, 1, 1, 6], [1] * 13, [12, 1]], ids=str)
+@every_kind
+def test_cached_decoding_agrees(kind: str, pieces: list[int], mask: Tensor | None) -> None:
+    model = sample(kind, **({"clip_qkv": 0.7} if kind == "olmoe" else {}))
+    decoder, tokens = from_hf(model), tokens_of(model)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+        cache, start, found = decoder.make_cache(), 0, []
+        for length in pieces:
+            end = start + length
+            found.append(decoder(tokens[:, start:end], cache, None if mask is None else mask[:, :end]).logits)
+            start = end
+    real = torch.ones_like(tokens) if mask is None else mask
+    assert_close(torch.cat(found, dim=1) * real[:, :, None], expected * real[:, :, None], 2e-5, "logits")
+
+
+@every_kind
+def test_bf16_is_as_near_to_the_exact_result_as_theirs(kind: str) -> None:
+    """By the median token: where two experts are nearly tied, rounding decides, and such a token is far off in both."""
+    model = sample(kind).to(torch.bfloat16)
+    exact = type(model)(model.config).eval().float()
+    exact.load_state_dict(model.state_dict())
+    model.model.rotary_emb.inv_freq = exact.model.rotary_emb.inv_freq  # .to() has rounded it
+    tokens = torch.randint(model.config.vocab_size, (16, 16))
+
+    def error(logits: Tensor) -> float:
+        return (logits.float() - truth).square().mean(dim=-1).sqrt().median().item()
+
+    with torch.no_grad():
+        truth = exact(tokens, use_cache=False).logits
+        theirs, ours = model(tokens, use_cache=False).logits, from_hf(model)(tokens).logits
+    assert ours.dtype == torch.bfloat16
+    assert 0 < error(ours) <= 1.1 * error(theirs)
+
+
+# ---- both ways
+
+
+@pytest.mark.parametrize("name", CASES | RANDOM)
+def test_round_trip_is_bit_equal_and_loads_in_transformers(name: str, tmp_path: Path) -> None:
+    kind, changes = (CASES | RANDOM)[name]
+    model = sample(kind, **changes)
+    source = save(model, tmp_path / "source")
+    report = check_hf(source)
+    decoder = from_hf(source)
+    assert report.tensors == len(weights(source)) and report.config == decoder.config
+    to_hf(decoder, tmp_path / "copy", max_shard_bytes=20_000)
+    assert_same_weights(weights(tmp_path / "copy"), weights(source))
+    theirs, loading = load(tmp_path / "copy", output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(theirs) is type(model)
+    assert_same_weights(theirs.state_dict(), model.state_dict())
+    assert from_hf(tmp_path / "copy").config == decoder.config
+    tokens = tokens_of(model)
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, load(source)(tokens).logits)
+
+
+@every_kind
+def test_stacked_tensors_in_files_are_read_and_become_published_ones(kind: str, tmp_path: Path) -> None:
+    model = sample(kind)
+    published = save(model, tmp_path / "published")
+    stacked = save(model, tmp_path / "stacked", save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in weights(stacked))
+    to_hf(from_hf(stacked), tmp_path / "copy")
+    assert_same_weights(weights(tmp_path / "copy"), weights(published))
+
+
+@every_kind
+def test_a_dtype_is_cast_on_the_way(kind: str, tmp_path: Path) -> None:
+    decoder = from_hf(sample(kind))
+    to_hf(decoder, tmp_path / "half", dtype=torch.bfloat16)
+    again = from_hf(tmp_path / "half", dtype=torch.float32)
+    for name, p in decoder.named_parameters():
+        assert torch.equal(again.get_parameter(name), p.bfloat16().float()), name
+
+
+@every_kind
+def test_a_decoder_of_ours_becomes_the_architecture_that_holds_it(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = from_hf(sample(kind)).config
+    assert config is not None
+    decoder = build_decoder(config).eval()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.normal_(std=0.3)
+    to_hf(decoder, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == kind
+    theirs = load(tmp_path / "hf")
+    prompt = torch.randint(SMALL["vocab_size"], (2, 5))
+    with torch.no_grad():
+        assert_close(theirs(prompt).logits, decoder(prompt).logits, 2e-5, "logits")
+    continued = generate(decoder, prompt, 6, temperature=0)
+    expected = theirs.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(torch.as_tensor(continued), expected)
+
+
+@every_kind
+def test_progress_counts_their_tensors(kind: str, tmp_path: Path) -> None:
+    source, told = save(sample(kind), tmp_path / "source"), []
+    decoder = from_hf(source, progress=lambda done, total, name: told.append((done, total, name)))
+    count = len(weights(source))
+    assert [(done, total) for done, total, _ in told] == [(i + 1, count) for i in range(count)]
+    assert {name for *_, name in told} == set(weights(source))
+    told.clear()
+    to_hf(decoder, tmp_path / "copy", progress=lambda done, total, name: told.append((done, total, name)))
+    assert told[-1][:2] == (count, count)
+
+
+# ---- what a config can say
+
+
+SCALED = {"rope_type": "linear", "factor": 2.0}
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    *((kind, {"rope_parameters": SCALED}, "rope_type='linear'; must be one of default, llama3") for kind in CLASSES),
+    *((kind, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn'") for kind in CLASSES),
+    *((kind, {"attention_dropout": 0.1}, "attention_dropout=0.1: must be 0") for kind in CLASSES),
+    *((kind, {"num_attention_heads": 3}, "num_attention_heads=3: must be a multiple") for kind in CLASSES),
+    *((kind, {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be 1 to the number of exp") for kind in CLASSES),
+    *((kind, {"hidden_act": "tanh"}, "hidden_act='tanh'") for kind in CLASSES),
+    *((kind, {"quantization_config": {"bits": 4}}, "quantization_config=") for kind in CLASSES),
+    *((kind, {"num_shared_experts": 1}, "num_shared_experts=1: not a field of") for kind in CLASSES),
+    *((kind, {"num_experts": 4, "num_local_experts": 8}, "must be equal") for kind in CLASSES),
+    *((kind, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5") for kind in CLASSES),
+    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: must be 2 or more"),
+    ("mixtral", {"sliding_window": 8}, "sliding_window=8: must be null"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: must be 0"),
+    ("mixtral", {"attention_bias": True}, "attention_bias=True: not a field of Mixtral"),
+    ("mixtral", {"head_dim": 7}, "head_dim=7: must be even"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True: must be false"),
+    ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1: must be 2 or more"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be a number >= 1"),
+    ("qwen3_moe", {"clip_qkv": 8.0}, "clip_qkv=8.0: not a field of Qwen3-MoE"),
+    ("olmoe", {"clip_qkv": 0.0}, "clip_qkv=0.0: must be a number > 0"),
+    ("olmoe", {"head_dim": 8}, "hidden_size=24: must be num_attention_heads=4 times head_dim=8"),
+    ("olmoe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: not a field of OLMoE"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), BAD, ids=lambda x: x if isinstance(x, str) else ";".join(x))
+def test_what_a_config_says_and_we_do_not_have_is_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+    good = {**SMALL, "model_type": kind, EXPERTS[kind]: 4}
+    config_from_hf(good)
+    with pytest.raises(InputError, match=message):
+        config_from_hf(good | changes)
+
+
+@every_kind
+def test_missing_fields_have_their_defaults(kind: str) -> None:
+    config_class, _ = CLASSES[kind]
+    written = config_class().to_dict()
+    assert config_from_hf({"model_type": kind}) == config_from_hf(written)
+    assert config_from_hf(written).vocab_size == written["vocab_size"]
+
+
+@every_kind
+def test_spellings_of_transformers_4_are_understood(kind: str) -> None:
+    """rope_theta and rope_scaling at the top, num_experts by the name in published files."""
+    modern = {**SMALL, "model_type": kind, EXPERTS[kind]: 6}
+    scaling = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    older = modern | {"rope_theta": 50.0, "rope_scaling": {"type": "llama3", **scaling}}
+    newer = modern | {"rope_parameters": {"rope_theta": 50.0, "rope_type": "llama3", **scaling}}
+    assert config_from_hf(older) == config_from_hf(newer)
+    config_class, _ = CLASSES[kind]
+    assert config_from_hf(config_class(**older).to_dict()) == config_from_hf(newer)
+
+
+@every_kind
+def test_unsupported_architectures_are_refused_with_a_list(kind: str, tmp_path: Path) -> None:
+    source = save(sample(kind), tmp_path / "source")
+    path = source / "config.json"
+    changed = json.loads(path.read_text()) | {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
+    path.write_text(json.dumps(changed))
+    supported = r"MixtralForCausalLM \(mixtral\), Qwen3MoeForCausalLM \(qwen3_moe\), OlmoeForCausalLM \(olmoe\)"
+    with pytest.raises(InputError, match=rf"architectures=\['Qwen2MoeForCausalLM'\].*{supported}"):
+        from_hf(source)
+
+
+@every_kind
+def test_what_an_architecture_does_not_hold_is_named(kind: str) -> None:
+    config = from_hf(sample(kind)).config
+    assert config is not None and config.moe is not None
+    shared = dataclasses.replace(config, moe=dataclasses.replace(config.moe, shared_hidden_dim=5))
+    with pytest.raises(InputError, match=r"moe\.shared_hidden_dim: found 5, must be 0"):
+        config_to_hf(shared, {}, "float32")
+    convolved = dataclasses.replace(config, attention=dataclasses.replace(config.attention, conv_width=3))
+    with pytest.raises(InputError, match=r"attention\.conv_width: found 3, must be 0"):
+        config_to_hf(convolved, {"model_type": kind}, "float32")
+
+
+@every_kind
+def test_damaged_tensors_are_named(kind: str, tmp_path: Path) -> None:
+    model = sample(kind)
+    state = model.state_dict()
+    lost = next(name for name in state if name.endswith("mlp.gate.weight"))
+    model.state_dict = lambda: {name: x for name, x in state.items() if name != lost}  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=f"missing tensor {lost}"):
+        from_hf(model)
+    model.state_dict = lambda: state | {lost: state[lost][:, 1:]}  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=rf"{lost}: found shape \[4, 23\], config.json says \[4, 24\]"):
+        from_hf(model)
