@@ -13,9 +13,12 @@ from softmax_moe_samples import CASES, CLASSES, EXPERTS, RANDOM, SMALL, sample
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moesaic.checkpoints import load_model
+from moesaic.cli import convert
 from moesaic.errors import InputError
-from moesaic.interop import check_hf, config_from_hf, config_to_hf, from_hf, gradients_to_hf, to_hf
-from moesaic.models import build_decoder, generate
+from moesaic.interop import accelerate, check_hf, config_from_hf, config_to_hf, from_hf, gradients_to_hf, to_hf
+from moesaic.interop.__main__ import main
+from moesaic.models import build_decoder, generate, mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b, tiny_twin
 
 LENGTH = 13
 MASK = torch.stack([(torch.arange(LENGTH) >= amount).long() for amount in (0, 3, 9)])
@@ -111,6 +114,31 @@ def test_bf16_is_as_near_to_the_exact_result_as_theirs(kind: str) -> None:
     assert 0 < error(ours) <= 1.1 * error(theirs)
 
 
+@pytest.mark.parametrize("name", RANDOM)
+def test_accelerated_models_agree(name: str) -> None:
+    kind, changes = RANDOM[name]
+    model = sample(kind, **changes)
+    tokens = tokens_of(model)
+    expected = model(tokens, attention_mask=MASK).logits * MASK[:, :, None]
+    upstream = torch.randn_like(expected)
+    (expected * upstream).sum().backward()
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    continued = model.generate(tokens, **options)
+    has_experts = any(name.endswith("experts.gate_up_proj") for name in gradients)
+    if not has_experts:
+        with pytest.raises(InputError, match="has no MoE block"):
+            accelerate(model)
+        return
+    accelerate(model)
+    found = model(tokens, attention_mask=MASK).logits * MASK[:, :, None]
+    assert_close(found, expected, 3e-5, "logits")
+    (found * upstream).sum().backward()
+    assert_gradients({key: p.grad for key, p in model.named_parameters() if key in gradients}, gradients, 2e-4)
+    assert torch.equal(model.generate(tokens, **options), continued)
+
+
 # ---- both ways
 
 
@@ -185,7 +213,54 @@ def test_progress_counts_their_tensors(kind: str, tmp_path: Path) -> None:
     assert told[-1][:2] == (count, count)
 
 
+# ---- commands
+
+
+@every_kind
+def test_convert_to_a_checkpoint_and_back(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(sample(kind), tmp_path / "source")
+    convert.main([str(source), "dry_run=true"])
+    assert "all accounted for" in capsys.readouterr().out
+    convert.main([str(source), str(tmp_path / "model.ckpt")])
+    printed = capsys.readouterr().out
+    assert "4, top 2" in printed and "shared" not in printed
+    convert.main([str(tmp_path / "model.ckpt"), "dry_run=true"])
+    assert CLASSES[kind][1].__name__ in capsys.readouterr().out
+    convert.main([str(tmp_path / "model.ckpt"), str(tmp_path / "back")])
+    assert_same_weights(weights(tmp_path / "back"), weights(source))
+    assert load_model(tmp_path / "model.ckpt").config == from_hf(source).config
+
+
+@every_kind
+def test_logits_as_a_command(kind: str, tmp_path: Path) -> None:
+    model = sample(kind)
+    source, tokens = save(model, tmp_path / "source"), tokens_of(model)
+    torch.save({"input_ids": tokens, "attention_mask": MASK}, tmp_path / "in.pt")
+    main(["logits", str(source), str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--prefill", "4"])
+    found = torch.load(tmp_path / "out.pt")["logits"]
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=MASK, use_cache=False).logits
+    assert_close(found * MASK[:, :, None], expected * MASK[:, :, None], 2e-5, "logits")
+
+
 # ---- what a config can say
+
+
+PRESETS = {"mixtral": mixtral_8x7b(), "qwen3_moe": qwen3_30b_a3b(), "olmoe": olmoe_1b_7b()}
+
+
+@every_kind
+def test_presets_and_their_tiny_twins_are_of_their_architecture(kind: str, tmp_path: Path) -> None:
+    config_class, model_class = CLASSES[kind]
+    written = config_to_hf(PRESETS[kind], {}, "bfloat16")
+    assert written["model_type"] == kind
+    theirs = config_class(**{key: value for key, value in written.items() if key != "model_type"})
+    with torch.device("meta"):
+        count = sum(p.numel() for p in model_class(theirs).parameters())
+    assert count == sum(p.numel() for p in build_decoder(PRESETS[kind], device="meta").parameters())
+    assert config_from_hf(theirs.to_dict()) == PRESETS[kind]
+    to_hf(build_decoder(tiny_twin(PRESETS[kind])), tmp_path / "tiny")
+    assert type(load(tmp_path / "tiny")) is model_class
 
 
 SCALED = {"rope_type": "linear", "factor": 2.0}

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ class Case:
     num_kv_heads: int = 2
     head_dim: int = 4
     theta: float | None = 100.0
-    qk_norm: bool = False
+    qk_norm: Any = False
+    clip_qkv: float | None = None
     chunk: int | None = None
     temperature: tuple[float, int] | None = None
     bias: bool = False
@@ -40,6 +42,7 @@ class Case:
             head_dim=self.head_dim,
             rotary=None if self.theta is None else RotaryEmbedding(self.head_dim, theta=self.theta),
             qk_norm=self.qk_norm,
+            clip_qkv=self.clip_qkv,
             norm_eps=0.1,
             attention_chunk_size=self.chunk,
             temperature=None if self.temperature is None else AttentionTemperature(*self.temperature),
@@ -57,7 +60,9 @@ class Case:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             theta=self.theta,
-            qk_norm_eps=0.1 if self.qk_norm else None,
+            qk_norm_eps=0.1 if self.qk_norm is True else None,
+            gain_norm=self.qk_norm if isinstance(self.qk_norm, str) else None,
+            clip=math.inf if self.clip_qkv is None else self.clip_qkv,
             chunk=self.chunk,
             temperature=self.temperature,
         )
@@ -82,6 +87,14 @@ CASES = {
     "temperature with positions": Case(temperature=(0.7, 2)),
     "QK norm": Case(qk_norm=True),
     "QK norm without positions": Case(qk_norm=True, theta=None),
+    "QK norm per head with a gain": Case(qk_norm="per_head"),
+    "QK norm per head with a gain, no positions": Case(qk_norm="per_head", theta=None),
+    "QK norm over the full width": Case(qk_norm="full_width"),
+    "QK norm over the full width, clipped": Case(qk_norm="full_width", clip_qkv=0.6, num_kv_heads=1, bias=True),
+    "clipped": Case(clip_qkv=0.6),
+    "a gain and all else": Case(
+        qk_norm="per_head", clip_qkv=1.1, chunk=4, temperature=(0.7, 3), bias=True, conv_width=2
+    ),
     "biases": Case(bias=True),
     "convolution": Case(conv_width=3),
     "convolution over chunks": Case(conv_width=3, chunk=4),

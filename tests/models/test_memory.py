@@ -74,6 +74,8 @@ CONFIGS = {
     "full attention": small({"attention_chunk_size": None, "qk_norm": False, "temperature": None}),
     "an unfinished chunk": small({"attention_chunk_size": 200}, nope_layer_interval=0),
     "convolution": small({"conv_width": 3, "bias": True}),
+    "QK norm per head": small({"qk_norm": "per_head"}),
+    "QK norm over the full width, clipped": small({"qk_norm": "full_width", "clip_qkv": 2.0}),
     "top 2, scores after": small({}, {"top_k": 2, "score_before_experts": False, "score_function": "softmax"}),
     "no shared expert, many": small({}, {"num_experts": 40, "shared_hidden_dim": 0}, interleave_moe_layer_step=1),
     "recomputed": small({}, {"backend": "sliced_recompute"}, activation="gelu"),

@@ -33,6 +33,8 @@ def attention(
     qk_norm_eps: float | None = None,
     chunk: int | None = None,
     temperature: tuple[float, int] | None = None,
+    gain_norm: str | None = None,
+    clip: float = math.inf,
 ) -> Tensor:
     """x (B, L, D) -> (B, L, D); `weights` as in the state dict, convolution included if it is there."""
     batch, length, _ = x.shape
@@ -49,6 +51,16 @@ def attention(
                 y = y + weights["conv.weight"][i] * qkv[:, t - i]
             convolved.append(y)
         qkv = torch.stack(convolved, dim=1)
+
+    if gain_norm is not None:
+        queries, keys, values = qkv.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], -1)
+        normalized = []
+        for name, y in (("q_norm", queries), ("k_norm", keys)):
+            for part in y.split(head_dim, dim=-1) if gain_norm == "per_head" else [y]:
+                mean_square = part.square().mean(-1, keepdim=True)
+                normalized.append(part / (mean_square + 0.1).sqrt() * weights[f"{name}.weight"])
+        qkv = torch.cat([*normalized, values], dim=-1)
+    qkv = torch.where(qkv > clip, clip, torch.where(qkv < -clip, -clip, qkv))
 
     columns = qkv.split(head_dim, dim=-1)  # one (B, L, H) per head: queries, keys, values
     heads = []

@@ -238,6 +238,10 @@ HEADS_3 = (
             r"^parallel\.tensor=3: must divide model\.attention\.num_kv_heads=4; allowed with 6 processes: 1, 2$",
         ),
         (
+            [*TENSOR_3, *HEADS_3, "model.attention.qk_norm=per_head"],
+            r"^parallel\.tensor=3: must be 1 with model\.attention\.qk_norm=per_head, whose gains the heads share$",
+        ),
+        (
             [*TENSOR_3, *HEADS_3, "model.hidden_dim=64"],
             r"^parallel\.tensor=3: must divide model\.hidden_dim=64; allowed",
         ),

@@ -214,7 +214,7 @@ def _text_fields_of(config: DecoderConfig, carried: Mapping[str, Any]) -> _TextF
         moe_layers=tuple(i for i, layer in enumerate(layers) if layer.ffn == "moe"),
         # the two lists decide; the intervals only say how they came about
         interleave_moe_layer_step=config.interleave_moe_layer_step or carried.get("interleave_moe_layer_step") or 1,
-        use_qk_norm=attention.qk_norm,
+        use_qk_norm=attention.qk_norm is True,  # no other, see `differences`
         no_rope_layers=tuple(int(layer.mixer in ("rope", "chunked_rope")) for layer in layers),
         no_rope_layer_interval=config.nope_layer_interval or carried.get("no_rope_layer_interval") or 4,
         # transformers wants a number even where no layer is chunked

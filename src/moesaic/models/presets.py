@@ -180,5 +180,6 @@ def tiny_twin(preset: DecoderConfig, vocab_size: int = 512) -> DecoderConfig:
         preset.attention, num_heads=4, num_kv_heads=2 if grouped else 4, head_dim=8, rope_theta=10000.0
     )
     moe = dataclasses.replace(preset.moe, num_experts=8, hidden_dim=16, top_k=2)
-    sizes = {"vocab_size": vocab_size, "dim": 32, "num_layers": 4, "hidden_dim": 64}
-    return dataclasses.replace(preset, attention=attention, moe=moe, **sizes)
+    return dataclasses.replace(
+        preset, attention=attention, moe=moe, vocab_size=vocab_size, dim=32, num_layers=4, hidden_dim=64
+    )
