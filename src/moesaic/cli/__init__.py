@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "scaffold": Command("Write a study's file to fill in.", ("name",), "NAME"),
     "convert": Command(
-        "Convert between transformers' Llama 4 directories and checkpoints.",
+        "Convert between transformers' directories and checkpoints.",
         ("source", "destination"),
         "SOURCE [DESTINATION]",
     ),
