@@ -495,7 +495,7 @@ def _build_experts(
     config: DecoderConfig, moe: MoEConfig, i: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module | None:
     num_free = moe.identity_experts + moe.skip_experts
-    given = {"hidden_dim": moe.hidden_dim, "activation": config.activation, "backend": moe.backend}
+    given: dict[str, Any] = {"hidden_dim": moe.hidden_dim, "activation": config.activation, "backend": moe.backend}
     experts: nn.Module | None = None
     if isinstance(moe.experts, dict):
         known = _known(config, i) | {"dim": moe.latent_dim or config.dim, "num_experts": moe.num_experts}
