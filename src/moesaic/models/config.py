@@ -312,6 +312,7 @@ def _check_part(name: str, part: str | CustomModule) -> None:
         raise ValueError(f"{name}={part!r}{meant}: must be one of {known}, or a custom module {{type: dotted path}}")
     if isinstance(part, dict) and not isinstance(part.get("type"), str):
         raise ValueError(f"{name}={part}: a custom module needs `type: package.module.Class`; built-in are {known}")
-    if name == "router" and isinstance(part, dict) and not set(".:") & set(part["type"]):
-        if part["type"] not in BUILT_IN[name]:
-            raise ValueError(f"router.type={part['type']!r}: must be package.module.Class, or one of {known}")
+    if name != "router" or not isinstance(part, dict) or set(".:") & set(part["type"]):
+        return
+    if part["type"] not in BUILT_IN[name]:
+        raise ValueError(f"router.type={part['type']!r}: must be package.module.Class, or one of {known}")
