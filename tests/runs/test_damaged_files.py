@@ -431,9 +431,10 @@ def test_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_all_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Path) -> None:
-    assert check(KINDS[name], name, good, tmp_path, 1)[0] > 15
+@pytest.mark.parametrize("name", QUICK)
+def test_more_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Path) -> None:
+    count = len(cases(KINDS[name], (good / KINDS[name].file).read_bytes()))
+    assert check(KINDS[name], name, good, tmp_path, max(1, count // 250))[0] > 15
 
 
 def test_there_are_five_hundred(good: Path) -> None:

@@ -17,11 +17,14 @@ from torch import distributed
 
 __all__ = ["Workers"]
 
+JOBS_OF_A_PROCESS = 8
+"""After so many jobs there are new processes: gloo keeps the threads of ended groups, each awake 100 times a second."""
+
 
 class Workers:
     """Forked processes with one CPU thread each, which talk by gloo on this machine.
 
-    They are forked when the first job comes, so they have what was imported until then. A job that fails or takes too
+    They are forked when a job comes, so they have what was imported until then. A job that fails or takes too
     long ends them all: its other ranks may wait for ever. The next job has new ones.
 
     Args:
@@ -49,6 +52,8 @@ class Workers:
         """
         if not 1 <= ranks <= self.count:
             raise ValueError(f"ranks={ranks}: must be 1 to {self.count}")
+        if self._jobs % JOBS_OF_A_PROCESS == 0:
+            self.close()
         if not self._processes:
             self._fork()
         self._jobs += 1
