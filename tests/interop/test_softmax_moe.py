@@ -58,6 +58,7 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -
 # ---- the same function
 
 
+@pytest.mark.slow_but_for("as given", "both", "clipped", ", 0")
 @pytest.mark.parametrize("padded", [False, True], ids=["", "left padding"])
 @pytest.mark.parametrize("name", CASES | RANDOM)
 def test_logits_and_gradients_agree(name: str, padded: bool) -> None:
@@ -78,6 +79,7 @@ def test_logits_and_gradients_agree(name: str, padded: bool) -> None:
     assert all(ours[name] is None or not ours[name].any() for name in ours.keys() - theirs.keys())
 
 
+@pytest.mark.slow_but_for("[5, 1, 1, 6]")
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "padded"])
 @pytest.mark.parametrize("pieces", [[5, 1, 1, 6], [1] * 13, [12, 1]], ids=str)
 @every_kind
@@ -114,6 +116,7 @@ def test_bf16_is_as_near_to_the_exact_result_as_theirs(kind: str) -> None:
     assert 0 < error(ours) <= 1.1 * error(theirs)
 
 
+@pytest.mark.slow_but_for(", 0")
 @pytest.mark.parametrize("name", RANDOM)
 def test_accelerated_models_agree(name: str) -> None:
     kind, changes = RANDOM[name]
@@ -142,6 +145,7 @@ def test_accelerated_models_agree(name: str) -> None:
 # ---- both ways
 
 
+@pytest.mark.slow_but_for("as given", "tied head")
 @pytest.mark.parametrize("name", CASES | RANDOM)
 def test_round_trip_is_bit_equal_and_loads_in_transformers(name: str, tmp_path: Path) -> None:
     kind, changes = (CASES | RANDOM)[name]
@@ -216,6 +220,7 @@ def test_progress_counts_their_tensors(kind: str, tmp_path: Path) -> None:
 # ---- commands
 
 
+@pytest.mark.slow_but_for("qwen3_moe")
 @every_kind
 def test_convert_to_a_checkpoint_and_back(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(sample(kind), tmp_path / "source")
@@ -231,6 +236,7 @@ def test_convert_to_a_checkpoint_and_back(kind: str, tmp_path: Path, capsys: pyt
     assert load_model(tmp_path / "model.ckpt").config == from_hf(source).config
 
 
+@pytest.mark.slow_but_for("olmoe")
 @every_kind
 def test_logits_as_a_command(kind: str, tmp_path: Path) -> None:
     model = sample(kind)
