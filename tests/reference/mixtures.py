@@ -40,8 +40,8 @@ def soft_moe(x: Tensor, phi: Tensor, scale: Tensor, weights: Sequence[Expert], s
         for s in range(phi.size(1)):
             into = logits[:, s].exp() / logits[:, s].exp().sum()
             mean = sum(weight * token for weight, token in zip(into, tokens, strict=True))
-            made.append(expert(mean, weights[s // slots]))  # type: ignore[arg-type]
+            made.append(expert(mean, weights[s // slots]))
         for t in range(len(tokens)):
             out = logits[t].exp() / logits[t].exp().sum()
             outputs.append(sum(weight * y for weight, y in zip(out, made, strict=True)))
-    return torch.stack(outputs).view_as(x)  # type: ignore[arg-type]
+    return torch.stack(outputs).view_as(x)
