@@ -162,7 +162,7 @@ def test_soft_moe_in_a_decoder() -> None:
     [
         (lambda: UnequalExperts(DIM, []), r"hidden_dims=\[\]: must be a list of widths"),
         (lambda: UnequalExperts(DIM, [4, 0]), r"hidden_dims\[1\]=0: must be a number >= 1"),
-        (lambda: UnequalExperts(DIM, "48"), r"hidden_dims='48': must be a list"),
+        (lambda: UnequalExperts(DIM, "48"), r"hidden_dims='48': must be a list"),  # type: ignore[arg-type]
         (lambda: UnequalExperts(DIM, [4, 4.5]), r"hidden_dims\[1\]=4.5: must be an integer >= 1"),  # type: ignore[list-item]
         (lambda: UnequalExperts(DIM, [4], num_experts=2), r"hidden_dims=\[4\]: 1 widths; must be one for each of num_"),
         (lambda: NormedExperts(2, DIM, 4, norm_eps=0), r"norm_eps=0: must be a number > 0"),

@@ -14,8 +14,8 @@ from moesaic.errors import InputError
 from moesaic.models import DecoderConfig, account, build_decoder, upcycle
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig
-from moesaic.training import run as run_module
 from moesaic.training.config import RunConfig, UpcycleConfig
+from moesaic.training.module import LanguageModel
 from moesaic.training.run import run
 
 Composed = Callable[..., dict[str, Any]]
@@ -61,14 +61,14 @@ def test_killed_and_resumed_without_the_dense_checkpoint(upcycled: Composed, den
     whole = run(upcycled("name=whole", *steps))
     config = upcycled("name=killed", *steps)
     with pytest.MonkeyPatch.context() as patch:
-        original = run_module.LanguageModel.training_step
+        original = LanguageModel.training_step
 
         def crash(self: Any, batch: Any, batch_index: int) -> Any:
             if self.trainer.global_step == 3:
                 raise RuntimeError("power cut")
             return original(self, batch, batch_index)
 
-        patch.setattr(run_module.LanguageModel, "training_step", crash)
+        patch.setattr(LanguageModel, "training_step", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             run(config)
     dense.unlink()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.config import require_same, to_mapping
 from moesaic.errors import InputError
-from moesaic.layers import Experts, MoE, TopKRouter
+from moesaic.layers import Experts, FeedForward, MoE, TopKRouter
 from moesaic.layers.checks import require_numbers, require_sizes
 from moesaic.models.config import DecoderConfig
 from moesaic.models.decoder import Block, Decoder, build_decoder
@@ -125,7 +125,7 @@ def _cut(ffn: tuple[Tensor, ...], moe: MoE, i: int, noise: float, generator: tor
         ffn: gate (W, D), up (W, D) and down (D, W).
     """
     gate, up, down = ffn
-    shared = 0 if moe.shared_expert is None else moe.shared_expert.down_proj.in_features
+    shared = moe.shared_expert.down_proj.in_features if isinstance(moe.shared_expert, FeedForward) else 0
     experts, router = moe.experts, moe.router
     if type(experts) is not Experts or moe.latent is not None:
         kind = type(experts).__name__ if moe.latent is None else "experts of a latent width"
