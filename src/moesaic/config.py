@@ -32,7 +32,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             raising ValueError. Field types may be bool, int, float, str, None, Any, Literal, X | Y, tuple[X, ...],
             dict[str, X] and other dataclasses. One field, a dict, may have metadata {"other_keys": function}: it takes
             the keys that are no fields but among the names that the function returns. Numbers must be finite; of a
-            field with metadata {"most": n} none may be larger than n, which keeps a machine from hanging.
+            field with metadata {"most": n} none may be larger than n, which keeps a machine from hanging. A field with
+            metadata {"key": name} is called that in mappings, where no attribute can be.
         values: plain containers, as `OmegaConf.to_container(..., resolve=True)` gives them.
         where: dotted path of `values` in the whole config, for messages.
 
@@ -56,11 +57,11 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     types_of = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        path = _join(where, field.name)
+        path = _join(where, _key_of(field))
         if field is others:
             arguments[field.name] = {str(key): value for key, value in values.items() if key not in _names(cls)}
-        elif field.name in values:
-            arguments[field.name] = _convert(types_of[field.name], values[field.name], path)
+        elif _key_of(field) in values:
+            arguments[field.name] = _convert(types_of[field.name], values[_key_of(field)], path)
             _require_in_range(arguments[field.name], path, field.metadata.get("most", math.inf))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{path}: missing; it needs {_describe(types_of[field.name])}")
@@ -75,7 +76,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def to_mapping(config: Any) -> dict[str, Any]:
     """The plain mapping (dicts, lists, numbers, strings) from which `from_mapping` rebuilds `config`."""
     others = _others(type(config))
-    own = {name: _plain(getattr(config, name)) for name in _names(type(config))}
+    fields = [field for field in dataclasses.fields(config) if field is not others]
+    own = {_key_of(field): _plain(getattr(config, field.name)) for field in fields}
     return own if others is None else own | _plain(getattr(config, others.name))
 
 
@@ -188,7 +190,11 @@ def _describe(expected: Any) -> str:
 
 
 def _names(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls) if "other_keys" not in field.metadata]
+    return [_key_of(field) for field in dataclasses.fields(cls) if "other_keys" not in field.metadata]
+
+
+def _key_of(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata.get("key", field.name))
 
 
 def _others(cls: type) -> dataclasses.Field[Any] | None:

@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from moesaic.errors import InputError
 from moesaic.examples.custom_modules import ReluSquaredExperts
-from moesaic.layers import BACKENDS, Experts, FreeExperts, GroupLimitedRouter, Latent, MlpRouter, MoE, TopKRouter
+from moesaic.layers import (
+    BACKENDS,
+    Experts,
+    FreeExperts,
+    GroupLimitedRouter,
+    Latent,
+    MlpRouter,
+    MoE,
+    NormedExperts,
+    TopKRouter,
+)
 from moesaic.models import MoEConfig, account, build_decoder, llama4_toy
 from moesaic.models.shapes import num_parameters
 from moesaic.parallel.config import ParallelConfig, require_degrees
@@ -175,18 +185,6 @@ def test_latent_experts_are_those_of_nemotron() -> None:
     same(mine, theirs)
 
 
-class NormedExperts(nn.Module):
-    """Experts whose output a given norm sees, before its score."""
-
-    def __init__(self, experts: Experts, norm: nn.Module) -> None:
-        super().__init__()
-        self.experts, self.norm = experts, norm
-        self.num_experts, self.dim = experts.num_experts, experts.dim
-
-    def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
-        return self.norm(self.experts(rows, rows_per_expert))
-
-
 def test_latent_experts_are_those_of_muse_spark() -> None:
     pytest.importorskip("transformers")
     from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
@@ -206,7 +204,8 @@ def test_latent_experts_are_those_of_muse_spark() -> None:
     redraw(oracle)
     scale = oracle.gate.routed_scaling_factor
     router = TopKRouter(DIM, EXPERTS, top_k=3, normalize_scores=True, expert_bias=True, scale=scale)
-    inner, latent = Experts(EXPERTS, 8, HIDDEN), Latent(DIM, 8, norm_eps=config.rms_norm_eps)
+    experts = NormedExperts(EXPERTS, 8, HIDDEN, norm_eps=config.post_norm_eps)
+    inner, latent = experts.experts, Latent(DIM, 8, norm_eps=config.rms_norm_eps)
     assert router.expert_bias is not None and latent.norm is not None
     copy(inner, oracle.experts)
     with torch.no_grad():
@@ -215,13 +214,16 @@ def test_latent_experts_are_those_of_muse_spark() -> None:
         latent.down_proj.load_state_dict(oracle.pre_expert_proj.state_dict())
         latent.up_proj.load_state_dict(oracle.post_expert_proj.state_dict())
         latent.norm.weight.copy_(1 + oracle.pre_expert_norm.weight)
-    experts = NormedExperts(inner, oracle.experts.post_expert_norm)
+        experts.gain.copy_(1 + oracle.experts.post_expert_norm.weight)
     moe = MoE(router=router, experts=experts, latent=latent, score_before_experts=False)
     x = torch.randn(2, 20, DIM)
-    mine = outputs(moe, x, inner.gate_up_proj, latent.down_proj.weight, latent.norm.weight, latent.up_proj.weight)
+    mine = outputs(
+        moe, x, experts.gain, inner.gate_up_proj, latent.down_proj.weight, latent.norm.weight, latent.up_proj.weight
+    )
     theirs = outputs(
         oracle,
         x,
+        oracle.experts.post_expert_norm.weight,
         oracle.experts.gate_up_proj,
         oracle.pre_expert_proj.weight,
         oracle.pre_expert_norm.weight,

@@ -46,6 +46,9 @@ def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Pa
     elif experiment == "extend_context":
         run(composed("name=start", f"run_dir={tmp_path / 'start'}", "training.steps=2", "training.seq_len=32"))
         overrides += [f"ckpt_path={tmp_path / 'start' / 'checkpoints' / 'last.ckpt'}", "extend_context.multiple=2"]
+    elif experiment == "upcycle":
+        run(composed("experiment=dense_twin", f"run_dir={tmp_path / 'start'}", "training.steps=2"))
+        overrides.append(f"upcycle.from={tmp_path / 'start' / 'checkpoints' / 'last.ckpt'}")
     elif experiment.startswith("codistill_"):
         run(composed("name=teacher", f"run_dir={tmp_path / 'teacher'}", "training.steps=2"))
         overrides.append(f"distillation.teacher={tmp_path / 'teacher' / 'checkpoints' / 'last.ckpt'}")
@@ -60,6 +63,7 @@ def test_every_experiment_is_valid(composed: Composed, experiment: str) -> None:
         "codistill_frozen": ["distillation.teacher=it"],
         "codistill_cached": ["distillation.cache=it"],
         "extend_context": ["ckpt_path=it"],
+        "upcycle": ["upcycle.from=it"],
     }
     config = from_mapping(RunConfig, composed(f"experiment={experiment}", *given.get(experiment, []), smoke=False))
     from_mapping(DecoderConfig, {**config.model, "vocab_size": 2048}, "model")

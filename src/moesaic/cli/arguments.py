@@ -59,7 +59,7 @@ GLOBAL_GROUPS = ("experiment", "debug")
 
 PATHS = {
     *("checkpoint", "other_checkpoint", "ckpt_path", "teacher", "cache", "cache_dir", "path", "source", "destination"),
-    *("directory", "folder", "name", "output", "output_dir", "results_dir", "run_dir"),
+    *("directory", "folder", "from", "name", "output", "output_dir", "results_dir", "run_dir"),
 }
 """Last parts of keys whose value is a path, or a name in one."""
 

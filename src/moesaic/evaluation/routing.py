@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,11 @@ class RoutingSums(NamedTuple):
     def experts_per_token(self) -> float:
         """The mean number of experts that a token has."""
         return (self.counts[:-3].sum() / self.counts[-3]).item()
+
+    def active_width(self, hidden_dims: Sequence[int]) -> float:
+        """The mean width of all that a token meets of experts of these widths; further ones have no weights."""
+        loads = self.counts[: len(hidden_dims)]
+        return ((loads * loads.new_tensor(hidden_dims)).sum() / self.counts[-3]).item()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from moesaic.layers.free_experts import FreeExperts
 from moesaic.layers.latent import Latent
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
+from moesaic.layers.normed_experts import NormedExperts
 from moesaic.layers.parametrization import (
     Fans,
     ParameterKind,
@@ -52,6 +53,8 @@ from moesaic.layers.routers import (
     ThresholdRouter,
     TopPRouter,
 )
+from moesaic.layers.soft_moe import SoftMoE
+from moesaic.layers.unequal_experts import UnequalExperts
 
 __all__ = [
     "ACTIVATIONS",
@@ -81,6 +84,7 @@ __all__ = [
     "MoE",
     "MovingRouter",
     "NoisyTopKRouter",
+    "NormedExperts",
     "ParameterKind",
     "Parametrization",
     "Part",
@@ -95,10 +99,12 @@ __all__ = [
     "Scales",
     "ShortConvolution",
     "SinkhornRouter",
+    "SoftMoE",
     "ThresholdRouter",
     "TopKRouter",
     "TopPRouter",
     "Transfer",
+    "UnequalExperts",
     "UniformRouter",
     "causal_attention",
     "choose_backend",

@@ -90,6 +90,11 @@ class MoE(nn.Module):
         super().__init__()
         if latent is not None and getattr(experts, "dim", None) != (width := latent.up_proj.in_features):
             raise ValueError(f"experts of width {getattr(experts, 'dim', None)}: must be {width}, the latent width")
+        if score_before_experts and any(getattr(part, "normalizes_output", False) for part in experts.modules()):
+            raise ValueError(
+                f"score_before_experts=True: must be False with {type(experts).__name__}, whose norm would take the "
+                "score out again"
+            )
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert

@@ -15,6 +15,7 @@ from moesaic.models.presets import (
     qwen3_30b_a3b,
     tiny_twin,
 )
+from moesaic.models.upcycling import upcycle
 
 __all__ = [
     "Account",
@@ -42,4 +43,5 @@ __all__ = [
     "sample",
     "tiny_twin",
     "trace_memory",
+    "upcycle",
 ]

@@ -302,9 +302,16 @@ class Decoder(nn.Module):
                     f"attention_mask: the mixer of layer {i}, {type(block.mixer).__name__}, has no support for "
                     "padding; its forward must take (x, cache=None, attention_mask=None)"
                 )
+            if not getattr(block.ffn, "causal", True):
+                raise InputError(
+                    f"attention_mask: the feed-forward layer {i}, {type(block.ffn).__name__}, mixes tokens and would "
+                    "mix padding with them; must be sequences of one length"
+                )
 
     def make_cache(self) -> list[Any] | None:
-        """One cache per layer; None if a mixer (a user's own) has no `make_cache`."""
+        """One cache per layer; None if a mixer (a user's own) has no `make_cache`, or an FFN sees several tokens."""
+        if not all(getattr(block.ffn, "causal", True) for block in self.layers):
+            return None
         makers = [getattr(block.mixer, "make_cache", None) for block in self.layers]
         return None if None in makers else [make_cache() for make_cache in makers if make_cache]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import InputError
 from moesaic.imports import HANDED_IN, resolve
-from moesaic.layers import Attention, Experts, FeedForward, MoE, Routing, TopKRouter
+from moesaic.layers import Attention, Experts, FeedForward, MoE, Routing, SoftMoE, TopKRouter
 from moesaic.models.custom import construct, require_maker
 
 __all__ = ["SEAMS", "SMALL", "FoundPart", "Seam", "find_part", "seam_of", "split_seam"]
@@ -24,7 +24,14 @@ Seam = Literal["router", "mixer", "ffn", "expert", "dispatcher"]
 
 SEAMS: tuple[Seam, ...] = get_args(Seam)
 
-_OURS: dict[type, Seam] = {TopKRouter: "router", Attention: "mixer", FeedForward: "ffn", MoE: "ffn", Experts: "expert"}
+_OURS: dict[type, Seam] = {
+    TopKRouter: "router",
+    Attention: "mixer",
+    FeedForward: "ffn",
+    MoE: "ffn",
+    SoftMoE: "ffn",
+    Experts: "expert",
+}
 
 SMALL: dict[str, Any] = {
     "dim": 32,

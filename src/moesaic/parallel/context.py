@@ -30,7 +30,7 @@ def spread_context(decoder: Decoder, group: ProcessGroup) -> list[RemovableHandl
         Handles; to remove them all undoes it.
 
     Raises:
-        InputError: a mixer that is not `Attention`, which may look at any token.
+        InputError: a mixer that is not `Attention`, or an FFN that mixes tokens: they may look at any token.
     """
     attentions = [_attention(i, block) for i, block in enumerate(decoder.layers)]
     handles = []
@@ -120,6 +120,10 @@ def _attention(i: int, block: Any) -> Attention:
     if type(block.mixer) is not Attention:
         raise InputError(
             f"layer {i} mixer: {type(block.mixer).__name__} cannot have pieces of a sequence; must be Attention"
+        )
+    if not getattr(block.ffn, "causal", True):
+        raise InputError(
+            f"layer {i} ffn: {type(block.ffn).__name__} mixes tokens and cannot have pieces of a sequence; must see one"
         )
     return block.mixer
 

@@ -1,11 +1,14 @@
 """The module of a run: its model with the weights it starts from, and an optimizer that its checkpoint fits."""
 
-from moesaic.checkpoints import decoder_weights
+import torch
+
+from moesaic.checkpoints import decoder_weights, load_model
 from moesaic.config import to_mapping
 from moesaic.data import Data, token_bytes
 from moesaic.distillation.opened import OpenedTargets
-from moesaic.errors import InputError
-from moesaic.models import DecoderConfig
+from moesaic.errors import InputError, naming
+from moesaic.models import Decoder, DecoderConfig
+from moesaic.models.upcycling import upcycled_weights
 from moesaic.training.config import RunConfig
 from moesaic.training.module import LanguageModel
 from moesaic.training.starting import Start
@@ -19,7 +22,7 @@ def build(
     """Build the module of a run, with the weights it starts from unless Lightning restores them. Nothing is written.
 
     Raises:
-        InputError: a checkpoint with the state of another optimizer.
+        InputError: a checkpoint with the state of another optimizer, or one that cannot be upcycled to this model.
     """
     tokenizer = data.tokenizer
     module = LanguageModel(
@@ -33,7 +36,19 @@ def build(
         _require_same_groups(module, start)
     if start.kind in ("weights", "extended"):
         module.decoder.load_state_dict(decoder_weights(start.checkpoint))
+    if start.kind == "upcycled":
+        _upcycle(module.decoder, config, start)
     return module
+
+
+def _upcycle(decoder: Decoder, config: RunConfig, start: Start) -> None:
+    """Give a mixture of experts the weights of a dense checkpoint; the same on every rank."""
+    assert config.upcycle is not None and start.path is not None
+    dense = load_model(start.path)
+    generator = torch.Generator().manual_seed(config.seed)
+    with naming(f"upcycle.from={start.path}"):
+        weights = upcycled_weights(dense.decoder.state_dict(), dense.config, decoder, config.upcycle.noise, generator)
+    decoder.load_state_dict(weights)
 
 
 def _require_same_groups(module: LanguageModel, start: Start) -> None:

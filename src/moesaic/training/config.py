@@ -157,6 +157,19 @@ class TrainerConfig:
         require(self, "threads", self.threads is None or self.threads >= 1, "a number >= 1, or null")
 
 
+@dataclasses.dataclass(frozen=True)
+class UpcycleConfig:
+    """A dense checkpoint whose weights a mixture of experts begins with, see `moesaic.models.upcycle`."""
+
+    checkpoint: str | None = dataclasses.field(default=None, metadata={"key": "from"})
+    noise: float = 0.0  # on each copy, in units of the std of its weights
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None:
+            raise ValueError("from=None: must be a checkpoint (upcycle.from=RUN/checkpoints/last.ckpt)")
+        require(self, "noise", self.noise >= 0, "a number >= 0")
+
+
 def default_model() -> dict[str, Any]:
     """The keys of conf/model/small.yaml, with the vocabulary left to the data."""
     model = {**to_mapping(small(vocab_size=1)), "vocab_size": None}
@@ -187,6 +200,7 @@ class RunConfig:
     resume: bool = False  # continue run_dir, or the newest unfinished run of this name
     ckpt_path: str | None = None  # continue from this checkpoint, in a new run directory
     extend_context: LossByPositionConfig | None = None  # start from ckpt_path's weights alone, at a longer length
+    upcycle: UpcycleConfig | None = None  # start from a dense checkpoint's weights, made into experts
     callbacks: dict[str, Any] = dataclasses.field(default_factory=dict)  # {name: {_target_: class, argument: value}}
     logger: dict[str, Any] = dataclasses.field(default_factory=lambda: {"tensorboard": {**TENSORBOARD}})
 
@@ -205,6 +219,10 @@ class RunConfig:
             )
         if self.extend_context is not None and self.ckpt_path is None and not self.resume:
             raise ValueError("ckpt_path=None: extend_context needs one (ckpt_path=RUN/checkpoints/last.ckpt)")
+        if self.upcycle is not None and self.ckpt_path is not None:
+            raise ValueError(
+                f"ckpt_path={self.ckpt_path!r}: upcycle.from already says which weights to start from; give one of them"
+            )
         if self.extend_context is not None and self.distillation is not None:
             raise ValueError("extend_context: allowed without distillation only")
         moe = self.model.get("moe")

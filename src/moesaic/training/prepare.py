@@ -253,7 +253,7 @@ def _read_data(config: RunConfig, start: Start, console: Console) -> Data:
     tokenizer: Tokenizer | None = None
     if start.kind != "fresh" and config.extend_context is not None:
         tokenizer = checkpoint_tokenizer(str(start.path), start.checkpoint, config.data)
-    elif start.kind in ("continued", "weights"):
+    elif start.kind in ("continued", "weights", "upcycled"):
         tokenizer = tokenizer_to_keep(str(start.path), start.checkpoint, config.data)
     elif config.distillation is not None:
         tokenizer = students_tokenizer(config.distillation, config.data)
@@ -265,7 +265,7 @@ def _read_data(config: RunConfig, start: Start, console: Console) -> Data:
 
 def _require_fitting(config: RunConfig, model: DecoderConfig, start: Start, data: Data) -> Stretches | None:
     """Refuse a checkpoint of another model; of a run that extends the context, choose the text of the comparison."""
-    if start.kind == "fresh":
+    if start.kind in ("fresh", "upcycled"):  # what is upcycled is compared when it is made
         return None
     path, checkpoint, extends = str(start.path), start.checkpoint, config.extend_context
     if extends is None:

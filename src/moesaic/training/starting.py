@@ -122,13 +122,14 @@ class Start:
     Args:
         kind: fresh: random weights. resumed: the last checkpoint of the run itself, in its directory. continued:
             weights, optimizer and step of another run. weights: those alone, of a checkpoint that has no more (one
-            that was converted, a teacher). extended: weights alone too, at a longer context.
+            that was converted, a teacher). extended: weights alone too, at a longer context. upcycled: those of a dense
+            model, made into experts.
         path: the checkpoint; None if fresh.
         checkpoint: what it holds.
         run_dir: directory of a resumed run.
     """
 
-    kind: Literal["fresh", "resumed", "continued", "weights", "extended"]
+    kind: Literal["fresh", "resumed", "continued", "weights", "extended", "upcycled"]
     path: Path | None = None
     checkpoint: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     run_dir: Path | None = None
@@ -154,6 +155,10 @@ def read_start(config: RunConfig, resume_dir: Path | None) -> Start:
             if os.path.lexists(table):
                 read_table(table)
         return Start("resumed", path, checkpoint, resume_dir)
+    if config.upcycle is not None:
+        assert config.upcycle.checkpoint is not None  # checked at construction
+        path = Path(config.upcycle.checkpoint)
+        return Start("upcycled", path, load_checkpoint(path))
     if config.ckpt_path is None:
         return Start("fresh")
     path = Path(config.ckpt_path)
