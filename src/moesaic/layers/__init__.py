@@ -24,6 +24,7 @@ from moesaic.layers.fp8 import Fp8Recipe
 from moesaic.layers.fp8_emulation import emulating_fp8
 from moesaic.layers.free_experts import FreeExperts
 from moesaic.layers.latent import Latent
+from moesaic.layers.mla import MultiHeadLatentAttention
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.parametrization import (
@@ -80,6 +81,7 @@ __all__ = [
     "MlpRouter",
     "MoE",
     "MovingRouter",
+    "MultiHeadLatentAttention",
     "NoisyTopKRouter",
     "ParameterKind",
     "Parametrization",

@@ -34,6 +34,7 @@ __all__ = [
     "AttentionTemperature",
     "QKNorm",
     "ShortConvolution",
+    "admit",
     "causal_attention",
     "masked_attention",
     "visible_keys",
@@ -204,6 +205,48 @@ class ShortConvolution(nn.Module):
             place = order.argsort(dim=1)[:, before:].sub(before).clamp(min=0)
             y = y.gather(1, place[:, :, None].expand_as(y))
         return y, known[:, length:]
+
+
+def admit(
+    name: str, x: Tensor, projection: nn.Linear, cache: AttentionCache | None, attention_mask: Tensor | None
+) -> tuple[Tensor, int, Tensor | None]:
+    """What every attention layer does first: refuse what it cannot take, and hide what stands in padding.
+
+    Args:
+        name: of the layer, for messages.
+        x: (B, L, D).
+        projection: one of the layers that read x.
+        cache, attention_mask: as for `Attention.forward`. The cache learns whether there is a mask.
+
+    Returns:
+        x (B, L, D) with ones in place of padding, the number of tokens in the cache, and where x is real, (B, L) bool
+        or None.
+
+    Raises:
+        TypeError, ValueError: as `Attention.forward`.
+    """
+    require_last(x, None, name)
+    if x.dim() != 3:
+        raise ValueError(f"{name}: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
+    require_last(x, projection.in_features, name)
+    require_weights_dtype(name, x, projection.weight)
+    start = 0 if cache is None else cache.length
+    if attention_mask is not None:
+        require_tensor(name, "attention_mask", attention_mask, (None, None), torch.bool)
+    if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, tokens so far and new) = "
+            f"{(x.size(0), start + x.size(1))}"
+        )
+    if cache is not None:
+        if start and cache.masked != (attention_mask is not None):
+            raise ValueError("attention_mask: give it to all calls on one cache, or to none")
+        cache.masked = attention_mask is not None
+    if attention_mask is None:
+        return x, start, None
+    is_real = attention_mask[:, start:]
+    # a weight of 0 would not hide inf and nan; 1, because no norm divides by it
+    return x.masked_fill(~is_real[:, :, None], 1), start, is_real
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) -> Tensor:
@@ -449,26 +492,7 @@ class Attention(nn.Module):
             TypeError: x is no floating-point tensor, or the mask not of bool.
             ValueError: another shape, or a mask that is given to some but not all of the calls on one cache.
         """
-        require_last(x, None, "Attention")
-        if x.dim() != 3:
-            raise ValueError(f"Attention: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
-        require_last(x, self.q_proj.in_features, "Attention")
-        require_weights_dtype("Attention", x, self.q_proj.weight)
-        start = 0 if cache is None else cache.length
-        if attention_mask is not None:
-            require_tensor("Attention", "attention_mask", attention_mask, (None, None), torch.bool)
-        if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, tokens so far and new) = "
-                f"{(x.size(0), start + x.size(1))}"
-            )
-        if cache is not None:
-            if start and cache.masked != (attention_mask is not None):
-                raise ValueError("attention_mask: give it to all calls on one cache, or to none")
-            cache.masked = attention_mask is not None
-        is_real = None if attention_mask is None else attention_mask[:, start:]
-        if is_real is not None:  # a weight of 0 would not hide inf and nan; 1, because no norm divides by it
-            x = x.masked_fill(~is_real[:, :, None], 1)
+        x, start, is_real = admit("Attention", x, self.q_proj, cache, attention_mask)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             tail = None if cache is None else cache.convolution_tail
