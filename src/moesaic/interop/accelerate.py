@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -20,6 +21,7 @@ from moesaic.layers.moe import mix_experts
 from moesaic.layers.router import Routing, count_tokens
 
 __all__ = [
+    "AcceleratedDeepseekV3Experts",
     "AcceleratedLlama4TextExperts",
     "AcceleratedLlama4TextMoe",
     "AcceleratedMixtralExperts",
@@ -72,7 +74,7 @@ class RoutedByTheirBlock(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D).
 
-        Mixtral's weights are fp32 whatever the model's dtype: then the sum over K is taken in fp32, as in theirs.
+        Weights of Mixtral and DeepSeek-V3 are fp32 whatever the model's dtype: then the sum over K is taken in fp32, as in theirs.
         """
         # the logits stayed with the block's router, and nothing here reads them
         counts = count_tokens(top_k_index, self.num_experts)
@@ -97,12 +99,17 @@ class AcceleratedOlmoeExperts(RoutedByTheirBlock, OlmoeExperts):
     pass
 
 
+class AcceleratedDeepseekV3Experts(RoutedByTheirBlock, DeepseekV3Experts):
+    pass
+
+
 # what is looked for in a model; a Llama 4 block brings its experts along
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     Llama4TextMoe: AcceleratedLlama4TextMoe,
     MixtralExperts: AcceleratedMixtralExperts,
     Qwen3MoeExperts: AcceleratedQwen3MoeExperts,
     OlmoeExperts: AcceleratedOlmoeExperts,
+    DeepseekV3Experts: AcceleratedDeepseekV3Experts,
 }
 ACCELERATED = {**BLOCKS, Llama4TextExperts: AcceleratedLlama4TextExperts}
 ORIGINALS = {accelerated: original for original, accelerated in ACCELERATED.items()}
@@ -115,7 +122,7 @@ def accelerate(model: Model) -> Model:
     `save_pretrained` and isinstance checks stay theirs, nothing is copied, and `restore` undoes it. Blocks that are
     accelerated already are left alone. `config._experts_implementation` has no effect on accelerated blocks.
 
-    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE and OLMoE, on any device, in
+    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3, on any device, in
     float64, float32, bfloat16 and float16, whole models as well as single blocks. Wrap, shard, compile or dispatch
     over devices afterwards.
 

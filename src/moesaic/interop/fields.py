@@ -60,6 +60,10 @@ INERT = {
 """Fields that say nothing about the function that the weights compute: kept for the way back."""
 
 
+ROUTER_DEFAULTS = (("moe.router.scale", 1.0), ("moe.router.bias", False), ("moe.router.scored_by", 2))
+"""Arguments of a router with which it is what it is without them."""
+
+
 def known_values(config: Mapping[str, Any], known: set[str], inert: set[str], title: str) -> dict[str, Any]:
     """The fields of config.json that are in `known`.
 
@@ -146,7 +150,7 @@ def defining(config: DecoderConfig) -> dict[str, Any]:
     ffns = {layer.ffn for layer in layers if isinstance(layer.ffn, str)}
     unused = {
         "pattern", "interleave_moe_layer_step", "nope_layer_interval", "dense_twin", "format", "init_std",
-        "parametrization", "base", "hidden_dim", "moe.backend", "moe.dispatcher", "moe.shared_hidden_dim",
+        "first_dense_layers", "parametrization", "base", "hidden_dim", "moe.backend", "moe.dispatcher", "moe.shared_hidden_dim",
     }  # fmt: skip
     if not mixers & {"nope", "chunked_nope"}:
         unused.add("attention.temperature")
@@ -156,6 +160,7 @@ def defining(config: DecoderConfig) -> dict[str, Any]:
         unused.add("moe")
     flat = flatten(to_mapping(config))
     found = {key: x for key, x in flat.items() if not any(key == name or key.startswith(f"{name}.") for name in unused)}
+    found = {key: x for key, x in found.items() if (key, x) not in ROUTER_DEFAULTS}
     found |= {"attention.num_kv_heads": config.num_kv_heads, "attention.head_dim": config.head_dim}
     if config.moe is not None and "moe" in ffns:
         found["moe.shared_hidden_dim"] = config.moe.shared_width

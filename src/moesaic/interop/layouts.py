@@ -33,6 +33,8 @@ class Layout:
     """That name in a model in memory, where it is not the one in files."""
     halves: bool = True
     """Whether RoPE rotates the pair (j, j + H/2) of a head, where ours rotates (2j, 2j + 1)."""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Further modules and tensors in a block by our name, where theirs is another."""
     experts: Mapping[str, tuple[str, ...]] | None = None
     """Our stacked weight -> names of one expert's matrices in files, in the order in which they stand side by side.
 
@@ -54,7 +56,8 @@ class Layout:
             (".ffn.", f".{ffn}."),
         ):
             name = name.replace(ours, theirs)
-        return f"model.{name}"
+        parts = [self.renamed.get(part, part) for part in name.split(".")]
+        return ".".join(["model", *parts])
 
     def pieces(self, name: str, shape: tuple[int, ...], head_dim: int, *, in_model: bool) -> list[Piece]:
         """What our parameter `name` of this shape is made of.

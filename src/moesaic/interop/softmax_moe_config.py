@@ -5,8 +5,8 @@ All three choose the top_k of a softmax over the experts and scale the experts' 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.errors import InputError
@@ -21,12 +21,14 @@ from moesaic.interop.fields import (
 )
 from moesaic.models import DecoderConfig
 
-__all__ = ["MIXTRAL", "OLMOE", "QWEN3_MOE", "Table", "read_config", "write_config"]
+__all__ = ["MIXTRAL", "OLMOE", "QWEN3_MOE", "Fields", "Table", "fields_of", "read_config", "write_config"]
+
+AnyFields = TypeVar("AnyFields", bound="Fields")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The fields that all three have."""
+    """The fields that all three have, and DeepSeek-V3 too."""
 
     vocab_size: int = dataclasses.field(default=32000, metadata={"most": 2**24})
     hidden_size: int = dataclasses.field(default=4096, metadata={"most": 2**20})
@@ -177,7 +179,7 @@ class Table:
     """One architecture: which of its fields is which of our keys, and what holds for every model of it."""
 
     title: str
-    fields: Callable[..., Fields]
+    fields: type[Fields]
     same: Mapping[str, str]
     """Our dotted key -> their field, where both mean the same; of several, the last one is written."""
     fixed: Mapping[str, Any]
@@ -245,7 +247,7 @@ def read_config(table: Table, config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         InputError: a field that is not known, or a value that cannot be represented.
     """
-    fields = _fields(table, config)
+    fields = fields_of(table.fields, config, table.aliases, table.inert, table.title)
     try:
         return _decoder_config(table, fields)
     except InputError:
@@ -254,16 +256,26 @@ def read_config(table: Table, config: Mapping[str, Any]) -> DecoderConfig:
         raise InputError(f"config.json: {error}") from error
 
 
-def _fields(table: Table, config: Mapping[str, Any]) -> Fields:
-    known = {field.name for field in dataclasses.fields(table.fields)}  # type: ignore[arg-type]
+def fields_of(
+    cls: type[AnyFields], config: Mapping[str, Any], aliases: Mapping[str, str], inert: frozenset[str], title: str
+) -> AnyFields:
+    """The fields of a config.json, all in one object; missing ones have their defaults.
+
+    Args:
+        aliases: another name of a field -> the field.
+        inert: fields without effect, beside those of `INERT`.
+
+    Raises:
+        InputError: a field that is not known, an impossible value, or an alias that says another thing.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
     given = dict(config)
-    for alias, name in table.aliases.items():
+    for alias, name in aliases.items():
         if (value := given.pop(alias, None)) is not None and given.setdefault(name, value) != value:
             raise InputError(
                 f"config.json: {alias}={value} and {name}={given[name]}: must be equal, they are one field"
             )
-    values = known_values(given, known, INERT | table.inert, table.title)
-    return from_mapping(table.fields, values, "config.json")  # type: ignore[arg-type]
+    return from_mapping(cls, known_values(given, known, INERT | inert, title), "config.json")
 
 
 def _decoder_config(table: Table, fields: Fields) -> DecoderConfig:
@@ -315,7 +327,7 @@ def write_config(table: Table, config: DecoderConfig, carried: Mapping[str, Any]
         carried: an imported config.json; of several ways to say the same its own is kept.
     """
     flat = flatten(to_mapping(config))
-    known = {field.name for field in dataclasses.fields(table.fields)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(table.fields)}
     values = {name: flat[key] for key, name in table.same.items() if flat.get(key) is not None}
     values |= {
         "num_key_value_heads": config.num_kv_heads,
@@ -330,7 +342,7 @@ def write_config(table: Table, config: DecoderConfig, carried: Mapping[str, Any]
     if "sliding_window" in known:
         values["sliding_window"] = None
     written = {name: value for name, value in values.items() if name in known}
-    defaults = {field.name: field.default for field in dataclasses.fields(table.fields)}  # type: ignore[arg-type]
+    defaults = {field.name: field.default for field in dataclasses.fields(table.fields)}
     legacy = {"rope_theta", "rope_scaling"}
     return {name: x for name, x in defaults.items() if name not in legacy} | written
 
@@ -346,4 +358,4 @@ def _write_dense_layers(config: DecoderConfig, carried: Mapping[str, Any]) -> di
 
 
 def _default(table: Table, name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(table.fields) if field.name == name)  # type: ignore[arg-type]
+    return next(field.default for field in dataclasses.fields(table.fields) if field.name == name)

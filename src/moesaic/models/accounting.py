@@ -179,6 +179,11 @@ def _name_of(part: str | CustomModule) -> str:
 
 def _describe_mixer(config: DecoderConfig, mixer: Mixer) -> str:
     attention = config.attention
+    if mixer == "mla":
+        assert attention.mla is not None  # checked by the config
+        mla = attention.mla
+        queries = f", queries {mla.q_lora_rank}" if mla.q_lora_rank else ""
+        return f"MLA, latent {mla.kv_lora_rank} + {mla.qk_rope_head_dim}{queries}"
     positions = mixer in ("rope", "chunked_rope")
     words = ["RoPE" if positions else "NoPE"]
     chunk = config.chunk_of(mixer)

@@ -16,12 +16,16 @@ __all__ = [
     "CustomModule",
     "DecoderConfig",
     "LayerConfig",
+    "MLAConfig",
     "Mixer",
     "MoEConfig",
 ]
 
-Mixer = Literal["rope", "chunked_rope", "nope", "chunked_nope"]
-"""Token mixers: RoPE on full or on chunk-local attention, no positions on full or on chunk-local attention."""
+Mixer = Literal["rope", "chunked_rope", "nope", "chunked_nope", "mla"]
+"""Token mixers: RoPE on full or on chunk-local attention, no positions on full or on chunk-local attention.
+
+`mla` is `MultiHeadLatentAttention`, with RoPE on full attention.
+"""
 
 FFN = Literal["dense", "moe", "dense_twin"]
 """Channel mixers. `dense_twin` is a dense FFN of the width that a token meets in the MoE layer: top_k * F + shared."""
@@ -34,6 +38,25 @@ For a router `type` may also be a name of `RouterName`, which then gets these ar
 
 FORMAT = 2
 """Version of the words of this file. In version 1, which carries no number, `rope` meant today's `chunked_rope`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Widths of the mixer `mla`: see `moesaic.layers.MultiHeadLatentAttention`."""
+
+    kv_lora_rank: int = dataclasses.field(metadata={"most": 2**20})
+    qk_nope_head_dim: int = dataclasses.field(metadata={"most": 2**16})
+    qk_rope_head_dim: int = dataclasses.field(metadata={"most": 2**16})
+    v_head_dim: int = dataclasses.field(metadata={"most": 2**16})
+    q_lora_rank: int | None = dataclasses.field(default=None, metadata={"most": 2**20})
+    interleaved: bool = True  # false: RoPE rotates the halves of a head, not neighbors
+    norm_eps: float = 1e-6  # of the latents' norms
+
+    def __post_init__(self) -> None:
+        _positive(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        _within(self, "norm_eps", 1e-20, 1.0)
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: must be even, as RoPE rotates pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +75,7 @@ class AttentionConfig:
     temperature: AttentionTemperature | None = None  # on layers without positions only
     bias: bool = False
     conv_width: int = dataclasses.field(default=0, metadata={"most": 2**10})
+    mla: MLAConfig | None = None  # of the mixer mla, which has no other of these but num_heads, rope_* and bias
 
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta", "clip_qkv")
@@ -60,6 +84,18 @@ class AttentionConfig:
             raise ValueError(f"conv_width={self.conv_width}: must be a number >= 0")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.mla is not None:
+            _require_nothing_beside_mla(self)
+
+
+def _require_nothing_beside_mla(attention: AttentionConfig) -> None:
+    """Refuse what the mixer `mla` does not have, and would leave aside without a word."""
+    absent: dict[str, Any] = {"num_kv_heads": None, "head_dim": None, "qk_norm": False, "clip_qkv": None}
+    absent |= {"attention_chunk_size": None, "temperature": None, "conv_width": 0}
+    for name, allowed in absent.items():
+        if (found := getattr(attention, name)) != allowed:
+            meant = "null" if allowed is None else str(allowed).lower()
+            raise ValueError(f"{name}={found}: must be {meant} beside attention.mla, which has no such thing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +192,8 @@ class DecoderConfig:
 
     The depth pattern is given either as `pattern`, a list of {mixer, ffn} tiled over the layers, or by Llama 4's two
     intervals: layer i (from 0) is a MoE layer if (i + 1) % interleave_moe_layer_step == 0 and has no positions if
-    (i + 1) % nope_layer_interval == 0; 0 means never. `layers` is the expanded list either way.
+    (i + 1) % nope_layer_interval == 0; 0 means never. The first `first_dense_layers` layers are dense all the same.
+    With intervals all mixers are `mla` where `attention.mla` is given. `layers` is the expanded list either way.
     """
 
     vocab_size: int = dataclasses.field(metadata={"most": 2**24})
@@ -168,6 +205,7 @@ class DecoderConfig:
     pattern: tuple[LayerConfig, ...] | None = None
     interleave_moe_layer_step: int | None = None
     nope_layer_interval: int | None = None
+    first_dense_layers: int = dataclasses.field(default=0, metadata={"most": 2**10})  # with intervals: not MoE
     dense_twin: bool = False  # replace every MoE layer by its dense twin of equal active FLOPs
     activation: ActivationName = "silu"
     norm_eps: float = 1e-5
@@ -197,7 +235,11 @@ class DecoderConfig:
             raise ValueError("pattern=[]: it needs at least one entry of {mixer, ffn}")
         if self.activation not in get_args(ActivationName):
             raise ValueError(f"activation={self.activation!r}: must be one of {', '.join(get_args(ActivationName))}")
-        if self.attention.head_dim is None and self.dim % self.attention.num_heads:
+        if self.first_dense_layers < 0 or (self.first_dense_layers and self.pattern is not None):
+            raise ValueError(
+                f"first_dense_layers={self.first_dense_layers}: must be a number >= 0, and 0 beside a pattern"
+            )
+        if self.attention.mla is None and self.attention.head_dim is None and self.dim % self.attention.num_heads:
             raise ValueError(
                 f"attention.num_heads={self.attention.num_heads}: must divide dim={self.dim} where "
                 "attention.head_dim is null"
@@ -205,6 +247,7 @@ class DecoderConfig:
         mixers = {layer.mixer for layer in self.layers if isinstance(layer.mixer, str)}
         if self.head_dim % 2 and mixers & {"rope", "chunked_rope"}:
             raise ValueError(f"attention.head_dim={self.head_dim}: RoPE rotates pairs, head_dim must be even")
+        _check_mla(self.attention.mla, mixers)
         if self.moe is None and any(layer.ffn in ("moe", "dense_twin") for layer in self.layers):
             raise ValueError("moe=None: the depth pattern has MoE layers, so `moe` is needed")
         chunk = self.attention.attention_chunk_size
@@ -243,6 +286,9 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head's queries and keys, and of its values but for `mla`."""
+        if (mla := self.attention.mla) is not None:
+            return mla.qk_nope_head_dim + mla.qk_rope_head_dim
         return self.attention.head_dim or self.dim // self.attention.num_heads
 
     @property
@@ -256,10 +302,14 @@ class DecoderConfig:
             layers = [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
         else:
             rope: Mixer = "rope" if self.attention.attention_chunk_size is None else "chunked_rope"
+            if self.attention.mla is not None:
+                rope = "mla"
             layers = [
                 LayerConfig(
                     mixer="nope" if _every(self.nope_layer_interval, i) else rope,
-                    ffn="moe" if _every(self.interleave_moe_layer_step, i) else "dense",
+                    ffn="moe"
+                    if i >= self.first_dense_layers and _every(self.interleave_moe_layer_step, i)
+                    else "dense",
                 )
                 for i in range(self.num_layers)
             ]
@@ -277,6 +327,17 @@ class DecoderConfig:
             assert self.moe is not None  # checked at construction
             return self.moe.active_hidden_dim
         return self.hidden_dim
+
+
+def _check_mla(mla: MLAConfig | None, mixers: set[Mixer]) -> None:
+    """Refuse `mla` without its widths, and beside other built-in mixers, which need what it has not."""
+    if mla is None and "mla" in mixers:
+        raise ValueError("attention.mla=None: the depth pattern has mla layers, so their widths are needed")
+    if mla is not None and (others := sorted(mixers - {"mla"})):
+        raise ValueError(
+            f"attention.mla: must be null where layers have the mixer {others[0]}; only custom mixers can stand beside "
+            "the mixer mla (nope_layer_interval must be 0)"
+        )
 
 
 def _every(interval: int | None, i: int) -> bool:

@@ -1,5 +1,6 @@
 """The decoder: embedding, blocks of (token mixer, channel mixer), final norm, head."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -16,6 +17,7 @@ from moesaic.layers import (
     FeedForward,
     FreeExperts,
     MoE,
+    MultiHeadLatentAttention,
     ParameterKind,
     Parametrization,
     RMSNorm,
@@ -427,6 +429,8 @@ def _build_mixer(
         _require_mixer(module, config, f"layer {i} mixer: {mixer['type']}")
         return module
     attention = config.attention
+    if mixer == "mla":
+        return _build_mla(config, device, dtype)
     positions = mixer in ("rope", "chunked_rope")
     return Attention(
         config.dim,
@@ -443,6 +447,22 @@ def _build_mixer(
         temperature=None if positions else attention.temperature,
         bias=attention.bias,
         conv_width=attention.conv_width,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _build_mla(
+    config: DecoderConfig, device: torch.device | str | None, dtype: torch.dtype | None
+) -> MultiHeadLatentAttention:
+    attention, mla = config.attention, config.attention.mla
+    assert mla is not None  # checked at construction
+    return MultiHeadLatentAttention(
+        config.dim,
+        num_heads=attention.num_heads,
+        rotary=RotaryEmbedding(mla.qk_rope_head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling),
+        bias=attention.bias,
+        **dataclasses.asdict(mla),
         device=device,
         dtype=dtype,
     )

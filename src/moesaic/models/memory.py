@@ -25,12 +25,13 @@ from moesaic.layers import (
     BackendName,
     Experts,
     MoE,
+    MultiHeadLatentAttention,
     choose_backend,
 )
 from moesaic.layers.feed_forward import runs_lean
 from moesaic.layers.sliced import tiles_of
 from moesaic.losses.cross_entropy import VOCABULARY_BLOCK, linear_cross_entropy, rows_per_chunk
-from moesaic.models.config import DecoderConfig, LayerConfig, Mixer, MoEConfig
+from moesaic.models.config import DecoderConfig, LayerConfig, Mixer, MLAConfig, MoEConfig
 from moesaic.models.decoder import Block, Decoder, build_decoder
 from moesaic.models.routers import router_parameters
 from moesaic.models.shapes import Shape, attention_shapes, decoder_shapes, feed_forward_shapes, uncounted
@@ -224,9 +225,11 @@ def _nbytes(shapes: Iterable[Shape], dtype: torch.dtype) -> int:
 
 
 def _cached(config: DecoderConfig, layer: LayerConfig, length: int) -> int:
-    """Numbers that the cache of a built-in mixer holds of one sequence, as `Attention.cache_bytes`."""
+    """Numbers that the cache of a built-in mixer holds of one sequence, as their `cache_bytes`."""
     if not isinstance(layer.mixer, str):
         return 0
+    if (mla := config.attention.mla) is not None:
+        return length * (mla.kv_lora_rank + mla.qk_rope_head_dim)
     return min(length, config.chunk_of(layer.mixer) or length) * 2 * config.num_kv_heads * config.head_dim
 
 
@@ -324,6 +327,8 @@ def _lean_feed_forward(config: DecoderConfig, width: int, backend: BackendName, 
 def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
     """What is kept in order: the input, the convolution's, angles, what QK norm normalizes, and softmax attention's."""
     attention, positions = config.attention, mixer in ("rope", "chunked_rope")
+    if attention.mla is not None:
+        return _latent_attention(config, attention.mla, sizes)
     tokens, length = sizes.tokens, sizes.seq_len
     queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     channels = queries + 2 * keys
@@ -369,6 +374,24 @@ def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
     softmax = kept + extra + queries * config.dim * sizes.bytes  # the last is the gradient of the output projection
     convolution = sizes.stream + 5 * padded if attention.conv_width else 0
     return _Part(kept, max(softmax, convolution), _nbytes(attention_shapes(config), sizes.dtype))
+
+
+def _latent_attention(config: DecoderConfig, mla: MLAConfig, sizes: _Sizes) -> _Part:
+    """What is kept in order: the input, the latents around their norms, angles, and softmax attention's."""
+    tokens, heads = sizes.tokens, config.attention.num_heads
+    keys, values = heads * config.head_dim, heads * mla.v_head_dim
+    kept = sizes.stream + 4 * sizes.seq_len * mla.qk_rope_head_dim // 2 * sizes.exact_bytes  # sine and cosine
+    for rank in (mla.q_lora_rank or 0, mla.kv_lora_rank):
+        # the norm's input and 1 / rms, what its gain multiplies, and what the projection up reads
+        kept += tokens * (rank * (sizes.exact_bytes + 2 * sizes.bytes) + sizes.exact_bytes * bool(rank))
+    cast = sizes.bytes == 2 and sizes.seq_len * config.head_dim <= 16384  # see layers.attention
+    kept += tokens * (2 * keys + 2 * values) * (sizes.exact_bytes if cast else sizes.bytes)
+    kept += tokens * heads * sizes.exact_bytes  # log-sum-exp
+    if cast:
+        kept += tokens * values * sizes.bytes  # the output projection's own input
+    working = 2 * tokens * (2 * keys + values) * (sizes.exact_bytes if cast else sizes.bytes)
+    peak = kept + working + values * config.dim * sizes.bytes
+    return _Part(kept, peak, _nbytes(attention_shapes(config), sizes.dtype))
 
 
 def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
@@ -632,10 +655,11 @@ def _cache_bytes(block: nn.Module, batch_size: int, seq_len: int, dtype: torch.d
     """Bytes of one layer's cache, at the fullest it gets while seq_len tokens are decoded."""
     assert isinstance(block, Block)
     mixer = block.mixer
-    if not isinstance(mixer, Attention):
+    if not isinstance(mixer, (Attention, MultiHeadLatentAttention)):
         return 0
-    cache = _WatchedCache(mixer.attention_chunk_size)
-    length = min(seq_len, mixer.attention_chunk_size or seq_len)
+    chunk = mixer.attention_chunk_size if isinstance(mixer, Attention) else None
+    cache = _WatchedCache(chunk)
+    length = min(seq_len, chunk or seq_len)
     x = torch.empty(batch_size, length, mixer.o_proj.out_features, dtype=dtype)
     if length > 1:
         mixer(x[:, :-1], cache)

@@ -102,7 +102,7 @@ def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderCo
             "whose gains the heads share"
         )
     sizes: dict[str, int] = {}
-    if any(isinstance(layer.mixer, str) for layer in model.layers):
+    if model.attention.mla is None and any(isinstance(layer.mixer, str) for layer in model.layers):
         sizes[f"{key}.attention.num_heads"] = model.attention.num_heads
         sizes[f"{key}.attention.num_kv_heads"] = model.num_kv_heads
     ffns = {layer.ffn for layer in model.layers if isinstance(layer.ffn, str)}
