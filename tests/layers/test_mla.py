@@ -1,15 +1,17 @@
 """Multi-head latent attention is transformers' `DeepseekV3Attention`: outputs, gradients, cache and padding."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from reference.comparing import assert_close, assert_gradients, redraw
+from reference.comparing import OutputSizes, assert_close, assert_gradients, redraw
 from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from moesaic.layers import MultiHeadLatentAttention, RotaryEmbedding
+from moesaic.layers import Llama3RopeScaling, MultiHeadLatentAttention, RotaryEmbedding
+from moesaic.layers.attention import visible_keys
 from moesaic.layers.part import cache_bytes, flops_per_token
 from moesaic.layers.work import Work
 
@@ -39,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "values wider than keys": {"v_head_dim": 12},
     "one head": {"num_heads": 1, "qk_rope_head_dim": 2},
     "latent wider than all heads": {"kv_lora_rank": 50},
+    "sharper scores": {"mscale_all_dim": 1.5},
 }
 every_case = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 
@@ -47,9 +50,16 @@ def pair(changes: dict[str, Any]) -> tuple[MultiHeadLatentAttention, DeepseekV3A
     """Ours and theirs with the same weights."""
     torch.manual_seed(0)
     sizes = {**SIZES, "bias": False, "interleaved": True, **changes}
-    theta = 50.0
-    rotary = RotaryEmbedding(sizes["qk_rope_head_dim"], theta=theta)
-    ours = MultiHeadLatentAttention(DIM, **sizes, rotary=rotary)
+    theta, scale = 50.0, sizes.pop("mscale_all_dim", None)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    scaling = None
+    if scale is not None:  # with any scaling of RoPE
+        bands = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        scaling = Llama3RopeScaling(original_length=16, **bands)
+        rope |= {"rope_type": "llama3", "original_max_position_embeddings": 16, "mscale_all_dim": scale, **bands}
+    rotary = RotaryEmbedding(sizes["qk_rope_head_dim"], theta=theta, scaling=scaling)
+    factor = (0.1 * (scale or 0) * math.log(4.0) + 1) ** 2
+    ours = MultiHeadLatentAttention(DIM, **sizes, rotary=rotary, softmax_factor=factor)
     heads, bias, interleaved = sizes.pop("num_heads"), sizes.pop("bias"), sizes.pop("interleaved")
     config = DeepseekV3Config(
         hidden_size=DIM,
@@ -57,7 +67,7 @@ def pair(changes: dict[str, Any]) -> tuple[MultiHeadLatentAttention, DeepseekV3A
         num_key_value_heads=heads,
         rope_interleave=interleaved,
         attention_bias=bias,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rope_parameters=rope,
         **sizes,
     )
     config._attn_implementation = "eager"
@@ -134,7 +144,17 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     ours, *_ = pair(changes)
     with Work() as work, torch.no_grad():
         ours(torch.randn(1, LENGTH, DIM))
-    assert flops_per_token(ours, LENGTH, 1, LENGTH, DIM) == (work.flops / LENGTH, "declared")
+    keys, values = ours.qk_nope_head_dim + ours.qk_rope_head_dim, ours.v_head_dim
+    zeros = 2 * ours.num_heads * abs(keys - values) * visible_keys(LENGTH)
+    found = flops_per_token(ours, LENGTH, 1, LENGTH, DIM)
+    assert found.source == "declared" and found.per_token == pytest.approx(work.flops / LENGTH - zeros)
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    ours, *_ = pair({})
+    with OutputSizes() as sizes:
+        ours(torch.randn(1, 600, DIM, requires_grad=True)).sum().backward()
+    assert sizes.largest < 600 * 100
 
 
 def test_padding_changes_nothing_whatever_stands_there() -> None:

@@ -13,9 +13,11 @@ from moesaic.layers.attention import visible_keys
 from moesaic.models import (
     DecoderConfig,
     LayerConfig,
+    MLAConfig,
     MoEConfig,
     account,
     build_decoder,
+    deepseek_v3,
     kv_cache_bytes,
     llama4_behemoth_guess,
     llama4_maverick,
@@ -44,6 +46,9 @@ def pattern(*layers: tuple[Any, Any]) -> dict[str, Any]:
     return {"pattern": entries, "interleave_moe_layer_step": None, "nope_layer_interval": None}
 
 
+WITH_MLA = {"num_kv_heads": None, "head_dim": None, "qk_norm": False} | dict.fromkeys(
+    ("attention_chunk_size", "temperature")
+)
 OWN_MIXER = {"type": "custom_samples.RunningMean"}
 OWN_FFN = {"type": "custom_samples.TwoMatrices", "hidden_dim": 24}
 OWN_ROUTER = {"type": "custom_samples.LinearRouter"}
@@ -58,6 +63,10 @@ CONFIGS = {
     "tiny Mixtral": tiny_twin(mixtral_8x7b()),
     "tiny Qwen3": tiny_twin(qwen3_30b_a3b()),
     "tiny OLMoE": tiny_twin(olmoe_1b_7b()),
+    "tiny DeepSeek-V3": tiny_twin(deepseek_v3()),
+    "latent attention, biases, no latent of the queries": toy(
+        {"mla": MLAConfig(7, 5, 4, 6), "bias": True, **WITH_MLA}, nope_layer_interval=0, first_dense_layers=2
+    ),
     "every expert": toy(moe={"top_k": 4}),
     "no shared expert": toy(moe={"shared_hidden_dim": 0}),
     "wide shared expert": toy(moe={"shared_hidden_dim": 48}),
@@ -109,8 +118,9 @@ def test_parameters_equal_those_of_the_built_model(name: str) -> None:
         (mixtral_8x7b(), 46.70, 12.88),  # published: 46.7 and 12.9
         (qwen3_30b_a3b(), 30.53, 3.35),  # published: 30.5 and 3.3
         (olmoe_1b_7b(), 6.92, 1.28),  # published: 6.9 and 1.3
+        (deepseek_v3(), 671.03, 37.55),  # published: 671 and 37
     ],
-    ids=["scout", "maverick", "mixtral", "qwen3", "olmoe"],
+    ids=["scout", "maverick", "mixtral", "qwen3", "olmoe", "deepseek_v3"],
 )
 def test_published_models(config: DecoderConfig, total: float, active_total: float) -> None:
     found = account(config, 8192)

@@ -59,6 +59,19 @@ def test_intervals_expand_with_the_phase_of_llama_4(step: int, interval: int, ex
     assert layers(config) == expected
 
 
+def test_the_first_layers_may_be_dense_whatever_the_interval_says() -> None:
+    config = llama4_toy(num_layers=6, interleave_moe_layer_step=2, nope_layer_interval=4, first_dense_layers=3)
+    assert layers(config) == [ROPE_DENSE, ROPE_DENSE, ROPE_DENSE, NOPE_MOE, ROPE_DENSE, ROPE_MOE]
+    assert {ffn for _, ffn in layers(dataclasses.replace(config, first_dense_layers=6))} == {"dense"}
+
+
+def test_with_the_widths_of_latent_attention_all_layers_have_it() -> None:
+    config = from_mapping(DecoderConfig, mapping(**WITH_MLA), "model")
+    assert layers(config) == [("mla", "dense"), ("mla", "moe"), ("mla", "dense"), ("mla", "moe")]
+    assert config.head_dim == 6 + 4
+    assert from_mapping(DecoderConfig, to_mapping(config)) == config
+
+
 def test_a_pattern_is_tiled_over_the_layers() -> None:
     pattern = (
         LayerConfig("chunked_rope", "dense"),
@@ -125,6 +138,16 @@ def test_round_trip_of_a_pattern_with_custom_modules() -> None:
 
 
 WITHOUT_INTERVALS = {"interleave_moe_layer_step": None, "nope_layer_interval": None}
+MLA = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+ALONE: dict[str, Any] = {
+    "attention.num_kv_heads": None,
+    "attention.head_dim": None,
+    "attention.qk_norm": False,
+    "attention.attention_chunk_size": None,
+    "attention.temperature": None,
+    "nope_layer_interval": 0,
+}
+WITH_MLA = {"attention.mla": MLA, **ALONE}
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 0}, r"model\.vocab_size=0: must be a number > 0"),
@@ -258,6 +281,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
             **WITHOUT_INTERVALS,
         },
         r"model\.attention\.attention_chunk_size=None: the depth pattern has chunked_rope layers",
+    ),
+    ({"attention.mla": MLA}, r"model\.attention\.num_kv_heads=2: must be null beside attention\.mla"),
+    ({**WITH_MLA, "attention.qk_norm": True}, r"model\.attention\.qk_norm=True: must be false beside attention\.mla"),
+    ({**WITH_MLA, "attention.conv_width": 3}, r"model\.attention\.conv_width=3: must be 0 beside attention\.mla"),
+    ({**WITH_MLA, "attention.clip_qkv": 3.0}, r"model\.attention\.clip_qkv=3\.0: must be null beside attention\.mla"),
+    ({**WITH_MLA, "nope_layer_interval": 2}, r"model\.attention\.mla: must be null where layers have the mixer nope"),
+    (
+        {**ALONE, "pattern": [{"mixer": "mla", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.attention\.mla=None: the depth pattern has mla layers",
+    ),
+    ({**WITH_MLA, "attention.mla": {**MLA, "qk_rope_head_dim": 3}}, r"mla\.qk_rope_head_dim=3: must be even"),
+    ({**WITH_MLA, "attention.mla": {**MLA, "q_lora_rank": 0}}, r"mla\.q_lora_rank=0: must be a number > 0"),
+    ({**WITH_MLA, "attention.mla": {"kv_lora_rank": 8}}, r"model\.attention\.mla\.qk_nope_head_dim: missing"),
+    ({"first_dense_layers": -1}, r"model\.first_dense_layers=-1: must be a number >= 0"),
+    (
+        {"first_dense_layers": 1, "pattern": [{"mixer": "chunked_rope", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.first_dense_layers=1: must be .* 0 beside a pattern",
     ),
     ({"moe.dispatcher": {"scale": 2}}, r"model\.moe\.dispatcher=.*: a custom module needs `type"),
     ({"moe.router": "uniform", "moe.expert_bias": True}, r"model\.moe\.expert_bias=True: router=uniform has no"),

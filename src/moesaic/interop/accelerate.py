@@ -74,7 +74,7 @@ class RoutedByTheirBlock(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D).
 
-        Weights of Mixtral and DeepSeek-V3 are fp32 whatever the model's dtype: then the sum over K is taken in fp32, as in theirs.
+        Weights of Mixtral and DeepSeek-V3 are fp32 whatever the model's dtype: then the sum over K is taken in fp32.
         """
         # the logits stayed with the block's router, and nothing here reads them
         counts = count_tokens(top_k_index, self.num_experts)
@@ -122,9 +122,9 @@ def accelerate(model: Model) -> Model:
     `save_pretrained` and isinstance checks stay theirs, nothing is copied, and `restore` undoes it. Blocks that are
     accelerated already are left alone. `config._experts_implementation` has no effect on accelerated blocks.
 
-    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3, on any device, in
-    float64, float32, bfloat16 and float16, whole models as well as single blocks. Wrap, shard, compile or dispatch
-    over devices afterwards.
+    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3, on any
+    device, in float64, float32, bfloat16 and float16, whole models as well as single blocks. Wrap, shard, compile or
+    dispatch over devices afterwards.
 
     Raises:
         InputError: there is no block to accelerate, or there is one that cannot be; nothing has been changed then.

@@ -62,8 +62,8 @@ class DeepseekV3Fields(Fields):
     def __post_init__(self) -> None:
         if self.quantization_config is not None:
             raise ValueError(
-                f"quantization_config={self.quantization_config}: must be absent, as only unquantized weights are read; "
-                "convert them to bfloat16 first"
+                f"quantization_config={self.quantization_config}: must be absent, as only unquantized weights are "
+                "read; convert them to bfloat16 first"
             )
         super().__post_init__()
         positive = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
@@ -210,11 +210,8 @@ def fields_to_hf(config: DecoderConfig, carried: Mapping[str, Any]) -> dict[str,
     else:
         written["first_k_dense_replace"] = config.num_layers
     defaults = {field.name: field.default for field in dataclasses.fields(DeepseekV3Fields)}
-    unsaid = {"rope_theta", "rope_scaling", "quantization_config", *(set() if config.attention.mla else SAID_BY_MLA)}
+    unsaid = {"rope_theta", "rope_scaling", "quantization_config"}
     return {name: x for name, x in defaults.items() if name not in unsaid} | written
-
-
-SAID_BY_MLA = {"head_dim", "qk_head_dim"}
 
 
 def _mla_to_hf(mla: MLAConfig) -> dict[str, Any]:

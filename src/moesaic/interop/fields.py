@@ -150,7 +150,8 @@ def defining(config: DecoderConfig) -> dict[str, Any]:
     ffns = {layer.ffn for layer in layers if isinstance(layer.ffn, str)}
     unused = {
         "pattern", "interleave_moe_layer_step", "nope_layer_interval", "dense_twin", "format", "init_std",
-        "first_dense_layers", "parametrization", "base", "hidden_dim", "moe.backend", "moe.dispatcher", "moe.shared_hidden_dim",
+        "parametrization", "base", "hidden_dim", "moe.backend", "moe.dispatcher", "moe.shared_hidden_dim",
+        "first_dense_layers",
     }  # fmt: skip
     if not mixers & {"nope", "chunked_nope"}:
         unused.add("attention.temperature")

@@ -585,7 +585,8 @@ def _write_safetensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors.items():
-            data = tensor.read().to("cpu", _written_as(tensor, dtype)).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            written = tensor.read().to("cpu", _written_as(tensor, dtype)).contiguous()
+            data = written.reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             hashed.update(data)
             tell(name)

@@ -1,6 +1,9 @@
 """Multi-head latent attention (token mixer): keys and values of all heads are made of one small vector per token."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -18,7 +21,7 @@ class MultiHeadLatentAttention(nn.Module):
     DeepSeek-V2 (arXiv 2405.04434, section 2.1) and V3, as in transformers' `DeepseekV3Attention`. A token is projected
     down to a latent of R numbers and to a key of P numbers, which carries the position and is the same for all heads.
     From the normalized latent each head makes the rest of its key, C numbers without a position, and its value. Its
-    queries have both parts too, and the scores are q k / sqrt(C + P).
+    queries have both parts too, and the scores are q k / sqrt(C + P), times a `softmax_factor`.
 
     Decoding makes keys and values of the whole context anew from the latents, so it saves memory and not work.
 
@@ -33,6 +36,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_lora_rank: width of a latent from which the queries are made, with a norm on it; None for no such.
         interleaved: whether RoPE rotates the pairs (2j, 2j + 1), as in DeepSeek's weights; False: (j, j + P / 2).
         norm_eps: of the norms of the latents.
+        softmax_factor: multiplies the scores. With YaRN, DeepSeek has (0.1 m ln(factor) + 1)^2 for `mscale_all_dim` m.
         bias: whether the projections from and to the model's width have a bias; queries have it with q_lora_rank only.
     """
 
@@ -51,6 +55,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_lora_rank: int | None = None,
         interleaved: bool = True,
         norm_eps: float = 1e-6,
+        softmax_factor: float = 1.0,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -62,6 +67,7 @@ class MultiHeadLatentAttention(nn.Module):
             require_sizes(q_lora_rank=q_lora_rank)
         require_flags(interleaved=interleaved, bias=bias)
         require_numbers(norm_eps=norm_eps)
+        require_numbers(above=True, softmax_factor=softmax_factor)
         if rotary is None:
             raise TypeError("rotary=None: must be a RotaryEmbedding")
         require_kinds(RotaryEmbedding, rotary=rotary)
@@ -75,6 +81,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.v_head_dim = v_head_dim
         self.q_lora_rank = q_lora_rank
         self.interleaved = interleaved
+        self.softmax_factor = softmax_factor
         self.rotary = rotary
 
         def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
@@ -97,7 +104,10 @@ class MultiHeadLatentAttention(nn.Module):
         return AttentionCache()
 
     def flops_per_token(self, seq_len: int) -> float:
-        """All projections once, and q k and p v over the keys that a token sees, averaged over the sequence."""
+        """All projections once, and q k and p v over the keys that a token sees, averaged over the sequence.
+
+        Zeros that widen values or keys do not count.
+        """
         matrices = sum(2 * each.weight.numel() for each in self.children() if isinstance(each, nn.Linear))
         widths = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
         return matrices + 2 * self.num_heads * widths * visible_keys(seq_len)
@@ -132,12 +142,16 @@ class MultiHeadLatentAttention(nn.Module):
         kv = rearrange(self.kv_up(latent), "b s (n h) -> b s n h", n=self.num_heads)
         k_nope, v = kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, self.num_heads, -1)), dim=-1)
-        q, k, v = (rearrange(y, "b l n h -> b n l h") for y in (q, k, v))
+        # kernels whose memory is linear in the length want one width, and divide the scores by its root
+        width = max(q.size(-1), self.v_head_dim)
+        if (factor := self.softmax_factor * math.sqrt(width / q.size(-1))) != 1:
+            q = q * factor
+        q, k, v = (rearrange(_widened(y, width), "b l n h -> b n l h") for y in (q, k, v))
         y = causal_attention(q, k, v) if attention_mask is None else masked_attention(q, k, v, attention_mask)
-        return self.o_proj(rearrange(y, "b n l h -> b l (n h)"))
+        return self.o_proj(rearrange(y[..., : self.v_head_dim], "b n l h -> b l (n h)"))
 
     def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(B, L, heads, P); what was not interleaved is afterwards, in queries and keys alike, as scores do not mind."""
+        """(B, L, heads, P) -> the same. Halves come out interleaved, in queries and keys alike: scores do not mind."""
         if not self.interleaved:
             x = rearrange(x, "b l n (two h) -> b l n (h two)", two=2)
         return self.rotary(x, positions)
@@ -146,5 +160,10 @@ class MultiHeadLatentAttention(nn.Module):
         return (
             f"num_heads={self.num_heads}, kv_lora_rank={self.kv_lora_rank}, q_lora_rank={self.q_lora_rank}, "
             f"qk_nope_head_dim={self.qk_nope_head_dim}, qk_rope_head_dim={self.qk_rope_head_dim}, "
-            f"v_head_dim={self.v_head_dim}, interleaved={self.interleaved}"
+            f"v_head_dim={self.v_head_dim}, interleaved={self.interleaved}, softmax_factor={self.softmax_factor}"
         )
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """(..., H) with zeros up to `width`."""
+    return x if x.size(-1) == width else F.pad(x, (0, width - x.size(-1)))

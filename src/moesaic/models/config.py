@@ -51,10 +51,14 @@ class MLAConfig:
     q_lora_rank: int | None = dataclasses.field(default=None, metadata={"most": 2**20})
     interleaved: bool = True  # false: RoPE rotates the halves of a head, not neighbors
     norm_eps: float = 1e-6  # of the latents' norms
+    # m of (0.1 m ln(rope_scaling.factor) + 1)^2, by which scores are multiplied; 0: by 1
+    mscale_all_dim: float = dataclasses.field(default=0.0, metadata={"most": 1e3})
 
     def __post_init__(self) -> None:
         _positive(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
         _within(self, "norm_eps", 1e-20, 1.0)
+        if self.mscale_all_dim < 0:
+            raise ValueError(f"mscale_all_dim={self.mscale_all_dim}: must be a number >= 0")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: must be even, as RoPE rotates pairs")
 
@@ -96,6 +100,9 @@ def _require_nothing_beside_mla(attention: AttentionConfig) -> None:
         if (found := getattr(attention, name)) != allowed:
             meant = "null" if allowed is None else str(allowed).lower()
             raise ValueError(f"{name}={found}: must be {meant} beside attention.mla, which has no such thing")
+    assert attention.mla is not None
+    if attention.mla.mscale_all_dim and attention.rope_scaling is None:
+        raise ValueError(f"mla.mscale_all_dim={attention.mla.mscale_all_dim}: must be 0 without rope_scaling")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -457,12 +458,15 @@ def _build_mla(
 ) -> MultiHeadLatentAttention:
     attention, mla = config.attention, config.attention.mla
     assert mla is not None  # checked at construction
+    widths = dataclasses.asdict(mla)
+    scale, factor = widths.pop("mscale_all_dim"), attention.rope_scaling.factor if attention.rope_scaling else 1.0
     return MultiHeadLatentAttention(
         config.dim,
         num_heads=attention.num_heads,
         rotary=RotaryEmbedding(mla.qk_rope_head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling),
+        softmax_factor=(0.1 * scale * math.log(factor) + 1) ** 2,
         bias=attention.bias,
-        **dataclasses.asdict(mla),
+        **widths,
         device=device,
         dtype=dtype,
     )

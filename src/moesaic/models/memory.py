@@ -379,19 +379,23 @@ def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
 def _latent_attention(config: DecoderConfig, mla: MLAConfig, sizes: _Sizes) -> _Part:
     """What is kept in order: the input, the latents around their norms, angles, and softmax attention's."""
     tokens, heads = sizes.tokens, config.attention.num_heads
-    keys, values = heads * config.head_dim, heads * mla.v_head_dim
-    kept = sizes.stream + 4 * sizes.seq_len * mla.qk_rope_head_dim // 2 * sizes.exact_bytes  # sine and cosine
+    values, width = heads * mla.v_head_dim, max(config.head_dim, mla.v_head_dim)
+    kept = sizes.stream + 2 * sizes.seq_len * mla.qk_rope_head_dim * sizes.exact_bytes  # sine and cosine
     for rank in (mla.q_lora_rank or 0, mla.kv_lora_rank):
         # the norm's input and 1 / rms, what its gain multiplies, and what the projection up reads
         kept += tokens * (rank * (sizes.exact_bytes + 2 * sizes.bytes) + sizes.exact_bytes * bool(rank))
-    cast = sizes.bytes == 2 and sizes.seq_len * config.head_dim <= 16384  # see layers.attention
-    kept += tokens * (2 * keys + 2 * values) * (sizes.exact_bytes if cast else sizes.bytes)
-    kept += tokens * heads * sizes.exact_bytes  # log-sum-exp
-    if cast:
+    if sizes.bytes == sizes.exact_bytes:
+        kept += tokens * mla.qk_rope_head_dim * sizes.bytes  # what is normalized is a view of a wider tensor
+    cast = sizes.bytes == 2 and sizes.seq_len * width <= 16384  # see layers.attention
+    piece = tokens * heads * width * (sizes.exact_bytes if cast else sizes.bytes)
+    kept += 4 * piece + tokens * heads * sizes.exact_bytes  # queries, keys, values, what comes out, and log-sum-exp
+    if width == mla.v_head_dim and not cast:
+        kept += tokens * heads * mla.qk_nope_head_dim * sizes.bytes  # values are a view, beside the keys' parts
+    if width > mla.v_head_dim or cast:
         kept += tokens * values * sizes.bytes  # the output projection's own input
-    working = 2 * tokens * (2 * keys + values) * (sizes.exact_bytes if cast else sizes.bytes)
-    peak = kept + working + values * config.dim * sizes.bytes
-    return _Part(kept, peak, _nbytes(attention_shapes(config), sizes.dtype))
+    return _Part(
+        kept, kept + 4 * piece + values * config.dim * sizes.bytes, _nbytes(attention_shapes(config), sizes.dtype)
+    )
 
 
 def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:

@@ -167,7 +167,7 @@ def olmoe_1b_7b() -> DecoderConfig:
 def deepseek_v3() -> DecoderConfig:
     """DeepSeek-V3: 671.03B parameters, 37.55B active; embedding and head, 0.93B each, count in both.
 
-    Published are 671B and 37B. The layer for multi-token prediction, 11.5B of its own in the files, is not in it.
+    Published are 671B and 37B. The 14B of the files' layer for multi-token prediction are in neither.
     """
     return DecoderConfig(
         vocab_size=129280,
