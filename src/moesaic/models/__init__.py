@@ -1,11 +1,13 @@
 """Decoders over the layers: configuration, construction, generation, accounting."""
 
 from moesaic.models.accounting import Account, LayerAccount, account, kv_cache_bytes
-from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig
+from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, Mixer, MoEConfig
 from moesaic.models.decoder import Block, Decoder, DecoderOutput, build_decoder
 from moesaic.models.generation import generate, sample
 from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
 from moesaic.models.presets import (
+    gpt_oss_20b,
+    gpt_oss_120b,
     llama4_behemoth_guess,
     llama4_maverick,
     llama4_scout,
@@ -26,11 +28,14 @@ __all__ = [
     "LayerAccount",
     "LayerConfig",
     "MemoryEstimate",
+    "Mixer",
     "MoEConfig",
     "account",
     "build_decoder",
     "estimate_memory",
     "generate",
+    "gpt_oss_20b",
+    "gpt_oss_120b",
     "kv_cache_bytes",
     "llama4_behemoth_guess",
     "llama4_maverick",

@@ -1,12 +1,14 @@
-"""Configurations by name: the published Llama 4 text models and softmax MoEs, and tiny models of their layouts."""
+"""Configurations by name: published Llama 4 text models, softmax MoEs and gpt-oss, and tiny models of their layouts."""
 
 import dataclasses
 from typing import Any
 
-from moesaic.layers import AttentionTemperature, Llama3RopeScaling
-from moesaic.models.config import AttentionConfig, DecoderConfig, MoEConfig
+from moesaic.layers import AttentionTemperature, Llama3RopeScaling, YarnRopeScaling
+from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig
 
 __all__ = [
+    "gpt_oss_20b",
+    "gpt_oss_120b",
     "llama4_behemoth_guess",
     "llama4_maverick",
     "llama4_scout",
@@ -163,6 +165,53 @@ def olmoe_1b_7b() -> DecoderConfig:
     )
 
 
+def gpt_oss_120b() -> DecoderConfig:
+    """gpt-oss-120b: 116.83B parameters, 5.71B active; embedding and head, 0.58B each, count in both.
+
+    Its model card (arXiv 2508.10925) says 116.83B and 5.13B: that counts the head as active, and the embedding not.
+    """
+    return DecoderConfig(
+        vocab_size=201088,
+        dim=2880,
+        num_layers=36,
+        attention=AttentionConfig(
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            rope_theta=150000.0,
+            rope_scaling=YarnRopeScaling(factor=32.0, original_length=4096, truncate=False),
+            qk_norm=False,
+            bias=True,
+            window=128,
+            sinks=True,
+        ),
+        hidden_dim=2880,
+        moe=MoEConfig(
+            num_experts=128,
+            hidden_dim=2880,
+            top_k=4,
+            shared_hidden_dim=0,
+            router={"type": "top_k", "bias": True},
+            score_function="softmax",
+            normalize_scores=True,
+            score_before_experts=False,
+            experts="clamped_swiglu",
+        ),
+        pattern=(LayerConfig("windowed_rope", "moe"), LayerConfig("rope", "moe")),
+        padding_token=199999,
+    )
+
+
+def gpt_oss_20b() -> DecoderConfig:
+    """gpt-oss-20b: 20.91B parameters, 4.19B active; embedding and head, 0.58B each, count in both.
+
+    Its model card (arXiv 2508.10925) says 20.91B and 3.61B: that counts the head as active, and the embedding not.
+    """
+    larger = gpt_oss_120b()
+    assert larger.moe is not None
+    return dataclasses.replace(larger, num_layers=24, moe=dataclasses.replace(larger.moe, num_experts=32))
+
+
 def _softmax_moe(*, moe: dict[str, Any], **sizes: Any) -> DecoderConfig:
     """A model of MoE layers alone, which scale the output of the experts that a softmax chose."""
     moe |= {"shared_hidden_dim": 0, "score_function": "softmax", "score_before_experts": False}
@@ -179,7 +228,17 @@ def tiny_twin(preset: DecoderConfig, vocab_size: int = 512) -> DecoderConfig:
     attention = dataclasses.replace(
         preset.attention, num_heads=4, num_kv_heads=2 if grouped else 4, head_dim=8, rope_theta=10000.0
     )
+    if attention.window is not None:  # and small enough to be crossed
+        attention = dataclasses.replace(attention, window=8)
     moe = dataclasses.replace(preset.moe, num_experts=8, hidden_dim=16, top_k=2)
+    pad = preset.padding_token
     return dataclasses.replace(
-        preset, attention=attention, moe=moe, vocab_size=vocab_size, dim=32, num_layers=4, hidden_dim=64
+        preset,
+        attention=attention,
+        moe=moe,
+        vocab_size=vocab_size,
+        dim=32,
+        num_layers=4,
+        hidden_dim=64,
+        padding_token=None if pad is None else min(pad, vocab_size - 1),
     )
