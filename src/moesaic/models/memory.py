@@ -385,22 +385,24 @@ def _windowed(config: DecoderConfig, mixer: Mixer, sizes: _Sizes, kept: int, cha
     attention, length, batch = config.attention, sizes.seq_len, sizes.batch_size
     window, sink = config.window_of(mixer) or length, int(attention.sinks)
     width = config.head_dim + (8 - config.head_dim % 8) * sink
-    step = length if window >= length else max(window, LEAST_QUERIES)
+    step = length if window >= length else min(length, max(window, LEAST_QUERIES))
     extra, copies = 0, False
-    for start in range(0, length, step):
-        size = min(step, length - start)
-        seen = start + size - max(0, start - window + 1) + sink
+    later = (length // step - 1, step, step + window - 1), (1, length % step, length % step + window - 1)
+    for calls, size, keys in ((1, step, step), *later):
+        if not calls or not size:
+            continue
+        seen = keys + sink
         cast = sizes.bytes == 2 and seen * width <= 16384  # see layers.attention.attend
         number = sizes.exact_bytes if cast else sizes.bytes
         given = batch * width * (attention.num_heads * size + 2 * config.num_kv_heads * seen) * number
         made = batch * width * attention.num_heads * size * number
-        kept += made + (given if cast or sink else 0)
-        kept += 0 if step == length else size * seen * number  # the mask, as what is added to logits
+        kept += calls * (made + (given if cast or sink else 0))
+        kept += 0 if window >= length else calls * size * seen * number  # the mask, as what is added to logits
         copies |= not (cast or sink)
         extra = max(extra, given + made)
     if copies:  # what queries, keys and values are views of
         kept += sizes.tokens * channels * sizes.bytes
-    if sink or step < length:  # the output projection's own input
+    if sink or cast or step < length:  # the output projection's own input
         kept += sizes.tokens * attention.num_heads * config.head_dim * sizes.bytes
     return kept, extra
 
