@@ -38,6 +38,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARNS = [
+    YARN,
+    YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 8, "beta_slow": 0.5},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.6},
+    YARN | {"mscale_all_dim": 2.0},
+    YARN | {"attention_factor": 0.8, "mscale_all_dim": 0.5, "truncate": False},
+]
 CASES: dict[str, dict[str, Any]] = {
     "as given": {},
     "no latent of the queries": {"q_lora_rank": None},
@@ -51,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense layers only": {"first_k_dense_replace": 5},
     "tied head, padding token": {"tie_word_embeddings": True, "pad_token_id": 3},
     "RoPE scaling": {"rope_parameters": LLAMA3},
+    **{f"YaRN {i}": {"rope_parameters": yarn, "v_head_dim": 12} for i, yarn in enumerate(YARNS)},
 }
 """Name -> changes of `SMALL`."""
 
@@ -100,7 +109,9 @@ def random_changes(seed: int) -> dict[str, Any]:
         "tie_word_embeddings": draw.random() < 0.3,
         "rms_norm_eps": draw.choice([1e-6, 1e-5, 0.05]),
         "hidden_act": draw.choice(["silu", "silu", "gelu", "relu"]),
-        "rope_parameters": draw.choice([LLAMA3, {"rope_type": "default", "rope_theta": theta}, {"rope_theta": 30.0}]),
+        "rope_parameters": draw.choice(
+            [LLAMA3, {"rope_type": "default", "rope_theta": theta}, {"rope_theta": 30.0}, *YARNS]
+        ),
     }
 
 

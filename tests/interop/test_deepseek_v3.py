@@ -23,7 +23,7 @@ from moesaic.models.decoder import Decoder
 
 LENGTH = 11
 MASK = torch.stack([(torch.arange(LENGTH) >= amount).long() for amount in (0, 3, 8)])
-QUICK = ("as given", "halves, biases", "random 4")
+QUICK = ("as given", "halves, biases", "YaRN 2")
 every_model = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES | RANDOM]
 )
@@ -268,11 +268,72 @@ def test_the_preset_is_the_published_model() -> None:
     assert config_from_hf(theirs.to_dict()) == config
     defaults = DeepseekV3Config().to_dict()
     differing = {key for key, value in theirs.to_dict().items() if value != defaults.get(key)}
-    assert differing <= {"architectures", "dtype", "bos_token_id", "eos_token_id", "num_nextn_predict_layers"} | {
-        "topk_method",
-        "scoring_func",
-        "moe_layer_freq",
-    }
+    own = {"num_nextn_predict_layers", "topk_method", "scoring_func", "moe_layer_freq"}
+    scaled = {"rope_parameters", "max_position_embeddings"}
+    assert differing <= {"architectures", "dtype", "bos_token_id", "eos_token_id"} | own | scaled
+    assert written["rope_parameters"]["mscale"] == 1.0
+
+
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+"""config.json as DeepSeek published it, without quantization_config and auto_map."""
+
+
+def test_the_preset_is_the_published_file() -> None:
+    assert config_from_hf(PUBLISHED) == deepseek_v3()
+    assert config_to_hf(deepseek_v3(), {}, "bfloat16")["max_position_embeddings"] == 163840
 
 
 def test_the_tiny_twin_becomes_a_model_of_transformers(tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from moesaic.layers import Llama3RopeScaling, MultiHeadLatentAttention, RotaryEmbedding
+from moesaic.layers import (
+    Llama3RopeScaling,
+    MultiHeadLatentAttention,
+    RotaryEmbedding,
+    parameter_fans,
+    parameter_kinds,
+)
 from moesaic.layers.attention import visible_keys
 from moesaic.layers.part import cache_bytes, flops_per_token
 from moesaic.layers.work import Work
@@ -155,6 +161,15 @@ def test_memory_is_linear_in_the_length() -> None:
     with OutputSizes() as sizes:
         ours(torch.randn(1, 600, DIM, requires_grad=True)).sum().backward()
     assert sizes.largest < 600 * 100
+
+
+def test_all_projections_are_matrices_with_fans() -> None:
+    ours, *_ = pair({"bias": True})
+    kinds = parameter_kinds(ours)
+    matrices = {name for name, kind in kinds.items() if kind == "matrix"}
+    assert matrices == {f"{name}.weight" for name in ("q_down", "q_up", "kv_down", "kv_up", "o_proj")}
+    assert {kinds[name] for name in kinds.keys() - matrices} == {"vector"}
+    assert parameter_fans(ours).keys() == matrices
 
 
 def test_padding_changes_nothing_whatever_stands_there() -> None:

@@ -9,7 +9,7 @@ from moesaic.errors import InputError
 from moesaic.interop import deepseek_v3_config, llama4_config
 from moesaic.interop.fields import INERT, defining
 from moesaic.interop.layouts import AS_OURS, Layout, experts_of
-from moesaic.interop.softmax_moe_config import MIXTRAL, OLMOE, QWEN3_MOE, Table, read_config, write_config
+from moesaic.interop.softmax_moe_config import GPT_OSS, MIXTRAL, OLMOE, QWEN3_MOE, Table, read_config, write_config
 from moesaic.models import DecoderConfig
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "config_from_hf", "config_to_hf"]
@@ -87,6 +87,7 @@ ARCHITECTURES = (
     _of_table("Qwen3MoeForCausalLM", "qwen3_moe", QWEN3_MOE, Layout(ffn="mlp", experts=BY_NAME)),
     _of_table("OlmoeForCausalLM", "olmoe", OLMOE, Layout(ffn="mlp", experts=BY_NAME)),
     DEEPSEEK_V3,
+    _of_table("GptOssForCausalLM", "gpt_oss", GPT_OSS, Layout(ffn="mlp", router="router", alternating=True)),
 )
 
 

@@ -5,6 +5,7 @@ understood is refused by name.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.interop.fields import ACTIVATION_OF, activation_name, read_rope, write_rope
 from moesaic.interop.softmax_moe_config import Fields, fields_of
+from moesaic.layers import YarnRopeScaling
 from moesaic.models import DecoderConfig, MLAConfig, MoEConfig
 
 __all__ = ["TITLE", "UNREAD", "config_from_hf", "fields_to_hf", "prediction_tensors"]
@@ -57,14 +59,8 @@ class DeepseekV3Fields(Fields):
     moe_layer_freq: int = ONLY["moe_layer_freq"]  # type: ignore[assignment]
     topk_method: str = ONLY["topk_method"]  # type: ignore[assignment]
     scoring_func: str = ONLY["scoring_func"]  # type: ignore[assignment]
-    quantization_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.quantization_config is not None:
-            raise ValueError(
-                f"quantization_config={self.quantization_config}: must be absent, as only unquantized weights are "
-                "read; convert them to bfloat16 first"
-            )
         super().__post_init__()
         positive = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
         for name in (*positive, "moe_intermediate_size", "n_shared_experts", "routed_scaling_factor"):
@@ -138,6 +134,7 @@ def _decoder_config(fields: DeepseekV3Fields) -> DecoderConfig:
     has_experts = dense < fields.num_hidden_layers
     mla = {name: getattr(fields, name) for name in ("kv_lora_rank", "q_lora_rank", "v_head_dim")}
     mla |= {name: getattr(fields, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")}
+    mla["mscale_all_dim"] = (fields.rope_scaling or fields.rope_parameters or {}).get("mscale_all_dim") or 0.0
     router = {"type": "group_limited", "num_groups": fields.n_group, "top_groups": fields.topk_group}
     moe = {
         "num_experts": fields.n_routed_experts,
@@ -196,7 +193,7 @@ def fields_to_hf(config: DecoderConfig, carried: Mapping[str, Any]) -> dict[str,
         "attention_bias": config.attention.bias,
         "hidden_act": activation_name(config.activation, carried.get("hidden_act")),
         "pad_token_id": config.padding_token,
-        "max_position_embeddings": carried.get("max_position_embeddings", DeepseekV3Fields.max_position_embeddings),
+        "max_position_embeddings": carried.get("max_position_embeddings", _max_length(config)),
         "rope_parameters": write_rope(config.attention),
         "num_nextn_predict_layers": 0,
     }
@@ -204,20 +201,40 @@ def fields_to_hf(config: DecoderConfig, carried: Mapping[str, Any]) -> dict[str,
         written["initializer_range"] = config.init_std
     if config.attention.mla is not None:
         written |= _mla_to_hf(config.attention.mla)
+        written["rope_parameters"] |= _mscales(config, config.attention.mla)
     is_dense = [layer.ffn != "moe" for layer in config.layers]
     if config.moe is not None and not all(is_dense):
         written |= _moe_to_hf(config.moe) | {"first_k_dense_replace": is_dense.index(False)}
     else:
         written["first_k_dense_replace"] = config.num_layers
     defaults = {field.name: field.default for field in dataclasses.fields(DeepseekV3Fields)}
-    unsaid = {"rope_theta", "rope_scaling", "quantization_config"}
+    unsaid = {"rope_theta", "rope_scaling"}
     return {name: x for name, x in defaults.items() if name not in unsaid} | written
 
 
 def _mla_to_hf(mla: MLAConfig) -> dict[str, Any]:
-    values = {name: x for name, x in dataclasses.asdict(mla).items() if name not in ("interleaved", "norm_eps")}
+    elsewhere = ("interleaved", "norm_eps", "mscale_all_dim")
+    values = {name: x for name, x in dataclasses.asdict(mla).items() if name not in elsewhere}
     widths = {"head_dim": mla.qk_rope_head_dim, "qk_head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
     return {**values, **widths, "rope_interleave": mla.interleaved}
+
+
+def _mscales(config: DecoderConfig, mla: MLAConfig) -> dict[str, float]:
+    """YaRN's m of the scores, and the m by which other engines than transformers know the amplitude."""
+    if not mla.mscale_all_dim:
+        return {}
+    scaling = config.attention.rope_scaling
+    growth = 0.0 if scaling is None else 0.1 * math.log(scaling.factor)
+    if not isinstance(scaling, YarnRopeScaling) or not growth:
+        return {"mscale_all_dim": mla.mscale_all_dim}
+    mscale = round((scaling.amplitude * (growth * mla.mscale_all_dim + 1) - 1) / growth, 9)
+    return {"attention_factor": scaling.amplitude, "mscale": mscale, "mscale_all_dim": mla.mscale_all_dim}
+
+
+def _max_length(config: DecoderConfig) -> int:
+    scaling = config.attention.rope_scaling
+    length = DeepseekV3Fields.max_position_embeddings
+    return length if scaling is None else round(scaling.original_length * scaling.factor)
 
 
 def _moe_to_hf(moe: MoEConfig) -> dict[str, Any]:

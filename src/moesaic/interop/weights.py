@@ -88,7 +88,7 @@ def from_hf(
 ) -> Decoder:
     """The decoder with the weights of a model in transformers' format, in evaluation mode.
 
-    Supported are Llama 4, Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3 (`ARCHITECTURES`). The text part of
+    Supported are Llama 4, Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss (`ARCHITECTURES`). The text part of
     `Llama4ForConditionalGeneration` is taken, its vision tensors are skipped (and counted in the log). So are
     DeepSeek-V3's layers for multi-token prediction.
     Every tensor must be accounted for. Memory: the decoder and one tensor; nothing is shared with the source.

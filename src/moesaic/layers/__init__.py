@@ -15,6 +15,7 @@ from moesaic.layers.attention import (
 )
 from moesaic.layers.backend_choice import BackendName, choose_backend
 from moesaic.layers.backends import BACKENDS, run_experts
+from moesaic.layers.clamped_experts import ClampedExperts, clamped_swiglu
 from moesaic.layers.collect import collect_routings
 from moesaic.layers.control_routers import UniformRouter
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
@@ -37,7 +38,7 @@ from moesaic.layers.parametrization import (
     parameter_fans,
 )
 from moesaic.layers.part import Flops, Part, parameter_kinds
-from moesaic.layers.rotary import Llama3RopeScaling, RotaryEmbedding
+from moesaic.layers.rotary import Llama3RopeScaling, RopeScaling, RotaryEmbedding, YarnRopeScaling
 from moesaic.layers.router import MovingRouter, Routing, TopKRouter, count_tokens
 from moesaic.layers.routers import (
     ROUTERS,
@@ -53,6 +54,7 @@ from moesaic.layers.routers import (
     ThresholdRouter,
     TopPRouter,
 )
+from moesaic.layers.windowed_attention import WindowedAttention
 
 __all__ = [
     "ACTIVATIONS",
@@ -64,6 +66,7 @@ __all__ = [
     "AttentionTemperature",
     "BackendName",
     "CapacityRouter",
+    "ClampedExperts",
     "Dispatched",
     "Dispatcher",
     "ExpertChoiceRouter",
@@ -90,6 +93,7 @@ __all__ = [
     "QuantileRouter",
     "RMSNorm",
     "ReluRouter",
+    "RopeScaling",
     "RotaryEmbedding",
     "RoutedLayer",
     "Routing",
@@ -102,8 +106,11 @@ __all__ = [
     "TopPRouter",
     "Transfer",
     "UniformRouter",
+    "WindowedAttention",
+    "YarnRopeScaling",
     "causal_attention",
     "choose_backend",
+    "clamped_swiglu",
     "collect_routings",
     "count_tokens",
     "emulating_fp8",

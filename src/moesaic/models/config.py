@@ -4,31 +4,40 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from moesaic.layers import ActivationName, AttentionTemperature, BackendName, Llama3RopeScaling, QKNorm
+from moesaic.layers import ActivationName, AttentionTemperature, BackendName, QKNorm, RopeScaling, YarnRopeScaling
+from moesaic.layers.clamped_experts import BACKENDS_WITH_BIASES
 from moesaic.layers.router import ScoreFunction
 from moesaic.layers.routers import RouterName
 
 __all__ = [
     "FFN",
     "FORMAT",
+    "WITH_ROPE",
     "AttentionConfig",
     "BaseShape",
     "CustomModule",
     "DecoderConfig",
+    "ExpertsName",
     "LayerConfig",
     "MLAConfig",
     "Mixer",
     "MoEConfig",
 ]
 
-Mixer = Literal["rope", "chunked_rope", "nope", "chunked_nope", "mla"]
-"""Token mixers: RoPE on full or on chunk-local attention, no positions on full or on chunk-local attention.
+Mixer = Literal["rope", "chunked_rope", "nope", "chunked_nope", "windowed_rope", "mla"]
+"""Token mixers: RoPE on full or chunk-local attention or on a sliding window, no positions on full or chunk-local.
 
 `mla` is `MultiHeadLatentAttention`, with RoPE on full attention.
 """
 
+WITH_ROPE: frozenset[Mixer] = frozenset({"rope", "chunked_rope", "windowed_rope"})
+"""The mixers of `Attention` that rotate queries and keys."""
+
 FFN = Literal["dense", "moe", "dense_twin"]
 """Channel mixers. `dense_twin` is a dense FFN of the width that a token meets in the MoE layer: top_k * F + shared."""
+
+ExpertsName = Literal["swiglu", "clamped_swiglu"]
+"""Routed experts: those of `Experts`, with the model's activation, or those of `ClampedExperts`, with biases."""
 
 CustomModule = dict[str, Any]
 """A user's own module: {"type": "package.module.Class", ...its keyword arguments}, see `moesaic.models.custom`.
@@ -71,7 +80,7 @@ class AttentionConfig:
     num_kv_heads: int | None = dataclasses.field(default=None, metadata={"most": 2**16})
     head_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**16})
     rope_theta: float = 500000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     # true: after RoPE and on layers with RoPE only, as in Llama 4; those by name: before RoPE, on all layers
     qk_norm: bool | QKNorm = True
     clip_qkv: float | None = dataclasses.field(default=None, metadata={"most": 1e9})
@@ -79,11 +88,16 @@ class AttentionConfig:
     temperature: AttentionTemperature | None = None  # on layers without positions only
     bias: bool = False
     conv_width: int = dataclasses.field(default=0, metadata={"most": 2**10})
+    window: int | None = None  # tokens that a query of a windowed layer sees, its own included
+    sinks: bool = False  # on all layers: a learned logit per head in the softmax
     mla: MLAConfig | None = None  # of the mixer mla, which has no other of these but num_heads, rope_* and bias
 
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta", "clip_qkv")
+        _positive(self, "window")
         _within(self, "rope_theta", 1.0, 1e15)
+        if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnRopeScaling):
+            raise ValueError(f"rope_theta={self.rope_theta}: must be a number > 1 with YaRN")
         if self.conv_width < 0:
             raise ValueError(f"conv_width={self.conv_width}: must be a number >= 0")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
@@ -95,7 +109,7 @@ class AttentionConfig:
 def _require_nothing_beside_mla(attention: AttentionConfig) -> None:
     """Refuse what the mixer `mla` does not have, and would leave aside without a word."""
     absent: dict[str, Any] = {"num_kv_heads": None, "head_dim": None, "qk_norm": False, "clip_qkv": None}
-    absent |= {"attention_chunk_size": None, "temperature": None, "conv_width": 0}
+    absent |= {"attention_chunk_size": None, "temperature": None, "conv_width": 0, "window": None, "sinks": False}
     for name, allowed in absent.items():
         if (found := getattr(attention, name)) != allowed:
             meant = "null" if allowed is None else str(allowed).lower()
@@ -121,14 +135,16 @@ class MoEConfig:
     expert_bias: bool = False
     backend: BackendName = "auto"
     dispatcher: Literal["local"] | CustomModule = "local"
-    experts: Literal["swiglu"] | CustomModule = "swiglu"
+    experts: ExpertsName | CustomModule = "swiglu"
+    swiglu_alpha: float = dataclasses.field(default=1.702, metadata={"most": 1e6})  # these two of clamped_swiglu
+    swiglu_limit: float = dataclasses.field(default=7.0, metadata={"most": 1e9})
     identity_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return their input
     skip_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return zero
     latent_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**20})  # null: experts as wide as dim
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "hidden_dim")
-        _positive(self, "latent_dim")
+        _positive(self, "latent_dim", "swiglu_alpha", "swiglu_limit")
         for name in ("identity_experts", "skip_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
@@ -141,6 +157,11 @@ class MoEConfig:
             raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: must be a number >= 0, or null")
         if self.backend not in get_args(BackendName):
             raise ValueError(f"backend={self.backend!r}: must be one of {', '.join(get_args(BackendName))}")
+        if self.experts == "clamped_swiglu" and self.backend not in BACKENDS_WITH_BIASES:
+            raise ValueError(
+                f"backend={self.backend!r}: must be one of {', '.join(BACKENDS_WITH_BIASES)} with "
+                "experts=clamped_swiglu, whose biases the others have no place for"
+            )
         _check_part("router", self.router)
         _check_part("dispatcher", self.dispatcher)
         _check_part("experts", self.experts)
@@ -252,7 +273,7 @@ class DecoderConfig:
                 "attention.head_dim is null"
             )
         mixers = {layer.mixer for layer in self.layers if isinstance(layer.mixer, str)}
-        if self.head_dim % 2 and mixers & {"rope", "chunked_rope"}:
+        if self.head_dim % 2 and mixers & WITH_ROPE:
             raise ValueError(f"attention.head_dim={self.head_dim}: RoPE rotates pairs, head_dim must be even")
         _check_mla(self.attention.mla, mixers)
         if self.moe is None and any(layer.ffn in ("moe", "dense_twin") for layer in self.layers):
@@ -260,6 +281,10 @@ class DecoderConfig:
         chunk = self.attention.attention_chunk_size
         if chunk is None and (chunked := mixers & {"chunked_rope", "chunked_nope"}):
             raise ValueError(f"attention.attention_chunk_size=None: the depth pattern has {chunked.pop()} layers")
+        if self.attention.window is None and "windowed_rope" in mixers:
+            raise ValueError("attention.window=None: the depth pattern has windowed_rope layers")
+        if self.attention.sinks and (chunked := mixers & {"chunked_rope", "chunked_nope"}):
+            raise ValueError(f"attention.sinks=True: must be false, as the depth pattern has {chunked.pop()} layers")
         if any(layer.ffn == "dense_twin" for layer in self.layers) and self.moe and self.moe.latent_dim:
             raise ValueError(f"moe.latent_dim={self.moe.latent_dim}: must be null with a dense twin, which has no such")
         if self.parametrization == "transfer" and self.base is None:
@@ -328,6 +353,10 @@ class DecoderConfig:
         """Chunk size of a built-in mixer; None for full attention."""
         return self.attention.attention_chunk_size if mixer in ("chunked_rope", "chunked_nope") else None
 
+    def window_of(self, mixer: Mixer) -> int | None:
+        """Keys that a query of a built-in mixer sees at most, where they slide with it; None where they do not."""
+        return self.attention.window if mixer == "windowed_rope" else None
+
     def ffn_width(self, ffn: FFN) -> int:
         """Inner width of a built-in dense FFN."""
         if ffn == "dense_twin":
@@ -369,7 +398,7 @@ BUILT_IN = {
     "ffn": get_args(FFN),
     "router": get_args(RouterName),
     "dispatcher": ("local",),
-    "experts": ("swiglu",),
+    "experts": get_args(ExpertsName),
 }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.errors import InputError
 from moesaic.layers import (
     Attention,
+    ClampedExperts,
     Dispatcher,
     Experts,
     FeedForward,
@@ -27,6 +29,7 @@ from moesaic.layers import (
     Routing,
     ScaledLogits,
     Transfer,
+    WindowedAttention,
     count_tokens,
     parameter_fans,
 )
@@ -39,7 +42,7 @@ from moesaic.layers.checks import (
     require_tensor,
 )
 from moesaic.layers.part import initialize as initialize_part
-from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
+from moesaic.models.config import WITH_ROPE, DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
 from moesaic.models.routers import build_router
 
@@ -432,8 +435,11 @@ def _build_mixer(
     attention = config.attention
     if mixer == "mla":
         return _build_mla(config, device, dtype)
-    positions = mixer in ("rope", "chunked_rope")
-    return Attention(
+    positions = mixer in WITH_ROPE
+    window, sinks = config.window_of(mixer), attention.sinks
+    windowed = partial(WindowedAttention, window=window, sinks=sinks)
+    attention_class = Attention if window is None and not sinks else windowed
+    return attention_class(
         config.dim,
         num_heads=attention.num_heads,
         num_kv_heads=attention.num_kv_heads,
@@ -524,6 +530,17 @@ def _build_experts(
     if isinstance(moe.experts, dict):
         known = _known(config, i) | {"dim": moe.latent_dim or config.dim, "num_experts": moe.num_experts}
         experts = build_custom(moe.experts, f"layer {i} experts", device, dtype, **known, **given)
+    elif moe.experts == "clamped_swiglu":
+        experts = ClampedExperts(
+            moe.num_experts,
+            moe.latent_dim or config.dim,
+            moe.hidden_dim,
+            alpha=moe.swiglu_alpha,
+            limit=moe.swiglu_limit,
+            backend=moe.backend,
+            device=device,
+            dtype=dtype,
+        )
     elif num_free:
         experts = Experts(moe.num_experts, moe.latent_dim or config.dim, **given, device=device, dtype=dtype)
     if experts is None or not num_free:

@@ -1,13 +1,15 @@
-"""Configurations by name: the published Llama 4 text models and softmax MoEs, and tiny models of their layouts."""
+"""Configurations by name: published Llama 4 text models, softmax MoEs and gpt-oss, and tiny models of their layouts."""
 
 import dataclasses
 from typing import Any
 
-from moesaic.layers import AttentionTemperature, Llama3RopeScaling
-from moesaic.models.config import AttentionConfig, DecoderConfig, MLAConfig, MoEConfig
+from moesaic.layers import AttentionTemperature, Llama3RopeScaling, YarnRopeScaling
+from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MLAConfig, MoEConfig
 
 __all__ = [
     "deepseek_v3",
+    "gpt_oss_20b",
+    "gpt_oss_120b",
     "llama4_behemoth_guess",
     "llama4_maverick",
     "llama4_scout",
@@ -167,7 +169,8 @@ def olmoe_1b_7b() -> DecoderConfig:
 def deepseek_v3() -> DecoderConfig:
     """DeepSeek-V3: 671.03B parameters, 37.55B active; embedding and head, 0.93B each, count in both.
 
-    Published are 671B and 37B. The 14B of the files' layer for multi-token prediction are in neither.
+    Published are 671B and 37B: without the embedding 36.63B are active. The 14B of the files' layer for multi-token
+    prediction are in none of these.
     """
     return DecoderConfig(
         vocab_size=129280,
@@ -176,9 +179,15 @@ def deepseek_v3() -> DecoderConfig:
         attention=AttentionConfig(
             num_heads=128,
             rope_theta=10000.0,
+            rope_scaling=YarnRopeScaling(factor=40.0, original_length=4096, attention_factor=1.0),
             qk_norm=False,
             mla=MLAConfig(
-                kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1536
+                kv_lora_rank=512,
+                qk_nope_head_dim=128,
+                qk_rope_head_dim=64,
+                v_head_dim=128,
+                q_lora_rank=1536,
+                mscale_all_dim=1.0,
             ),
         ),
         hidden_dim=18432,
@@ -197,6 +206,53 @@ def deepseek_v3() -> DecoderConfig:
         nope_layer_interval=0,
         norm_eps=1e-6,
     )
+
+
+def gpt_oss_120b() -> DecoderConfig:
+    """gpt-oss-120b: 116.83B parameters, 5.71B active; embedding and head, 0.58B each, count in both.
+
+    Its model card (arXiv 2508.10925) says 116.83B and 5.13B: that counts the head as active, and the embedding not.
+    """
+    return DecoderConfig(
+        vocab_size=201088,
+        dim=2880,
+        num_layers=36,
+        attention=AttentionConfig(
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            rope_theta=150000.0,
+            rope_scaling=YarnRopeScaling(factor=32.0, original_length=4096, truncate=False),
+            qk_norm=False,
+            bias=True,
+            window=128,
+            sinks=True,
+        ),
+        hidden_dim=2880,
+        moe=MoEConfig(
+            num_experts=128,
+            hidden_dim=2880,
+            top_k=4,
+            shared_hidden_dim=0,
+            router={"type": "top_k", "bias": True},
+            score_function="softmax",
+            normalize_scores=True,
+            score_before_experts=False,
+            experts="clamped_swiglu",
+        ),
+        pattern=(LayerConfig("windowed_rope", "moe"), LayerConfig("rope", "moe")),
+        padding_token=199999,
+    )
+
+
+def gpt_oss_20b() -> DecoderConfig:
+    """gpt-oss-20b: 20.91B parameters, 4.19B active; embedding and head, 0.58B each, count in both.
+
+    Its model card (arXiv 2508.10925) says 20.91B and 3.61B: that counts the head as active, and the embedding not.
+    """
+    larger = gpt_oss_120b()
+    assert larger.moe is not None
+    return dataclasses.replace(larger, num_layers=24, moe=dataclasses.replace(larger.moe, num_experts=32))
 
 
 def _softmax_moe(*, moe: dict[str, Any], **sizes: Any) -> DecoderConfig:
@@ -218,9 +274,19 @@ def tiny_twin(preset: DecoderConfig, vocab_size: int = 512) -> DecoderConfig:
     attention = dataclasses.replace(
         preset.attention, num_heads=4, num_kv_heads=2 if grouped else 4, head_dim=8, rope_theta=10000.0
     )
+    if attention.window is not None:  # and small enough to be crossed
+        attention = dataclasses.replace(attention, window=8)
     moe = dataclasses.replace(preset.moe, num_experts=8, hidden_dim=16, top_k=2)
+    pad = preset.padding_token
     return dataclasses.replace(
-        preset, attention=attention, moe=moe, vocab_size=vocab_size, dim=32, num_layers=4, hidden_dim=64
+        preset,
+        attention=attention,
+        moe=moe,
+        vocab_size=vocab_size,
+        dim=32,
+        num_layers=4,
+        hidden_dim=64,
+        padding_token=None if pad is None else min(pad, vocab_size - 1),
     )
 
 

@@ -56,6 +56,8 @@ def attention_shapes(config: DecoderConfig) -> list[Shape]:
     queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     matrices = [(queries, dim), (keys, dim), (keys, dim), (dim, queries)]
     shapes = [Shape(sizes, "matrix") for sizes in matrices]
+    if attention.sinks:
+        shapes.append(Shape((attention.num_heads,), "vector"))
     if attention.bias:
         shapes += [Shape((outputs,), "vector") for outputs, _ in matrices]
     if isinstance(attention.qk_norm, str):
@@ -93,6 +95,8 @@ def _moe_shapes(config: DecoderConfig) -> list[Shape]:
         width = moe.latent_dim or dim
         shapes.append(Shape((moe.num_experts, width, 2 * moe.hidden_dim), "matrix"))
         shapes.append(Shape((moe.num_experts, moe.hidden_dim, width), "matrix"))
+    if moe.experts == "clamped_swiglu":
+        shapes += [Shape((moe.num_experts, outputs), "vector") for outputs in (2 * moe.hidden_dim, width)]
     if moe.latent_dim:
         shapes += [Shape((moe.latent_dim, dim), "matrix"), Shape((dim, moe.latent_dim), "matrix")]
     if moe.shared_width:

@@ -101,6 +101,12 @@ def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderCo
             f"parallel.tensor={parallel.tensor}: must be 1 with {key}.attention.qk_norm={model.attention.qk_norm}, "
             "whose gains the heads share"
         )
+    if model.attention.sinks:
+        raise InputError(
+            f"parallel.tensor={parallel.tensor}: must be 1 with {key}.attention.sinks=True, which are whole on a rank"
+        )
+    if any(layer.mixer == "windowed_rope" for layer in model.layers):
+        raise InputError(f"parallel.tensor={parallel.tensor}: must be 1 with windowed_rope layers in {key}.pattern")
     sizes: dict[str, int] = {}
     if model.attention.mla is None and any(isinstance(layer.mixer, str) for layer in model.layers):
         sizes[f"{key}.attention.num_heads"] = model.attention.num_heads
