@@ -179,7 +179,9 @@ def gpt_oss_120b() -> DecoderConfig:
             num_kv_heads=8,
             head_dim=64,
             rope_theta=150000.0,
-            rope_scaling=YarnRopeScaling(factor=32.0, original_length=4096, truncate=False),
+            rope_scaling=YarnRopeScaling(
+                factor=32.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, truncate=False
+            ),
             qk_norm=False,
             bias=True,
             window=128,
