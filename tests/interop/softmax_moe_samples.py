@@ -119,9 +119,8 @@ def sample(kind: str, **changes: Any) -> PreTrainedModel:
     config_class, model_class = CLASSES[kind]
     given = {**SMALL, EXPERTS[kind]: 4, **OWN[kind], **changes}
     if kind == "mixtral" and given.get("rope_parameters", {}).get("rope_type") == "yarn":
-        given.setdefault(
-            "head_dim", given["hidden_size"] // given["num_attention_heads"]
-        )  # theirs does not run on null
+        width = given["hidden_size"] // given["num_attention_heads"]
+        given.setdefault("head_dim", width)  # theirs does not run on null
     config = config_class(**given)
     config._experts_implementation = "eager"  # the one they call the reference
     return redraw_all(model_class(config).eval())

@@ -134,6 +134,9 @@ YARN: dict[str, dict[str, Any]] = {
 }
 
 
+DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+
+
 @pytest.mark.parametrize("name", YARN)
 @pytest.mark.parametrize("theta", [50.0, 150000.0])
 def test_yarn_equals_transformers(name: str, theta: float) -> None:
@@ -141,7 +144,10 @@ def test_yarn_equals_transformers(name: str, theta: float) -> None:
     parameters = {key: value for key, value in given.items() if key != "original_length"}
     parameters |= {"original_max_position_embeddings": given["original_length"]}
     config = GptOssConfig(head_dim=width, rope_parameters={"rope_type": "yarn", "rope_theta": theta, **parameters})
-    theirs, ours = GptOssRotaryEmbedding(config), RotaryEmbedding(width, theta=theta, scaling=YarnRopeScaling(**given))
+    theirs, ours = (
+        GptOssRotaryEmbedding(config),
+        RotaryEmbedding(width, theta=theta, scaling=YarnRopeScaling(**DEFAULTS | given)),
+    )
     torch.testing.assert_close(ours.frequencies(), theirs.inv_freq, rtol=3e-7, atol=0)
     x, positions = torch.randn(1, 9, 2, width), torch.arange(9)
     paired = x.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2)  # halves -> neighbors
@@ -162,6 +168,6 @@ def test_yarn_equals_transformers(name: str, theta: float) -> None:
 )
 def test_bad_yarn(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        YarnRopeScaling(**{"factor": 2.0, "original_length": 64, **changes})
+        YarnRopeScaling(**{**DEFAULTS, "factor": 2.0, "original_length": 64, **changes})
     with pytest.raises(ValueError, match="theta=1: must be a number > 1 with YaRN"):
-        RotaryEmbedding(8, theta=1, scaling=YarnRopeScaling(2.0, 64))
+        RotaryEmbedding(8, theta=1, scaling=YarnRopeScaling(2.0, 64, 32.0, 1.0, True))

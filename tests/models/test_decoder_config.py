@@ -148,6 +148,7 @@ ALONE: dict[str, Any] = {
     "nope_layer_interval": 0,
 }
 WITH_MLA = {"attention.mla": MLA, **ALONE}
+YARN = {"factor": 8.0, "original_length": 64, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 0}, r"model\.vocab_size=0: must be a number > 0"),
@@ -226,6 +227,33 @@ BAD: list[tuple[dict[str, Any], str]] = [
         },
         r"model\.attention\.rope_scaling\.high_freq_factor=1\.0: must not be below low_freq_factor=4\.0",
     ),
+    (
+        {"attention.rope_scaling": {"factor": 8.0, "original_length": 64}},
+        r"model\.attention\.rope_scaling\.low_freq_factor: missing",
+    ),
+    (
+        {"attention.rope_scaling": {"factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}},
+        r"model\.attention\.rope_scaling\.original_length: missing",
+    ),
+    (
+        {"attention.rope_scaling": YARN, "attention.rope_theta": 1.0},
+        r"model\.attention\.rope_theta=1\.0: must be a number > 1 with YaRN",
+    ),
+    ({"attention.window": 0}, r"model\.attention\.window=0: must be a number > 0"),
+    (
+        {"pattern": [{"mixer": "windowed_rope", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.attention\.window=None: the depth pattern has windowed_rope layers",
+    ),
+    (
+        {"attention.sinks": True, "pattern": [{"mixer": "chunked_rope", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.attention\.sinks=True: must be false, as the depth pattern has chunked_rope layers",
+    ),
+    (
+        {"moe.experts": "clamped_swiglu", "moe.backend": "sliced"},
+        r"model\.moe\.backend='sliced': must be one of auto, loop, padded, grouped with experts=clamped_swiglu",
+    ),
+    ({"moe.experts": "clamped"}, r"model\.moe\.experts: found 'clamped' .*did you mean clamped_swiglu"),
+    ({"moe.swiglu_limit": 0}, r"model\.moe\.swiglu_limit=0\.0: must be a number > 0"),
     (
         {"attention.num_head": 4},
         r"model\.attention\.num_head: unknown key \(did you mean model\.attention\.num_heads\?\)",

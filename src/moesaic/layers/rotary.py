@@ -65,15 +65,16 @@ class YarnRopeScaling:
     Llama 3's is linear in the turns. Rotated queries and keys are multiplied by an amplitude.
 
     Args:
+        beta_fast, beta_slow: turns; 32 and 1 in the paper and in most models.
         truncate: whether the two bounds are rounded to whole pairs, outwards. gpt-oss does not.
         attention_factor: the amplitude; None for 0.1 ln(factor) + 1, as in the paper.
     """
 
     factor: float = dataclasses.field(metadata={"most": 1e9})
     original_length: int = dataclasses.field(metadata={"most": 2**40})
-    beta_fast: float = dataclasses.field(default=32.0, metadata={"most": 1e9})
-    beta_slow: float = dataclasses.field(default=1.0, metadata={"most": 1e9})
-    truncate: bool = True
+    beta_fast: float = dataclasses.field(metadata={"most": 1e9})
+    beta_slow: float = dataclasses.field(metadata={"most": 1e9})
+    truncate: bool
     attention_factor: float | None = dataclasses.field(default=None, metadata={"most": 1e6})
 
     def __post_init__(self) -> None:

@@ -179,7 +179,14 @@ def deepseek_v3() -> DecoderConfig:
         attention=AttentionConfig(
             num_heads=128,
             rope_theta=10000.0,
-            rope_scaling=YarnRopeScaling(factor=40.0, original_length=4096, attention_factor=1.0),
+            rope_scaling=YarnRopeScaling(
+                factor=40.0,
+                original_length=4096,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=True,
+                attention_factor=1.0,
+            ),
             qk_norm=False,
             mla=MLAConfig(
                 kv_lora_rank=512,
@@ -222,7 +229,9 @@ def gpt_oss_120b() -> DecoderConfig:
             num_kv_heads=8,
             head_dim=64,
             rope_theta=150000.0,
-            rope_scaling=YarnRopeScaling(factor=32.0, original_length=4096, truncate=False),
+            rope_scaling=YarnRopeScaling(
+                factor=32.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, truncate=False
+            ),
             qk_norm=False,
             bias=True,
             window=128,
