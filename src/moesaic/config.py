@@ -181,7 +181,7 @@ def _misfits(option: Any, values: Mapping[str, Any]) -> int:
         return 0
     missing = dataclasses.MISSING
     needed = {x.name for x in dataclasses.fields(option) if x.default is missing and x.default_factory is missing}
-    return len(set(values) - set(_names(option))) + len(needed - set(values))  # type: ignore[arg-type]
+    return len(set(values) - set(_names(typing.cast(type, option)))) + len(needed - set(values))
 
 
 def _describe(expected: Any) -> str:

@@ -170,7 +170,7 @@ def test_a_loud_sink_silences_a_head() -> None:
     with torch.no_grad():
         layer.sinks.fill_(50.0)  # type: ignore[union-attr]
     x = torch.randn(1, 7, DIM, dtype=torch.float64)
-    assert_close(layer(x), layer.o_proj.bias.expand(1, 7, DIM), 1e-12, "output")  # type: ignore[union-attr]
+    assert_close(layer(x), layer.o_proj.bias.expand(1, 7, DIM), 1e-12, "output")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -138,7 +138,7 @@ def read_rope(
 def _yarn(given: dict[str, Any], max_length: int) -> dict[str, Any]:
     """The fields of `YarnRopeScaling`, with what transformers makes of none, null or 0, and of its two mscales."""
     scale, scale_of_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    defaults: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
     found = {key: defaults[key] if not x and key.startswith("beta") else x for key, x in (defaults | given).items()}
     length = found["original_length"]
     if "factor" in found and found["factor"] is None and isinstance(length, (int, float)) and length:

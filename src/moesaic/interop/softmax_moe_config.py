@@ -88,7 +88,8 @@ class Fields:
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:
-        return ("rope",) * self.num_hidden_layers
+        rope: Mixer = "rope"
+        return (rope,) * self.num_hidden_layers
 
 
 @dataclasses.dataclass(frozen=True)

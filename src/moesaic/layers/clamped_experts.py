@@ -42,7 +42,7 @@ class ClampedExperts(Experts):
         dtype: torch.dtype | None = None,
     ) -> None:
         require_choice(get_args(BackendName), backend=backend)
-        _require_biases(backend)
+        _with_biases(backend)
         require_numbers(above=True, alpha=alpha, limit=limit)
         super().__init__(num_experts, dim, hidden_dim, backend=backend, device=device, dtype=dtype)
         self.alpha = alpha
@@ -61,9 +61,10 @@ class ClampedExperts(Experts):
     def forward(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
         """rows (R, D) sorted by expert, rows_per_expert (E,) int64 that sums to R -> (R, D)."""
         require_last(rows, self.dim, "ClampedExperts")
-        _require_biases(self.backend)
-        weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
-        return run_with_biases(rows, *map(held, weights), rows_per_expert, self._gated, self.backend)  # type: ignore[arg-type]
+        backend = _with_biases(self.backend)
+        gate_up, gate_up_bias = held(self.gate_up_proj), held(self.gate_up_proj_bias)
+        down, down_bias = held(self.down_proj), held(self.down_proj_bias)
+        return run_with_biases(rows, gate_up, gate_up_bias, down, down_bias, rows_per_expert, self._gated, backend)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         return clamped_swiglu(*gate_up.chunk(2, dim=-1), alpha=self.alpha, limit=self.limit)
@@ -129,11 +130,12 @@ def choose_with_biases(rows: Tensor, hidden_dim: int, backend: BackendName) -> B
     return "loop" if cannot_pad or (is_eager_cpu and backend != "padded") else "padded"
 
 
-def _require_biases(backend: object) -> None:
-    if backend not in BACKENDS_WITH_BIASES:
-        raise ValueError(
-            f"backend={backend!r}: must be one of {', '.join(BACKENDS_WITH_BIASES)} for experts with biases"
-        )
+def _with_biases(backend: object) -> BackendName:
+    """The backend, if it has a place for biases."""
+    for each in BACKENDS_WITH_BIASES:
+        if backend == each:
+            return each
+    raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS_WITH_BIASES)} for experts with biases")
 
 
 def _looped(rows: Tensor, weight: Tensor, bias: Tensor, rows_per_expert: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -436,27 +435,27 @@ def _build_mixer(
     if mixer == "mla":
         return _build_mla(config, device, dtype)
     positions = mixer in WITH_ROPE
-    window, sinks = config.window_of(mixer), attention.sinks
-    windowed = partial(WindowedAttention, window=window, sinks=sinks)
-    attention_class = Attention if window is None and not sinks else windowed
-    return attention_class(
-        config.dim,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=config.head_dim,
-        rotary=RotaryEmbedding(config.head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling)
+    arguments: dict[str, Any] = {
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rotary": RotaryEmbedding(config.head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling)
         if positions
         else None,
-        qk_norm=attention.qk_norm if positions or isinstance(attention.qk_norm, str) else False,
-        clip_qkv=attention.clip_qkv,
-        norm_eps=config.norm_eps,
-        attention_chunk_size=config.chunk_of(mixer),
-        temperature=None if positions else attention.temperature,
-        bias=attention.bias,
-        conv_width=attention.conv_width,
-        device=device,
-        dtype=dtype,
-    )
+        "qk_norm": attention.qk_norm if positions or isinstance(attention.qk_norm, str) else False,
+        "clip_qkv": attention.clip_qkv,
+        "norm_eps": config.norm_eps,
+        "attention_chunk_size": config.chunk_of(mixer),
+        "temperature": None if positions else attention.temperature,
+        "bias": attention.bias,
+        "conv_width": attention.conv_width,
+        "device": device,
+        "dtype": dtype,
+    }
+    window = config.window_of(mixer)
+    if window is None and not attention.sinks:
+        return Attention(config.dim, **arguments)
+    return WindowedAttention(config.dim, window=window, sinks=attention.sinks, **arguments)
 
 
 def _build_mla(
