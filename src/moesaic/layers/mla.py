@@ -19,7 +19,7 @@ class MultiHeadLatentAttention(nn.Module):
     """Causal attention whose cache holds a latent and one rotated key per token, whatever the number of heads.
 
     DeepSeek-V2 (arXiv 2405.04434, section 2.1) and V3, as in transformers' `DeepseekV3Attention`. A token is projected
-    down to a latent of R numbers and to a key of P numbers, which carries the position and is the same for all heads.
+    down to a latent of R numbers and to a key of P numbers. That key carries the position, and all heads have the same.
     From the normalized latent each head makes the rest of its key, C numbers without a position, and its value. Its
     queries have both parts too, and the scores are q k / sqrt(C + P), times a `softmax_factor`.
 
