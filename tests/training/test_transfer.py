@@ -14,7 +14,7 @@ from moesaic.cli import main
 from moesaic.cli.common import composed
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
-from moesaic.interop.llama4_config import config_to_hf
+from moesaic.interop import config_to_hf
 from moesaic.layers import Fans, MoE, ScaledLogits, Scales, Transfer, parameter_fans
 from moesaic.models import DecoderConfig, build_decoder, deepseek_v3, llama4_toy, tiny_twin
 from moesaic.models.config import BaseShape
