@@ -29,6 +29,37 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Other:
+    height: int
+    width: int
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Either:
+    part: Inner | Other | None = None
+
+
+@pytest.mark.parametrize("part", [None, Inner(3), Inner(3, "slow"), Other(1, 2, 3)])
+def test_of_two_dataclasses_the_one_that_fits_is_made(part: Inner | Other | None) -> None:
+    assert from_mapping(Either, to_mapping(Either(part))) == Either(part)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"width": 0}, r"part\.width=0: must be a number >= 1"),
+        ({"width": 1, "mod": "fast"}, r"part\.mod: unknown key \(did you mean part\.mode\?\)"),
+        ({"height": 1, "width": 2}, r"part\.depth: missing; it needs an integer"),
+        (3, r"part: found 3 \(int\); must be a mapping or a mapping or null"),
+    ],
+)
+def test_a_message_is_that_of_the_dataclass_that_was_meant(part: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_mapping(Either, {"part": part})
+
+
+@dataclasses.dataclass(frozen=True)
 class Outer:
     name: str
     inner: Inner

@@ -162,6 +162,8 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
     if value is None and type(None) in options:
         return None
     errors: list[InputError] = []
+    if isinstance(value, Mapping):  # of several dataclasses the one that was meant
+        options = tuple(sorted(options, key=lambda option: _misfits(option, value)))
     for option in options:
         try:
             return _convert(option, value, path)
@@ -173,6 +175,15 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
     raise InputError(
         f"{path}: found {_show(value)}{_hint(expected, value)}; must be {_describe(expected)}"
     ) from errors[-1]
+
+
+def _misfits(option: Any, values: Mapping[str, Any]) -> int:
+    """Keys of a mapping that a dataclass does not know, and keys that it needs and the mapping does not have."""
+    if not dataclasses.is_dataclass(option):
+        return 0
+    missing = dataclasses.MISSING
+    needed = {x.name for x in dataclasses.fields(option) if x.default is missing and x.default_factory is missing}
+    return len(set(values) - set(_names(typing.cast(type, option)))) + len(needed - set(values))
 
 
 def _describe(expected: Any) -> str:

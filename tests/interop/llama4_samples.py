@@ -25,11 +25,13 @@ SMALL: dict[str, Any] = {
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
 NO_BAND = {**ROPE, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
 BAND = {**ROPE, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {**ROPE, "rope_type": "yarn", "factor": 8.0, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": False}
 
 CASES: dict[str, dict[str, Any]] = {
     "maverick": {"use_qk_norm": False},
     "scout": {"interleave_moe_layer_step": 1, "rope_parameters": NO_BAND},
     "RoPE scaling with a band": {"rope_parameters": BAND},
+    "YaRN": {"use_qk_norm": False, "rope_parameters": YARN},
     "top 2": {"num_experts_per_tok": 2},
     "every expert": {"num_experts_per_tok": 4},
     "one expert": {"num_local_experts": 1},

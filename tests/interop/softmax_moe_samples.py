@@ -1,4 +1,4 @@
-"""Small Mixtral, Qwen3-MoE and OLMoE models of transformers, named ones and random ones."""
+"""Small Mixtral, Qwen3-MoE, OLMoE and gpt-oss models of transformers, named ones and random ones."""
 
 import random
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from reference.comparing import redraw
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -32,8 +34,14 @@ CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
 }
-EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts", "olmoe": "num_experts"}
+EXPERTS = {
+    "mixtral": "num_local_experts",
+    "qwen3_moe": "num_experts",
+    "olmoe": "num_experts",
+    "gpt_oss": "num_local_experts",
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 50.0,
@@ -42,11 +50,32 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen3_moe": {"moe_intermediate_size": 12, "head_dim": 8},
+    "olmoe": {},
+    # a window, a limit and an original length that are small enough to be crossed
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "swiglu_limit": 1.0,
+        "rope_parameters": {**YARN, "truncate": False},
+    },
+}
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "as given": {},
     "one kv head": {"num_key_value_heads": 1},
     "as many kv heads": {"num_key_value_heads": 4},
     "RoPE scaling": {"rope_parameters": LLAMA3},
+    "YaRN": {"rope_parameters": YARN},
     "tied head": {"tie_word_embeddings": True},
     "all experts": {"num_experts_per_tok": 4},
     "gelu": {"hidden_act": "gelu"},
@@ -71,14 +100,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe: biases": ("olmoe", {"attention_bias": True}),
     "olmoe: clipped": ("olmoe", {"clip_qkv": 0.7}),
     "olmoe: clipped, one kv head": ("olmoe", {"clip_qkv": 0.7, "num_key_value_heads": 1, "norm_topk_prob": True}),
+    "gpt_oss: no biases": ("gpt_oss", {"attention_bias": False}),
+    "gpt_oss: a window of one": ("gpt_oss", {"sliding_window": 1}),
+    "gpt_oss: a window longer than the text": ("gpt_oss", {"sliding_window": 50}),
+    "gpt_oss: full layers alone": ("gpt_oss", {"layer_types": ["full_attention"] * 3}),
+    "gpt_oss: windows alone": ("gpt_oss", {"layer_types": ["sliding_attention"] * 3}),
+    "gpt_oss: windows last": ("gpt_oss", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}),
+    "gpt_oss: another gate": ("gpt_oss", {"swiglu_alpha": 0.9, "swiglu_limit": 0.4}),
+    "gpt_oss: plain RoPE": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 20.0}}),
+    "gpt_oss: head_dim is not dim / heads": ("gpt_oss", {"head_dim": 10}),
+    "gpt_oss: loud YaRN": ("gpt_oss", {"rope_parameters": {**YARN, "attention_factor": 1.7, "beta_fast": None}}),
+    "gpt_oss: two mscales": ("gpt_oss", {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}}),
 }
 """Name -> kind of model, and changes of `SMALL`."""
 
 
 def sample(kind: str, **changes: Any) -> PreTrainedModel:
     config_class, model_class = CLASSES[kind]
-    own = {EXPERTS[kind]: 4, **({"moe_intermediate_size": 12, "head_dim": 8} if kind == "qwen3_moe" else {})}
-    config = config_class(**{**SMALL, **own, **changes})
+    given = {**SMALL, EXPERTS[kind]: 4, **OWN[kind], **changes}
+    if kind == "mixtral" and given.get("rope_parameters", {}).get("rope_type") == "yarn":
+        width = given["hidden_size"] // given["num_attention_heads"]
+        given.setdefault("head_dim", width)  # theirs does not run on null
+    config = config_class(**given)
     config._experts_implementation = "eager"  # the one they call the reference
     return redraw_all(model_class(config).eval())
 
@@ -106,7 +149,7 @@ def random_changes(kind: str, seed: int) -> dict[str, Any]:
         EXPERTS[kind]: experts,
         "num_experts_per_tok": draw.randint(2, experts),
         "rope_parameters": draw.choice(
-            [LLAMA3, {"rope_type": "default", "rope_theta": draw.choice([10.0, 1e4, 1e6])}, {"rope_theta": 30.0}]
+            [LLAMA3, YARN, {"rope_type": "default", "rope_theta": draw.choice([10.0, 1e4, 1e6])}, {"rope_theta": 30.0}]
         ),
         "tie_word_embeddings": draw.random() < 0.3,
         "rms_norm_eps": draw.choice([1e-6, 1e-5, 0.05]),
@@ -120,8 +163,16 @@ def random_changes(kind: str, seed: int) -> dict[str, Any]:
         changes["moe_intermediate_size"] = draw.choice([5, 12])
         changes["decoder_sparse_step"] = draw.choice([1, 2, 3])
         changes["mlp_only_layers"] = [i for i in layers if draw.random() < 0.3]
-    if kind != "mixtral":
+    if kind == "gpt_oss":
+        changes.setdefault("head_dim", head_dim)
+        kinds = ["sliding_attention", "full_attention"]
+        changes["layer_types"] = [draw.choice(kinds) for _ in range(changes["num_hidden_layers"])]
+        changes["sliding_window"] = draw.choice([1, 2, 5, 12, 40])
+        changes["swiglu_limit"] = draw.choice([0.5, 2.0, 7.0])
+        changes["swiglu_alpha"] = draw.choice([1.0, 1.702])
+    if kind in ("qwen3_moe", "olmoe"):
         changes["norm_topk_prob"] = draw.random() < 0.5
+    if kind != "mixtral":
         changes["attention_bias"] = draw.random() < 0.5
     if kind == "olmoe":
         changes["clip_qkv"] = draw.choice([None, 0.5, 1.5])

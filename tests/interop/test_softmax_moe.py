@@ -1,4 +1,4 @@
-"""Our decoder with the weights of a Mixtral, Qwen3-MoE or OLMoE is that model, and writes it back bit-equal."""
+"""Our decoder with the weights of a Mixtral, Qwen3-MoE, OLMoE or gpt-oss is that model, and writes it bit-equal."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from moesaic.cli import convert
 from moesaic.errors import InputError
 from moesaic.interop import accelerate, check_hf, config_from_hf, config_to_hf, from_hf, gradients_to_hf, to_hf
 from moesaic.interop.__main__ import main
-from moesaic.models import build_decoder, generate, mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b, tiny_twin
+from moesaic.models import build_decoder, generate, gpt_oss_120b, mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b, tiny_twin
 
 LENGTH = 13
 MASK = torch.stack([(torch.arange(LENGTH) >= amount).long() for amount in (0, 3, 9)])
@@ -58,7 +58,7 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -
 # ---- the same function
 
 
-@pytest.mark.slow_but_for("as given", "both", "clipped", ", 0")
+@pytest.mark.slow_but_for("as given", "both", "clipped", ", 0", "windows last", "another gate", "loud YaRN")
 @pytest.mark.parametrize("padded", [False, True], ids=["", "left padding"])
 @pytest.mark.parametrize("name", CASES | RANDOM)
 def test_logits_and_gradients_agree(name: str, padded: bool) -> None:
@@ -220,7 +220,7 @@ def test_progress_counts_their_tensors(kind: str, tmp_path: Path) -> None:
 # ---- commands
 
 
-@pytest.mark.slow_but_for("qwen3_moe")
+@pytest.mark.slow_but_for("qwen3_moe", "gpt_oss")
 @every_kind
 def test_convert_to_a_checkpoint_and_back(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(sample(kind), tmp_path / "source")
@@ -252,7 +252,12 @@ def test_logits_as_a_command(kind: str, tmp_path: Path) -> None:
 # ---- what a config can say
 
 
-PRESETS = {"mixtral": mixtral_8x7b(), "qwen3_moe": qwen3_30b_a3b(), "olmoe": olmoe_1b_7b()}
+PRESETS = {
+    "mixtral": mixtral_8x7b(),
+    "qwen3_moe": qwen3_30b_a3b(),
+    "olmoe": olmoe_1b_7b(),
+    "gpt_oss": gpt_oss_120b(),
+}
 
 
 @every_kind
@@ -271,8 +276,11 @@ def test_presets_and_their_tiny_twins_are_of_their_architecture(kind: str, tmp_p
 
 SCALED = {"rope_type": "linear", "factor": 2.0}
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    *((kind, {"rope_parameters": SCALED}, "rope_type='linear'; must be one of default, llama3") for kind in CLASSES),
-    *((kind, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn'") for kind in CLASSES),
+    *(
+        (kind, {"rope_parameters": SCALED}, "rope_type='linear'; must be one of default, llama3, yarn")
+        for kind in CLASSES
+    ),
+    *((kind, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'") for kind in CLASSES),
     *((kind, {"attention_dropout": 0.1}, "attention_dropout=0.1: must be 0") for kind in CLASSES),
     *((kind, {"num_attention_heads": 3}, "num_attention_heads=3: must be a multiple") for kind in CLASSES),
     *((kind, {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be 1 to the number of exp") for kind in CLASSES),
@@ -281,6 +289,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     *((kind, {"num_shared_experts": 1}, "num_shared_experts=1: not a field of") for kind in CLASSES),
     *((kind, {"num_experts": 4, "num_local_experts": 8}, "must be equal") for kind in CLASSES),
     *((kind, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5") for kind in CLASSES),
+    *((kind, {"rope_parameters": {"rope_type": "yarn"}}, "factor: missing") for kind in CLASSES),
+    ("gpt_oss", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: must be 2 or more"),
+    ("gpt_oss", {"sliding_window": None}, "sliding_window=None: must be a number with layers of sliding"),
+    ("gpt_oss", {"sliding_window": 0}, "sliding_window=0: must be a number >= 1"),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types: found 1 of them; must be num_hidden_layers=3"),
+    ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "layer_types.0.='chunked_attention': must be one of"),
+    ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0: must be a number > 0"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "'mxfp4'.: must be absent"),
+    ("gpt_oss", {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor=0.5: must be a number >= 1"),
     ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: must be 2 or more"),
     ("mixtral", {"sliding_window": 8}, "sliding_window=8: must be null"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: must be 0"),
@@ -351,7 +368,7 @@ def test_what_an_architecture_does_not_hold_is_named(kind: str) -> None:
 def test_damaged_tensors_are_named(kind: str, tmp_path: Path) -> None:
     model = sample(kind)
     state = model.state_dict()
-    lost = next(name for name in state if name.endswith("mlp.gate.weight"))
+    lost = next(name for name in state if name.endswith(("mlp.gate.weight", "mlp.router.weight")))
     model.state_dict = lambda: {name: x for name, x in state.items() if name != lost}  # type: ignore[method-assign]
     with pytest.raises(InputError, match=f"missing tensor {lost}"):
         from_hf(model)

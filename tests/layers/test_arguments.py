@@ -108,7 +108,7 @@ def test_dtypes(make: Callable[..., Any], dtype: Any) -> None:
         (
             lambda **given: RotaryEmbedding(8, **given),
             {"scaling": 5},
-            r"scaling=5: must be of type Llama3RopeScaling, or",
+            r"scaling=5: must be of type Llama3RopeScaling or YarnRopeScaling, or",
         ),
         (feed_forward, {"activation": None}, r"activation=None: must be one of silu, gelu"),
         (feed_forward, {"backend": ["loop"]}, r"backend=\['loop'\]: must be one of auto, loop"),

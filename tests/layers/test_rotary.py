@@ -1,11 +1,14 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding, apply_rotary_pos_emb
 
-from moesaic.layers import Llama3RopeScaling, RotaryEmbedding
+from moesaic.layers import Llama3RopeScaling, RotaryEmbedding, YarnRopeScaling
 
 PUBLISHED = {"head_dim": 128, "theta": 500000.0}
 
@@ -119,3 +122,52 @@ def test_factor_one_changes_nothing() -> None:
 def test_bad_arguments(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+YARN: dict[str, dict[str, Any]] = {
+    "gpt-oss": {"factor": 32.0, "original_length": 4096, "truncate": False},
+    "rounded": {"factor": 4.0, "original_length": 4096, "beta_fast": 20.0, "beta_slow": 2.0},
+    "own amplitude": {"factor": 4.0, "original_length": 64, "attention_factor": 1.7},
+    "no pair is kept": {"factor": 8.0, "original_length": 2},
+    "one bound": {"factor": 8.0, "original_length": 64, "beta_fast": 3.0, "beta_slow": 3.0, "truncate": False},
+    "no stretch": {"factor": 1.0, "original_length": 64},
+}
+
+
+DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+
+
+@pytest.mark.parametrize("name", YARN)
+@pytest.mark.parametrize("theta", [50.0, 150000.0])
+def test_yarn_equals_transformers(name: str, theta: float) -> None:
+    given, width = YARN[name], 16
+    parameters = {key: value for key, value in given.items() if key != "original_length"}
+    parameters |= {"original_max_position_embeddings": given["original_length"]}
+    config = GptOssConfig(head_dim=width, rope_parameters={"rope_type": "yarn", "rope_theta": theta, **parameters})
+    theirs, ours = (
+        GptOssRotaryEmbedding(config),
+        RotaryEmbedding(width, theta=theta, scaling=YarnRopeScaling(**DEFAULTS | given)),
+    )
+    torch.testing.assert_close(ours.frequencies(), theirs.inv_freq, rtol=3e-7, atol=0)
+    x, positions = torch.randn(1, 9, 2, width), torch.arange(9)
+    paired = x.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2)  # halves -> neighbors
+    angles = theirs(x, positions[None])
+    expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), *angles)
+    found = ours(paired, positions).unflatten(-1, (-1, 2)).transpose(-2, -1).flatten(-2)
+    torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": 0.5}, "factor=0.5: must be a number >= 1"),
+        ({"beta_fast": 0.5}, "beta_fast=0.5: must not be below beta_slow=1.0"),
+        ({"attention_factor": 0.0}, "attention_factor=0.0: must be a number > 0"),
+        ({"original_length": 0}, "original_length=0: must be a number >= 1"),
+    ],
+)
+def test_bad_yarn(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        YarnRopeScaling(**{**DEFAULTS, "factor": 2.0, "original_length": 64, **changes})
+    with pytest.raises(ValueError, match="theta=1: must be a number > 1 with YaRN"):
+        RotaryEmbedding(8, theta=1, scaling=YarnRopeScaling(2.0, 64, 32.0, 1.0, True))

@@ -13,9 +13,13 @@ from moesaic.layers.attention import visible_keys
 from moesaic.models import (
     DecoderConfig,
     LayerConfig,
+    MLAConfig,
     MoEConfig,
     account,
     build_decoder,
+    deepseek_v3,
+    gpt_oss_20b,
+    gpt_oss_120b,
     kv_cache_bytes,
     llama4_behemoth_guess,
     llama4_maverick,
@@ -44,6 +48,9 @@ def pattern(*layers: tuple[Any, Any]) -> dict[str, Any]:
     return {"pattern": entries, "interleave_moe_layer_step": None, "nope_layer_interval": None}
 
 
+WITH_MLA = {"num_kv_heads": None, "head_dim": None, "qk_norm": False} | dict.fromkeys(
+    ("attention_chunk_size", "temperature")
+)
 OWN_MIXER = {"type": "custom_samples.RunningMean"}
 OWN_FFN = {"type": "custom_samples.TwoMatrices", "hidden_dim": 24}
 OWN_ROUTER = {"type": "custom_samples.LinearRouter"}
@@ -58,6 +65,15 @@ CONFIGS = {
     "tiny Mixtral": tiny_twin(mixtral_8x7b()),
     "tiny Qwen3": tiny_twin(qwen3_30b_a3b()),
     "tiny OLMoE": tiny_twin(olmoe_1b_7b()),
+    "tiny DeepSeek-V3": tiny_twin(deepseek_v3()),
+    "latent attention, biases, no latent of the queries": toy(
+        {"mla": MLAConfig(7, 5, 4, 6), "bias": True, **WITH_MLA}, nope_layer_interval=0, first_dense_layers=2
+    ),
+    "tiny gpt-oss": tiny_twin(gpt_oss_20b()),
+    "sinks and a window in every third layer": toy(
+        {"sinks": True, "window": 5, "attention_chunk_size": None},
+        **pattern(("windowed_rope", "dense"), ("rope", "moe"), ("nope", "moe")),
+    ),
     "every expert": toy(moe={"top_k": 4}),
     "no shared expert": toy(moe={"shared_hidden_dim": 0}),
     "wide shared expert": toy(moe={"shared_hidden_dim": 48}),
@@ -109,8 +125,11 @@ def test_parameters_equal_those_of_the_built_model(name: str) -> None:
         (mixtral_8x7b(), 46.70, 12.88),  # published: 46.7 and 12.9
         (qwen3_30b_a3b(), 30.53, 3.35),  # published: 30.5 and 3.3
         (olmoe_1b_7b(), 6.92, 1.28),  # published: 6.9 and 1.3
+        (deepseek_v3(), 671.03, 37.55),  # published: 671 and 37, as without the 0.93 of the embedding
+        (gpt_oss_20b(), 20.91, 4.19),  # published: 20.91 and 3.61, without the 0.58 of the embedding
+        (gpt_oss_120b(), 116.83, 5.71),  # published: 116.83 and 5.13, likewise
     ],
-    ids=["scout", "maverick", "mixtral", "qwen3", "olmoe"],
+    ids=["scout", "maverick", "mixtral", "qwen3", "olmoe", "deepseek_v3", "gpt-oss 20b", "gpt-oss 120b"],
 )
 def test_published_models(config: DecoderConfig, total: float, active_total: float) -> None:
     found = account(config, 8192)
@@ -122,6 +141,14 @@ def test_published_models(config: DecoderConfig, total: float, active_total: flo
     routers = sum(p.numel() for name, p in decoder.named_parameters() if name.endswith("router.weight"))
     if active_total > 17:  # both models' "17B" without the routers
         assert round((found.active_parameters - routers) / 1e9, 2) == 17.17
+
+
+@pytest.mark.parametrize(("config", "published"), [(gpt_oss_20b(), 3.61), (gpt_oss_120b(), 5.13)])
+def test_gpt_oss_has_the_published_active_parameters_without_its_embedding(
+    config: DecoderConfig, published: float
+) -> None:
+    embedding = config.vocab_size * config.dim
+    assert round((account(config, 8192).active_parameters - embedding) / 1e9, 2) == published
 
 
 def test_the_guess_at_behemoth_meets_the_three_published_numbers() -> None:
@@ -182,7 +209,9 @@ def test_the_dense_twin_has_equal_active_flops_up_to_the_router(moe: dict[str, A
 
 @pytest.mark.slow_but_for("every mixer")
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 21])
-@pytest.mark.parametrize("name", ["alternating", "one kv head", "head_dim is not dim / heads", "every mixer"])
+@pytest.mark.parametrize(
+    "name", ["alternating", "one kv head", "head_dim is not dim / heads", "every mixer", "tiny gpt-oss"]
+)
 def test_kv_cache_bytes_equal_the_peak_of_what_decoding_reads(
     name: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

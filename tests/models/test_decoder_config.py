@@ -59,6 +59,19 @@ def test_intervals_expand_with_the_phase_of_llama_4(step: int, interval: int, ex
     assert layers(config) == expected
 
 
+def test_the_first_layers_may_be_dense_whatever_the_interval_says() -> None:
+    config = llama4_toy(num_layers=6, interleave_moe_layer_step=2, nope_layer_interval=4, first_dense_layers=3)
+    assert layers(config) == [ROPE_DENSE, ROPE_DENSE, ROPE_DENSE, NOPE_MOE, ROPE_DENSE, ROPE_MOE]
+    assert {ffn for _, ffn in layers(dataclasses.replace(config, first_dense_layers=6))} == {"dense"}
+
+
+def test_with_the_widths_of_latent_attention_all_layers_have_it() -> None:
+    config = from_mapping(DecoderConfig, mapping(**WITH_MLA), "model")
+    assert layers(config) == [("mla", "dense"), ("mla", "moe"), ("mla", "dense"), ("mla", "moe")]
+    assert config.head_dim == 6 + 4
+    assert from_mapping(DecoderConfig, to_mapping(config)) == config
+
+
 def test_a_pattern_is_tiled_over_the_layers() -> None:
     pattern = (
         LayerConfig("chunked_rope", "dense"),
@@ -125,6 +138,17 @@ def test_round_trip_of_a_pattern_with_custom_modules() -> None:
 
 
 WITHOUT_INTERVALS = {"interleave_moe_layer_step": None, "nope_layer_interval": None}
+MLA = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+ALONE: dict[str, Any] = {
+    "attention.num_kv_heads": None,
+    "attention.head_dim": None,
+    "attention.qk_norm": False,
+    "attention.attention_chunk_size": None,
+    "attention.temperature": None,
+    "nope_layer_interval": 0,
+}
+WITH_MLA = {"attention.mla": MLA, **ALONE}
+YARN = {"factor": 8.0, "original_length": 64, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 0}, r"model\.vocab_size=0: must be a number > 0"),
@@ -204,6 +228,33 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"model\.attention\.rope_scaling\.high_freq_factor=1\.0: must not be below low_freq_factor=4\.0",
     ),
     (
+        {"attention.rope_scaling": {"factor": 8.0, "original_length": 64}},
+        r"model\.attention\.rope_scaling\.low_freq_factor: missing",
+    ),
+    (
+        {"attention.rope_scaling": {"factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}},
+        r"model\.attention\.rope_scaling\.original_length: missing",
+    ),
+    (
+        {"attention.rope_scaling": YARN, "attention.rope_theta": 1.0},
+        r"model\.attention\.rope_theta=1\.0: must be a number > 1 with YaRN",
+    ),
+    ({"attention.window": 0}, r"model\.attention\.window=0: must be a number > 0"),
+    (
+        {"pattern": [{"mixer": "windowed_rope", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.attention\.window=None: the depth pattern has windowed_rope layers",
+    ),
+    (
+        {"attention.sinks": True, "pattern": [{"mixer": "chunked_rope", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.attention\.sinks=True: must be false, as the depth pattern has chunked_rope layers",
+    ),
+    (
+        {"moe.experts": "clamped_swiglu", "moe.backend": "sliced"},
+        r"model\.moe\.backend='sliced': must be one of auto, loop, padded, grouped with experts=clamped_swiglu",
+    ),
+    ({"moe.experts": "clamped"}, r"model\.moe\.experts: found 'clamped' .*did you mean clamped_swiglu"),
+    ({"moe.swiglu_limit": 0}, r"model\.moe\.swiglu_limit=0\.0: must be a number > 0"),
+    (
         {"attention.num_head": 4},
         r"model\.attention\.num_head: unknown key \(did you mean model\.attention\.num_heads\?\)",
     ),
@@ -258,6 +309,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
             **WITHOUT_INTERVALS,
         },
         r"model\.attention\.attention_chunk_size=None: the depth pattern has chunked_rope layers",
+    ),
+    ({"attention.mla": MLA}, r"model\.attention\.num_kv_heads=2: must be null beside attention\.mla"),
+    ({**WITH_MLA, "attention.qk_norm": True}, r"model\.attention\.qk_norm=True: must be false beside attention\.mla"),
+    ({**WITH_MLA, "attention.conv_width": 3}, r"model\.attention\.conv_width=3: must be 0 beside attention\.mla"),
+    ({**WITH_MLA, "attention.clip_qkv": 3.0}, r"model\.attention\.clip_qkv=3\.0: must be null beside attention\.mla"),
+    ({**WITH_MLA, "nope_layer_interval": 2}, r"model\.attention\.mla: must be null where layers have the mixer nope"),
+    (
+        {**ALONE, "pattern": [{"mixer": "mla", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.attention\.mla=None: the depth pattern has mla layers",
+    ),
+    ({**WITH_MLA, "attention.mla": {**MLA, "qk_rope_head_dim": 3}}, r"mla\.qk_rope_head_dim=3: must be even"),
+    ({**WITH_MLA, "attention.mla": {**MLA, "q_lora_rank": 0}}, r"mla\.q_lora_rank=0: must be a number > 0"),
+    ({**WITH_MLA, "attention.mla": {"kv_lora_rank": 8}}, r"model\.attention\.mla\.qk_nope_head_dim: missing"),
+    ({"first_dense_layers": -1}, r"model\.first_dense_layers=-1: must be a number >= 0"),
+    (
+        {"first_dense_layers": 1, "pattern": [{"mixer": "chunked_rope", "ffn": "moe"}], **WITHOUT_INTERVALS},
+        r"model\.first_dense_layers=1: must be .* 0 beside a pattern",
     ),
     ({"moe.dispatcher": {"scale": 2}}, r"model\.moe\.dispatcher=.*: a custom module needs `type"),
     ({"moe.router": "uniform", "moe.expert_bias": True}, r"model\.moe\.expert_bias=True: router=uniform has no"),

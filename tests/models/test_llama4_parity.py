@@ -65,6 +65,7 @@ CASES = {
 def settings(config: DecoderConfig) -> llama4.Llama4Settings:
     attention, temperature = config.attention, config.attention.temperature
     scaling = attention.rope_scaling
+    assert scaling is None or isinstance(scaling, Llama3RopeScaling)
     assert config.moe is not None and attention.attention_chunk_size is not None
     assert config.interleave_moe_layer_step is not None and config.nope_layer_interval is not None
     return llama4.Llama4Settings(

@@ -18,6 +18,7 @@ from moesaic.models import (
     Decoder,
     DecoderConfig,
     LayerConfig,
+    MLAConfig,
     MoEConfig,
     account,
     build_decoder,
@@ -67,6 +68,8 @@ def small(attention: dict[str, Any] | None = None, moe: dict[str, Any] | None = 
     )
 
 
+WITH_MLA: dict[str, Any] = {"num_kv_heads": None, "head_dim": None, "qk_norm": False, "attention_chunk_size": None}
+WITH_MLA["temperature"] = None
 CONFIGS = {
     "alternating": small(num_layers=4, nope_layer_interval=4),
     "dense": small(interleave_moe_layer_step=0),
@@ -78,7 +81,26 @@ CONFIGS = {
     "QK norm over the full width, clipped": small({"qk_norm": "full_width", "clip_qkv": 2.0}),
     "top 2, scores after": small({}, {"top_k": 2, "score_before_experts": False, "score_function": "softmax"}),
     "no shared expert, many": small({}, {"num_experts": 40, "shared_hidden_dim": 0}, interleave_moe_layer_step=1),
+    "latent attention": small(
+        {"mla": MLAConfig(48, 16, 8, 20, q_lora_rank=64), **WITH_MLA},
+        nope_layer_interval=0,
+        interleave_moe_layer_step=1,
+        first_dense_layers=1,
+    ),
     "recomputed": small({}, {"backend": "sliced_recompute"}, activation="gelu"),
+    "windows and sinks, clamped": small(
+        {"attention_chunk_size": None, "qk_norm": False, "window": 64, "sinks": True},
+        {"top_k": 2, "score_before_experts": False, "experts": "clamped_swiglu", "shared_hidden_dim": 0},
+        pattern=(LayerConfig("windowed_rope", "moe"), LayerConfig("rope", "moe")),
+        interleave_moe_layer_step=None,
+        nope_layer_interval=None,
+    ),
+    "windows without sinks": small(
+        {"attention_chunk_size": None, "window": 200},
+        pattern=(LayerConfig("windowed_rope", "dense"),),
+        interleave_moe_layer_step=None,
+        nope_layer_interval=None,
+    ),
     "loop": small({}, {"backend": "loop"}, activation="relu"),
     "large vocabulary, tied": small(vocab_size=20000, tie_embeddings=True),
     "weights outweigh activations": small(dim=320, interleave_moe_layer_step=1),
@@ -197,8 +219,9 @@ def test_optimizer_against_the_real_one(config: str, name: str, dtype: torch.dty
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 65])
-def test_kv_cache_against_a_real_one(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CONFIGS["alternating"]
+@pytest.mark.parametrize("name", ["alternating", "latent attention"])
+def test_kv_cache_against_a_real_one(name: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS[name]
     most: dict[int, int] = {}
     append = AttentionCache.append
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.layers import Routing
 from moesaic.losses import linear_cross_entropy, token_cross_entropy
-from moesaic.models import AttentionConfig, Decoder, DecoderConfig, LayerConfig, MoEConfig, build_decoder
+from moesaic.models import AttentionConfig, Decoder, DecoderConfig, LayerConfig, MLAConfig, MoEConfig, build_decoder
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.workers import Workers
 
@@ -103,6 +103,24 @@ def passes(config: DecoderConfig, parallel: ParallelConfig | None, length: int) 
 
 WITHOUT_CUSTOM = {"pattern": CONFIG.pattern[:2] if CONFIG.pattern else None, "num_layers": 2}
 SKIPPING = MoEConfig(num_experts=4, hidden_dim=12, router={"type": f"{__name__}.Skipping"}, shared_hidden_dim=0)
+LATENT = DecoderConfig(
+    vocab_size=24,
+    dim=8,
+    num_layers=2,
+    hidden_dim=16,
+    attention=AttentionConfig(num_heads=3, qk_norm=False, bias=True, mla=MLAConfig(5, 3, 2, 4, q_lora_rank=7)),
+    moe=MoEConfig(
+        num_experts=4,
+        hidden_dim=12,
+        top_k=2,
+        router={"type": "group_limited", "num_groups": 2, "top_groups": 1, "scale": 2.5},
+        score_before_experts=False,
+        expert_bias=True,
+    ),
+    pattern=(LayerConfig("mla", "dense"), LayerConfig("mla", "moe")),
+    init_std=0.3,
+)
+"""Three heads, which two ranks could not share evenly: each has all of them."""
 
 
 @pytest.mark.slow_but_for("ranks without a token", "tied")
@@ -122,6 +140,7 @@ SKIPPING = MoEConfig(num_experts=4, hidden_dim=12, router={"type": f"{__name__}.
         pytest.param(
             dataclasses.replace(CONFIG, moe=SKIPPING), 2, ParallelConfig(tensor=2, expert=2), 7, id="no expert"
         ),
+        pytest.param(LATENT, 2, ParallelConfig(tensor=2, expert=2), 7, id="latent attention"),
     ],
 )
 def test_equals_the_whole_decoder(

@@ -43,7 +43,7 @@ def test_units() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["llama5"], "error: name=llama5: must be one of behemoth, llama4_tiny, "),
+        (["llama5"], "error: name=llama5: must be one of behemoth, deepseek_v3_tiny, llama4_tiny, "),
         (["scout", "batch_size=0"], "error: batch_size=0: must be a number >= 1"),
     ],
 )

@@ -185,6 +185,12 @@ def test_a_teacher_that_trains_along_is_shared_too(composed: Composed, tmp_path:
     require_equal_runs(tmp_path / "shared", tmp_path / "whole")
 
 
+WINDOWS = (
+    "model.attention.window=8",
+    "model.pattern=[{mixer: windowed_rope, ffn: dense}]",
+    "model.interleave_moe_layer_step=null",
+    "model.nope_layer_interval=null",
+)
 TENSOR_3 = ("trainer.devices=6", "parallel.tensor=3", "training.batch_size=4")
 HEADS_3 = (
     *("model.attention.num_heads=3", "model.attention.num_kv_heads=3", "model.dim=48"),
@@ -240,6 +246,14 @@ HEADS_3 = (
         (
             [*TENSOR_3, *HEADS_3, "model.attention.qk_norm=per_head"],
             r"^parallel\.tensor=3: must be 1 with model\.attention\.qk_norm=per_head, whose gains the heads share$",
+        ),
+        (
+            [*TENSOR_3, *HEADS_3, "model.attention.attention_chunk_size=null", "model.attention.sinks=true"],
+            r"^parallel\.tensor=3: must be 1 with model\.attention\.sinks=True, which are whole on a rank$",
+        ),
+        (
+            [*TENSOR_3, *HEADS_3, *WINDOWS],
+            r"^parallel\.tensor=3: must be 1 with windowed_rope layers in model\.pattern$",
         ),
         (
             [*TENSOR_3, *HEADS_3, "model.hidden_dim=64"],

@@ -19,6 +19,7 @@ from moesaic.cli.arguments import check_overrides, read_flags
 from moesaic.config import from_mapping
 from moesaic.distillation.config import DistillationConfig
 from moesaic.errors import InputError
+from moesaic.interop import config_to_hf
 from moesaic.losses import SoftWeightConfig
 from moesaic.models import DecoderConfig
 from moesaic.training.config import RunConfig
@@ -125,6 +126,13 @@ def test_llama4_tiny_has_exactly_the_published_layout(composed: Composed) -> Non
     assert config.hidden_dim == 2 * config.moe.hidden_dim
     assert config.attention.temperature is not None
     assert config.attention.temperature.attn_scale == 0.1
+
+
+def test_deepseek_v3_tiny_has_exactly_the_published_layout(composed: Composed) -> None:
+    model = {**composed("model=deepseek_v3_tiny", smoke=False)["model"], "vocab_size": 1024}
+    config = from_mapping(DecoderConfig, model)
+    assert [(layer.mixer, layer.ffn) for layer in config.layers] == [("mla", "dense"), *[("mla", "moe")] * 3]
+    assert config_to_hf(config, {}, "float32")["model_type"] == "deepseek_v3"
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from moesaic.cli import main
 from moesaic.cli.common import composed
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
-from moesaic.interop.llama4_config import config_to_hf
+from moesaic.interop import config_to_hf
 from moesaic.layers import Fans, MoE, ScaledLogits, Scales, Transfer, parameter_fans
-from moesaic.models import DecoderConfig, build_decoder, llama4_toy
+from moesaic.models import DecoderConfig, build_decoder, deepseek_v3, llama4_toy, tiny_twin
 from moesaic.models.config import BaseShape
 from moesaic.models.resizing import resized
 from moesaic.training.config import OptimizerConfig, RunConfig, TrainingConfig
@@ -307,6 +307,16 @@ def test_a_wider_model_has_more_heads_of_one_size() -> None:
     assert len(wide.layers) == 6
     with pytest.raises(InputError, match=r"dim=7: attention\.num_heads"):
         resized(toy, dim=7)
+
+
+def test_a_wider_model_has_wider_latents() -> None:
+    toy = tiny_twin(deepseek_v3())
+    wide = resized(toy, dim=2 * toy.dim)
+    mla, wider = toy.attention.mla, wide.attention.mla
+    assert mla is not None and wider is not None and mla.q_lora_rank is not None
+    assert (wider.kv_lora_rank, wider.q_lora_rank) == (2 * mla.kv_lora_rank, 2 * mla.q_lora_rank)
+    assert (wide.attention.num_heads, wide.head_dim) == (2 * toy.attention.num_heads, toy.head_dim)
+    assert wide.first_dense_layers == toy.first_dense_layers
 
 
 def test_slopes() -> None:

@@ -106,7 +106,7 @@ def dry_run(source: Path) -> Table:
     report = check_hf(source)
     facts = {"tensors": f"{report.tensors}, all accounted for", "bytes": f"{report.bytes:,}"}
     if report.skipped:
-        facts["vision tensors"] = f"{report.skipped}, would be skipped"
+        facts[f"{report.skipped_kind} tensors"] = f"{report.skipped}, would be skipped"
     if report.absent_shards:
         facts["shards not here"] = f"{len(report.absent_shards)}: of their tensors only the names were checked"
         facts["bytes"] += " in the shards that are here"

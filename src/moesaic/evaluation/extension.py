@@ -35,7 +35,7 @@ __all__ = [
     "start_of",
 ]
 
-POSITIONS = ("rope_theta", "rope_scaling", "attention_chunk_size", "temperature")
+POSITIONS = ("rope_theta", "rope_scaling", "attention_chunk_size", "window", "temperature")
 """Keys of model.attention that no weight depends on, and that say how far and how sharply a layer looks."""
 
 

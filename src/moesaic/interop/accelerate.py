@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -15,11 +17,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moesaic.errors import InputError
 from moesaic.layers.backends import run_experts
+from moesaic.layers.clamped_experts import run_with_biases
 from moesaic.layers.dispatch import LocalDispatcher
 from moesaic.layers.moe import mix_experts
 from moesaic.layers.router import Routing, count_tokens
 
 __all__ = [
+    "AcceleratedDeepseekV3Experts",
+    "AcceleratedGptOssExperts",
     "AcceleratedLlama4TextExperts",
     "AcceleratedLlama4TextMoe",
     "AcceleratedMixtralExperts",
@@ -72,7 +77,7 @@ class RoutedByTheirBlock(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D).
 
-        Mixtral's weights are fp32 whatever the model's dtype: then the sum over K is taken in fp32, as in theirs.
+        Weights of Mixtral and DeepSeek-V3 are fp32 whatever the model's dtype: then the sum over K is taken in fp32.
         """
         # the logits stayed with the block's router, and nothing here reads them
         counts = count_tokens(top_k_index, self.num_experts)
@@ -97,12 +102,26 @@ class AcceleratedOlmoeExperts(RoutedByTheirBlock, OlmoeExperts):
     pass
 
 
+class AcceleratedDeepseekV3Experts(RoutedByTheirBlock, DeepseekV3Experts):
+    pass
+
+
+class AcceleratedGptOssExperts(RoutedByTheirBlock, GptOssExperts):
+    """Weights are stored (in, out) and with biases, and columns of gate and up alternate."""
+
+    def run(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
+        return run_with_biases(rows, *weights, rows_per_expert, self._apply_gate)
+
+
 # what is looked for in a model; a Llama 4 block brings its experts along
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     Llama4TextMoe: AcceleratedLlama4TextMoe,
     MixtralExperts: AcceleratedMixtralExperts,
     Qwen3MoeExperts: AcceleratedQwen3MoeExperts,
     OlmoeExperts: AcceleratedOlmoeExperts,
+    DeepseekV3Experts: AcceleratedDeepseekV3Experts,
+    GptOssExperts: AcceleratedGptOssExperts,
 }
 ACCELERATED = {**BLOCKS, Llama4TextExperts: AcceleratedLlama4TextExperts}
 ORIGINALS = {accelerated: original for original, accelerated in ACCELERATED.items()}
@@ -115,9 +134,9 @@ def accelerate(model: Model) -> Model:
     `save_pretrained` and isinstance checks stay theirs, nothing is copied, and `restore` undoes it. Blocks that are
     accelerated already are left alone. `config._experts_implementation` has no effect on accelerated blocks.
 
-    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE and OLMoE, on any device, in
-    float64, float32, bfloat16 and float16, whole models as well as single blocks. Wrap, shard, compile or dispatch
-    over devices afterwards.
+    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss,
+    on any device, in float64, float32, bfloat16 and float16, whole models as well as single blocks. Wrap, shard,
+    compile or dispatch over devices afterwards.
 
     Raises:
         InputError: there is no block to accelerate, or there is one that cannot be; nothing has been changed then.
@@ -192,7 +211,8 @@ def refuse_unless_plain(name: str, module: nn.Module, allowed: dict[type[nn.Modu
 def refuse_unless_it_can_run(name: str, experts: nn.Module) -> None:
     if getattr(experts, "_is_expert_parallel", False):
         raise InputError(f"{name or 'the block'} is sharded by expert parallelism: all experts must be on one device")
-    weights = {f"{name}.{part}".lstrip("."): getattr(experts, part) for part in ("gate_up_proj", "down_proj")}
+    parts = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    weights = {f"{name}.{part}".lstrip("."): getattr(experts, part) for part in parts if hasattr(experts, part)}
     for key, weight in weights.items():
         if type(weight) is not nn.Parameter:
             raise InputError(
@@ -205,4 +225,4 @@ def refuse_unless_it_can_run(name: str, experts: nn.Module) -> None:
             raise InputError(f"{key} is {weight.dtype}: must be {allowed}")
     if len({(weight.device, weight.dtype) for weight in weights.values()}) > 1:
         found = ", ".join(f"{key} {weight.dtype} on {weight.device}" for key, weight in weights.items())
-        raise InputError(f"{found}: both must have one dtype and one device")
+        raise InputError(f"{found}: {'both' if len(weights) == 2 else 'all'} must have one dtype and one device")

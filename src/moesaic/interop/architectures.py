@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from moesaic.errors import InputError
-from moesaic.interop import llama4_config
+from moesaic.interop import deepseek_v3_config, llama4_config
 from moesaic.interop.fields import INERT, defining
 from moesaic.interop.layouts import AS_OURS, Layout, experts_of
-from moesaic.interop.softmax_moe_config import MIXTRAL, OLMOE, QWEN3_MOE, Table, read_config, write_config
+from moesaic.interop.softmax_moe_config import GPT_OSS, MIXTRAL, OLMOE, QWEN3_MOE, Table, read_config, write_config
 from moesaic.models import DecoderConfig
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "config_from_hf", "config_to_hf"]
@@ -30,6 +30,10 @@ class Architecture:
     title: str
     inert: frozenset[str] = frozenset()
     """Fields that it does not read, beside those of `INERT`."""
+    unused: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
+    """config.json -> how the names of tensors begin that its files may have and the model does not."""
+    unused_name: str = ""
+    """What these are, for messages."""
 
 
 def _of_table(name: str, model_type: str, table: Table, layout: Layout) -> Architecture:
@@ -47,6 +51,31 @@ LLAMA4 = Architecture(
     "Llama 4",
     frozenset(llama4_config.UNREAD),
 )
+DEEPSEEK_V3 = Architecture(
+    "DeepseekV3ForCausalLM",
+    "deepseek_v3",
+    Layout(
+        ffn="mlp",
+        halves=False,
+        renamed={
+            "q_down": "q_a_proj",
+            "q_norm": "q_a_layernorm",
+            "q_up": "q_b_proj",
+            "kv_down": "kv_a_proj_with_mqa",
+            "kv_norm": "kv_a_layernorm",
+            "kv_up": "kv_b_proj",
+            "shared_expert": "shared_experts",
+            "expert_bias": "e_score_correction_bias",
+        },
+        experts=BY_NAME,
+    ),
+    deepseek_v3_config.config_from_hf,
+    deepseek_v3_config.fields_to_hf,
+    deepseek_v3_config.TITLE,
+    deepseek_v3_config.UNREAD,
+    deepseek_v3_config.prediction_tensors,
+    "multi-token prediction",
+)
 ARCHITECTURES = (
     LLAMA4,
     _of_table(
@@ -57,6 +86,8 @@ ARCHITECTURES = (
     ),
     _of_table("Qwen3MoeForCausalLM", "qwen3_moe", QWEN3_MOE, Layout(ffn="mlp", experts=BY_NAME)),
     _of_table("OlmoeForCausalLM", "olmoe", OLMOE, Layout(ffn="mlp", experts=BY_NAME)),
+    DEEPSEEK_V3,
+    _of_table("GptOssForCausalLM", "gpt_oss", GPT_OSS, Layout(ffn="mlp", router="router", alternating=True)),
 )
 
 

@@ -1,12 +1,13 @@
 """What the config.json files of all supported architectures have in common, and how a decoder is compared with one."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.errors import InputError
-from moesaic.layers import ActivationName, Llama3RopeScaling
+from moesaic.layers import ActivationName, Llama3RopeScaling, RopeScaling, YarnRopeScaling
 from moesaic.models import AttentionConfig, DecoderConfig
 
 __all__ = [
@@ -60,13 +61,21 @@ INERT = {
 """Fields that say nothing about the function that the weights compute: kept for the way back."""
 
 
+ROUTER_DEFAULTS = (("moe.router.scale", 1.0), ("moe.router.bias", False), ("moe.router.scored_by", 2))
+"""Arguments of a router with which it is what it is without them."""
+
+
 def known_values(config: Mapping[str, Any], known: set[str], inert: set[str], title: str) -> dict[str, Any]:
     """The fields of config.json that are in `known`.
 
     Raises:
         InputError: a field that is in neither set, and has a value. It may change the model.
     """
-    # quantization_config is neither: its weights are in a format of their own
+    if quantization := config.get("quantization_config"):
+        raise InputError(
+            f"config.json: quantization_config={quantization!r}: must be absent, as only floating-point weights are "
+            "read; let transformers dequantize them first, and save that model"
+        )
     unknown = [
         key for key in config if key not in known | inert and not key.startswith("_") and config[key] is not None
     ]
@@ -89,26 +98,30 @@ def with_intervals(config: DecoderConfig, step: int, interval: int) -> DecoderCo
     return config
 
 
-def read_rope(fields: Any, default_theta: float, max_length: int) -> tuple[float, Llama3RopeScaling | None]:
+def read_rope(
+    fields: Any, default_theta: float, max_length: int, default: Mapping[str, Any] | None = None
+) -> tuple[float, RopeScaling | None]:
     """theta and scaling from rope_parameters (transformers 5) or rope_scaling and rope_theta (before).
 
     Args:
         fields: has attributes rope_parameters, rope_scaling and rope_theta.
         max_length: positions that the model was made for, where the scaling does not say.
+        default: what rope_parameters are where nothing is said.
 
     Raises:
         InputError: a kind of RoPE that is not supported, or a value that is impossible.
     """
     name = "rope_scaling" if fields.rope_scaling else "rope_parameters"
-    given = dict(fields.rope_scaling or fields.rope_parameters or {})
+    said = default if fields.rope_parameters is None else fields.rope_parameters
+    given = dict(fields.rope_scaling or said or {})
     theta = given.pop("rope_theta", fields.rope_theta)
     theta = default_theta if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
         raise InputError(f"config.json: rope_theta={theta!r}: must be a number from 1 to 1e15")
     legacy = given.pop("type", None)
     kind = given.pop("rope_type", legacy) or "default"
-    if kind not in ("default", "llama3"):
-        raise InputError(f"config.json.{name}: found rope_type={kind!r}; must be one of default, llama3")
+    if kind not in ("default", "llama3", "yarn"):
+        raise InputError(f"config.json.{name}: found rope_type={kind!r}; must be one of default, llama3, yarn")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"config.json.{name}: found a partial_rotary_factor; must be 1.0 (all of head_dim)")
     if kind == "default":
@@ -117,16 +130,34 @@ def read_rope(fields: Any, default_theta: float, max_length: int) -> tuple[float
             raise InputError(f"config.json.{name}: found {sorted(given.keys() - original)} with rope_type default")
         return theta, None
     given["original_length"] = given.pop("original_max_position_embeddings", None) or max_length
+    if kind == "yarn":
+        return theta, from_mapping(YarnRopeScaling, _yarn(given, max_length), f"config.json.{name}")
     return theta, from_mapping(Llama3RopeScaling, given, f"config.json.{name}")
+
+
+def _yarn(given: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """The fields of `YarnRopeScaling`, with what transformers makes of none, null or 0, and of its two mscales."""
+    scale, scale_of_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
+    defaults: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    found = {key: defaults[key] if not x and key.startswith("beta") else x for key, x in (defaults | given).items()}
+    length = found["original_length"]
+    if "factor" in found and found["factor"] is None and isinstance(length, (int, float)) and length:
+        found["factor"] = max_length / length
+    numbers = [x for x in (scale, scale_of_all, found.get("factor")) if isinstance(x, (int, float)) and x]
+    if found.get("attention_factor") is None and len(numbers) == 3 and numbers[2] > 0:
+        growth = 0.1 * math.log(max(numbers[2], 1))
+        found["attention_factor"] = (numbers[0] * growth + 1) / (numbers[1] * growth + 1)
+    return found
 
 
 def write_rope(attention: AttentionConfig) -> dict[str, Any]:
     """The inverse of `read_rope`, as transformers 5 spells it."""
     if attention.rope_scaling is None:
         return {"rope_theta": attention.rope_theta, "rope_type": "default"}
-    rope = {"rope_theta": attention.rope_theta, "rope_type": "llama3", **dataclasses.asdict(attention.rope_scaling)}
+    kind = "yarn" if isinstance(attention.rope_scaling, YarnRopeScaling) else "llama3"
+    rope = {"rope_theta": attention.rope_theta, "rope_type": kind, **dataclasses.asdict(attention.rope_scaling)}
     rope["original_max_position_embeddings"] = rope.pop("original_length")
-    return rope
+    return {key: value for key, value in rope.items() if value is not None}
 
 
 def activation_name(activation: str, carried: str | None) -> str:
@@ -147,15 +178,21 @@ def defining(config: DecoderConfig) -> dict[str, Any]:
     unused = {
         "pattern", "interleave_moe_layer_step", "nope_layer_interval", "dense_twin", "format", "init_std",
         "parametrization", "base", "hidden_dim", "moe.backend", "moe.dispatcher", "moe.shared_hidden_dim",
+        "first_dense_layers",
     }  # fmt: skip
     if not mixers & {"nope", "chunked_nope"}:
         unused.add("attention.temperature")
     if not mixers & {"chunked_rope", "chunked_nope"}:
         unused.add("attention.attention_chunk_size")
+    if "windowed_rope" not in mixers:
+        unused.add("attention.window")
+    if config.moe is None or config.moe.experts != "clamped_swiglu":
+        unused |= {"moe.swiglu_alpha", "moe.swiglu_limit"}
     if "moe" not in ffns:
         unused.add("moe")
     flat = flatten(to_mapping(config))
     found = {key: x for key, x in flat.items() if not any(key == name or key.startswith(f"{name}.") for name in unused)}
+    found = {key: x for key, x in found.items() if (key, x) not in ROUTER_DEFAULTS}
     found |= {"attention.num_kv_heads": config.num_kv_heads, "attention.head_dim": config.head_dim}
     if config.moe is not None and "moe" in ffns:
         found["moe.shared_hidden_dim"] = config.moe.shared_width

@@ -33,6 +33,10 @@ class Layout:
     """That name in a model in memory, where it is not the one in files."""
     halves: bool = True
     """Whether RoPE rotates the pair (j, j + H/2) of a head, where ours rotates (2j, 2j + 1)."""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Further modules and tensors in a block by our name, where theirs is another."""
+    alternating: bool = False
+    """Whether columns of gate and up alternate in the stacked weights of experts, where ours have all of gate first."""
     experts: Mapping[str, tuple[str, ...]] | None = None
     """Our stacked weight -> names of one expert's matrices in files, in the order in which they stand side by side.
 
@@ -54,7 +58,8 @@ class Layout:
             (".ffn.", f".{ffn}."),
         ):
             name = name.replace(ours, theirs)
-        return f"model.{name}"
+        parts = [self.renamed.get(part, part) for part in name.split(".")]
+        return ".".join(["model", *parts])
 
     def pieces(self, name: str, shape: tuple[int, ...], head_dim: int, *, in_model: bool) -> list[Piece]:
         """What our parameter `name` of this shape is made of.
@@ -66,6 +71,8 @@ class Layout:
         module, _, parameter = name.rpartition(".")
         if self.halves and module.endswith(ROTATED):
             return [Piece(theirs, partial(_by_halves, head_dim=head_dim), shape)]
+        if self.alternating and module.endswith(".ffn.experts") and parameter.startswith("gate_up"):
+            return [Piece(theirs, _alternating, shape)]
         if self.experts is None or not module.endswith(".ffn.experts"):
             return [Piece(theirs, _whole, shape)]
         num_experts, inputs, outputs = shape
@@ -99,6 +106,11 @@ def _whole(x: Tensor) -> Tensor:
 def _by_halves(x: Tensor, head_dim: int) -> Tensor:
     """(N * H, ...) in pairs -> (N, 2, H / 2, ...)."""
     return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)
+
+
+def _alternating(x: Tensor) -> Tensor:
+    """(..., 2F), gate first -> (..., F, 2)."""
+    return x.unflatten(-1, (2, -1)).transpose(-2, -1)
 
 
 def _transposed(x: Tensor) -> Tensor:

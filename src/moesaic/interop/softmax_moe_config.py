@@ -1,12 +1,12 @@
-"""config.json of Mixtral, Qwen3-MoE and OLMoE and `DecoderConfig`, in both directions: one table for each.
+"""config.json of Mixtral, Qwen3-MoE, OLMoE and gpt-oss and `DecoderConfig`, in both directions: one table for each.
 
-All three choose the top_k of a softmax over the experts and scale the experts' output. Semantics: transformers'
-`MixtralConfig`, `Qwen3MoeConfig` and `OlmoeConfig` (5.23). What is not understood is refused by name.
+All choose the top_k of a softmax over the experts and scale the experts' output. Semantics: transformers'
+`MixtralConfig`, `Qwen3MoeConfig`, `OlmoeConfig` and `GptOssConfig` (5.23). What is not understood is refused by name.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from moesaic.config import flatten, from_mapping, to_mapping
 from moesaic.errors import InputError
@@ -19,14 +19,16 @@ from moesaic.interop.fields import (
     with_intervals,
     write_rope,
 )
-from moesaic.models import DecoderConfig
+from moesaic.models import DecoderConfig, Mixer
 
-__all__ = ["MIXTRAL", "OLMOE", "QWEN3_MOE", "Table", "read_config", "write_config"]
+__all__ = ["GPT_OSS", "MIXTRAL", "OLMOE", "QWEN3_MOE", "Fields", "Table", "fields_of", "read_config", "write_config"]
+
+AnyFields = TypeVar("AnyFields", bound="Fields")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The fields that all three have."""
+    """The fields that all of them have, and DeepSeek-V3 too."""
 
     vocab_size: int = dataclasses.field(default=32000, metadata={"most": 2**24})
     hidden_size: int = dataclasses.field(default=4096, metadata={"most": 2**20})
@@ -83,6 +85,11 @@ class Fields:
     @property
     def dense_layers(self) -> frozenset[int]:
         return frozenset()
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        rope: Mixer = "rope"
+        return (rope,) * self.num_hidden_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,17 +179,67 @@ class OlmoeFields(Fields):
         return self.num_experts
 
 
+MIXER_OF: dict[str, Mixer] = {"sliding_attention": "windowed_rope", "full_attention": "rope"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GptOssFields(Fields):
+    vocab_size: int = dataclasses.field(default=201088, metadata={"most": 2**24})
+    hidden_size: int = dataclasses.field(default=2880, metadata={"most": 2**20})
+    intermediate_size: int = dataclasses.field(default=2880, metadata={"most": 2**22})
+    num_hidden_layers: int = dataclasses.field(default=36, metadata={"most": 2**10})
+    num_attention_heads: int = dataclasses.field(default=64, metadata={"most": 2**16})
+    head_dim: int | None = dataclasses.field(default=64, metadata={"most": 2**16})
+    num_experts_per_tok: int = 4
+    num_local_experts: int = dataclasses.field(default=128, metadata={"most": 2**14})
+    attention_bias: bool = True
+    swiglu_alpha: float = dataclasses.field(default=1.702, metadata={"most": 1e6})
+    swiglu_limit: float = dataclasses.field(default=7.0, metadata={"most": 1e9})
+    sliding_window: int | None = 128
+    layer_types: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("swiglu_alpha", "swiglu_limit"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number > 0")
+        for i, each in enumerate(self.layer_types or ()):
+            if each not in MIXER_OF:
+                raise ValueError(f"layer_types[{i}]={each!r}: must be one of {', '.join(MIXER_OF)}")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types: found {len(self.layer_types)} of them; must be "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
+        if self.sliding_window is None and "windowed_rope" in self.mixers:
+            raise ValueError("sliding_window=None: must be a number with layers of sliding_attention")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window}: must be a number >= 1")
+
+    @property
+    def num_routed(self) -> int:
+        return self.num_local_experts
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        layers = range(self.num_hidden_layers)
+        named = self.layer_types or ["full_attention" if i % 2 else "sliding_attention" for i in layers]
+        return tuple(MIXER_OF[name] for name in named)
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """One architecture: which of its fields is which of our keys, and what holds for every model of it."""
 
     title: str
-    fields: Callable[..., Fields]
+    fields: type[Fields]
     same: Mapping[str, str]
     """Our dotted key -> their field, where both mean the same; of several, the last one is written."""
     fixed: Mapping[str, Any]
     """Our dotted key -> the value that every model of this architecture has."""
     default_theta: float = 10000.0
+    default_rope: Mapping[str, Any] | None = None
+    """What rope_parameters are where a config.json says nothing."""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Another name of a field -> the field."""
     inert: frozenset[str] = frozenset()
@@ -237,6 +294,39 @@ OLMOE = Table(
     fixed=SOFTMAX | {"attention.qk_norm": "full_width"},
     aliases={"num_local_experts": "num_experts"},
 )
+GPT_OSS = Table(
+    title="gpt-oss",
+    fields=GptOssFields,
+    same=COMMON
+    | {
+        "moe.num_experts": "num_local_experts",
+        "moe.hidden_dim": "intermediate_size",
+        "moe.swiglu_alpha": "swiglu_alpha",
+        "moe.swiglu_limit": "swiglu_limit",
+        "attention.bias": "attention_bias",
+        "attention.window": "sliding_window",
+    },
+    fixed=SOFTMAX
+    | {
+        "moe.normalize_scores": True,
+        "moe.router": {"type": "top_k", "bias": True},
+        "moe.experts": "clamped_swiglu",
+        "attention.qk_norm": False,
+        "attention.sinks": True,
+        "activation": "silu",  # whatever hidden_act says, which theirs does not read
+    },
+    default_theta=150000.0,
+    default_rope={
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    aliases={"num_experts": "num_local_experts"},
+    inert=frozenset({"experts_per_token", "initial_context_length"}),  # of OpenAI's files, not read by transformers
+)
 
 
 def read_config(table: Table, config: Mapping[str, Any]) -> DecoderConfig:
@@ -245,7 +335,7 @@ def read_config(table: Table, config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         InputError: a field that is not known, or a value that cannot be represented.
     """
-    fields = _fields(table, config)
+    fields = fields_of(table.fields, config, table.aliases, table.inert, table.title)
     try:
         return _decoder_config(table, fields)
     except InputError:
@@ -254,39 +344,55 @@ def read_config(table: Table, config: Mapping[str, Any]) -> DecoderConfig:
         raise InputError(f"config.json: {error}") from error
 
 
-def _fields(table: Table, config: Mapping[str, Any]) -> Fields:
-    known = {field.name for field in dataclasses.fields(table.fields)}  # type: ignore[arg-type]
+def fields_of(
+    cls: type[AnyFields], config: Mapping[str, Any], aliases: Mapping[str, str], inert: frozenset[str], title: str
+) -> AnyFields:
+    """The fields of a config.json, all in one object; missing ones have their defaults.
+
+    Args:
+        aliases: another name of a field -> the field.
+        inert: fields without effect, beside those of `INERT`.
+
+    Raises:
+        InputError: a field that is not known, an impossible value, or an alias that says another thing.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
     given = dict(config)
-    for alias, name in table.aliases.items():
+    for alias, name in aliases.items():
         if (value := given.pop(alias, None)) is not None and given.setdefault(name, value) != value:
             raise InputError(
                 f"config.json: {alias}={value} and {name}={given[name]}: must be equal, they are one field"
             )
-    values = known_values(given, known, INERT | table.inert, table.title)
-    return from_mapping(table.fields, values, "config.json")  # type: ignore[arg-type]
+    return from_mapping(cls, known_values(given, known, INERT | inert, title), "config.json")
 
 
 def _decoder_config(table: Table, fields: Fields) -> DecoderConfig:
-    ours = {key: getattr(fields, name) for key, name in table.same.items()} | dict(table.fixed)
-    theta, scaling = read_rope(fields, table.default_theta, fields.max_position_embeddings)
+    ours = {key: getattr(fields, name) for key, name in table.same.items()}
+    ours |= {"activation": ACTIVATION_OF[fields.hidden_act], **table.fixed}
+    theta, scaling = read_rope(fields, table.default_theta, fields.max_position_embeddings, table.default_rope)
     pad, dense = fields.pad_token_id, fields.dense_layers
     ours |= {
         "attention.num_kv_heads": fields.kv_heads,
         "attention.head_dim": fields.width_of_head,
         "attention.rope_theta": theta,
         "attention.rope_scaling": None if scaling is None else to_mapping(scaling),
-        "activation": ACTIVATION_OF[fields.hidden_act],
         "padding_token": None if pad is None else pad % fields.vocab_size,  # -1: the last
-        "pattern": [
-            {"mixer": "rope", "ffn": "dense" if i in dense else "moe"} for i in range(fields.num_hidden_layers)
-        ],
+        "pattern": [{"mixer": mixer, "ffn": "dense" if i in dense else "moe"} for i, mixer in enumerate(fields.mixers)],
     }
+    if "windowed_rope" in fields.mixers:
+        ours["pattern"] = _period(ours["pattern"])
     if not fields.num_routed and len(dense) == fields.num_hidden_layers:
         ours = {key: value for key, value in ours.items() if not key.startswith("moe.")}
     else:
         _require_routing(fields, ours)
     config = from_mapping(DecoderConfig, _nested(ours), "config.json")
     return with_intervals(config, getattr(fields, "decoder_sparse_step", 1) if config.moe else 0, 0)
+
+
+def _period(layers: list[Any]) -> list[Any]:
+    """The shortest list that, repeated, is this one."""
+    lengths = range(1, len(layers) + 1)
+    return next(layers[:n] for n in lengths if all(layer == layers[i % n] for i, layer in enumerate(layers)))
 
 
 def _require_routing(fields: Fields, ours: Mapping[str, Any]) -> None:
@@ -315,7 +421,7 @@ def write_config(table: Table, config: DecoderConfig, carried: Mapping[str, Any]
         carried: an imported config.json; of several ways to say the same its own is kept.
     """
     flat = flatten(to_mapping(config))
-    known = {field.name for field in dataclasses.fields(table.fields)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(table.fields)}
     values = {name: flat[key] for key, name in table.same.items() if flat.get(key) is not None}
     values |= {
         "num_key_value_heads": config.num_kv_heads,
@@ -327,10 +433,15 @@ def write_config(table: Table, config: DecoderConfig, carried: Mapping[str, Any]
     }
     if "mlp_only_layers" in known:
         values |= _write_dense_layers(config, carried)
-    if "sliding_window" in known:
+    if "layer_types" in known:
+        name_of = {mixer: name for name, mixer in MIXER_OF.items()}
+        values["layer_types"] = [name_of.get(str(layer.mixer), "full_attention") for layer in config.layers]
+        # theirs makes the mask of a window whether a layer uses it or not
+        values.setdefault("sliding_window", carried.get("sliding_window") or _default(table, "sliding_window"))
+    elif "sliding_window" in known:
         values["sliding_window"] = None
     written = {name: value for name, value in values.items() if name in known}
-    defaults = {field.name: field.default for field in dataclasses.fields(table.fields)}  # type: ignore[arg-type]
+    defaults = {field.name: field.default for field in dataclasses.fields(table.fields)}
     legacy = {"rope_theta", "rope_scaling"}
     return {name: x for name, x in defaults.items() if name not in legacy} | written
 
@@ -346,4 +457,4 @@ def _write_dense_layers(config: DecoderConfig, carried: Mapping[str, Any]) -> di
 
 
 def _default(table: Table, name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(table.fields) if field.name == name)  # type: ignore[arg-type]
+    return next(field.default for field in dataclasses.fields(table.fields) if field.name == name)

@@ -1,7 +1,7 @@
 """Weights between transformers' files or models and our decoder.
 
-A parameter of ours is one tensor of theirs, or several that stand side by side in it; `layouts` says which. Nothing is
-computed, only copied, so a round trip is bit-equal. Files are read and written tensor by tensor.
+A parameter or buffer of ours is one tensor of theirs, or several that stand side by side in it; `layouts` says which.
+Nothing is computed, only copied, so a round trip is bit-equal. Files are read and written tensor by tensor.
 """
 
 import dataclasses
@@ -59,6 +59,7 @@ class _Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype | str  # the file's own name where it is none of DTYPES
     read: Callable[[], Tensor]
+    keeps_dtype: bool = False  # whatever the files are asked to have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,9 @@ class CheckReport:
     bytes: int
     """Bytes of the text model's tensors, in the dtypes of the files; 0 if no shard was there."""
     skipped: int
-    """Vision tensors, which have no place in a text model."""
+    """Tensors that have no place in our decoder."""
+    skipped_kind: str
+    """What they are: "vision", "multi-token prediction", or empty for an architecture that has no such."""
     absent_shards: tuple[str, ...]
     """Files that the index names and that are not here: of their tensors only the names were checked."""
 
@@ -85,13 +88,14 @@ def from_hf(
 ) -> Decoder:
     """The decoder with the weights of a model in transformers' format, in evaluation mode.
 
-    Supported are Llama 4, Mixtral, Qwen3-MoE and OLMoE (`ARCHITECTURES`). The text part of
-    `Llama4ForConditionalGeneration` is taken, its vision tensors are skipped (and counted in the log).
+    Supported are Llama 4, Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss (`ARCHITECTURES`). The text part of
+    `Llama4ForConditionalGeneration` is taken, its vision tensors are skipped (and counted in the log). So are
+    DeepSeek-V3's layers for multi-token prediction.
     Every tensor must be accounted for. Memory: the decoder and one tensor; nothing is shared with the source.
 
     Args:
         source: a directory with config.json and (sharded) safetensors, or a transformers model.
-        dtype: of the decoder; None keeps each tensor's own.
+        dtype: of the decoder; None keeps each tensor's own. With a dtype, selection biases are in fp32.
         backend: of the experts, see `moesaic.layers.BACKENDS`.
         checkpoint_activations: see `Decoder`.
         progress: called after each tensor.
@@ -131,9 +135,10 @@ def _decoder(
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
     require_memory(f"{where}: its model", num_parameters(config) * (dtype or torch.bfloat16).itemsize)
     decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, device="meta")
-    tensors, skipped = _match(decoder, architecture.layout, stored, prefix, where)
+    kind, ignored = _ignored(architecture, text, prefix)
+    tensors, skipped = _match(decoder, architecture.layout, stored, prefix, ignored, where)
     if skipped:
-        logger.warning("%s: %d vision tensors skipped, only the text model is imported", where, skipped)
+        logger.warning("%s: %d %s tensors skipped, the decoder has no place for them", where, skipped, kind)
     done, total = 0, sum(map(len, tensors.values()))
 
     def tell(piece: Piece) -> None:
@@ -173,11 +178,18 @@ def _config(architecture: Architecture, text: Mapping[str, Any], stored: Mapping
     return architecture.read(text)
 
 
+def _ignored(architecture: Architecture, text: Mapping[str, Any], prefix: str) -> tuple[str, tuple[str, ...]]:
+    """What the source may have besides, and how the names of these tensors begin."""
+    return ("vision", VISION) if prefix else (architecture.unused_name, architecture.unused(text))
+
+
 def _check(path: Path) -> CheckReport:
     architecture, text, prefix = architecture_of(_read_config(path))
     stored = _of_directory(path, absent_allowed=True)
     config = _config(architecture, text, stored)
-    matched, skipped = _match(build_decoder(config, device="meta"), architecture.layout, stored, prefix, str(path))
+    kind, ignored = _ignored(architecture, text, prefix)
+    decoder = build_decoder(config, device="meta")
+    matched, skipped = _match(decoder, architecture.layout, stored, prefix, ignored, str(path))
     tensors = [tensor for pieces in matched.values() for _, tensor in pieces]
     present = [t for t in tensors if isinstance(t.dtype, torch.dtype)]
     return CheckReport(
@@ -185,6 +197,7 @@ def _check(path: Path) -> CheckReport:
         tensors=len(tensors),
         bytes=sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in present if isinstance(t.dtype, torch.dtype)),
         skipped=skipped,
+        skipped_kind=kind,
         absent_shards=_absent_shards(path),
     )
 
@@ -207,7 +220,7 @@ def to_hf(
 
     Args:
         directory: new, or without a model in it.
-        dtype: of the files; None keeps each parameter's own.
+        dtype: of the files; None keeps each parameter's own. Selection biases keep theirs, fp32, as in published files.
         max_shard_bytes: a shard holds at most this much, or one tensor.
         progress: called after each tensor.
 
@@ -271,15 +284,21 @@ def _require_writable(decoder: Decoder, tied: bool, dtype: torch.dtype | None) -
         raise InputError("head.weight differs from embedding.weight, but the config says tie_embeddings=true")
 
 
+def _buffers(decoder: Decoder) -> dict[str, Tensor]:
+    """What belongs to the weights and is no parameter: the selection biases of routers."""
+    stored = decoder.state_dict().keys()
+    return {name: buffer for name, buffer in decoder.named_buffers() if name in stored}
+
+
 def _tensors_to_write(decoder: Decoder, layout: Layout) -> dict[str, _Stored]:
     """By transformers' names in files, without the head of a tied decoder."""
     assert decoder.config is not None
-    tensors = {}
-    for name, p in decoder.named_parameters(remove_duplicate=False):
+    tensors, buffers = {}, _buffers(decoder)
+    for name, x in [*decoder.named_parameters(remove_duplicate=False), *buffers.items()]:
         if name == "head.weight" and decoder.config.tie_embeddings:
             continue
-        for piece in layout.pieces(name, tuple(p.shape), decoder.config.head_dim, in_model=False):
-            tensors[piece.name] = _Stored(piece.shape, p.dtype, partial(_read_piece, p, piece))
+        for piece in layout.pieces(name, tuple(x.shape), decoder.config.head_dim, in_model=False):
+            tensors[piece.name] = _Stored(piece.shape, x.dtype, partial(_read_piece, x, piece), name in buffers)
     return tensors
 
 
@@ -325,14 +344,23 @@ def _write_weights(
 
 
 def _match(
-    decoder: Decoder, layout: Layout, stored: Mapping[str, _Stored], prefix: str, where: str
+    decoder: Decoder,
+    layout: Layout,
+    stored: Mapping[str, _Stored],
+    prefix: str,
+    ignored: tuple[str, ...],
+    where: str,
 ) -> tuple[dict[str, list[tuple[Piece, _Stored]]], int]:
-    """Our parameters' names -> tensors of the source; every one on either side accounted for."""
+    """Names of our parameters and buffers -> tensors of the source; every one on either side accounted for.
+
+    Args:
+        ignored: how the names of tensors begin that may be there besides; the second result is their number.
+    """
     assert decoder.config is not None
     # files may have the stacked tensors of a model in memory too
     in_model = layout.experts is not None and any(name.endswith(".experts.gate_up_proj") for name in stored)
-    vision = [name for name in stored if prefix and name.startswith(VISION)]
-    sizes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    skipped = {name for name in stored if name.startswith(ignored)}
+    sizes = {name: tuple(x.shape) for name, x in [*decoder.named_parameters(), *_buffers(decoder).items()]}
     pieces = {
         name: [
             dataclasses.replace(piece, name=prefix + piece.name)
@@ -345,7 +373,7 @@ def _match(
     unused_head = stored.get(tied_head) if "head.weight" not in sizes else None
     missing = [name for name in wanted if name not in stored]
     unexpected = [
-        name for name in stored if name not in wanted and name not in vision and (name != tied_head or not unused_head)
+        name for name in stored if name not in wanted and name not in skipped and (name != tied_head or not unused_head)
     ]
     problems = [_listed(missing, "missing"), _listed(unexpected, "unexpected")]
     for name, piece in wanted.items():
@@ -369,7 +397,7 @@ def _match(
         embedding = stored[prefix + "model.embed_tokens.weight"]
         if unused_head.shape != embedding.shape or not torch.equal(unused_head.read(), embedding.read()):
             raise InputError(f"{where}: {tied_head} differs from the embedding although tie_word_embeddings=true")
-    return {name: [(piece, stored[piece.name]) for piece in parts] for name, parts in pieces.items()}, len(vision)
+    return {name: [(piece, stored[piece.name]) for piece in parts] for name, parts in pieces.items()}, len(skipped)
 
 
 def _listed(names: list[str], word: str) -> str:
@@ -387,9 +415,12 @@ def _fill(
     dtype: torch.dtype | None,
     tell: Callable[[Piece], None],
 ) -> None:
-    """Replace a parameter on the meta device by a copy of the stored tensors that it is made of."""
+    """Replace a parameter or buffer on the meta device by a copy of the stored tensors that it is made of."""
     module_name, _, parameter_name = name.rpartition(".")
     module = decoder.get_submodule(module_name)
+    is_buffer = parameter_name in module._buffers
+    if is_buffer and dtype is not None:
+        dtype = getattr(module, parameter_name).dtype
     copy: Tensor | None = None
     for piece, tensor in pieces:
         read = tensor.read()
@@ -401,7 +432,7 @@ def _fill(
         part.copy_(read.reshape(part.shape))
         tell(piece)
     assert copy is not None
-    setattr(module, parameter_name, nn.Parameter(copy))
+    setattr(module, parameter_name, copy if is_buffer else nn.Parameter(copy))
 
 
 # ---- reading
@@ -503,7 +534,7 @@ def _bytes(tensor: _Stored, dtype: torch.dtype | None) -> int:
 
 
 def _written_as(tensor: _Stored, dtype: torch.dtype | None) -> torch.dtype:
-    written = dtype or tensor.dtype
+    written = tensor.dtype if tensor.keeps_dtype else dtype or tensor.dtype
     assert isinstance(written, torch.dtype)  # of a parameter
     return written
 
@@ -554,7 +585,8 @@ def _write_safetensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors.items():
-            data = tensor.read().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            written = tensor.read().to("cpu", _written_as(tensor, dtype)).contiguous()
+            data = written.reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             hashed.update(data)
             tell(name)

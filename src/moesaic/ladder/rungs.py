@@ -206,6 +206,9 @@ class Rungs:
             "model.attention.head_dim": model.attention.head_dim,
             "model.hidden_dim": model.hidden_dim,
         }
+        if (mla := model.attention.mla) is not None:
+            widths["model.attention.mla.kv_lora_rank"] = mla.kv_lora_rank
+            widths["model.attention.mla.q_lora_rank"] = mla.q_lora_rank
         if model.moe is not None:
             widths["model.moe.hidden_dim"] = model.moe.hidden_dim
             widths["model.moe.shared_hidden_dim"] = model.moe.shared_hidden_dim

@@ -15,6 +15,7 @@ from moesaic.layers.attention import (
 )
 from moesaic.layers.backend_choice import BackendName, choose_backend
 from moesaic.layers.backends import BACKENDS, run_experts
+from moesaic.layers.clamped_experts import ClampedExperts, clamped_swiglu
 from moesaic.layers.collect import collect_routings
 from moesaic.layers.control_routers import UniformRouter
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
@@ -24,6 +25,7 @@ from moesaic.layers.fp8 import Fp8Recipe
 from moesaic.layers.fp8_emulation import emulating_fp8
 from moesaic.layers.free_experts import FreeExperts
 from moesaic.layers.latent import Latent
+from moesaic.layers.mla import MultiHeadLatentAttention
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.normed_experts import NormedExperts
@@ -37,7 +39,7 @@ from moesaic.layers.parametrization import (
     parameter_fans,
 )
 from moesaic.layers.part import Flops, Part, parameter_kinds
-from moesaic.layers.rotary import Llama3RopeScaling, RotaryEmbedding
+from moesaic.layers.rotary import Llama3RopeScaling, RopeScaling, RotaryEmbedding, YarnRopeScaling
 from moesaic.layers.router import MovingRouter, Routing, TopKRouter, count_tokens
 from moesaic.layers.routers import (
     ROUTERS,
@@ -55,6 +57,7 @@ from moesaic.layers.routers import (
 )
 from moesaic.layers.soft_moe import SoftMoE
 from moesaic.layers.unequal_experts import UnequalExperts
+from moesaic.layers.windowed_attention import WindowedAttention
 
 __all__ = [
     "ACTIVATIONS",
@@ -66,6 +69,7 @@ __all__ = [
     "AttentionTemperature",
     "BackendName",
     "CapacityRouter",
+    "ClampedExperts",
     "Dispatched",
     "Dispatcher",
     "ExpertChoiceRouter",
@@ -83,6 +87,7 @@ __all__ = [
     "MlpRouter",
     "MoE",
     "MovingRouter",
+    "MultiHeadLatentAttention",
     "NoisyTopKRouter",
     "NormedExperts",
     "ParameterKind",
@@ -92,6 +97,7 @@ __all__ = [
     "QuantileRouter",
     "RMSNorm",
     "ReluRouter",
+    "RopeScaling",
     "RotaryEmbedding",
     "RoutedLayer",
     "Routing",
@@ -106,8 +112,11 @@ __all__ = [
     "Transfer",
     "UnequalExperts",
     "UniformRouter",
+    "WindowedAttention",
+    "YarnRopeScaling",
     "causal_attention",
     "choose_backend",
+    "clamped_swiglu",
     "collect_routings",
     "count_tokens",
     "emulating_fp8",

@@ -34,7 +34,10 @@ __all__ = [
     "AttentionTemperature",
     "QKNorm",
     "ShortConvolution",
+    "admit",
+    "attend",
     "causal_attention",
+    "lower_right_causal",
     "masked_attention",
     "visible_keys",
 ]
@@ -75,11 +78,13 @@ class AttentionCache:
     """What one attention layer still needs of the past: keys, values and the tail of its convolution's input.
 
     A chunk-local layer keeps the current chunk only, so its cache never holds more than `chunk` keys. Under an
-    attention mask chunks begin at different tokens in different rows; then it keeps the last chunk - 1 keys.
+    attention mask chunks begin at different tokens in different rows; then it keeps the last chunk - 1 keys. So it does
+    always where the chunk `slides`, as the window of `WindowedAttention`.
     """
 
-    def __init__(self, chunk: int | None = None) -> None:
+    def __init__(self, chunk: int | None = None, *, slides: bool = False) -> None:
         self.chunk = chunk
+        self.slides = slides
         self.length = 0
         """Tokens seen so far, also those no longer held."""
         self.masked = False
@@ -105,7 +110,7 @@ class AttentionCache:
         self.length += new
         visible = keys[:, :, : self._held], values[:, :, : self._held]
         if self.chunk is not None and self._held >= self.chunk:
-            self._held = self.chunk - 1 if self.masked else self.length % self.chunk
+            self._held = self.chunk - 1 if self.masked or self.slides else self.length % self.chunk
             # clones: `visible` still reads the old buffers, and a long prefill must not stay in memory
             self._buffers = (
                 visible[0][:, :, visible[0].size(2) - self._held :].clone(),
@@ -206,6 +211,48 @@ class ShortConvolution(nn.Module):
         return y, known[:, length:]
 
 
+def admit(
+    name: str, x: Tensor, projection: nn.Linear, cache: AttentionCache | None, attention_mask: Tensor | None
+) -> tuple[Tensor, int, Tensor | None]:
+    """What every attention layer does first: refuse what it cannot take, and hide what stands in padding.
+
+    Args:
+        name: of the layer, for messages.
+        x: (B, L, D).
+        projection: one of the layers that read x.
+        cache, attention_mask: as for `Attention.forward`. The cache learns whether there is a mask.
+
+    Returns:
+        x (B, L, D) with ones in place of padding, the number of tokens in the cache, and where x is real, (B, L) bool
+        or None.
+
+    Raises:
+        TypeError, ValueError: as `Attention.forward`.
+    """
+    require_last(x, None, name)
+    if x.dim() != 3:
+        raise ValueError(f"{name}: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
+    require_last(x, projection.in_features, name)
+    require_weights_dtype(name, x, projection.weight)
+    start = 0 if cache is None else cache.length
+    if attention_mask is not None:
+        require_tensor(name, "attention_mask", attention_mask, (None, None), torch.bool)
+    if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, tokens so far and new) = "
+            f"{(x.size(0), start + x.size(1))}"
+        )
+    if cache is not None:
+        if start and cache.masked != (attention_mask is not None):
+            raise ValueError("attention_mask: give it to all calls on one cache, or to none")
+        cache.masked = attention_mask is not None
+    if attention_mask is None:
+        return x, start, None
+    is_real = attention_mask[:, start:]
+    # a weight of 0 would not hide inf and nan; 1, because no norm divides by it
+    return x.masked_fill(~is_real[:, :, None], 1), start, is_real
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) -> Tensor:
     """Softmax attention where the L queries are the last L of the S keys' positions.
 
@@ -223,15 +270,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) 
     """
     queries, past = q.size(2), k.size(2) - q.size(2)
     if chunk is None or (not torch.compiler.is_exporting() and k.size(2) <= chunk):
-        return _lower_right_causal(q, k, v)
+        return lower_right_causal(q, k, v)
     if torch.compiler.is_exporting():  # one graph for every length cannot be cut into chunks
         key_at, query_at = (torch.arange(x.size(2), device=q.device) for x in (k, q))
         query_at = query_at[:, None] + past
-        return _attend(q, k, v, (key_at <= query_at) & (key_at // chunk == query_at // chunk))
+        return attend(q, k, v, (key_at <= query_at) & (key_at // chunk == query_at // chunk))
     if past % chunk:  # finish the chunk that the cache has begun
         begin = past - past % chunk
         first = min(chunk - past % chunk, queries)
-        head = _lower_right_causal(q[:, :, :first], k[:, :, begin : past + first], v[:, :, begin : past + first])
+        head = lower_right_causal(q[:, :, :first], k[:, :, begin : past + first], v[:, :, begin : past + first])
         if first == queries:
             return head
         rest = causal_attention(q[:, :, first:], k[:, :, past + first :], v[:, :, past + first :], chunk)
@@ -242,9 +289,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None) 
     if whole:
         fold = "b n (c l) h -> (b c) n l h"
         folded = [rearrange(x[:, :, :whole], fold, l=chunk) for x in (q, k, v)]
-        pieces.append(rearrange(_lower_right_causal(*folded), "(b c) n l h -> b n (c l) h", b=q.size(0)))
+        pieces.append(rearrange(lower_right_causal(*folded), "(b c) n l h -> b n (c l) h", b=q.size(0)))
     if whole < queries:
-        pieces.append(_lower_right_causal(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:]))
+        pieces.append(lower_right_causal(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:]))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
@@ -279,22 +326,31 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int |
             visible = visible & ((key_at - begin) // chunk == (query_at[:, None] - begin) // chunk)
         visible = visible | (key_at == query_at[:, None])
         keys = slice(first - first_held, past + end - first_held)
-        piece = _attend(q[:, :, start:end], k[:, :, keys], v[:, :, keys], visible[:, None])
+        piece = attend(q[:, :, start:end], k[:, :, keys], v[:, :, keys], visible[:, None])
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def lower_right_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of the last L of S positions, each to all up to its own: q (B, N, L, H), k and v (B, G, S, H)."""
     queries, keys = q.size(2), k.size(2)
     mask, is_causal = None, False
     if queries == keys:  # a branch, because a compiler's comparison is no bool, which the kernel wants
         is_causal = True
     elif queries > 1:  # several tokens after a cache; one query may see everything, equal lengths use is_causal
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return _attend(q, k, v, mask, is_causal)
+    return attend(q, k, v, mask, is_causal, scale)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """torch's attention, of q (B, N, L, H) to k and v (B, G, S, H), in the dtype that is fastest.
+
+    Args:
+        mask: bool, True for what is seen; it fits (B, N, L, S).
+        scale: of the logits; None for 1 / sqrt(H).
+    """
     dtype = q.dtype
     # On CPUs the half-precision backward is slower than casting to fp32 and back, up to 4 times on short sequences
     # (benchmarks/attention.py); the forward alone never is.
@@ -305,7 +361,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     # the one kernel that has forward-mode derivatives
     kernel = sdpa_kernel(SDPBackend.MATH) if differentiates_forward() else contextlib.nullcontext()
     with kernel, torch.autocast(q.device.type, enabled=False):  # it would cast back
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shares_heads
+        )
     if trains and has_values(q):
         next(each for each in (q, k, v) if each.requires_grad).register_hook(_refuse_second_derivatives)
     return y.to(dtype)
@@ -430,7 +488,11 @@ class Attention(nn.Module):
         """Four projections, and q k and p v over the keys that a token really sees, averaged over the sequence."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         matrices = 2 * sum(projection.weight.numel() for projection in projections)
-        return matrices + 4 * self.num_heads * self.head_dim * visible_keys(seq_len, self.attention_chunk_size)
+        return matrices + 4 * self.num_heads * self.head_dim * self.keys_of(seq_len)
+
+    def keys_of(self, seq_len: int) -> float:
+        """Keys that a query sees, averaged over seq_len positions."""
+        return visible_keys(seq_len, self.attention_chunk_size)
 
     def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
         """Keys and values of `length` tokens; a chunk-local layer never holds more than those of one chunk."""
@@ -449,26 +511,7 @@ class Attention(nn.Module):
             TypeError: x is no floating-point tensor, or the mask not of bool.
             ValueError: another shape, or a mask that is given to some but not all of the calls on one cache.
         """
-        require_last(x, None, "Attention")
-        if x.dim() != 3:
-            raise ValueError(f"Attention: x of shape {tuple(x.shape)}; must be (batch, tokens, dim)")
-        require_last(x, self.q_proj.in_features, "Attention")
-        require_weights_dtype("Attention", x, self.q_proj.weight)
-        start = 0 if cache is None else cache.length
-        if attention_mask is not None:
-            require_tensor("Attention", "attention_mask", attention_mask, (None, None), torch.bool)
-        if attention_mask is not None and attention_mask.shape != (x.size(0), start + x.size(1)):
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, tokens so far and new) = "
-                f"{(x.size(0), start + x.size(1))}"
-            )
-        if cache is not None:
-            if start and cache.masked != (attention_mask is not None):
-                raise ValueError("attention_mask: give it to all calls on one cache, or to none")
-            cache.masked = attention_mask is not None
-        is_real = None if attention_mask is None else attention_mask[:, start:]
-        if is_real is not None:  # a weight of 0 would not hide inf and nan; 1, because no norm divides by it
-            x = x.masked_fill(~is_real[:, :, None], 1)
+        x, start, is_real = admit("Attention", x, self.q_proj, cache, attention_mask)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             tail = None if cache is None else cache.convolution_tail
@@ -493,11 +536,13 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b l n h -> b n l h") for y in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
+        return self.o_proj(rearrange(self.attend(q, k, v, attention_mask), "b n l h -> b l (n h)"))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """q (B, N, L, H), k and v (B, G, S', H) after all that is done to each alone -> (B, N, L, H)."""
         if attention_mask is None:
-            y = causal_attention(q, k, v, self.attention_chunk_size)
-        else:
-            y = masked_attention(q, k, v, attention_mask, self.attention_chunk_size)
-        return self.o_proj(rearrange(y, "b n l h -> b l (n h)"))
+            return causal_attention(q, k, v, self.attention_chunk_size)
+        return masked_attention(q, k, v, attention_mask, self.attention_chunk_size)
 
     def extra_repr(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -82,11 +83,12 @@ def require_dtype(dtype: Any) -> None:
     raise kind(f"dtype={dtype!r}: must be a floating-point torch.dtype such as torch.float32, or None")
 
 
-def require_kinds(kind: type, **values: Any) -> None:
+def require_kinds(kind: type | types.UnionType, **values: Any) -> None:
     """Raise TypeError unless each is a `kind` or None."""
     for name, value in values.items():
         if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{name}={value!r}: must be of type {kind.__name__}, or None")
+            kinds = getattr(kind, "__args__", (kind,))
+            raise TypeError(f"{name}={value!r}: must be of type {' or '.join(x.__name__ for x in kinds)}, or None")
 
 
 def require_choice(allowed: Iterable[str], **values: Any) -> None:

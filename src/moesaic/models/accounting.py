@@ -14,7 +14,7 @@ from torch import nn
 
 from moesaic.errors import InputError
 from moesaic.layers.part import Flops, active_parameters, cache_bytes, flops_per_token, num_parameters, parameter_kinds
-from moesaic.models.config import FFN, CustomModule, DecoderConfig, Mixer
+from moesaic.models.config import FFN, WITH_ROPE, CustomModule, DecoderConfig, Mixer
 from moesaic.models.custom import asks_for, custom_modules
 from moesaic.models.decoder import Block, build_block
 
@@ -163,6 +163,8 @@ def _describe_ffn(config: DecoderConfig, ffn: FFN) -> str:
     shared = f" + shared {moe.shared_width}" if moe.shared_width else ""
     router = "" if moe.router == "top_k" else f", router {_name_of(moe.router)}"
     experts = f" {moe.experts['type']}" if isinstance(moe.experts, dict) else ""
+    if moe.experts == "clamped_swiglu":
+        experts = f" clamped at {moe.swiglu_limit:g}"
     besides = {"identity": moe.identity_experts, "skip": moe.skip_experts}
     free = "".join(f" + {number} {name}" for name, number in besides.items() if number)
     latent = f" in {moe.latent_dim}" if moe.latent_dim else ""
@@ -179,10 +181,19 @@ def _name_of(part: str | CustomModule) -> str:
 
 def _describe_mixer(config: DecoderConfig, mixer: Mixer) -> str:
     attention = config.attention
-    positions = mixer in ("rope", "chunked_rope")
+    if mixer == "mla":
+        assert attention.mla is not None  # checked by the config
+        mla = attention.mla
+        queries = f", queries {mla.q_lora_rank}" if mla.q_lora_rank else ""
+        return f"MLA, latent {mla.kv_lora_rank} + {mla.qk_rope_head_dim}{queries}"
+    positions = mixer in WITH_ROPE
     words = ["RoPE" if positions else "NoPE"]
-    chunk = config.chunk_of(mixer)
+    chunk, window = config.chunk_of(mixer), config.window_of(mixer)
     words.append("full" if chunk is None else f"chunks of {chunk}")
+    if window is not None:
+        words[1] = f"window of {window}"
+    if attention.sinks:
+        words.append("sinks")
     if isinstance(attention.qk_norm, str):
         words.append(f"QK norm {attention.qk_norm}")
     elif positions and attention.qk_norm:

@@ -4,27 +4,40 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from moesaic.layers import ActivationName, AttentionTemperature, BackendName, Llama3RopeScaling, QKNorm
+from moesaic.layers import ActivationName, AttentionTemperature, BackendName, QKNorm, RopeScaling, YarnRopeScaling
+from moesaic.layers.clamped_experts import BACKENDS_WITH_BIASES
 from moesaic.layers.router import ScoreFunction
 from moesaic.layers.routers import RouterName
 
 __all__ = [
     "FFN",
     "FORMAT",
+    "WITH_ROPE",
     "AttentionConfig",
     "BaseShape",
     "CustomModule",
     "DecoderConfig",
+    "ExpertsName",
     "LayerConfig",
+    "MLAConfig",
     "Mixer",
     "MoEConfig",
 ]
 
-Mixer = Literal["rope", "chunked_rope", "nope", "chunked_nope"]
-"""Token mixers: RoPE on full or on chunk-local attention, no positions on full or on chunk-local attention."""
+Mixer = Literal["rope", "chunked_rope", "nope", "chunked_nope", "windowed_rope", "mla"]
+"""Token mixers: RoPE on full or chunk-local attention or on a sliding window, no positions on full or chunk-local.
+
+`mla` is `MultiHeadLatentAttention`, with RoPE on full attention.
+"""
+
+WITH_ROPE: frozenset[Mixer] = frozenset({"rope", "chunked_rope", "windowed_rope"})
+"""The mixers of `Attention` that rotate queries and keys."""
 
 FFN = Literal["dense", "moe", "dense_twin"]
 """Channel mixers. `dense_twin` is a dense FFN of the width that a token meets in the MoE layer: top_k * F + shared."""
+
+ExpertsName = Literal["swiglu", "clamped_swiglu"]
+"""Routed experts: those of `Experts`, with the model's activation, or those of `ClampedExperts`, with biases."""
 
 CustomModule = dict[str, Any]
 """A user's own module: {"type": "package.module.Class", ...its keyword arguments}, see `moesaic.models.custom`.
@@ -37,6 +50,29 @@ FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Widths of the mixer `mla`: see `moesaic.layers.MultiHeadLatentAttention`."""
+
+    kv_lora_rank: int = dataclasses.field(metadata={"most": 2**20})
+    qk_nope_head_dim: int = dataclasses.field(metadata={"most": 2**16})
+    qk_rope_head_dim: int = dataclasses.field(metadata={"most": 2**16})
+    v_head_dim: int = dataclasses.field(metadata={"most": 2**16})
+    q_lora_rank: int | None = dataclasses.field(default=None, metadata={"most": 2**20})
+    interleaved: bool = True  # false: RoPE rotates the halves of a head, not neighbors
+    norm_eps: float = 1e-6  # of the latents' norms
+    # m of (0.1 m ln(rope_scaling.factor) + 1)^2, by which scores are multiplied; 0: by 1
+    mscale_all_dim: float = dataclasses.field(default=0.0, metadata={"most": 1e3})
+
+    def __post_init__(self) -> None:
+        _positive(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        _within(self, "norm_eps", 1e-20, 1.0)
+        if self.mscale_all_dim < 0:
+            raise ValueError(f"mscale_all_dim={self.mscale_all_dim}: must be a number >= 0")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: must be even, as RoPE rotates pairs")
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Attention of all layers; the depth pattern says which of them have positions and chunks."""
 
@@ -44,7 +80,7 @@ class AttentionConfig:
     num_kv_heads: int | None = dataclasses.field(default=None, metadata={"most": 2**16})
     head_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**16})
     rope_theta: float = 500000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     # true: after RoPE and on layers with RoPE only, as in Llama 4; those by name: before RoPE, on all layers
     qk_norm: bool | QKNorm = True
     clip_qkv: float | None = dataclasses.field(default=None, metadata={"most": 1e9})
@@ -52,14 +88,35 @@ class AttentionConfig:
     temperature: AttentionTemperature | None = None  # on layers without positions only
     bias: bool = False
     conv_width: int = dataclasses.field(default=0, metadata={"most": 2**10})
+    window: int | None = None  # tokens that a query of a windowed layer sees, its own included
+    sinks: bool = False  # on all layers: a learned logit per head in the softmax
+    mla: MLAConfig | None = None  # of the mixer mla, which has no other of these but num_heads, rope_* and bias
 
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "attention_chunk_size", "rope_theta", "clip_qkv")
+        _positive(self, "window")
         _within(self, "rope_theta", 1.0, 1e15)
+        if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnRopeScaling):
+            raise ValueError(f"rope_theta={self.rope_theta}: must be a number > 1 with YaRN")
         if self.conv_width < 0:
             raise ValueError(f"conv_width={self.conv_width}: must be a number >= 0")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.mla is not None:
+            _require_nothing_beside_mla(self)
+
+
+def _require_nothing_beside_mla(attention: AttentionConfig) -> None:
+    """Refuse what the mixer `mla` does not have, and would leave aside without a word."""
+    absent: dict[str, Any] = {"num_kv_heads": None, "head_dim": None, "qk_norm": False, "clip_qkv": None}
+    absent |= {"attention_chunk_size": None, "temperature": None, "conv_width": 0, "window": None, "sinks": False}
+    for name, allowed in absent.items():
+        if (found := getattr(attention, name)) != allowed:
+            meant = "null" if allowed is None else str(allowed).lower()
+            raise ValueError(f"{name}={found}: must be {meant} beside attention.mla, which has no such thing")
+    assert attention.mla is not None
+    if attention.mla.mscale_all_dim and attention.rope_scaling is None:
+        raise ValueError(f"mla.mscale_all_dim={attention.mla.mscale_all_dim}: must be 0 without rope_scaling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +135,16 @@ class MoEConfig:
     expert_bias: bool = False
     backend: BackendName = "auto"
     dispatcher: Literal["local"] | CustomModule = "local"
-    experts: Literal["swiglu"] | CustomModule = "swiglu"
+    experts: ExpertsName | CustomModule = "swiglu"
+    swiglu_alpha: float = dataclasses.field(default=1.702, metadata={"most": 1e6})  # these two of clamped_swiglu
+    swiglu_limit: float = dataclasses.field(default=7.0, metadata={"most": 1e9})
     identity_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return their input
     skip_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return zero
     latent_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**20})  # null: experts as wide as dim
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "hidden_dim")
-        _positive(self, "latent_dim")
+        _positive(self, "latent_dim", "swiglu_alpha", "swiglu_limit")
         for name in ("identity_experts", "skip_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
@@ -98,6 +157,11 @@ class MoEConfig:
             raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: must be a number >= 0, or null")
         if self.backend not in get_args(BackendName):
             raise ValueError(f"backend={self.backend!r}: must be one of {', '.join(get_args(BackendName))}")
+        if self.experts == "clamped_swiglu" and self.backend not in BACKENDS_WITH_BIASES:
+            raise ValueError(
+                f"backend={self.backend!r}: must be one of {', '.join(BACKENDS_WITH_BIASES)} with "
+                "experts=clamped_swiglu, whose biases the others have no place for"
+            )
         _check_part("router", self.router)
         _check_part("dispatcher", self.dispatcher)
         _check_part("experts", self.experts)
@@ -156,7 +220,8 @@ class DecoderConfig:
 
     The depth pattern is given either as `pattern`, a list of {mixer, ffn} tiled over the layers, or by Llama 4's two
     intervals: layer i (from 0) is a MoE layer if (i + 1) % interleave_moe_layer_step == 0 and has no positions if
-    (i + 1) % nope_layer_interval == 0; 0 means never. `layers` is the expanded list either way.
+    (i + 1) % nope_layer_interval == 0; 0 means never. The first `first_dense_layers` layers are dense all the same.
+    With intervals all mixers are `mla` where `attention.mla` is given. `layers` is the expanded list either way.
     """
 
     vocab_size: int = dataclasses.field(metadata={"most": 2**24})
@@ -168,6 +233,7 @@ class DecoderConfig:
     pattern: tuple[LayerConfig, ...] | None = None
     interleave_moe_layer_step: int | None = None
     nope_layer_interval: int | None = None
+    first_dense_layers: int = dataclasses.field(default=0, metadata={"most": 2**10})  # with intervals: not MoE
     dense_twin: bool = False  # replace every MoE layer by its dense twin of equal active FLOPs
     activation: ActivationName = "silu"
     norm_eps: float = 1e-5
@@ -197,19 +263,28 @@ class DecoderConfig:
             raise ValueError("pattern=[]: it needs at least one entry of {mixer, ffn}")
         if self.activation not in get_args(ActivationName):
             raise ValueError(f"activation={self.activation!r}: must be one of {', '.join(get_args(ActivationName))}")
-        if self.attention.head_dim is None and self.dim % self.attention.num_heads:
+        if self.first_dense_layers < 0 or (self.first_dense_layers and self.pattern is not None):
+            raise ValueError(
+                f"first_dense_layers={self.first_dense_layers}: must be a number >= 0, and 0 beside a pattern"
+            )
+        if self.attention.mla is None and self.attention.head_dim is None and self.dim % self.attention.num_heads:
             raise ValueError(
                 f"attention.num_heads={self.attention.num_heads}: must divide dim={self.dim} where "
                 "attention.head_dim is null"
             )
         mixers = {layer.mixer for layer in self.layers if isinstance(layer.mixer, str)}
-        if self.head_dim % 2 and mixers & {"rope", "chunked_rope"}:
+        if self.head_dim % 2 and mixers & WITH_ROPE:
             raise ValueError(f"attention.head_dim={self.head_dim}: RoPE rotates pairs, head_dim must be even")
+        _check_mla(self.attention.mla, mixers)
         if self.moe is None and any(layer.ffn in ("moe", "dense_twin") for layer in self.layers):
             raise ValueError("moe=None: the depth pattern has MoE layers, so `moe` is needed")
         chunk = self.attention.attention_chunk_size
         if chunk is None and (chunked := mixers & {"chunked_rope", "chunked_nope"}):
             raise ValueError(f"attention.attention_chunk_size=None: the depth pattern has {chunked.pop()} layers")
+        if self.attention.window is None and "windowed_rope" in mixers:
+            raise ValueError("attention.window=None: the depth pattern has windowed_rope layers")
+        if self.attention.sinks and (chunked := mixers & {"chunked_rope", "chunked_nope"}):
+            raise ValueError(f"attention.sinks=True: must be false, as the depth pattern has {chunked.pop()} layers")
         if any(layer.ffn == "dense_twin" for layer in self.layers) and self.moe and self.moe.latent_dim:
             raise ValueError(f"moe.latent_dim={self.moe.latent_dim}: must be null with a dense twin, which has no such")
         if self.parametrization == "transfer" and self.base is None:
@@ -243,6 +318,9 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head's queries and keys, and of its values but for `mla`."""
+        if (mla := self.attention.mla) is not None:
+            return mla.qk_nope_head_dim + mla.qk_rope_head_dim
         return self.attention.head_dim or self.dim // self.attention.num_heads
 
     @property
@@ -256,10 +334,14 @@ class DecoderConfig:
             layers = [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]
         else:
             rope: Mixer = "rope" if self.attention.attention_chunk_size is None else "chunked_rope"
+            if self.attention.mla is not None:
+                rope = "mla"
             layers = [
                 LayerConfig(
                     mixer="nope" if _every(self.nope_layer_interval, i) else rope,
-                    ffn="moe" if _every(self.interleave_moe_layer_step, i) else "dense",
+                    ffn="moe"
+                    if i >= self.first_dense_layers and _every(self.interleave_moe_layer_step, i)
+                    else "dense",
                 )
                 for i in range(self.num_layers)
             ]
@@ -271,12 +353,27 @@ class DecoderConfig:
         """Chunk size of a built-in mixer; None for full attention."""
         return self.attention.attention_chunk_size if mixer in ("chunked_rope", "chunked_nope") else None
 
+    def window_of(self, mixer: Mixer) -> int | None:
+        """Keys that a query of a built-in mixer sees at most, where they slide with it; None where they do not."""
+        return self.attention.window if mixer == "windowed_rope" else None
+
     def ffn_width(self, ffn: FFN) -> int:
         """Inner width of a built-in dense FFN."""
         if ffn == "dense_twin":
             assert self.moe is not None  # checked at construction
             return self.moe.active_hidden_dim
         return self.hidden_dim
+
+
+def _check_mla(mla: MLAConfig | None, mixers: set[Mixer]) -> None:
+    """Refuse `mla` without its widths, and beside other built-in mixers, which need what it has not."""
+    if mla is None and "mla" in mixers:
+        raise ValueError("attention.mla=None: the depth pattern has mla layers, so their widths are needed")
+    if mla is not None and (others := sorted(mixers - {"mla"})):
+        raise ValueError(
+            f"attention.mla: must be null where layers have the mixer {others[0]}; only custom mixers can stand beside "
+            "the mixer mla (nope_layer_interval must be 0)"
+        )
 
 
 def _every(interval: int | None, i: int) -> bool:
@@ -301,7 +398,7 @@ BUILT_IN = {
     "ffn": get_args(FFN),
     "router": get_args(RouterName),
     "dispatcher": ("local",),
-    "experts": ("swiglu",),
+    "experts": get_args(ExpertsName),
 }
 
 

@@ -1,6 +1,8 @@
 """The decoder: embedding, blocks of (token mixer, channel mixer), final norm, head."""
 
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -11,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from moesaic.errors import InputError
 from moesaic.layers import (
     Attention,
+    ClampedExperts,
     Dispatcher,
     Experts,
     FeedForward,
     FreeExperts,
     MoE,
+    MultiHeadLatentAttention,
     ParameterKind,
     Parametrization,
     RMSNorm,
@@ -24,6 +28,7 @@ from moesaic.layers import (
     Routing,
     ScaledLogits,
     Transfer,
+    WindowedAttention,
     count_tokens,
     parameter_fans,
 )
@@ -36,7 +41,7 @@ from moesaic.layers.checks import (
     require_tensor,
 )
 from moesaic.layers.part import initialize as initialize_part
-from moesaic.models.config import DecoderConfig, LayerConfig, MoEConfig
+from moesaic.models.config import WITH_ROPE, DecoderConfig, LayerConfig, MoEConfig
 from moesaic.models.custom import build_custom, construct
 from moesaic.models.routers import build_router
 
@@ -434,22 +439,46 @@ def _build_mixer(
         _require_mixer(module, config, f"layer {i} mixer: {mixer['type']}")
         return module
     attention = config.attention
-    positions = mixer in ("rope", "chunked_rope")
-    return Attention(
-        config.dim,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=config.head_dim,
-        rotary=RotaryEmbedding(config.head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling)
+    if mixer == "mla":
+        return _build_mla(config, device, dtype)
+    positions = mixer in WITH_ROPE
+    arguments: dict[str, Any] = {
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rotary": RotaryEmbedding(config.head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling)
         if positions
         else None,
-        qk_norm=attention.qk_norm if positions or isinstance(attention.qk_norm, str) else False,
-        clip_qkv=attention.clip_qkv,
-        norm_eps=config.norm_eps,
-        attention_chunk_size=config.chunk_of(mixer),
-        temperature=None if positions else attention.temperature,
+        "qk_norm": attention.qk_norm if positions or isinstance(attention.qk_norm, str) else False,
+        "clip_qkv": attention.clip_qkv,
+        "norm_eps": config.norm_eps,
+        "attention_chunk_size": config.chunk_of(mixer),
+        "temperature": None if positions else attention.temperature,
+        "bias": attention.bias,
+        "conv_width": attention.conv_width,
+        "device": device,
+        "dtype": dtype,
+    }
+    window = config.window_of(mixer)
+    if window is None and not attention.sinks:
+        return Attention(config.dim, **arguments)
+    return WindowedAttention(config.dim, window=window, sinks=attention.sinks, **arguments)
+
+
+def _build_mla(
+    config: DecoderConfig, device: torch.device | str | None, dtype: torch.dtype | None
+) -> MultiHeadLatentAttention:
+    attention, mla = config.attention, config.attention.mla
+    assert mla is not None  # checked at construction
+    widths = dataclasses.asdict(mla)
+    scale, factor = widths.pop("mscale_all_dim"), attention.rope_scaling.factor if attention.rope_scaling else 1.0
+    return MultiHeadLatentAttention(
+        config.dim,
+        num_heads=attention.num_heads,
+        rotary=RotaryEmbedding(mla.qk_rope_head_dim, theta=attention.rope_theta, scaling=attention.rope_scaling),
+        softmax_factor=(0.1 * scale * math.log(factor) + 1) ** 2,
         bias=attention.bias,
-        conv_width=attention.conv_width,
+        **widths,
         device=device,
         dtype=dtype,
     )
@@ -507,6 +536,17 @@ def _build_experts(
     if isinstance(moe.experts, dict):
         known = _known(config, i) | {"dim": moe.latent_dim or config.dim, "num_experts": moe.num_experts}
         experts = build_custom(moe.experts, f"layer {i} experts", device, dtype, **known, **given)
+    elif moe.experts == "clamped_swiglu":
+        experts = ClampedExperts(
+            moe.num_experts,
+            moe.latent_dim or config.dim,
+            moe.hidden_dim,
+            alpha=moe.swiglu_alpha,
+            limit=moe.swiglu_limit,
+            backend=moe.backend,
+            device=device,
+            dtype=dtype,
+        )
     elif num_free:
         experts = Experts(moe.num_experts, moe.latent_dim or config.dim, **given, device=device, dtype=dtype)
     if experts is None or not num_free:

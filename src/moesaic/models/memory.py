@@ -23,14 +23,17 @@ from moesaic.layers import (
     Attention,
     AttentionCache,
     BackendName,
+    ClampedExperts,
     Experts,
     MoE,
+    MultiHeadLatentAttention,
     choose_backend,
 )
 from moesaic.layers.feed_forward import runs_lean
 from moesaic.layers.sliced import tiles_of
+from moesaic.layers.windowed_attention import LEAST_QUERIES
 from moesaic.losses.cross_entropy import VOCABULARY_BLOCK, linear_cross_entropy, rows_per_chunk
-from moesaic.models.config import DecoderConfig, LayerConfig, Mixer, MoEConfig
+from moesaic.models.config import WITH_ROPE, DecoderConfig, LayerConfig, Mixer, MLAConfig, MoEConfig
 from moesaic.models.decoder import Block, Decoder, build_decoder
 from moesaic.models.routers import router_parameters
 from moesaic.models.shapes import Shape, attention_shapes, decoder_shapes, feed_forward_shapes, uncounted
@@ -224,10 +227,13 @@ def _nbytes(shapes: Iterable[Shape], dtype: torch.dtype) -> int:
 
 
 def _cached(config: DecoderConfig, layer: LayerConfig, length: int) -> int:
-    """Numbers that the cache of a built-in mixer holds of one sequence, as `Attention.cache_bytes`."""
+    """Numbers that the cache of a built-in mixer holds of one sequence, as their `cache_bytes`."""
     if not isinstance(layer.mixer, str):
         return 0
-    return min(length, config.chunk_of(layer.mixer) or length) * 2 * config.num_kv_heads * config.head_dim
+    if (mla := config.attention.mla) is not None:
+        return length * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    most = config.chunk_of(layer.mixer) or config.window_of(layer.mixer) or length
+    return min(length, most) * 2 * config.num_kv_heads * config.head_dim
 
 
 def _walk(
@@ -323,7 +329,9 @@ def _lean_feed_forward(config: DecoderConfig, width: int, backend: BackendName, 
 
 def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
     """What is kept in order: the input, the convolution's, angles, what QK norm normalizes, and softmax attention's."""
-    attention, positions = config.attention, mixer in ("rope", "chunked_rope")
+    attention, positions = config.attention, mixer in WITH_ROPE
+    if attention.mla is not None:
+        return _latent_attention(config, attention.mla, sizes)
     tokens, length = sizes.tokens, sizes.seq_len
     queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     channels = queries + 2 * keys
@@ -342,6 +350,12 @@ def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
     if attention.clip_qkv is not None:
         kept += tokens * channels * sizes.bytes
 
+    if attention.sinks or config.window_of(mixer) is not None:
+        kept, extra = _windowed(config, mixer, sizes, kept, channels)
+        kept += tokens * attention.num_heads * sizes.exact_bytes  # log-sum-exp
+        softmax = kept + extra + queries * config.dim * sizes.bytes
+        convolution = sizes.stream + 5 * padded if attention.conv_width else 0
+        return _Part(kept, max(softmax, convolution), _nbytes(attention_shapes(config), sizes.dtype))
     chunk = min(length, config.chunk_of(mixer) or length)
     rest = length % chunk
     viewed = False
@@ -349,7 +363,7 @@ def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
     for size, span in ((length - rest, chunk), (rest, rest)):
         if not size:
             continue
-        cast = sizes.bytes == 2 and span * config.head_dim <= 16384  # see layers.attention._attend
+        cast = sizes.bytes == 2 and span * config.head_dim <= 16384  # see layers.attention.attend
         piece = sizes.batch_size * size * (sizes.exact_bytes if cast else sizes.bytes)
         if cast or (rest and size > span and sizes.batch_size > 1):
             kept += piece * channels
@@ -371,18 +385,70 @@ def _attention(config: DecoderConfig, mixer: Mixer, sizes: _Sizes) -> _Part:
     return _Part(kept, max(softmax, convolution), _nbytes(attention_shapes(config), sizes.dtype))
 
 
+def _latent_attention(config: DecoderConfig, mla: MLAConfig, sizes: _Sizes) -> _Part:
+    """What is kept in order: the input, the latents around their norms, angles, and softmax attention's."""
+    tokens, heads = sizes.tokens, config.attention.num_heads
+    values, width = heads * mla.v_head_dim, max(config.head_dim, mla.v_head_dim)
+    kept = sizes.stream + 2 * sizes.seq_len * mla.qk_rope_head_dim * sizes.exact_bytes  # sine and cosine
+    for rank in (mla.q_lora_rank or 0, mla.kv_lora_rank):
+        # the norm's input and 1 / rms, what its gain multiplies, and what the projection up reads
+        kept += tokens * (rank * (sizes.exact_bytes + 2 * sizes.bytes) + sizes.exact_bytes * bool(rank))
+    if sizes.bytes == sizes.exact_bytes:
+        kept += tokens * mla.qk_rope_head_dim * sizes.bytes  # what is normalized is a view of a wider tensor
+    cast = sizes.bytes == 2 and sizes.seq_len * width <= 16384  # see layers.attention
+    piece = tokens * heads * width * (sizes.exact_bytes if cast else sizes.bytes)
+    kept += 4 * piece + tokens * heads * sizes.exact_bytes  # queries, keys, values, what comes out, and log-sum-exp
+    if width == mla.v_head_dim and not cast:
+        kept += tokens * heads * mla.qk_nope_head_dim * sizes.bytes  # values are a view, beside the keys' parts
+    if width > mla.v_head_dim or cast:
+        kept += tokens * values * sizes.bytes  # the output projection's own input
+    return _Part(
+        kept, kept + 4 * piece + values * config.dim * sizes.bytes, _nbytes(attention_shapes(config), sizes.dtype)
+    )
+
+
+def _windowed(config: DecoderConfig, mixer: Mixer, sizes: _Sizes, kept: int, channels: int) -> tuple[int, int]:
+    """What `windowed_attention` keeps on top of `kept`, and most that the backward of one of its calls needs beside."""
+    attention, length, batch = config.attention, sizes.seq_len, sizes.batch_size
+    window, sink = config.window_of(mixer) or length, int(attention.sinks)
+    width = config.head_dim + (8 - config.head_dim % 8) * sink
+    step = length if window >= length else min(length, max(window, LEAST_QUERIES))
+    extra, copies = 0, False
+    later = (length // step - 1, step, step + window - 1), (1, length % step, length % step + window - 1)
+    for calls, size, keys in ((1, step, step), *later):
+        if not calls or not size:
+            continue
+        seen = keys + sink
+        cast = sizes.bytes == 2 and seen * width <= 16384  # see layers.attention.attend
+        number = sizes.exact_bytes if cast else sizes.bytes
+        given = batch * width * (attention.num_heads * size + 2 * config.num_kv_heads * seen) * number
+        made = batch * width * attention.num_heads * size * number
+        kept += calls * (made + (given if cast or sink else 0))
+        kept += 0 if window >= length else calls * size * seen * number  # the mask, as what is added to logits
+        copies |= not (cast or sink)
+        extra = max(extra, given + made)
+    if copies:  # what queries, keys and values are views of
+        kept += sizes.tokens * channels * sizes.bytes
+    if sink or cast or step < length:  # the output projection's own input
+        kept += sizes.tokens * attention.num_heads * config.head_dim * sizes.bytes
+    return kept, extra
+
+
 def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
     """Router, dispatch, experts and combine, rows spread evenly. Without the shared expert."""
     rows = sizes.tokens * moe.top_k
     width = moe.latent_dim or config.dim
     weights = 3 * moe.num_experts * width * moe.hidden_dim * sizes.bytes
+    is_clamped = moe.experts == "clamped_swiglu"
+    if is_clamped:
+        weights += moe.num_experts * (2 * moe.hidden_dim + width) * sizes.bytes
     router = sum(math.prod(shape) for shape, _ in router_parameters(config)) * sizes.bytes
     kept = sizes.stream + sizes.tokens * moe.num_experts * sizes.exact_bytes  # probabilities
     kept += rows * (8 * 3 + sizes.bytes)  # expert ids, permutations, scores
     dispatched = rows * sizes.dim * sizes.bytes
     activation = ACTIVATIONS[config.activation]
     backend, _ = choose_backend(torch.device("cpu"), sizes.dtype, config.dim, moe.hidden_dim, moe.backend, activation)
-    is_sliced = backend in ("sliced", "sliced_recompute")
+    is_sliced = backend in ("sliced", "sliced_recompute") and not is_clamped
     # see layers.sliced.rounding
     places, tile = tiles_of(_evenly(rows, moe.num_experts), 16 if sizes.bytes == 2 else 1)
     kept += 2 * dispatched  # on both sides of the scores
@@ -393,7 +459,8 @@ def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
         scratches = (4 if backend == "sliced" else 6) + (0 if config.activation == "silu" else 3)
         working = weights + scratches * scratch
     else:
-        kept += max(4, KEPT_BY_GATED_FFN.get(config.activation, 4)) * hidden  # gate and up are one tensor
+        # gate and up are one tensor; the clamped ones are kept too, the sigmoid, and the products
+        kept += (7 if is_clamped else max(4, KEPT_BY_GATED_FFN.get(config.activation, 4))) * hidden
         working = max(2 * hidden + weights // 3, weights)
     # gradients of the rows on both sides; what came out is gone by now if the scores were applied to it
     working += 2 * dispatched - (0 if moe.score_before_experts else dispatched)
@@ -548,6 +615,8 @@ def _balance(decoder: Decoder, dtype: torch.dtype) -> None:
     """
     for module in decoder.modules():
         if isinstance(module, Experts):
+            if isinstance(module, ClampedExperts) and module.backend == "auto":
+                module.backend = "loop"  # it keeps the same
             if module.backend == "grouped" and dtype != torch.bfloat16:
                 raise InputError(f"backend='grouped', dtype={dtype}: fake tensors know grouped_mm in bfloat16 only")
             module.register_forward_pre_hook(_route_evenly)
@@ -632,10 +701,11 @@ def _cache_bytes(block: nn.Module, batch_size: int, seq_len: int, dtype: torch.d
     """Bytes of one layer's cache, at the fullest it gets while seq_len tokens are decoded."""
     assert isinstance(block, Block)
     mixer = block.mixer
-    if not isinstance(mixer, Attention):
+    if not isinstance(mixer, (Attention, MultiHeadLatentAttention)):
         return 0
-    cache = _WatchedCache(mixer.attention_chunk_size)
-    length = min(seq_len, mixer.attention_chunk_size or seq_len)
+    made = mixer.make_cache()
+    cache = _WatchedCache(made.chunk, slides=made.slides)
+    length = min(seq_len, made.chunk or seq_len)
     x = torch.empty(batch_size, length, mixer.o_proj.out_features, dtype=dtype)
     if length > 1:
         mixer(x[:, :-1], cache)

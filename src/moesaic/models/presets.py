@@ -1,12 +1,15 @@
-"""Configurations by name: the published Llama 4 text models and softmax MoEs, and tiny models of their layouts."""
+"""Configurations by name: published Llama 4 text models, softmax MoEs and gpt-oss, and tiny models of their layouts."""
 
 import dataclasses
 from typing import Any
 
-from moesaic.layers import AttentionTemperature, Llama3RopeScaling
-from moesaic.models.config import AttentionConfig, DecoderConfig, MoEConfig
+from moesaic.layers import AttentionTemperature, Llama3RopeScaling, YarnRopeScaling
+from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MLAConfig, MoEConfig
 
 __all__ = [
+    "deepseek_v3",
+    "gpt_oss_20b",
+    "gpt_oss_120b",
     "llama4_behemoth_guess",
     "llama4_maverick",
     "llama4_scout",
@@ -163,6 +166,104 @@ def olmoe_1b_7b() -> DecoderConfig:
     )
 
 
+def deepseek_v3() -> DecoderConfig:
+    """DeepSeek-V3: 671.03B parameters, 37.55B active; embedding and head, 0.93B each, count in both.
+
+    Published are 671B and 37B: without the embedding 36.63B are active. The 14B of the files' layer for multi-token
+    prediction are in none of these.
+    """
+    return DecoderConfig(
+        vocab_size=129280,
+        dim=7168,
+        num_layers=61,
+        attention=AttentionConfig(
+            num_heads=128,
+            rope_theta=10000.0,
+            rope_scaling=YarnRopeScaling(
+                factor=40.0,
+                original_length=4096,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=True,
+                attention_factor=1.0,
+            ),
+            qk_norm=False,
+            mla=MLAConfig(
+                kv_lora_rank=512,
+                qk_nope_head_dim=128,
+                qk_rope_head_dim=64,
+                v_head_dim=128,
+                q_lora_rank=1536,
+                mscale_all_dim=1.0,
+            ),
+        ),
+        hidden_dim=18432,
+        moe=MoEConfig(
+            num_experts=256,
+            hidden_dim=2048,
+            top_k=8,
+            shared_hidden_dim=2048,
+            router={"type": "group_limited", "num_groups": 8, "top_groups": 4, "scale": 2.5},
+            normalize_scores=True,
+            score_before_experts=False,
+            expert_bias=True,
+        ),
+        interleave_moe_layer_step=1,
+        first_dense_layers=3,
+        nope_layer_interval=0,
+        norm_eps=1e-6,
+    )
+
+
+def gpt_oss_120b() -> DecoderConfig:
+    """gpt-oss-120b: 116.83B parameters, 5.71B active; embedding and head, 0.58B each, count in both.
+
+    Its model card (arXiv 2508.10925) says 116.83B and 5.13B: that counts the head as active, and the embedding not.
+    """
+    return DecoderConfig(
+        vocab_size=201088,
+        dim=2880,
+        num_layers=36,
+        attention=AttentionConfig(
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            rope_theta=150000.0,
+            rope_scaling=YarnRopeScaling(
+                factor=32.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, truncate=False
+            ),
+            qk_norm=False,
+            bias=True,
+            window=128,
+            sinks=True,
+        ),
+        hidden_dim=2880,
+        moe=MoEConfig(
+            num_experts=128,
+            hidden_dim=2880,
+            top_k=4,
+            shared_hidden_dim=0,
+            router={"type": "top_k", "bias": True},
+            score_function="softmax",
+            normalize_scores=True,
+            score_before_experts=False,
+            experts="clamped_swiglu",
+        ),
+        pattern=(LayerConfig("windowed_rope", "moe"), LayerConfig("rope", "moe")),
+        padding_token=199999,
+    )
+
+
+def gpt_oss_20b() -> DecoderConfig:
+    """gpt-oss-20b: 20.91B parameters, 4.19B active; embedding and head, 0.58B each, count in both.
+
+    Its model card (arXiv 2508.10925) says 20.91B and 3.61B: that counts the head as active, and the embedding not.
+    """
+    larger = gpt_oss_120b()
+    assert larger.moe is not None
+    return dataclasses.replace(larger, num_layers=24, moe=dataclasses.replace(larger.moe, num_experts=32))
+
+
 def _softmax_moe(*, moe: dict[str, Any], **sizes: Any) -> DecoderConfig:
     """A model of MoE layers alone, which scale the output of the experts that a softmax chose."""
     moe |= {"shared_hidden_dim": 0, "score_function": "softmax", "score_before_experts": False}
@@ -170,16 +271,46 @@ def _softmax_moe(*, moe: dict[str, Any], **sizes: Any) -> DecoderConfig:
 
 
 def tiny_twin(preset: DecoderConfig, vocab_size: int = 512) -> DecoderConfig:
-    """A published softmax MoE's layout at toy size: its norms, routing and ties, with 4 layers of 8 experts.
+    """A published model's layout at toy size: its norms, routing and ties, with 4 layers of 8 experts.
 
-    The number of key-value heads keeps its ratio to that of queries, 1:1 or grouped.
+    The number of key-value heads keeps its ratio to that of queries, 1:1 or grouped. Of dense first layers one is left,
+    and of DeepSeek-V3's 8 groups 4.
     """
     assert preset.moe is not None
+    if preset.attention.mla is not None:
+        return _tiny_deepseek(preset, preset.attention.mla, preset.moe, vocab_size)
     grouped = preset.num_kv_heads < preset.attention.num_heads
     attention = dataclasses.replace(
         preset.attention, num_heads=4, num_kv_heads=2 if grouped else 4, head_dim=8, rope_theta=10000.0
     )
+    if attention.window is not None:  # and small enough to be crossed
+        attention = dataclasses.replace(attention, window=8)
     moe = dataclasses.replace(preset.moe, num_experts=8, hidden_dim=16, top_k=2)
+    pad = preset.padding_token
     return dataclasses.replace(
-        preset, attention=attention, moe=moe, vocab_size=vocab_size, dim=32, num_layers=4, hidden_dim=64
+        preset,
+        attention=attention,
+        moe=moe,
+        vocab_size=vocab_size,
+        dim=32,
+        num_layers=4,
+        hidden_dim=64,
+        padding_token=None if pad is None else min(pad, vocab_size - 1),
+    )
+
+
+def _tiny_deepseek(preset: DecoderConfig, mla: MLAConfig, moe: MoEConfig, vocab_size: int) -> DecoderConfig:
+    mla = dataclasses.replace(
+        mla, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, q_lora_rank=12
+    )
+    router = {"type": "group_limited", "num_groups": 4, "top_groups": 2, "scale": 2.5}
+    return dataclasses.replace(
+        preset,
+        attention=dataclasses.replace(preset.attention, num_heads=4, mla=mla),
+        moe=dataclasses.replace(moe, num_experts=8, hidden_dim=16, shared_hidden_dim=16, top_k=2, router=router),
+        vocab_size=vocab_size,
+        dim=32,
+        num_layers=4,
+        hidden_dim=64,
+        first_dense_layers=1,
     )

@@ -11,8 +11,8 @@ __all__ = ["resized"]
 def resized(config: DecoderConfig, *, dim: int | None = None, num_layers: int | None = None) -> DecoderConfig:
     """The model at another width and depth, with all else in proportion.
 
-    FFNs and experts grow with the width, and so does the number of heads. The size of a head, the number of experts and
-    of those that a token meets, and the depth pattern stay.
+    FFNs and experts grow with the width, and so do the number of heads and the latents of `mla`. The size of a head,
+    the number of experts and of those that a token meets, and the depth pattern stay.
 
     Raises:
         InputError: the width of a layer, or the number of heads, would not be whole.
@@ -26,12 +26,16 @@ def resized(config: DecoderConfig, *, dim: int | None = None, num_layers: int | 
             )
         return size * dim // config.dim
 
-    attention = dataclasses.replace(
-        config.attention,
-        num_heads=scaled("attention.num_heads", config.attention.num_heads),
-        num_kv_heads=scaled("attention.num_kv_heads", config.num_kv_heads),
-        head_dim=config.head_dim,
-    )
+    attention, mla = config.attention, config.attention.mla
+    attention = dataclasses.replace(attention, num_heads=scaled("attention.num_heads", attention.num_heads))
+    if mla is None:
+        kv_heads = scaled("attention.num_kv_heads", config.num_kv_heads)
+        attention = dataclasses.replace(attention, num_kv_heads=kv_heads, head_dim=config.head_dim)
+    else:
+        rank = scaled("attention.mla.kv_lora_rank", mla.kv_lora_rank)
+        q_rank = None if mla.q_lora_rank is None else scaled("attention.mla.q_lora_rank", mla.q_lora_rank)
+        mla = dataclasses.replace(mla, kv_lora_rank=rank, q_lora_rank=q_rank)
+        attention = dataclasses.replace(attention, mla=mla)
     moe = config.moe
     if moe is not None:
         shared = None if moe.shared_hidden_dim is None else scaled("moe.shared_hidden_dim", moe.shared_hidden_dim)

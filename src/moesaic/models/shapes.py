@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from moesaic.layers.parametrization import ParameterKind
-from moesaic.models.config import DecoderConfig, LayerConfig
+from moesaic.models.config import DecoderConfig, LayerConfig, MLAConfig
 from moesaic.models.routers import router_parameters
 
 __all__ = [
@@ -51,9 +51,13 @@ def _layer_shapes(config: DecoderConfig, layer: LayerConfig) -> list[Shape]:
 
 def attention_shapes(config: DecoderConfig) -> list[Shape]:
     attention, dim = config.attention, config.dim
+    if attention.mla is not None:
+        return _mla_shapes(config, attention.mla)
     queries, keys = attention.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     matrices = [(queries, dim), (keys, dim), (keys, dim), (dim, queries)]
     shapes = [Shape(sizes, "matrix") for sizes in matrices]
+    if attention.sinks:
+        shapes.append(Shape((attention.num_heads,), "vector"))
     if attention.bias:
         shapes += [Shape((outputs,), "vector") for outputs, _ in matrices]
     if isinstance(attention.qk_norm, str):
@@ -64,6 +68,19 @@ def attention_shapes(config: DecoderConfig) -> list[Shape]:
     if attention.conv_width:
         shapes.append(Shape((attention.conv_width, queries + 2 * keys), "vector"))
     return shapes
+
+
+def _mla_shapes(config: DecoderConfig, mla: MLAConfig) -> list[Shape]:
+    dim, heads, bias = config.dim, config.attention.num_heads, config.attention.bias
+    queries, rank = heads * config.head_dim, mla.q_lora_rank
+    down = mla.kv_lora_rank + mla.qk_rope_head_dim
+    matrices = [(queries, rank or dim), (down, dim)]
+    matrices += [(heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank), (dim, heads * mla.v_head_dim)]
+    vectors = [mla.kv_lora_rank, *([down, dim] if bias else [])]
+    if rank is not None:
+        matrices.append((rank, dim))
+        vectors += [rank, *([rank] if bias else [])]
+    return [Shape(sizes, "matrix") for sizes in matrices] + [Shape((size,), "vector") for size in vectors]
 
 
 def feed_forward_shapes(dim: int, width: int) -> list[Shape]:
@@ -78,6 +95,8 @@ def _moe_shapes(config: DecoderConfig) -> list[Shape]:
         width = moe.latent_dim or dim
         shapes.append(Shape((moe.num_experts, width, 2 * moe.hidden_dim), "matrix"))
         shapes.append(Shape((moe.num_experts, moe.hidden_dim, width), "matrix"))
+    if moe.experts == "clamped_swiglu":
+        shapes += [Shape((moe.num_experts, outputs), "vector") for outputs in (2 * moe.hidden_dim, width)]
     if moe.latent_dim:
         shapes += [Shape((moe.latent_dim, dim), "matrix"), Shape((dim, moe.latent_dim), "matrix")]
     if moe.shared_width:

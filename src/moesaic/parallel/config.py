@@ -101,8 +101,14 @@ def _require_matrices(parallel: ParallelConfig, processes: int, model: DecoderCo
             f"parallel.tensor={parallel.tensor}: must be 1 with {key}.attention.qk_norm={model.attention.qk_norm}, "
             "whose gains the heads share"
         )
+    if model.attention.sinks:
+        raise InputError(
+            f"parallel.tensor={parallel.tensor}: must be 1 with {key}.attention.sinks=True, which are whole on a rank"
+        )
+    if any(layer.mixer == "windowed_rope" for layer in model.layers):
+        raise InputError(f"parallel.tensor={parallel.tensor}: must be 1 with windowed_rope layers in {key}.pattern")
     sizes: dict[str, int] = {}
-    if any(isinstance(layer.mixer, str) for layer in model.layers):
+    if model.attention.mla is None and any(isinstance(layer.mixer, str) for layer in model.layers):
         sizes[f"{key}.attention.num_heads"] = model.attention.num_heads
         sizes[f"{key}.attention.num_kv_heads"] = model.num_kv_heads
     ffns = {layer.ffn for layer in model.layers if isinstance(layer.ffn, str)}

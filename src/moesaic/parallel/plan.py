@@ -529,12 +529,14 @@ def _share_of(model: DecoderConfig, ranks: int) -> DecoderConfig:
     if ranks == 1:
         return model
     heads, moe = model.attention, model.moe
-    attention = dataclasses.replace(
-        heads,
-        num_heads=heads.num_heads // ranks,
-        num_kv_heads=model.num_kv_heads // ranks,
-        head_dim=model.head_dim,
-    )
+    attention = heads
+    if heads.mla is None:  # which every rank has whole
+        attention = dataclasses.replace(
+            heads,
+            num_heads=heads.num_heads // ranks,
+            num_kv_heads=model.num_kv_heads // ranks,
+            head_dim=model.head_dim,
+        )
     if moe is not None:
         shared = moe.shared_width // ranks
         moe = dataclasses.replace(moe, hidden_dim=max(1, moe.hidden_dim // ranks), shared_hidden_dim=shared)

@@ -20,8 +20,8 @@ def share_matrices(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Leave each rank of a mesh its part of the matrices, in place: heads of attention, columns of FFNs, vocabulary.
 
     Between these parts every rank has whole activations, the same as the others. So what has no matrix to share is
-    the same on all of them, and gets the same gradient: norms, routers, custom modules. Experts are not shared here:
-    each rank brings its share of the tokens to them.
+    the same on all of them, and gets the same gradient: norms, routers, latent attention, custom modules. Experts are
+    not shared here: each rank brings its share of the tokens to them.
     """
     plan: dict[str, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=Replicate()),

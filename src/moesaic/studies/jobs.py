@@ -64,6 +64,12 @@ YOUNGER: dict[str, Any] = {
     "model.moe.latent_dim": None,
     "model.attention.clip_qkv": None,
     "upcycle": None,
+    "model.attention.mla": None,
+    "model.first_dense_layers": 0,
+    "model.attention.window": None,
+    "model.attention.sinks": False,
+    "model.moe.swiglu_alpha": 1.702,
+    "model.moe.swiglu_limit": 7.0,
     **{f"transfer.base.{key}": value for key, value in to_mapping(TransferBase()).items()},
     **{f"trainer.fp8.{key}": value for key, value in to_mapping(Fp8Recipe()).items()},
 }

@@ -128,7 +128,8 @@ def _alone(config: DecoderConfig, where: str) -> DecoderConfig:
 
 
 def _small(config: DecoderConfig) -> DecoderConfig:
-    attention = dataclasses.replace(config.attention, num_heads=2, num_kv_heads=1, head_dim=None)
+    kv_heads = 1 if config.attention.mla is None else None
+    attention = dataclasses.replace(config.attention, num_heads=2, num_kv_heads=kv_heads, head_dim=None)
     moe = config.moe and dataclasses.replace(config.moe, hidden_dim=16, shared_hidden_dim=0)
     return dataclasses.replace(config, dim=DIM, hidden_dim=2 * DIM, attention=attention, moe=moe)
 

@@ -226,6 +226,11 @@ def _require_fp8(config: RunConfig) -> None:
     """Refuse FP8 that cannot run here; of an accelerator that is there."""
     moe, accelerator = config.model.get("moe"), config.trainer.accelerator
     if config.trainer.precision == "fp8":
+        if isinstance(moe, dict) and moe.get("experts") == "clamped_swiglu":
+            raise InputError(
+                "trainer.precision='fp8': must be another with model.moe.experts=clamped_swiglu, for whose biases FP8 "
+                "products have no place"
+            )
         plan_fp8(config.trainer)
     elif isinstance(moe, dict) and moe.get("backend") == "fp8" and accelerator in ("cpu", "mps"):
         raise InputError(

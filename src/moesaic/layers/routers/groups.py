@@ -2,10 +2,12 @@
 
 from typing import Unpack
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layers.checks import require_sizes
-from moesaic.layers.router import TopKArguments, TopKRouter
+from moesaic.layers.router import TopKArguments, TopKRouter, at_least_fp32
 
 __all__ = ["GroupLimitedRouter"]
 
@@ -51,6 +53,12 @@ class GroupLimitedRouter(TopKRouter):
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.scored_by = scored_by
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E), in fp32 or fp64 whatever the dtype of the weight, as DeepSeek's code."""
+        bias = None if self.bias is None else at_least_fp32(self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(at_least_fp32(x), at_least_fp32(self.weight), bias)
 
     def select(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         ranking = probabilities.detach()
