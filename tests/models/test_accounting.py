@@ -46,6 +46,11 @@ def pattern(*layers: tuple[Any, Any]) -> dict[str, Any]:
     return {"pattern": entries, "interleave_moe_layer_step": None, "nope_layer_interval": None}
 
 
+def on_loop(config: DecoderConfig) -> DecoderConfig:
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend="loop"))
+
+
 OWN_MIXER = {"type": "custom_samples.RunningMean"}
 OWN_FFN = {"type": "custom_samples.TwoMatrices", "hidden_dim": 24}
 OWN_ROUTER = {"type": "custom_samples.LinearRouter"}
@@ -60,7 +65,7 @@ CONFIGS = {
     "tiny Mixtral": tiny_twin(mixtral_8x7b()),
     "tiny Qwen3": tiny_twin(qwen3_30b_a3b()),
     "tiny OLMoE": tiny_twin(olmoe_1b_7b()),
-    "tiny gpt-oss": tiny_twin(gpt_oss_20b()),
+    "tiny gpt-oss": on_loop(tiny_twin(gpt_oss_20b())),
     "sinks and a window in every third layer": toy(
         {"sinks": True, "window": 5, "attention_chunk_size": None},
         **pattern(("windowed_rope", "dense"), ("rope", "moe"), ("nope", "moe")),
