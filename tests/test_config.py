@@ -314,7 +314,7 @@ NEEDED = {"source": "joint", "attention": {"num_heads": 1}}
 def test_every_number_of_every_config_must_be_finite(config: type, key: str, value: float) -> None:
     hints = typing.get_type_hints(config)
     needed: dict[str, Any] = {
-        field.name: NEEDED.get(field.name, {int: 8, float: 1.0, str: "x"}.get(hints[field.name], {}))
+        field.name: NEEDED.get(field.name, {int: 8, float: 1.0, str: "x", bool: True}.get(hints[field.name], {}))
         for field in dataclasses.fields(config)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }

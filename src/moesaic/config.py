@@ -177,13 +177,14 @@ def _convert_union(options: tuple[Any, ...], expected: Any, value: Any, path: st
     ) from errors[-1]
 
 
-def _misfits(option: Any, values: Mapping[str, Any]) -> int:
-    """Keys of a mapping that a dataclass does not know, and keys that it needs and the mapping does not have."""
+def _misfits(option: Any, values: Mapping[str, Any]) -> tuple[int, int]:
+    """How many keys a dataclass does not know or the mapping lacks, and of these how many it does not know."""
     if not dataclasses.is_dataclass(option):
-        return 0
+        return 0, 0
     missing = dataclasses.MISSING
     needed = {x.name for x in dataclasses.fields(option) if x.default is missing and x.default_factory is missing}
-    return len(set(values) - set(_names(typing.cast(type, option)))) + len(needed - set(values))
+    unknown = len(set(values) - set(_names(typing.cast(type, option))))
+    return unknown + len(needed - set(values)), unknown
 
 
 def _describe(expected: Any) -> str:

@@ -139,7 +139,7 @@ def random_changes(kind: str, seed: int) -> dict[str, Any]:
     heads = kv_heads * draw.choice([1, 2])
     head_dim = draw.choice([4, 6, 8])
     experts = draw.choice([2, 3, 5, 8])
-    changes = {
+    changes: dict[str, Any] = {
         "vocab_size": draw.choice([11, 37]),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,

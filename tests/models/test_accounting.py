@@ -51,6 +51,13 @@ def pattern(*layers: tuple[Any, Any]) -> dict[str, Any]:
 WITH_MLA = {"num_kv_heads": None, "head_dim": None, "qk_norm": False} | dict.fromkeys(
     ("attention_chunk_size", "temperature")
 )
+
+
+def on_loop(config: DecoderConfig) -> DecoderConfig:
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend="loop"))
+
+
 OWN_MIXER = {"type": "custom_samples.RunningMean"}
 OWN_FFN = {"type": "custom_samples.TwoMatrices", "hidden_dim": 24}
 OWN_ROUTER = {"type": "custom_samples.LinearRouter"}
@@ -69,7 +76,7 @@ CONFIGS = {
     "latent attention, biases, no latent of the queries": toy(
         {"mla": MLAConfig(7, 5, 4, 6), "bias": True, **WITH_MLA}, nope_layer_interval=0, first_dense_layers=2
     ),
-    "tiny gpt-oss": tiny_twin(gpt_oss_20b()),
+    "tiny gpt-oss": on_loop(tiny_twin(gpt_oss_20b())),
     "sinks and a window in every third layer": toy(
         {"sinks": True, "window": 5, "attention_chunk_size": None},
         **pattern(("windowed_rope", "dense"), ("rope", "moe"), ("nope", "moe")),

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,9 @@ class AcceleratedDeepseekV3Experts(RoutedByTheirBlock, DeepseekV3Experts):
 
 class AcceleratedGptOssExperts(RoutedByTheirBlock, GptOssExperts):
     """Weights are stored (in, out) and with biases, and columns of gate and up alternate."""
+
+    def forward(self, hidden_states: Tensor, router_indices: Any = None, routing_weights: Any = None) -> Tensor:
+        return super().forward(hidden_states, router_indices, routing_weights)
 
     def run(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
         weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)

@@ -434,7 +434,7 @@ def write_config(table: Table, config: DecoderConfig, carried: Mapping[str, Any]
     if "mlp_only_layers" in known:
         values |= _write_dense_layers(config, carried)
     if "layer_types" in known:
-        name_of = {mixer: name for name, mixer in MIXER_OF.items()}
+        name_of: dict[str, str] = {mixer: name for name, mixer in MIXER_OF.items()}
         values["layer_types"] = [name_of.get(str(layer.mixer), "full_attention") for layer in config.layers]
         # theirs makes the mask of a window whether a layer uses it or not
         values.setdefault("sliding_window", carried.get("sliding_window") or _default(table, "sliding_window"))

@@ -331,7 +331,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunk: int |
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def lower_right_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def lower_right_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """Attention of the last L of S positions, each to all up to its own: q (B, N, L, H), k and v (B, G, S, H)."""
     queries, keys = q.size(2), k.size(2)
     mask, is_causal = None, False

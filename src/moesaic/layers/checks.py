@@ -3,6 +3,7 @@
 import math
 import numbers
 import types
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,8 +88,8 @@ def require_kinds(kind: type | types.UnionType, **values: Any) -> None:
     """Raise TypeError unless each is a `kind` or None."""
     for name, value in values.items():
         if value is not None and not isinstance(value, kind):
-            kinds = getattr(kind, "__args__", (kind,))
-            raise TypeError(f"{name}={value!r}: must be of type {' or '.join(x.__name__ for x in kinds)}, or None")
+            kinds = [each.__name__ for each in typing.get_args(kind) or [typing.cast(type, kind)]]
+            raise TypeError(f"{name}={value!r}: must be of type {' or '.join(kinds)}, or None")
 
 
 def require_choice(allowed: Iterable[str], **values: Any) -> None:
