@@ -52,6 +52,17 @@ from moesaic.layers.routers import (
     ThresholdRouter,
     TopPRouter,
 )
+from moesaic.layers.vision import (
+    PixelShuffleAdapter,
+    RotaryEmbedding2d,
+    VisionAttention,
+    VisionBlock,
+    VisionEncoder,
+    VisionFeedForward,
+    VisionTransformer,
+    pixel_shuffle,
+    to_patches,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -84,11 +95,13 @@ __all__ = [
     "ParameterKind",
     "Parametrization",
     "Part",
+    "PixelShuffleAdapter",
     "QKNorm",
     "QuantileRouter",
     "RMSNorm",
     "ReluRouter",
     "RotaryEmbedding",
+    "RotaryEmbedding2d",
     "RoutedLayer",
     "Routing",
     "ScaledLogits",
@@ -100,6 +113,11 @@ __all__ = [
     "TopPRouter",
     "Transfer",
     "UniformRouter",
+    "VisionAttention",
+    "VisionBlock",
+    "VisionEncoder",
+    "VisionFeedForward",
+    "VisionTransformer",
     "causal_attention",
     "choose_backend",
     "collect_routings",
@@ -109,5 +127,7 @@ __all__ = [
     "mix_experts",
     "parameter_fans",
     "parameter_kinds",
+    "pixel_shuffle",
     "run_experts",
+    "to_patches",
 ]

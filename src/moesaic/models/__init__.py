@@ -5,11 +5,14 @@ from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, M
 from moesaic.models.decoder import Block, Decoder, DecoderOutput, build_decoder
 from moesaic.models.generation import generate, sample
 from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
+from moesaic.models.multimodal import MultimodalDecoder, build_multimodal
+from moesaic.models.multimodal_config import MultimodalConfig, VisionConfig
 from moesaic.models.presets import (
     llama4_behemoth_guess,
     llama4_maverick,
     llama4_scout,
     llama4_toy,
+    llama4_vision,
     mixtral_8x7b,
     olmoe_1b_7b,
     qwen3_30b_a3b,
@@ -27,8 +30,12 @@ __all__ = [
     "LayerConfig",
     "MemoryEstimate",
     "MoEConfig",
+    "MultimodalConfig",
+    "MultimodalDecoder",
+    "VisionConfig",
     "account",
     "build_decoder",
+    "build_multimodal",
     "estimate_memory",
     "generate",
     "kv_cache_bytes",
@@ -36,6 +43,7 @@ __all__ = [
     "llama4_maverick",
     "llama4_scout",
     "llama4_toy",
+    "llama4_vision",
     "mixtral_8x7b",
     "olmoe_1b_7b",
     "qwen3_30b_a3b",
