@@ -285,7 +285,8 @@ def to_hf(
     """Write the decoder in transformers' format: config.json and (sharded) safetensors.
 
     It becomes the architecture that it was read from, or else the first of `ARCHITECTURES` that holds it exactly. A
-    `MultimodalDecoder` becomes a `Llama4ForConditionalGeneration`. Each expert has tensors of its own where the architecture's published files have that.
+    `MultimodalDecoder` becomes a `Llama4ForConditionalGeneration`. Each expert has tensors of its own where the
+    architecture's published files have that.
 
     What `from_hf` read beside the weights (token ids, generation_config.json, tokenizer) is written again. The files
     appear under their names only when all are complete, config.json last. Memory: the decoder and one tensor.
@@ -380,7 +381,7 @@ def _tensors_to_write(decoder: Decoder | MultimodalDecoder, layout: Layout | Wit
     """By transformers' names in files, without the head of a tied decoder."""
     tensors = {}
     for name, p in decoder.named_parameters(remove_duplicate=False):
-        if name.endswith("head.weight") and _text_of(decoder).tie_embeddings:
+        if name in ("head.weight", "decoder.head.weight") and _text_of(decoder).tie_embeddings:
             continue
         for piece in layout.pieces(name, tuple(p.shape), _head_dim(decoder), in_model=False):
             tensors[piece.name] = _Stored(piece.shape, p.dtype, partial(_read_piece, p, piece))

@@ -224,6 +224,8 @@ class VisionTransformer(nn.Module):
         require_flags(class_token=class_token, checkpoint_activations=checkpoint_activations)
         require_numbers(norm_eps=norm_eps)
         require_dtype(dtype)
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads}: must divide dim={dim}")
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.learned_grid = learned_grid

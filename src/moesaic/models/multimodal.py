@@ -161,10 +161,8 @@ class MultimodalDecoder(nn.Module):
             where = [f"row {row} of tokens" for row in range(len(places))]
         for name, has, wants in zip(where, there, needed, strict=True):
             if has != wants:
-                raise ValueError(
-                    f"images: {name} has {has} image tokens (id {self.image_token}); must be {wants}, as many as its "
-                    "images have"
-                )
+                held = f"{wants}, as many as its images have" if wants else "none without images"
+                raise ValueError(f"images: {name} has {has} image tokens (id {self.image_token}); must be {held}")
 
 
 def _rows(image_rows: Tensor | Sequence[int], number: int, batch: int) -> list[int]:
