@@ -268,6 +268,7 @@ def test_the_config_counts_the_tokens_of_a_picture() -> None:
 # ---- published models
 
 
+@pytest.mark.slow_but_for("scout")
 @pytest.mark.parametrize(
     ("text", "total", "active"),
     [(llama4_scout(), 108_641_793_536, 17_172_894_720), (llama4_maverick(), 401_583_781_376, 17_184_691_200)],
