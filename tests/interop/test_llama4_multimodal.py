@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
+from moesaic.cli import convert
 from moesaic.errors import InputError
 from moesaic.interop import (
     accelerate,
@@ -24,6 +25,7 @@ from moesaic.interop import (
     multimodal_from_hf,
     to_hf,
 )
+from moesaic.interop.__main__ import main
 from moesaic.models import MultimodalDecoder, build_multimodal, generate
 from moesaic.models.tiles import TileTokens
 
@@ -258,6 +260,39 @@ def test_nothing_is_shared_with_the_source() -> None:
     assert not pointers & {p.data_ptr() for p in ours.parameters()}
     assert ours.config is not None and ours.config.text.moe is not None and ours.config.text.moe.backend == "loop"
     assert multimodal_from_hf(model, dtype=torch.float64).projector.weight.dtype == torch.float64
+
+
+def test_the_entry_point_takes_pixels(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Llama4ForConditionalGeneration.from_pretrained(saved)
+    tokens, pixels = inputs(model, 1, 2)
+    assert pixels is not None
+    save_file({"input_ids": tokens, "pixel_values": pixels}, tmp_path / "in.safetensors")
+    with torch.no_grad():
+        expected = model(tokens, pixel_values=pixels, use_cache=False).logits
+    arguments = ["logits", str(saved), str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]
+    for prefill in ([], ["--prefill", str(tokens.size(1) - 2)]):
+        main([*arguments, *prefill])
+        assert_close(load_file(tmp_path / "out.safetensors")["logits"], expected, 2e-5, "logits")
+    main(["roundtrip", "--with-vision", str(saved), str(tmp_path / "copy")])
+    assert weights(tmp_path / "copy").keys() == weights(saved).keys()
+    for wrong, message in ((pixels[:1], "must be 4, as many"), (pixels[0], "must be floating-point (tiles, channels")):
+        save_file({"input_ids": tokens, "pixel_values": wrong.clone()}, tmp_path / "in.safetensors")
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_convert_takes_the_whole_model(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert.main([str(saved), str(tmp_path / "new"), "with_vision=true", "dtype=bfloat16"])
+    assert "parameters with vision" in capsys.readouterr().out
+    found, expected = weights(tmp_path / "new"), weights(saved)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.items())
+    convert.main([str(saved), "with_vision=true", "dry_run=true"])
+    assert f"{len(expected)}, all accounted for" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        convert.main([str(saved), str(tmp_path / "new.ckpt"), "with_vision=true"])
+    assert "both must be directories of transformers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

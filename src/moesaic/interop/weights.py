@@ -92,7 +92,7 @@ class CheckReport:
     skipped: int
     """Vision tensors, which have no place in a text model."""
     vision: VisionConfig | None
-    """Of the encoder, where it was checked too."""
+    """The config of the encoder, where it was checked too."""
     absent_shards: tuple[str, ...]
     """Files that the index names and that are not here: of their tensors only the names were checked."""
 
