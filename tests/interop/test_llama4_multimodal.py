@@ -26,8 +26,7 @@ from moesaic.interop import (
     to_hf,
 )
 from moesaic.interop.__main__ import main
-from moesaic.models import MultimodalDecoder, build_multimodal, generate
-from moesaic.models.tiles import TileTokens
+from moesaic.models import MultimodalDecoder, TileTokens, build_multimodal, generate
 
 IMAGE = 60
 VISION: dict[str, Any] = {
@@ -318,7 +317,8 @@ def test_convert_takes_the_whole_model(saved: Path, tmp_path: Path, capsys: pyte
         ("text_config", {"hidden_act": "mish"}, "hidden_act='mish'"),
         (None, {"image_token_index": 61}, "image_token_index=61: must be a token id below text_config.vocab_size=61"),
         (None, {"image_token_index": ...}, "image_token_index=200092: must be"),
-        (None, {"image_token_id": 3}, r"image_token_index=\[3, 60\]: must be one token id"),
+        (None, {"image_token_id": 3}, "image_token_index=60, 3: must be one token id"),
+        (None, {"image_token_index": [60]}, r"image_token_index=\[60\]: must be one token id"),
         (None, {"vision_config": None}, "vision_config=None: must be a mapping"),
         (None, {"fusion": "late"}, "fusion='late': not a field of Llama 4"),
         (None, {"quantization_config": {"bits": 4}}, "quantization_config="),

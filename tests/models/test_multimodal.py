@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
-from moesaic.layers import AttentionTemperature
+from moesaic.layers import AttentionTemperature, parameter_kinds
 from moesaic.models import (
     DecoderConfig,
     MultimodalConfig,
     MultimodalDecoder,
+    TileTokens,
     VisionConfig,
     account,
     build_decoder,
@@ -24,9 +25,10 @@ from moesaic.models import (
     llama4_scout,
     llama4_toy,
     llama4_vision,
+    split_into_tiles,
+    tile_grid,
 )
 from moesaic.models.config import BaseShape
-from moesaic.models.tiles import TileTokens, split_into_tiles, tile_grid
 
 IMAGE = 30
 TINY: dict[str, Any] = {"patch_size": 2, "dim": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 12, "output_dim": 6}
@@ -84,6 +86,11 @@ def test_a_seed_draws_the_decoder_that_it_draws_without_an_encoder() -> None:
     assert all(torch.equal(p, whole.decoder.get_parameter(name)) for name, p in alone.named_parameters())
     drawn = [p for name, p in whole.named_parameters() if name.endswith("proj.weight") and "vision" in name]
     assert all(p.std() < 0.03 for p in [*drawn, whole.projector.weight])  # type: ignore[list-item]
+    kinds = parameter_kinds(whole)
+    assert kinds["projector.weight"] == kinds["vision.adapter.up_proj.weight"] == "matrix"
+    assert (
+        kinds["decoder.head.weight"] == "output" and kinds["vision.transformer.patch_embedding.weight"] == "embedding"
+    )
 
 
 def test_embeddings_of_pictures_stand_at_their_image_tokens() -> None:

@@ -104,10 +104,11 @@ def multimodal_config_from_hf(config: Mapping[str, Any]) -> MultimodalConfig:
 
 
 def _image_token(config: Mapping[str, Any]) -> int:
-    given = {config[name] for name in (IMAGE_TOKEN, IDS[IMAGE_TOKEN]) if config.get(name) is not None} or {200092}
-    token = given.pop()
-    if given or isinstance(token, bool) or not isinstance(token, int):
-        raise InputError(f"config.json: {IMAGE_TOKEN}={sorted({token, *given}, key=str)}: must be one token id")
+    """The id under either of its names; Llama 4's default where neither is given."""
+    given = [config[name] for name in (IMAGE_TOKEN, IDS[IMAGE_TOKEN]) if config.get(name) is not None] or [200092]
+    token = given[0]
+    if given[-1] != token or isinstance(token, bool) or not isinstance(token, int):
+        raise InputError(f"config.json: {IMAGE_TOKEN}={', '.join(map(repr, given))}: must be one token id")
     return token
 
 

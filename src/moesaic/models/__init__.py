@@ -18,6 +18,7 @@ from moesaic.models.presets import (
     qwen3_30b_a3b,
     tiny_twin,
 )
+from moesaic.models.tiles import TileTokens, split_into_tiles, tile_grid
 
 __all__ = [
     "Account",
@@ -32,6 +33,7 @@ __all__ = [
     "MoEConfig",
     "MultimodalConfig",
     "MultimodalDecoder",
+    "TileTokens",
     "VisionConfig",
     "account",
     "build_decoder",
@@ -48,6 +50,8 @@ __all__ = [
     "olmoe_1b_7b",
     "qwen3_30b_a3b",
     "sample",
+    "split_into_tiles",
+    "tile_grid",
     "tiny_twin",
     "trace_memory",
 ]

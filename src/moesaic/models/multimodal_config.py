@@ -31,7 +31,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" or field.type is int:
+            if field.type is int:
                 _require(value > 0, f"{field.name}={value}: must be a number > 0")
         square = self.patch_size * self.pixel_shuffle
         _require(
