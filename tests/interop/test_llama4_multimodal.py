@@ -122,6 +122,7 @@ def test_logits_and_gradients_agree(name: str) -> None:
     assert_same_function(model, multimodal_from_hf(model), *inputs(model, 1, 2))
 
 
+@pytest.mark.slow_but_for("several")
 @pytest.mark.parametrize("pictures", [(), (1, 0), (1, 1), (3, 2)], ids=["text only", "one", "one each", "several"])
 def test_any_number_of_pictures_with_and_without_padding(pictures: tuple[int, ...]) -> None:
     text = {"num_hidden_layers": 2, "no_rope_layer_interval": 2}
@@ -153,6 +154,7 @@ def test_cached_generation_after_pictures_agrees() -> None:
     assert torch.equal(generate(ours, tokens, 8, temperature=0.0, images=pixels), expected)
 
 
+@pytest.mark.slow
 def test_bf16_lies_within_their_own_spread() -> None:
     model, exact = theirs_of({}, {}), theirs_of({}, {})
     for p, wide in zip(model.parameters(), exact.parameters(), strict=True):
@@ -281,6 +283,7 @@ def test_the_entry_point_takes_pixels(saved: Path, tmp_path: Path, capsys: pytes
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_convert_takes_the_whole_model(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert.main([str(saved), str(tmp_path / "new"), "with_vision=true", "dtype=bfloat16"])
     assert "parameters with vision" in capsys.readouterr().out
@@ -294,6 +297,7 @@ def test_convert_takes_the_whole_model(saved: Path, tmp_path: Path, capsys: pyte
     assert "both must be directories of transformers" in capsys.readouterr().err
 
 
+@pytest.mark.slow_but_for("intermediate_size", "missing tensors", "image_token_index=61", "quantization")
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
@@ -349,6 +353,7 @@ def test_damaged_files_and_models_of_others_are_refused(tmp_path: Path) -> None:
         multimodal_from_hf(tmp_path)
 
 
+@pytest.mark.slow_but_for("class_token")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

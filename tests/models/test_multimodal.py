@@ -147,6 +147,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
 # ---- caches and generation
 
 
+@pytest.mark.slow_but_for("[1, 4, 1, 7]-left padding", "[7, 6]-]")
 @pytest.mark.parametrize("padded", [False, True], ids=["", "left padding"])
 @pytest.mark.parametrize("pieces", [[7, 6], [6, 1, 1, 1, 1, 1, 1, 1], [1, 4, 1, 7]], ids=str)
 def test_cached_equals_uncached(pieces: list[int], padded: bool) -> None:
