@@ -72,8 +72,8 @@ def test_text_alone_has_the_bits_of_the_decoder() -> None:
     mask[0, :3] = 0
     for given in (None, mask):
         expected = model.decoder(tokens, attention_mask=given)
-        for images in (None, []):
-            found = model(tokens, attention_mask=given, images=images)
+        for images in (None, [], torch.zeros(0, 3, 4, 4)):
+            found = model(tokens, attention_mask=given, images=images, image_rows=None if images is None else [])
             assert torch.equal(found.logits, expected.logits)
             assert found.routing.keys() == expected.routing.keys()
 
