@@ -23,8 +23,17 @@ from moesaic.layers.part import initialize
 
 
 def transformer(**changes: Any) -> VisionTransformer:
-    sizes = {"patch_size": 2, "dim": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 24, "learned_grid": (3, 3)}
-    return redraw(VisionTransformer(**{**sizes, **changes})).eval()  # type: ignore[return-value]
+    sizes: dict[str, Any] = {
+        "patch_size": 2,
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "hidden_dim": 24,
+        "learned_grid": (3, 3),
+    }
+    model = VisionTransformer(**{**sizes, **changes})
+    redraw(model)
+    return model.eval()
 
 
 FREE: dict[str, Any] = {"learned_grid": None}
@@ -160,7 +169,7 @@ def test_kinds_and_draws() -> None:
     spread = {name: p.std().item() for name, p in wide.named_parameters() if p.dim() == 2}
     assert spread.pop("position_embedding") == pytest.approx(1 / 16, rel=0.1)
     assert all(std == pytest.approx(0.02, rel=0.1) for std in spread.values())
-    assert not wide.layers[0].ffn.up_proj.bias.any()  # type: ignore[union-attr]
+    assert not wide.get_parameter("layers.0.ffn.up_proj.bias").any()
 
 
 def test_bf16_and_the_meta_device() -> None:

@@ -45,7 +45,9 @@ def config(text: dict[str, Any] | None = None, **vision: Any) -> MultimodalConfi
 
 
 def model_of(given: MultimodalConfig | None = None, **changes: Any) -> MultimodalDecoder:
-    return redraw(build_multimodal(given or config(), **changes)).eval()  # type: ignore[return-value]
+    model = build_multimodal(given or config(), **changes)
+    redraw(model)
+    return model.eval()
 
 
 def tokens_with(*lengths: tuple[int, ...], length: int = 13) -> Tensor:
@@ -70,9 +72,10 @@ def test_text_alone_has_the_bits_of_the_decoder() -> None:
     model, tokens = model_of(), tokens_with((), ())
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
+    nothing: list[Any] = [None, [], torch.zeros(0, 3, 4, 4)]
     for given in (None, mask):
         expected = model.decoder(tokens, attention_mask=given)
-        for images in (None, [], torch.zeros(0, 3, 4, 4)):
+        for images in nothing:
             found = model(tokens, attention_mask=given, images=images, image_rows=None if images is None else [])
             assert torch.equal(found.logits, expected.logits)
             assert found.routing.keys() == expected.routing.keys()
@@ -85,7 +88,7 @@ def test_a_seed_draws_the_decoder_that_it_draws_without_an_encoder() -> None:
     alone = build_decoder(config().text)
     assert all(torch.equal(p, whole.decoder.get_parameter(name)) for name, p in alone.named_parameters())
     drawn = [p for name, p in whole.named_parameters() if name.endswith("proj.weight") and "vision" in name]
-    assert all(p.std() < 0.03 for p in [*drawn, whole.projector.weight])  # type: ignore[list-item]
+    assert all(p.std() < 0.03 for p in [*drawn, whole.get_parameter("projector.weight")])
     kinds = parameter_kinds(whole)
     assert kinds["projector.weight"] == kinds["vision.adapter.up_proj.weight"] == "matrix"
     assert (
@@ -170,7 +173,7 @@ def test_cached_equals_uncached(pieces: list[int], padded: bool) -> None:
 
 def test_generation_after_a_picture() -> None:
     model, tokens, images = model_of(), tokens_with((4,), (4,), length=6), torch.randn(2, 3, 4, 4)
-    greedy = {"temperature": 0.0, "images": images}
+    greedy: dict[str, Any] = {"temperature": 0.0, "images": images}
     found = generate(model, tokens, 8, **greedy)
     assert torch.equal(generate(model, tokens, 8, use_cache=False, **greedy), found)
     again = tokens
