@@ -19,13 +19,13 @@ from moesaic.cli.common import launch, plain
 from moesaic.data import BPETokenizer, Tokenizer
 from moesaic.data.tokenizers import END_OF_TEXT
 from moesaic.errors import InputError
-from moesaic.interop import check_hf, config_to_hf, from_hf, to_hf
+from moesaic.interop import check_hf, config_to_hf, from_hf, multimodal_from_hf, to_hf
 from moesaic.interop.weights import Progress as TensorProgress
-from moesaic.models import Decoder, DecoderConfig, account
+from moesaic.models import Decoder, DecoderConfig, MultimodalDecoder, account
 from moesaic.parallel.manifest import is_sharded_checkpoint
 from moesaic.reading import reading
 
-__all__ = ["convert", "main"]
+__all__ = ["convert", "convert_with_vision", "main"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +71,26 @@ def convert(
     return decoder
 
 
+def convert_with_vision(
+    source: Path, destination: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000
+) -> MultimodalDecoder:
+    """Write the whole of a Llama 4 in `source` to the directory `destination`; returns the model.
+
+    Raises:
+        InputError: either cannot be used; nothing is written then.
+    """
+    if destination.suffix == ".ckpt" or not _is_directory(source):
+        raise InputError(
+            f"with_vision=true: found {source} and {destination}; both must be directories of transformers, as a "
+            "checkpoint holds a text model"
+        )
+    with _bar("reading") as tell:
+        model = multimodal_from_hf(source, dtype=dtype, progress=tell)
+    with _bar("writing") as tell:
+        to_hf(model, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=tell)
+    return model
+
+
 def _is_directory(source: Path) -> bool:
     """Whether this is a directory of transformers, rather than a checkpoint of ours."""
     return source.is_dir() and not is_sharded_checkpoint(source)
@@ -96,14 +116,14 @@ def _tokenizer_files(tokenizer: BPETokenizer) -> dict[str, str]:
     }
 
 
-def dry_run(source: Path) -> Table:
+def dry_run(source: Path, with_vision: bool = False) -> Table:
     """Check all that can be checked without weights; returns what was found."""
     if not _is_directory(source):
         loaded = load_model(source)
         carried = json.loads(loaded.decoder.foreign_files.get("config.json", "{}"))
         written = config_to_hf(loaded.config, carried, "float32")
         return _summary(str(source), loaded.config, {"can be written as": written["architectures"][0]})
-    report = check_hf(source)
+    report = check_hf(source, with_vision=with_vision)
     facts = {"tensors": f"{report.tensors}, all accounted for", "bytes": f"{report.bytes:,}"}
     if report.skipped:
         facts[f"{report.skipped_kind} tensors"] = f"{report.skipped}, would be skipped"
@@ -141,13 +161,13 @@ def _task(config: DictConfig) -> None:
     given = plain(config)
     console = Console(emoji=False)
     started = time.perf_counter()
-    require_switches(given, "dry_run")
+    require_switches(given, "dry_run", "with_vision")
     for key in ("source", "destination"):
         if not isinstance(given[key], str) and (key == "source" or not given["dry_run"]):
             raise InputError(f"{key}: missing; give moesaic convert SOURCE DESTINATION, or SOURCE dry_run=true")
     source = Path(given["source"])
     if given["dry_run"]:
-        console.print(dry_run(source))
+        console.print(dry_run(source, given["with_vision"]))
         return
     if given["dtype"] not in (None, *DTYPES):
         raise InputError(f"dtype={given['dtype']!r}: must be one of {', '.join(DTYPES)}, or null")
@@ -155,7 +175,8 @@ def _task(config: DictConfig) -> None:
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < 1e9:
         raise InputError(f"max_shard_gb={limit!r}: must be a number > 0 and < 1e9")
     dtype = DTYPES.get(given["dtype"])
-    decoder = convert(source, Path(given["destination"]), dtype, int(limit * 1e9))
+    write = convert_with_vision if given["with_vision"] else convert
+    decoder = write(source, Path(given["destination"]), dtype, int(limit * 1e9))
     parameters = dict(decoder.named_parameters())
     dtypes = {dtype or p.dtype for p in parameters.values()}
     facts = {
@@ -165,8 +186,11 @@ def _task(config: DictConfig) -> None:
         "seconds": f"{time.perf_counter() - started:.1f}",
         "written": given["destination"],
     }
-    assert decoder.config is not None
-    console.print(_summary(given["source"], decoder.config, facts))
+    text = decoder.decoder if isinstance(decoder, MultimodalDecoder) else decoder
+    assert text.config is not None
+    if text is not decoder:
+        facts["parameters with vision"] = f"{sum(p.numel() for p in parameters.values()):,}"
+    console.print(_summary(given["source"], text.config, facts))
 
 
 def main(arguments: Sequence[str]) -> None:

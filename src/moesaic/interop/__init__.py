@@ -5,7 +5,7 @@ Needs the [hf] extra. `python -m moesaic.interop --help` holds it against transf
 
 from moesaic.interop.accelerate import accelerate, accelerated_blocks, restore
 from moesaic.interop.architectures import ARCHITECTURES, Architecture, config_from_hf, config_to_hf
-from moesaic.interop.weights import CheckReport, check_hf, from_hf, gradients_to_hf, hf_name, to_hf
+from moesaic.interop.weights import CheckReport, check_hf, from_hf, gradients_to_hf, hf_name, multimodal_from_hf, to_hf
 
 __all__ = [
     "ARCHITECTURES",
@@ -19,6 +19,7 @@ __all__ = [
     "from_hf",
     "gradients_to_hf",
     "hf_name",
+    "multimodal_from_hf",
     "restore",
     "to_hf",
 ]

@@ -1,12 +1,13 @@
 """Hold this package against transformers on any directory of theirs, without writing Python.
 
     python -m moesaic.interop logits DIRECTORY INPUTS OUTPUT [--dtype float32] [--prefill N]
-    python -m moesaic.interop roundtrip DIRECTORY OUTPUT_DIRECTORY
+    python -m moesaic.interop roundtrip DIRECTORY OUTPUT_DIRECTORY [--with-vision]
 
 DIRECTORY has config.json and (sharded) safetensors in transformers' format. INPUTS holds input_ids (B, L) and, if some
 of them are padding, attention_mask (B, L): .safetensors, .npz or .pt with these names, .json with these keys, or .npy
-with the ids alone. OUTPUT gets the logits (B, L, V) in fp32 (fp64 of fp64 weights): .safetensors, .npz or .pt under the
-name logits, or .npy. --prefill N runs the first N tokens at once and the rest one by one through the KV cache.
+with the ids alone. With pixel_values (tiles, C, H, W) among them the model is the whole of a Llama 4, vision included.
+OUTPUT gets the logits (B, L, V) in fp32 (fp64 of fp64 weights): .safetensors, .npz or .pt under the name logits, or
+.npy. --prefill N runs the first N tokens at once, with all pictures, and the rest one by one through the KV cache.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from moesaic.errors import InputError
 from moesaic.files import atomic
-from moesaic.interop.weights import from_hf, to_hf
+from moesaic.interop.weights import from_hf, multimodal_from_hf, to_hf
 
 __all__ = ["compute_logits", "main"]
 
@@ -37,32 +38,36 @@ def compute_logits(
     Raises:
         InputError: a directory or file that cannot be used, or ids outside the vocabulary.
     """
-    tokens, attention_mask = _read_inputs(Path(inputs))
+    tokens, attention_mask, pixels = _read_inputs(Path(inputs))
     if prefill is not None and not 1 <= prefill <= tokens.size(1):
         raise InputError(f"--prefill {prefill}: must be 1 to the number of tokens, {tokens.size(1)}")
-    decoder = from_hf(directory, dtype=dtype)
+    decoder = from_hf(directory, dtype=dtype) if pixels is None else multimodal_from_hf(directory, dtype=dtype)
+    seen = {} if pixels is None else {"images": pixels.to(decoder.dtype)}
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:
         raise InputError(
             f"{inputs}: found ids {int(tokens.min())} to {int(tokens.max())}; must be 0 to {decoder.vocab_size - 1}"
         )
-    if prefill is None:
-        logits = decoder(tokens, attention_mask=attention_mask).logits
-    else:
-        cache, pieces = decoder.make_cache(), []
-        for start, end in [(0, prefill), *((i, i + 1) for i in range(prefill, tokens.size(1)))]:
-            mask = None if attention_mask is None else attention_mask[:, :end]
-            pieces.append(decoder(tokens[:, start:end], cache, mask).logits)
-        logits = torch.cat(pieces, dim=1)
+    cache = None if prefill is None else decoder.make_cache()
+    length, pieces = tokens.size(1), []
+    starts = [0] if prefill is None else [0, *range(prefill, length)]
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+        mask = None if attention_mask is None else attention_mask[:, :end]
+        try:
+            pieces.append(decoder(tokens[:, start:end], cache, mask, **(seen if start == 0 else {})).logits)
+        except ValueError as error:  # pictures that do not fit the tokens
+            raise InputError(f"{inputs}: {error}") from error
+    logits = torch.cat(pieces, dim=1)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _read_inputs(path: Path) -> tuple[Tensor, Tensor | None]:
+def _read_inputs(path: Path) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
         values = _load(path)
         if isinstance(values, dict):
-            values = {name: torch.as_tensor(x) for name, x in values.items() if name in ("input_ids", "attention_mask")}
+            names = ("input_ids", "attention_mask", "pixel_values")
+            values = {name: torch.as_tensor(x) for name, x in values.items() if name in names}
     except InputError:
         raise
     except Exception as error:  # each format has errors of its own
@@ -78,13 +83,19 @@ def _read_inputs(path: Path) -> tuple[Tensor, Tensor | None]:
             )
         tensors.append(tensor)
     tokens, attention_mask = tensors
+    pixels = values.get("pixel_values")
+    if pixels is not None and (pixels.dim() != 4 or not pixels.is_floating_point()):
+        raise InputError(
+            f"{path}: pixel_values of shape {tuple(pixels.shape)}, {pixels.dtype}; must be floating-point (tiles, "
+            "channels, height, width)"
+        )
     assert tokens is not None
     if attention_mask is not None and attention_mask.shape != tokens.shape:
         raise InputError(
             f"{path}: attention_mask of shape {tuple(attention_mask.shape)}; must be that of input_ids, "
             f"{tuple(tokens.shape)}"
         )
-    return tokens.long(), attention_mask
+    return tokens.long(), attention_mask, pixels
 
 
 def _load(path: Path) -> Any:
@@ -128,10 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     roundtrip = commands.add_parser("roundtrip", help="read a directory into our decoder, and write it again")
     for name in ("directory", "output"):
         roundtrip.add_argument(name, type=Path)
+    roundtrip.add_argument("--with-vision", action="store_true", help="the whole of a Llama 4, not its text alone")
     given = parser.parse_args(arguments)
     try:
         if given.command == "roundtrip":
-            to_hf(from_hf(given.directory), given.output)
+            read = multimodal_from_hf if given.with_vision else from_hf
+            to_hf(read(given.directory), given.output)
         else:
             if given.output.suffix not in (".safetensors", ".npz", ".npy", ".pt"):
                 raise InputError(f"{given.output}: must be one of .safetensors, .npz, .npy, .pt")

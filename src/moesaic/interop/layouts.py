@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-__all__ = ["AS_OURS", "Layout", "Piece", "PieceView", "experts_of"]
+__all__ = ["AS_OURS", "WHOLE", "Layout", "Piece", "PieceView", "WithVision", "experts_of"]
 
 PieceView = Callable[[Tensor], Tensor]
 
@@ -93,6 +93,47 @@ class Layout:
 ROTATED = (".mixer.q_proj", ".mixer.k_proj", ".mixer.q_norm", ".mixer.k_norm")
 AS_OURS = Layout(ffn="feed_forward", router="router", halves=False)
 """Llama 4's: a tensor only changes its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WithVision:
+    """The names of Llama 4's whole model: its text model's with a prefix, those of the encoder and of the projector."""
+
+    text: Layout = AS_OURS
+    prefix: str = "language_model."
+    experts: None = None
+    """As in `Layout`."""
+
+    def pieces(self, name: str, shape: tuple[int, ...], head_dim: int, *, in_model: bool) -> list[Piece]:
+        """As `Layout.pieces`, for a parameter of a `MultimodalDecoder`."""
+        part, _, rest = name.partition(".")
+        if part == "decoder":
+            found = self.text.pieces(rest, shape, head_dim, in_model=in_model)
+            return [dataclasses.replace(piece, name=self.prefix + piece.name) for piece in found]
+        for ours, theirs in VISION_NAMES.items():
+            name = name.replace(ours, theirs)
+        return [Piece(name, _whole, shape)]
+
+
+VISION_NAMES = {
+    "projector.": "multi_modal_projector.linear_1.",
+    "vision.transformer.layers.": "vision_model.model.layers.",
+    "vision.transformer.": "vision_model.",
+    "vision.adapter.": "vision_model.vision_adapter.mlp.",
+    ".patch_embedding.": ".patch_embedding.linear.",
+    ".position_embedding": ".positional_embedding_vlm",
+    ".norm_before.": ".layernorm_pre.",
+    ".norm_after.": ".layernorm_post.",
+    ".mixer_norm.": ".input_layernorm.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+    ".mixer.": ".self_attn.",
+    ".ffn.": ".mlp.",
+    ".up_proj.": ".fc1.",
+    ".down_proj.": ".fc2.",
+}
+"""Our names in encoder and projector -> transformers'."""
+
+WHOLE = WithVision()
 
 
 def experts_of(gate: str, up: str, down: str) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,33 @@ from moesaic.devices import require_memory
 from moesaic.errors import InputError
 from moesaic.files import LOCK, staging_folder, sync, write_atomically, write_json, writing
 from moesaic.interop.architectures import Architecture, architecture_of, config_to_hf
-from moesaic.interop.layouts import AS_OURS, Layout, Piece
+from moesaic.interop.layouts import AS_OURS, WHOLE, Layout, Piece, WithVision
+from moesaic.interop.llama4_vision_config import multimodal_config_from_hf, multimodal_config_to_hf
 from moesaic.layers import BackendName
-from moesaic.models import Decoder, DecoderConfig, build_decoder
+from moesaic.models import (
+    Decoder,
+    DecoderConfig,
+    MultimodalConfig,
+    MultimodalDecoder,
+    VisionConfig,
+    build_decoder,
+    build_multimodal,
+)
 from moesaic.models.decoder import FOREIGN_FILES
+from moesaic.models.multimodal import MULTIMODAL_FILES
 from moesaic.models.shapes import num_parameters
 from moesaic.reading import read_json, reading, require_finite
 
-__all__ = ["CheckReport", "Progress", "check_hf", "from_hf", "gradients_to_hf", "hf_name", "to_hf"]
+__all__ = [
+    "CheckReport",
+    "Progress",
+    "check_hf",
+    "from_hf",
+    "gradients_to_hf",
+    "hf_name",
+    "multimodal_from_hf",
+    "to_hf",
+]
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(tensors done, tensors in all, name) after each tensor."""
@@ -69,11 +89,13 @@ class CheckReport:
     config: DecoderConfig
     tensors: int
     bytes: int
-    """Bytes of the text model's tensors, in the dtypes of the files; 0 if no shard was there."""
+    """Bytes of these tensors, in the dtypes of the files; 0 if no shard was there."""
     skipped: int
-    """Tensors that have no place in our decoder."""
+    """Tensors that have no place in the model."""
     skipped_kind: str
     """What they are: "vision", "multi-token prediction", or empty for an architecture that has no such."""
+    vision: VisionConfig | None
+    """The config of the encoder, where it was checked too."""
     absent_shards: tuple[str, ...]
     """Files that the index names and that are not here: of their tensors only the names were checked."""
 
@@ -104,41 +126,78 @@ def from_hf(
         InputError: no config, an unsupported architecture or value, a missing, truncated or unexpected file or tensor,
             a wrong shape, or a dtype that is not floating point.
     """
+    with _source(source, FOREIGN_FILES) as (where, config_json, stored, files):
+        architecture, text, prefix = architecture_of(config_json)
+        config = _on(backend, _config(architecture, text, stored))
+        require_memory(f"{where}: its model", num_parameters(config) * (dtype or torch.bfloat16).itemsize)
+        decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, device="meta")
+        kind, ignored = _ignored(architecture, text, prefix)
+        tensors, skipped = _match(decoder, architecture.layout, stored, prefix, ignored, where)
+        if skipped:
+            logger.warning("%s: %d %s tensors skipped, the decoder has no place for them", where, skipped, kind)
+        _fill_all(decoder, tensors, dtype, progress)
+        decoder.foreign_files = {**files, "config.json": json.dumps(dict(text), default=str)}
+        return decoder.eval()
+
+
+def multimodal_from_hf(
+    source: str | Path | nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: BackendName = "auto",
+    checkpoint_activations: bool = False,
+    progress: Progress | None = None,
+) -> MultimodalDecoder:
+    """The whole of a `Llama4ForConditionalGeneration`, vision included, in evaluation mode.
+
+    Arguments, strictness and memory are those of `from_hf`.
+
+    Raises:
+        InputError: as `from_hf`.
+    """
+    with _source(source, MULTIMODAL_FILES) as (where, config_json, stored, files):
+        config = _whole_config(config_json, stored)
+        config = dataclasses.replace(config, text=_on(backend, config.text))
+        model = build_multimodal(config, checkpoint_activations=checkpoint_activations, device="meta")
+        size = sum(p.numel() for p in model.parameters())
+        require_memory(f"{where}: its model", size * (dtype or torch.bfloat16).itemsize)
+        tensors, _ = _match(model, WHOLE, stored, "", (), where)
+        _fill_all(model, tensors, dtype, progress)
+        model.foreign_files = {**files, "config.json": json.dumps(dict(config_json), default=str)}
+        return model.eval()
+
+
+@contextmanager
+def _source(
+    source: str | Path | nn.Module, file_names: Sequence[str]
+) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, _Stored], dict[str, str]]]:
+    """The name of a source for messages, its config.json, its tensors, and the other files of these names."""
     if isinstance(source, nn.Module):
-        config_json, stored = _of_module(source)
-        return _decoder(
-            type(source).__name__, config_json, stored, {}, dtype, backend, checkpoint_activations, progress
-        )
+        yield type(source).__name__, *_of_module(source), {}
+        return
     path, files = Path(source), {}
     with reading(path):
         config_json, stored = _read_config(path), _of_directory(path)
-        for name in FOREIGN_FILES[1:]:
+        for name in file_names[1:]:
             if (path / name).is_file():
                 with reading(path / name):
                     files[name] = (path / name).read_text(encoding="utf-8")
-        return _decoder(str(source), config_json, stored, files, dtype, backend, checkpoint_activations, progress)
+        yield str(source), config_json, stored, files
 
 
-def _decoder(
-    where: str,
-    config_json: Mapping[str, Any],
-    stored: Mapping[str, _Stored],
-    files: Mapping[str, str],
+def _on(backend: BackendName, config: DecoderConfig) -> DecoderConfig:
+    if config.moe is None or backend == "auto":
+        return config
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
+
+
+def _fill_all(
+    model: Decoder | MultimodalDecoder,
+    tensors: Mapping[str, list[tuple[Piece, _Stored]]],
     dtype: torch.dtype | None,
-    backend: BackendName,
-    checkpoint_activations: bool,
     progress: Progress | None,
-) -> Decoder:
-    architecture, text, prefix = architecture_of(config_json)
-    config = _config(architecture, text, stored)
-    if config.moe is not None and backend != "auto":
-        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=backend))
-    require_memory(f"{where}: its model", num_parameters(config) * (dtype or torch.bfloat16).itemsize)
-    decoder = build_decoder(config, checkpoint_activations=checkpoint_activations, device="meta")
-    kind, ignored = _ignored(architecture, text, prefix)
-    tensors, skipped = _match(decoder, architecture.layout, stored, prefix, ignored, where)
-    if skipped:
-        logger.warning("%s: %d %s tensors skipped, the decoder has no place for them", where, skipped, kind)
+) -> None:
+    """Replace every parameter and stored buffer of a model on the meta device."""
     done, total = 0, sum(map(len, tensors.values()))
 
     def tell(piece: Piece) -> None:
@@ -148,33 +207,37 @@ def _decoder(
             progress(done, total, piece.name)
 
     for name, pieces in tensors.items():
-        _fill(decoder, name, pieces, dtype, tell)
-    if config.tie_embeddings:
-        decoder.head.weight = decoder.embedding.weight
-    decoder.foreign_files = {**files, "config.json": json.dumps(dict(text), default=str)}
-    return decoder.eval()
+        _fill(model, name, pieces, dtype, tell)
+    text = _text_of(model)
+    if text.tie_embeddings:
+        text.head.weight = text.embedding.weight
 
 
-def check_hf(directory: str | Path) -> CheckReport:
+def _text_of(model: Decoder | MultimodalDecoder) -> Decoder:
+    return model.decoder if isinstance(model, MultimodalDecoder) else model
+
+
+def check_hf(directory: str | Path, *, with_vision: bool = False) -> CheckReport:
     """Check a directory's config, index, names, shapes and dtypes without reading a weight or allocating one.
 
     Shards that the index names but that are not there are allowed, so that config.json and the index of a model too
     large to download can be checked; `CheckReport.absent_shards` lists them.
+
+    Args:
+        with_vision: check for `multimodal_from_hf`, instead of `from_hf`.
 
     Raises:
         InputError: as `from_hf`.
     """
     path = Path(directory)
     with reading(path):
-        return _check(path)
+        return _check(path, with_vision)
 
 
 def _config(architecture: Architecture, text: Mapping[str, Any], stored: Mapping[str, _Stored]) -> DecoderConfig:
     """The config, if its number of layers is possible: it is refused before anything of this size is made."""
     require_finite(text, "config.json")
-    layers = text.get("num_hidden_layers", 0)
-    if isinstance(layers, (int, float)) and layers > len(stored):
-        raise InputError(f"config.json: num_hidden_layers={layers}: the files hold {len(stored)} tensors in all")
+    _require_layers(text, stored)
     return architecture.read(text)
 
 
@@ -183,13 +246,34 @@ def _ignored(architecture: Architecture, text: Mapping[str, Any], prefix: str) -
     return ("vision", VISION) if prefix else (architecture.unused_name, architecture.unused(text))
 
 
-def _check(path: Path) -> CheckReport:
-    architecture, text, prefix = architecture_of(_read_config(path))
+def _whole_config(config_json: Mapping[str, Any], stored: Mapping[str, _Stored]) -> MultimodalConfig:
+    require_finite(config_json, "config.json")
+    for part in ("text_config", "vision_config"):
+        if isinstance(fields := config_json.get(part), Mapping):
+            _require_layers(fields, stored)
+    return multimodal_config_from_hf(config_json)
+
+
+def _require_layers(fields: Mapping[str, Any], stored: Mapping[str, _Stored]) -> None:
+    layers = fields.get("num_hidden_layers", 0)
+    if isinstance(layers, (int, float)) and layers > len(stored):
+        raise InputError(f"config.json: num_hidden_layers={layers}: the files hold {len(stored)} tensors in all")
+
+
+def _check(path: Path, with_vision: bool) -> CheckReport:
+    config_json = _read_config(path)
     stored = _of_directory(path, absent_allowed=True)
-    config = _config(architecture, text, stored)
-    kind, ignored = _ignored(architecture, text, prefix)
-    decoder = build_decoder(config, device="meta")
-    matched, skipped = _match(decoder, architecture.layout, stored, prefix, ignored, str(path))
+    vision = None
+    if with_vision:
+        whole = _whole_config(config_json, stored)
+        config, vision, kind = whole.text, whole.vision, ""
+        matched, skipped = _match(build_multimodal(whole, device="meta"), WHOLE, stored, "", (), str(path))
+    else:
+        architecture, text, prefix = architecture_of(config_json)
+        config = _config(architecture, text, stored)
+        kind, ignored = _ignored(architecture, text, prefix)
+        decoder = build_decoder(config, device="meta")
+        matched, skipped = _match(decoder, architecture.layout, stored, prefix, ignored, str(path))
     tensors = [tensor for pieces in matched.values() for _, tensor in pieces]
     present = [t for t in tensors if isinstance(t.dtype, torch.dtype)]
     return CheckReport(
@@ -198,12 +282,13 @@ def _check(path: Path) -> CheckReport:
         bytes=sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in present if isinstance(t.dtype, torch.dtype)),
         skipped=skipped,
         skipped_kind=kind,
+        vision=vision,
         absent_shards=_absent_shards(path),
     )
 
 
 def to_hf(
-    decoder: Decoder,
+    decoder: Decoder | MultimodalDecoder,
     directory: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -212,8 +297,9 @@ def to_hf(
 ) -> None:
     """Write the decoder in transformers' format: config.json and (sharded) safetensors.
 
-    It becomes the architecture that it was read from, or else the first of `ARCHITECTURES` that holds it exactly. Each
-    expert has tensors of its own where the architecture's published files have that.
+    It becomes the architecture that it was read from, or else the first of `ARCHITECTURES` that holds it exactly. A
+    `MultimodalDecoder` becomes a `Llama4ForConditionalGeneration`. Each expert has tensors of its own where the
+    architecture's published files have that.
 
     What `from_hf` read beside the weights (token ids, generation_config.json, tokenizer) is written again. The files
     appear under their names only when all are complete, config.json last. Memory: the decoder and one tensor.
@@ -231,16 +317,15 @@ def to_hf(
     target = Path(directory)
     if decoder.config is None:
         raise InputError("this decoder has no config: only decoders of build_decoder can be written")
-    _require_writable(decoder, decoder.config.tie_embeddings, dtype)
+    _require_writable(decoder, dtype)
     _require_free(target)
-    written_dtype = str(dtype or decoder.embedding.weight.dtype).removeprefix("torch.")
-    config = config_to_hf(decoder.config, json.loads(decoder.foreign_files.get("config.json", "{}")), written_dtype)
-    parameters = _tensors_to_write(decoder, architecture_of(config)[0].layout)
+    config, layout = _written_config(decoder, str(dtype or decoder.dtype).removeprefix("torch."))
+    parameters = _tensors_to_write(decoder, layout)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(target) as staging:
         _write_weights(staging, parameters, dtype, max_shard_bytes, progress)
-        for file_name in FOREIGN_FILES[1:]:  # by our names: a checkpoint may come from anybody
+        for file_name in MULTIMODAL_FILES[1:]:  # by our names: a checkpoint may come from anybody
             if file_name in decoder.foreign_files:
                 write_atomically(staging / file_name, decoder.foreign_files[file_name])
         write_json(staging / "config.json", config)
@@ -251,7 +336,22 @@ def to_hf(
         sync(target)
 
 
-def gradients_to_hf(decoder: Decoder) -> dict[str, Tensor | None]:
+def _written_config(decoder: Decoder | MultimodalDecoder, dtype: str) -> tuple[dict[str, Any], Layout | WithVision]:
+    """config.json for a model, and the names of its tensors.
+
+    Raises:
+        InputError: no architecture holds it.
+    """
+    carried = json.loads(decoder.foreign_files.get("config.json", "{}"))
+    if isinstance(decoder, MultimodalDecoder):
+        assert decoder.config is not None
+        return multimodal_config_to_hf(decoder.config, carried, dtype), WHOLE
+    assert decoder.config is not None
+    config = config_to_hf(decoder.config, carried, dtype)
+    return config, architecture_of(config)[0].layout
+
+
+def gradients_to_hf(decoder: Decoder | MultimodalDecoder) -> dict[str, Tensor | None]:
     """The gradients of a decoder by the names and in the layouts of a transformers model in memory.
 
     They are copies; None where there is none. A tied head has its embedding's name.
@@ -261,16 +361,21 @@ def gradients_to_hf(decoder: Decoder) -> dict[str, Tensor | None]:
     """
     if decoder.config is None:
         raise InputError("this decoder has no config: only decoders of build_decoder have names in transformers")
-    config = config_to_hf(decoder.config, json.loads(decoder.foreign_files.get("config.json", "{}")), "float32")
-    layout, gradients = architecture_of(config)[0].layout, {}
+    layout, gradients = _written_config(decoder, "float32")[1], {}
     for name, parameter in decoder.named_parameters():
-        (piece,) = layout.pieces(name, tuple(parameter.shape), decoder.config.head_dim, in_model=True)
+        (piece,) = layout.pieces(name, tuple(parameter.shape), _head_dim(decoder), in_model=True)
         gradient = parameter.grad
         gradients[piece.name] = None if gradient is None else piece.view(gradient).reshape(piece.shape).clone()
     return gradients
 
 
-def _require_writable(decoder: Decoder, tied: bool, dtype: torch.dtype | None) -> None:
+def _head_dim(decoder: Decoder | MultimodalDecoder) -> int:
+    config = _text_of(decoder).config
+    assert config is not None
+    return config.head_dim
+
+
+def _require_writable(decoder: Decoder | MultimodalDecoder, dtype: torch.dtype | None) -> None:
     """Raise InputError for a parameter without data, a dtype that files do not have, or two tied that differ."""
     for name, p in decoder.named_parameters(remove_duplicate=False):
         if p.is_meta:
@@ -279,25 +384,25 @@ def _require_writable(decoder: Decoder, tied: bool, dtype: torch.dtype | None) -
             raise InputError(
                 f"{name}: found dtype {dtype or p.dtype}; must be one of {', '.join(map(str, DTYPES.values()))}"
             )
-    head, embedding = decoder.head.weight, decoder.embedding.weight
-    if tied and head is not embedding and not torch.equal(head, embedding):
+    text = _text_of(decoder)
+    head, embedding = text.head.weight, text.embedding.weight
+    if text.tie_embeddings and head is not embedding and not torch.equal(head, embedding):
         raise InputError("head.weight differs from embedding.weight, but the config says tie_embeddings=true")
 
 
-def _buffers(decoder: Decoder) -> dict[str, Tensor]:
+def _buffers(model: Decoder | MultimodalDecoder) -> dict[str, Tensor]:
     """What belongs to the weights and is no parameter: the selection biases of routers."""
-    stored = decoder.state_dict().keys()
-    return {name: buffer for name, buffer in decoder.named_buffers() if name in stored}
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def _tensors_to_write(decoder: Decoder, layout: Layout) -> dict[str, _Stored]:
+def _tensors_to_write(decoder: Decoder | MultimodalDecoder, layout: Layout | WithVision) -> dict[str, _Stored]:
     """By transformers' names in files, without the head of a tied decoder."""
-    assert decoder.config is not None
     tensors, buffers = {}, _buffers(decoder)
     for name, x in [*decoder.named_parameters(remove_duplicate=False), *buffers.items()]:
-        if name == "head.weight" and decoder.config.tie_embeddings:
+        if name in ("head.weight", "decoder.head.weight") and _text_of(decoder).tie_embeddings:
             continue
-        for piece in layout.pieces(name, tuple(x.shape), decoder.config.head_dim, in_model=False):
+        for piece in layout.pieces(name, tuple(x.shape), _head_dim(decoder), in_model=False):
             tensors[piece.name] = _Stored(piece.shape, x.dtype, partial(_read_piece, x, piece), name in buffers)
     return tensors
 
@@ -344,8 +449,8 @@ def _write_weights(
 
 
 def _match(
-    decoder: Decoder,
-    layout: Layout,
+    decoder: Decoder | MultimodalDecoder,
+    layout: Layout | WithVision,
     stored: Mapping[str, _Stored],
     prefix: str,
     ignored: tuple[str, ...],
@@ -356,7 +461,6 @@ def _match(
     Args:
         ignored: how the names of tensors begin that may be there besides; the second result is their number.
     """
-    assert decoder.config is not None
     # files may have the stacked tensors of a model in memory too
     in_model = layout.experts is not None and any(name.endswith(".experts.gate_up_proj") for name in stored)
     skipped = {name for name in stored if name.startswith(ignored)}
@@ -364,13 +468,14 @@ def _match(
     pieces = {
         name: [
             dataclasses.replace(piece, name=prefix + piece.name)
-            for piece in layout.pieces(name, shape, decoder.config.head_dim, in_model=in_model)
+            for piece in layout.pieces(name, shape, _head_dim(decoder), in_model=in_model)
         ]
         for name, shape in sizes.items()
     }
     wanted = {piece.name: piece for parts in pieces.values() for piece in parts}
-    tied_head = prefix + "lm_head.weight"
-    unused_head = stored.get(tied_head) if "head.weight" not in sizes else None
+    of_text = prefix if isinstance(layout, Layout) else layout.prefix
+    tied_head = of_text + "lm_head.weight"
+    unused_head = stored.get(tied_head) if _text_of(decoder).tie_embeddings else None
     missing = [name for name in wanted if name not in stored]
     unexpected = [
         name for name in stored if name not in wanted and name not in skipped and (name != tied_head or not unused_head)
@@ -394,7 +499,7 @@ def _match(
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise InputError(f"{where}: {'; '.join(problems[:4])}{more}")
     if unused_head is not None and unused_head.dtype != ABSENT:
-        embedding = stored[prefix + "model.embed_tokens.weight"]
+        embedding = stored[of_text + "model.embed_tokens.weight"]
         if unused_head.shape != embedding.shape or not torch.equal(unused_head.read(), embedding.read()):
             raise InputError(f"{where}: {tied_head} differs from the embedding although tie_word_embeddings=true")
     return {name: [(piece, stored[piece.name]) for piece in parts] for name, parts in pieces.items()}, len(skipped)
@@ -409,7 +514,7 @@ def _listed(names: list[str], word: str) -> str:
 
 @torch.no_grad()
 def _fill(
-    decoder: Decoder,
+    decoder: nn.Module,
     name: str,
     pieces: list[tuple[Piece, _Stored]],
     dtype: torch.dtype | None,

@@ -57,6 +57,17 @@ from moesaic.layers.routers import (
 )
 from moesaic.layers.soft_moe import SoftMoE
 from moesaic.layers.unequal_experts import UnequalExperts
+from moesaic.layers.vision import (
+    PixelShuffleAdapter,
+    RotaryEmbedding2d,
+    VisionAttention,
+    VisionBlock,
+    VisionEncoder,
+    VisionFeedForward,
+    VisionTransformer,
+    pixel_shuffle,
+    to_patches,
+)
 from moesaic.layers.windowed_attention import WindowedAttention
 
 __all__ = [
@@ -93,12 +104,14 @@ __all__ = [
     "ParameterKind",
     "Parametrization",
     "Part",
+    "PixelShuffleAdapter",
     "QKNorm",
     "QuantileRouter",
     "RMSNorm",
     "ReluRouter",
     "RopeScaling",
     "RotaryEmbedding",
+    "RotaryEmbedding2d",
     "RoutedLayer",
     "Routing",
     "ScaledLogits",
@@ -112,6 +125,11 @@ __all__ = [
     "Transfer",
     "UnequalExperts",
     "UniformRouter",
+    "VisionAttention",
+    "VisionBlock",
+    "VisionEncoder",
+    "VisionFeedForward",
+    "VisionTransformer",
     "WindowedAttention",
     "YarnRopeScaling",
     "causal_attention",
@@ -124,5 +142,7 @@ __all__ = [
     "mix_experts",
     "parameter_fans",
     "parameter_kinds",
+    "pixel_shuffle",
     "run_experts",
+    "to_patches",
 ]

@@ -5,6 +5,8 @@ from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, M
 from moesaic.models.decoder import Block, Decoder, DecoderOutput, build_decoder
 from moesaic.models.generation import generate, sample
 from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
+from moesaic.models.multimodal import MultimodalDecoder, build_multimodal
+from moesaic.models.multimodal_config import MultimodalConfig, VisionConfig
 from moesaic.models.presets import (
     deepseek_v3,
     gpt_oss_20b,
@@ -13,11 +15,13 @@ from moesaic.models.presets import (
     llama4_maverick,
     llama4_scout,
     llama4_toy,
+    llama4_vision,
     mixtral_8x7b,
     olmoe_1b_7b,
     qwen3_30b_a3b,
     tiny_twin,
 )
+from moesaic.models.tiles import TileTokens, split_into_tiles, tile_grid
 from moesaic.models.upcycling import upcycle
 
 __all__ = [
@@ -33,8 +37,13 @@ __all__ = [
     "MemoryEstimate",
     "Mixer",
     "MoEConfig",
+    "MultimodalConfig",
+    "MultimodalDecoder",
+    "TileTokens",
+    "VisionConfig",
     "account",
     "build_decoder",
+    "build_multimodal",
     "deepseek_v3",
     "estimate_memory",
     "generate",
@@ -45,10 +54,13 @@ __all__ = [
     "llama4_maverick",
     "llama4_scout",
     "llama4_toy",
+    "llama4_vision",
     "mixtral_8x7b",
     "olmoe_1b_7b",
     "qwen3_30b_a3b",
     "sample",
+    "split_into_tiles",
+    "tile_grid",
     "tiny_twin",
     "trace_memory",
     "upcycle",

@@ -1,12 +1,15 @@
 """Sampling tokens from a decoder."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import InputError
 from moesaic.models.decoder import Decoder
+from moesaic.models.multimodal import Images, MultimodalDecoder
 
 __all__ = ["generate", "sample"]
 
@@ -57,10 +60,12 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder,
+    decoder: Decoder | MultimodalDecoder,
     tokens: Tensor,
     max_new_tokens: int,
     *,
+    images: Images | None = None,
+    image_rows: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -73,8 +78,12 @@ def generate(
     The same seed gives the same tokens with and without the cache. Stops early once every row has drawn
     `stop_token`; a row that is done is filled with it.
 
+    Args:
+        images, image_rows: pictures of the prompt, as of `MultimodalDecoder.forward`. An image token is never drawn.
+
     Raises:
-        InputError: an empty prompt, a token id outside the vocabulary, or an option out of range.
+        InputError: an empty prompt, a token id outside the vocabulary, an option out of range, or images that the
+            decoder has no encoder for.
     """
     _check_sampling(temperature, top_k, top_p)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -85,6 +94,11 @@ def generate(
     if low < 0 or high >= decoder.vocab_size:
         wrong = low if low < 0 else high
         raise InputError(f"token id {wrong}: the vocabulary has ids 0 to {decoder.vocab_size - 1}")
+    seen: dict[str, Any] = {}
+    if isinstance(decoder, MultimodalDecoder):
+        seen = {"images": images, "image_rows": image_rows}
+    elif images is not None:
+        raise InputError("images: a decoder without an encoder; must be a MultimodalDecoder")
     was_training = decoder.training
     decoder.eval()
     try:
@@ -94,7 +108,11 @@ def generate(
         done = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)
         unseen = tokens
         for _ in range(max_new_tokens):
-            logits = decoder(tokens if cache is None else unseen, cache).logits[:, -1].cpu()
+            logits = decoder(tokens if cache is None else unseen, cache, **seen).logits[:, -1].cpu()
+            if cache is not None:
+                seen = {}  # the cache holds them
+            if isinstance(decoder, MultimodalDecoder):
+                logits[:, decoder.image_token] = -torch.inf
             drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             drawn = drawn.to(tokens.device)
             if stop_token is not None:

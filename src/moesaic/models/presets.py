@@ -5,6 +5,7 @@ from typing import Any
 
 from moesaic.layers import AttentionTemperature, Llama3RopeScaling, YarnRopeScaling
 from moesaic.models.config import AttentionConfig, DecoderConfig, LayerConfig, MLAConfig, MoEConfig
+from moesaic.models.multimodal_config import MultimodalConfig, VisionConfig
 
 __all__ = [
     "deepseek_v3",
@@ -14,6 +15,7 @@ __all__ = [
     "llama4_maverick",
     "llama4_scout",
     "llama4_toy",
+    "llama4_vision",
     "mixtral_8x7b",
     "olmoe_1b_7b",
     "qwen3_30b_a3b",
@@ -63,6 +65,23 @@ def llama4_maverick() -> DecoderConfig:
         interleave_moe_layer_step=2,
         nope_layer_interval=4,
     )
+
+
+def llama4_vision(text: DecoderConfig) -> MultimodalConfig:
+    """Scout or Maverick with their vision encoder of 0.87B parameters, the same in both, and its projector.
+
+    Whole, Scout has 108.64B parameters and Maverick 401.58B.
+    """
+    vision = VisionConfig(
+        image_size=336,
+        patch_size=14,
+        dim=1408,
+        num_layers=34,
+        num_heads=16,
+        hidden_dim=5632,
+        output_dim=4096,
+    )
+    return MultimodalConfig(text, vision, image_token=200092)
 
 
 def llama4_behemoth_guess() -> DecoderConfig:
