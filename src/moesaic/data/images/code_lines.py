@@ -114,9 +114,7 @@ class LinePicture(Picture):
         paper[y : y + len(ink), x : x + ink.shape[1]] = ink
         pixels = PAPER - paper * rng.uniform(0.5, 1) + rng.normal(0, rng.uniform(0, self.noise or 1e-9), paper.shape)
         tiles = pixels.round().clip(0, 255).astype(np.uint8).reshape(self.side, self.columns, self.side)
-        return np.broadcast_to(
-            tiles.transpose(1, 0, 2)[:, None], (self.columns, self.channels, self.side, self.side)
-        )
+        return np.broadcast_to(tiles.transpose(1, 0, 2)[:, None], (self.columns, self.channels, self.side, self.side))
 
 
 class LineSamples(Samples):

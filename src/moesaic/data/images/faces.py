@@ -83,7 +83,7 @@ def charmap(face: str) -> dict[int, int]:
     path = face_path(face)
     with reading(path):
         require_file(path)
-        return {int(code): int(glyph) for code, glyph in FT2Font(os.fspath(path)).get_charmap().items()}
+        return dict(FT2Font(os.fspath(path)).get_charmap())
 
 
 @functools.lru_cache(maxsize=256)

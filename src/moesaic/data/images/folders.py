@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,7 +176,9 @@ class CaptionedPictures(Samples):
 def _test_keys(keys: list[bytes], fraction: float, source: str) -> set[bytes]:
     """Which pictures are for tests: about `fraction` of them by their hash, at least one, never all."""
     if len(keys) < 2:
-        raise InputError(f"{source}: {len(keys)} different pictures; must be at least 2, one of them for the test split")
+        raise InputError(
+            f"{source}: {len(keys)} different pictures; must be at least 2, one of them for the test split"
+        )
     places = {key: int.from_bytes(hashlib.sha256(b"moesaic:" + key).digest()[:8], "big") / 2**64 for key in keys}
     chosen = {key for key, place in places.items() if place < fraction} or {min(keys, key=places.__getitem__)}
     return chosen if len(chosen) < len(keys) else chosen - {max(keys, key=places.__getitem__)}

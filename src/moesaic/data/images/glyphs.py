@@ -20,7 +20,7 @@ from moesaic.errors import CannotWrite, InputError, naming
 from moesaic.files import atomic, make_folder
 from moesaic.reading import read_json, reading
 
-__all__ = ["GlyphPicture", "GlyphSamples", "Glyphs", "GlyphTable", "glyph_table", "is_named"]
+__all__ = ["GlyphPicture", "GlyphSamples", "GlyphTable", "Glyphs", "glyph_table", "is_named"]
 
 VERSION = 1
 """Part of the key of the cached pictures; raise it when a glyph is drawn another way."""
@@ -149,7 +149,8 @@ def _drawn(faces: Sequence[str], side: int, characters: Iterable[str] | None) ->
     wanted = None if characters is None else {ord(character) for character in characters}
     left_out, found = Counter[str](), []
     for number, face in enumerate(faces):
-        codes = [code for code, glyph in sorted(charmap(face).items()) if glyph and (wanted is None or code in wanted)]
+        glyphs = charmap(face)
+        codes = [code for code in sorted(glyphs if wanted is None else wanted & glyphs.keys()) if glyphs[code]]
         named = [code for code in codes if is_named(chr(code))]
         left_out["no name"] += len(codes) - len(named)
         drawn = [(code, _in_square(face, side, chr(code))) for code in named]
@@ -317,7 +318,10 @@ class GlyphSamples(Samples):
             "unicode": unicodedata.unidata_version,
             "characters": len(np.unique(table.codes)),
             **{f"{name}_pairs": len(each) for name, each in self.rows.items()},
-            "left_out": {**table.left_out, "shape seen in training": int((other_face & ~other_character & ~new_shape).sum())},
+            "left_out": {
+                **table.left_out,
+                "shape seen in training": int((other_face & ~other_character & ~new_shape).sum()),
+            },
         }
 
     def size(self, split: str) -> int:
@@ -373,4 +377,3 @@ class _Groups:
 
 def _shuffled(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.random.default_rng(len(rows)).permutation(rows)
-

@@ -8,7 +8,7 @@ import torch
 
 from moesaic.data.images.layout import Encoded, Layout, pixel_values
 from moesaic.data.images.packing import pack
-from moesaic.data.images.sample import TRAIN, ImageText, Samples
+from moesaic.data.images.sample import TRAIN, ImageText, Picture, Samples
 from moesaic.data.loaders import Batch, ResumableLoader
 from moesaic.data.tasks.task import Ints
 from moesaic.errors import InputError
@@ -100,8 +100,9 @@ class PictureEvaluationLoader:
 
     Args:
         splits: names of them; None: all but that for training.
-        shuffled: whether every sample gets the pictures of another one of its batch. What a model then says, it says
-            without having seen them: the control that every number needs.
+        shuffled: whether every sample gets the pictures of another one with other text. What a model then says, it says
+            without having seen them: the control that every number needs. A sample that alone has so many tiles keeps
+            its own.
 
     Raises:
         InputError: a split that the samples do not have, none that has samples, or a sample longer than seq_len.
@@ -123,7 +124,9 @@ class PictureEvaluationLoader:
             raise InputError(f"split {unknown[0]!r}: must be one of {', '.join(samples.splits)}")
         places = [(samples.splits.index(name), index) for name in names for index in range(samples.size(name))]
         if not places:
-            raise InputError(f"data.source={samples.facts['source']!r}: no samples in {', '.join(names)}; must have some")
+            raise InputError(
+                f"data.source={samples.facts['source']!r}: no samples in {', '.join(names)}; must have some"
+            )
         if max_batches is not None and max_batches * batch_size < len(places):
             chosen = np.linspace(0, len(places) - 1, max_batches * batch_size).round().astype(np.int64)
             places = [places[i] for i in chosen.tolist()]
@@ -139,17 +142,35 @@ class PictureEvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, len(self.places), self.batch_size):
-            yield self._batch(self.places[first : first + self.batch_size])
+            yield self._batch(first)
 
-    def _batch(self, places: list[tuple[int, int]]) -> Batch:
-        rows = [([self.samples.sample(self.samples.splits[split], index)], [None]) for split, index in places]
+    def _batch(self, first: int) -> Batch:
+        rows = [
+            ([self._sample(place)], [None]) for place in range(first, min(first + self.batch_size, len(self.places)))
+        ]
         longest = max(self.layout.lengths([row[0][0] for row in rows]))
         require_length(self.samples, np.array([longest]), self.seq_len, "training.validation_seq_len")
         batch = _batch(rows, self.layout, self.samples, longest)
-        if self.shuffled:
-            batch = _with_pictures_of_others(batch)
-        numbers = torch.tensor(places, dtype=torch.int64)
+        numbers = torch.tensor(self.places[first : first + self.batch_size], dtype=torch.int64)
         return {**batch, "splits": numbers[:, 0], "samples": numbers[:, 1]}
+
+    def _given(self, place: int) -> ImageText:
+        split, index = self.places[place % len(self.places)]
+        return self.samples.sample(self.samples.splits[split], index)
+
+    def _sample(self, place: int) -> ImageText:
+        """The sample there; shuffled, with the pictures of the first one from half the way on that fits."""
+        sample = self._given(place)
+        if not self.shuffled:
+            return sample
+        grids = [(picture.grid, picture.overview) for picture in sample.pictures]
+        half = len(self.places) // 2
+        for other in map(self._given, range(place + half, place + half + len(self.places))):
+            if other.texts == sample.texts or [(each.grid, each.overview) for each in other.pictures] != grids:
+                continue
+            pictures = iter(other.pictures)
+            return ImageText(tuple(next(pictures) if isinstance(part, Picture) else part for part in sample.parts))
+        return sample
 
 
 def lengths_of(samples: Samples, layout: Layout, split: str) -> Ints:
@@ -207,15 +228,3 @@ def _batch(
 def _joined(row: Sequence[Encoded]) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """The ids of a row, and which of them are asked for."""
     return np.concatenate([each.tokens for each in row]), np.concatenate([each.asked for each in row])
-
-
-def _with_pictures_of_others(batch: Batch) -> Batch:
-    """Every row with the pictures of the next row that has as many tiles; a row that is alone keeps its own."""
-    rows: dict[int, list[int]] = {}
-    for row in range(len(batch["tokens"])):
-        rows.setdefault(int((batch["image_rows"] == row).sum()), []).append(row)
-    images = batch["images"].clone()
-    for alike in rows.values():
-        for row, other in zip(alike, alike[1:] + alike[:1], strict=True):
-            images[batch["image_rows"] == row] = batch["images"][batch["image_rows"] == other]
-    return {**batch, "images": images}

@@ -144,5 +144,7 @@ class FittedPicture(Picture):
         else:
             pixels = decoded(self.content, self.channels)
         if pixels.shape[:2] != self.size:  # changed since the run began: its tokens would not fit
-            raise InputError(f"{self.content!s:.200}: {pixels.shape[:2]} pixels, and had {self.size}; must stay the same")
+            raise InputError(
+                f"{self.content!s:.200}: {pixels.shape[:2]} pixels, and had {self.size}; must stay the same"
+            )
         return fitted(pixels, self.side, self.grid)

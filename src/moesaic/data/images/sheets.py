@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from moesaic.data.images.glyphs import PAPER, GlyphSamples, Glyphs
+from moesaic.data.images.glyphs import PAPER, Glyphs, GlyphSamples
 from moesaic.data.images.keys import Place
 from moesaic.data.images.sample import TRAIN, ImageText, Picture, Pixels, Samples, Text
 from moesaic.data.tasks.task import Ints
