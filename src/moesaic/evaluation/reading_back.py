@@ -8,7 +8,7 @@ __all__ = ["character_error_rate", "edit_distance"]
 
 
 def edit_distance(said: str, right: str) -> int:
-    """The fewest insertions, deletions and replacements of a character that make one text of the other (Levenshtein)."""
+    """The fewest insertions, deletions and replacements that make one text of the other (Levenshtein)."""
     before = list(range(len(right) + 1))
     for i, one in enumerate(said, start=1):
         row = [i]

@@ -105,7 +105,6 @@ class LinePicture(Picture):
             rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(self.line.encode(), digest_size=8).digest()))
         face, size = self.faces[rng.integers(len(self.faces))], self.sizes[rng.integers(len(self.sizes))]
         ink, (_, top) = draw(face, size, self.line)
-        height, width = ink.shape
         ink = ink[: self.side, : self.columns * self.side]
         paper = np.zeros((self.side, self.columns * self.side))
         y = self.side // 2 + size // 3 + top + int(rng.integers(-MARGIN // 2, MARGIN // 2 + 1))

@@ -25,7 +25,7 @@ CAPTIONS = ("metadata.csv", "metadata.jsonl")
 class ImageFolder(PictureKeys):
     """Keys of `data=image_folder`: a folder, `data.path`, with pictures and a file of captions.
 
-    The file is metadata.csv or metadata.jsonl, with the columns or keys `file_name`, relative to the folder, and `text`.
+    The file is metadata.csv or metadata.jsonl. Its columns or keys are `file_name`, relative to the folder, and `text`.
 
     Args:
         most_tiles: tiles of a picture, without the one that shows all of it.
