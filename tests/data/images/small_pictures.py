@@ -43,5 +43,7 @@ class Numbers(Samples):
         return self.sizes[split]
 
     def sample(self, split: str, index: int) -> ImageText:
-        parts = [Plain(index), Text("say ")] if index % 2 else [Text("say "), Plain(index, (1, 2))]
+        parts: list[Picture | Text] = (
+            [Plain(index), Text("say ")] if index % 2 else [Text("say "), Plain(index, (1, 2))]
+        )
         return ImageText((*parts, Text(f"{index};" * (index % 5 + 1), asked=True)))

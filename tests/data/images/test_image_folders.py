@@ -217,7 +217,7 @@ def test_rows_of_a_data_set_become_samples(tmp_path: Path, monkeypatch: pytest.M
     some(tmp_path)
     images: list[dict[str, Any]] = [{"bytes": (tmp_path / f"{i}.png").read_bytes(), "path": None} for i in range(6)]
     images += [{"bytes": None, "path": str(tmp_path / f"{i}.png")} for i in range(6, 12)]
-    columns = {"image": images, "text": [f"red {20 * i}" for i in range(12)]}
+    columns: dict[str, list[Any]] = {"image": images, "text": [f"red {20 * i}" for i in range(12)]}
 
     class Rows(dict[str, list[Any]]):
         def cast_column(self, name: str, kind: object) -> "Rows":
@@ -233,7 +233,7 @@ def test_rows_of_a_data_set_become_samples(tmp_path: Path, monkeypatch: pytest.M
         return "decoded" if decode else "not decoded"
 
     fake = types.SimpleNamespace(load_dataset=load_dataset, Image=not_decoded)
-    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
     found = pairs(load_pictures(config("someone/pictures", source="image_dataset")))
     assert found[TRAIN] | found["unseen_picture"] == {(20 * i, f"red {20 * i}") for i in range(12)}
     with pytest.raises(InputError, match=r"data\.path='other': no data set with columns `image` and `text`"):

@@ -55,8 +55,8 @@ class CodeLines(PictureKeys):
     def train_faces(self) -> tuple[str, ...]:
         return tuple(face for face in self.faces if face not in self.held_out_faces)
 
-    def load(self, place: Place) -> "LineSamples":
-        require_packages("code_lines")
+    def load(self, place: Place) -> Samples:
+        require_packages()
         fraction = place.validation_fraction
         corpus = load_stdlib(fraction) if place.path is None else load_files(place.path, fraction)
         with naming("data.task.faces"):

@@ -39,13 +39,13 @@ Ink = npt.NDArray[np.uint8]
 """(height, width): 0 where there is none, 255 where all is covered."""
 
 
-def require_packages(source: str) -> None:
+def require_packages() -> None:
     """Raise InputError where Pillow or matplotlib is missing."""
     try:
         import matplotlib.ft2font  # noqa: F401
         import PIL.ImageFont  # noqa: F401
     except ImportError as error:
-        raise InputError(f"data.source={source!r}: it needs pip install 'moesaic[train]' ({error})") from error
+        raise InputError(f"data.source: pictures need pip install 'moesaic[train]' ({error})") from error
 
 
 def face_path(face: str) -> Path:

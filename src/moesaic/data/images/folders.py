@@ -39,8 +39,8 @@ class ImageFolder(PictureKeys):
         if self.most_tiles < 1:
             raise ValueError(f"most_tiles={self.most_tiles}: must be a number >= 1")
 
-    def load(self, place: Place) -> "CaptionedPictures":
-        require_packages("image_folder")
+    def load(self, place: Place) -> Samples:
+        require_packages()
         assert place.path is not None  # checked by the config
         folder = expanded(place.path)
         with reading(folder):
@@ -54,8 +54,8 @@ class ImageFolder(PictureKeys):
 class ImageDataset(ImageFolder):
     """Keys of `data.source=image_dataset`: the columns `image` and `text` of a data set on the Hugging Face hub."""
 
-    def load(self, place: Place) -> "CaptionedPictures":
-        require_packages("image_dataset")
+    def load(self, place: Place) -> Samples:
+        require_packages()
         assert place.path is not None  # checked by the config
         pairs = _rows_of_dataset(place.path)
         return CaptionedPictures(self, f"image_dataset: {place.path}", pairs, place.validation_fraction)

@@ -64,13 +64,16 @@ class Glyphs(PictureKeys):
     def all_faces(self) -> tuple[str, ...]:
         return FACES if self.faces is None else self.faces
 
-    def load(self, place: Place) -> "GlyphSamples":
-        """The samples, from the cache if their pictures are there.
+    def load(self, place: Place) -> Samples:
+        return self.glyphs(place)
+
+    def glyphs(self, place: Place) -> "GlyphSamples":
+        """The pairs, from the cache if their pictures are there.
 
         Raises:
             InputError: a face that cannot be read, or a cache that cannot be written.
         """
-        require_packages("glyphs")
+        require_packages()
         with naming("data.task.faces"):
             table = glyph_table(self.all_faces, self.side, place.cache_dir)
         return GlyphSamples(self, table)
@@ -167,12 +170,11 @@ def _drawn(faces: Sequence[str], side: int, characters: Iterable[str] | None) ->
                 found.append((number, code, ink))
     if not found:
         raise InputError(f"{', '.join(faces)}: no glyph of a character with a name; must have some")
-    numbers, codes, inks = zip(*found, strict=True)
     return GlyphTable(
         tuple(faces),
-        np.array(codes, dtype=np.int64),
-        np.array(numbers, dtype=np.int64),
-        np.stack(inks),
+        np.array([code for _, code, _ in found], dtype=np.int64),
+        np.array([number for number, _, _ in found], dtype=np.int64),
+        np.stack([ink for _, _, ink in found]),
         dict(sorted(left_out.items())),
     )
 

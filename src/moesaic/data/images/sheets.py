@@ -50,8 +50,8 @@ class Sheets(Glyphs):
         if not 1 <= self.questions <= self.rows * self.columns:
             raise ValueError(f"questions={self.questions}: must be 1 to rows * columns = {self.rows * self.columns}")
 
-    def load(self, place: Place) -> "SheetSamples":
-        return SheetSamples(self, super().load(place))
+    def load(self, place: Place) -> Samples:
+        return SheetSamples(self, self.glyphs(place))
 
 
 @dataclasses.dataclass(frozen=True)
