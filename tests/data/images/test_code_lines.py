@@ -1,6 +1,7 @@
 """Lines of code as pictures: lines of unseen files, faces that were never seen, pictures in which they can be read."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ def corpus() -> Corpus:
     return Corpus("two files", (train,), (validation,))
 
 
-def samples(**keys: object) -> LineSamples:
-    return LineSamples(CodeLines(**{"sizes": (14,), "noise": 0.0, **keys}), corpus(), 8.5)  # type: ignore[arg-type]
+def samples(**keys: Any) -> LineSamples:
+    settings: dict[str, Any] = {"sizes": (14,), "noise": 0.0, **keys}
+    return LineSamples(CodeLines(**settings), corpus(), 8.5)
 
 
 def test_lines_are_short_plain_and_in_one_split() -> None:
@@ -48,10 +50,9 @@ def columns_with_ink(picture: LinePicture, seed: int = 0) -> list[int]:
     return np.flatnonzero((whole < 200).any(axis=0)).tolist()
 
 
-def line(text: str, **changes: object) -> LinePicture:
-    return LinePicture(
-        text, **{"faces": ("DejaVuSansMono",), "sizes": (14,), "noise": 0.0, "side": 32, "columns": 4, **changes}
-    )  # type: ignore[arg-type]
+def line(text: str, **changes: Any) -> LinePicture:
+    settings: dict[str, Any] = {"faces": ("DejaVuSansMono",), "sizes": (14,), "noise": 0.0, "side": 32, "columns": 4}
+    return LinePicture(text, **{**settings, **changes})
 
 
 def test_a_line_runs_from_tile_to_tile_and_none_is_cut_off() -> None:

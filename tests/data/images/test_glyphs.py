@@ -227,7 +227,7 @@ def test_faces_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "PIL.ImageFont", None)
-    with pytest.raises(InputError, match=r"data\.source='glyphs': it needs pip install 'moesaic\[train\]'"):
+    with pytest.raises(InputError, match=r"data\.source: pictures need pip install 'moesaic\[train\]'"):
         load_pictures(config(tmp_path))
 
 
