@@ -124,6 +124,12 @@ def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
     assert grids["red 0"] == (2, 1)
 
 
+def test_a_photograph_with_its_preview_is_one_picture(tmp_path: Path) -> None:
+    picture(0).save(some(tmp_path) / "0.png", "MPO", save_all=True, append_images=[picture(255)])
+    found = set.union(*pairs(load_pictures(config(tmp_path))).values())
+    assert {red < 10 for red, text in found if text == "red 0"} == {True}
+
+
 def cmyk(path: Path) -> None:
     Image.new("CMYK", (8, 8)).save(path, "JPEG")
 

@@ -96,5 +96,5 @@ def test_sheets_that_cannot_be(glyphs: GlyphSamples) -> None:
         Sheets(rows=0)
     many = sheets(glyphs, rows=16, columns=16)
     assert many.size("unseen_character") == 0  # there are not as many
-    with pytest.raises(InputError, match=r"data\.task\.rows=16, columns=16: 1000 glyphs of train had only"):
+    with pytest.raises(InputError, match=r"data\.task\.rows=16, columns=16: 25600 glyphs of train had only"):
         many.sample(TRAIN, 0)

@@ -21,7 +21,8 @@ class CodeLines(PictureKeys):
     """Keys of `data=code_lines`: lines of the text in `data.path`, by default the standard library.
 
     Args:
-        faces: names of faces that matplotlib ships, or paths of others; every character as wide as any other.
+        faces: names of faces that matplotlib ships, or paths of others; every character as wide as any other. (cmtt10
+            draws ' and ` as curly quotes.)
         held_out_faces: those of them that are in no training sample.
         sizes: pixels of an em, equally frequent.
         columns: the most characters of a line; longer lines are left out, as are those of less than 4.
@@ -111,7 +112,7 @@ class LinePicture(Picture):
         x = int(rng.integers(MARGIN))
         y, x = min(max(y, 0), self.side - len(ink)), min(x, paper.shape[1] - ink.shape[1])
         paper[y : y + len(ink), x : x + ink.shape[1]] = ink
-        pixels = PAPER - paper * rng.uniform(0.5, 1) + rng.normal(0, rng.uniform(0, self.noise or 1e-9), paper.shape)
+        pixels = PAPER - paper * rng.uniform(0.5, 1) + rng.normal(0, rng.uniform(0, self.noise), paper.shape)
         tiles = pixels.round().clip(0, 255).astype(np.uint8).reshape(self.side, self.columns, self.side)
         return np.broadcast_to(tiles.transpose(1, 0, 2)[:, None], (self.columns, self.channels, self.side, self.side))
 

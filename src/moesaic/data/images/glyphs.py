@@ -307,9 +307,10 @@ class GlyphSamples(Samples):
         }
         self.rows: dict[str, npt.NDArray[np.int64]] = {name: _shuffled(each) for name, each in rows.items()}
         """The rows of the table in each split, in an order that has nothing to do with the alphabet."""
-        self._names: dict[bytes, set[str]] = {}
+        names: dict[bytes, set[str]] = {}
         for row, picture in enumerate(table.pictures):
-            self._names.setdefault(picture, set()).add(table.name(row))
+            names.setdefault(picture, set()).add(table.name(row))
+        self._names = {picture: frozenset(each) for picture, each in names.items()}
         digest = hashlib.sha256()
         for part in (table.codes, table.face, table.ink, *self.rows.values()):
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -337,10 +338,14 @@ class GlyphSamples(Samples):
         """The picture of a row of the table."""
         return GlyphPicture(self.table.ink[row], self.channels, self.keys.shift)
 
+    def names(self, row: int) -> frozenset[str]:
+        """The names of all characters that have the very picture of a row of the table."""
+        return self._names[self.table.pictures[row]]
+
     def answer(self, row: int) -> Text:
-        """The name of a row of the table, with the names of all characters that have the same picture."""
+        """The name of a row of the table, and beside it the others that are as right."""
         name = self.table.name(row)
-        return Text(name, asked=True, also=frozenset(self._names[self.table.pictures[row]] - {name}))
+        return Text(name, asked=True, also=self.names(row) - {name})
 
 
 def held_out(table: GlyphTable) -> npt.NDArray[np.bool_]:

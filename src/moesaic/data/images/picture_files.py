@@ -58,7 +58,8 @@ def _as_array(image: Any, channels: int) -> Pixels:
         raise InputError(f"a picture of {width} x {height} pixels; must have some")
     if width * height > MOST_PIXELS:
         raise InputError(f"a picture of {width} x {height} pixels; must be at most {MOST_PIXELS:,} in all")
-    if (frames := getattr(image, "n_frames", 1)) > 1:
+    # an MPO is a photograph, with others beside it that are not its movement
+    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
         raise InputError(f"{frames} frames; must be one picture that does not move")
     if image.mode not in MODES:
         raise InputError(f"colors of mode {image.mode}; must be one of {', '.join(sorted(MODES))}")

@@ -17,8 +17,8 @@ __all__ = ["SheetPicture", "SheetSamples", "Sheets"]
 Kind = Literal["what", "where", "which"]
 KINDS: tuple[Kind, ...] = ("what", "where", "which")
 
-TRIES = 1000
-"""Glyphs that are drawn for one sheet before there count as too few that differ."""
+TRIES = 100
+"""Glyphs that are drawn for each cell of a sheet before there count as too few that differ."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,18 +128,17 @@ class SheetSamples(Samples):
         pool, table = self.glyphs.rows[_glyphs_of(split)], self.glyphs.table
         cells = self.keys.rows * self.keys.columns
         chosen, shapes, names = list[int](), set[bytes](), set[str]()
-        for _ in range(TRIES):
-            row = int(pool[rng.integers(len(pool))])
-            called = {table.name(row), *self.glyphs.answer(row).also}
-            if table.shapes[row] in shapes or called & names:
+        for row in (int(row) for _ in range(TRIES) for row in pool[rng.integers(len(pool), size=cells)]):
+            shape, called = table.shapes[row], self.glyphs.names(row)
+            if shape in shapes or not called.isdisjoint(names):
                 continue
-            shapes.add(table.shapes[row])
+            shapes.add(shape)
             names |= called
             chosen.append(row)
             if len(chosen) == cells:
                 return np.array(chosen, dtype=np.int64)
         raise InputError(
-            f"data.task.rows={self.keys.rows}, columns={self.keys.columns}: {TRIES} glyphs of {split} had only "
+            f"data.task.rows={self.keys.rows}, columns={self.keys.columns}: {TRIES * cells} glyphs of {split} had only "
             f"{len(chosen)} that differ; must be fewer cells, or more faces"
         )
 
