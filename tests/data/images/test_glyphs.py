@@ -256,7 +256,6 @@ def test_all_faces_give_about_fifty_thousand_pairs(tmp_path: Path) -> None:
         [
             np.concatenate([found.sample(split, i).pictures[0].tiles(None)[0, 0] for i in range(24)], axis=1)
             for split in found.splits
-            for _ in range(1)
         ]
     )
     Image.fromarray(sheet).save(tmp_path / "glyphs.png")
