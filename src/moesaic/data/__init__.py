@@ -2,6 +2,7 @@
 
 from moesaic.data.corpora import Corpus, Document
 from moesaic.data.loaders import EvaluationLoader, TrainingLoader, with_step_counts
+from moesaic.data.pictures import PictureData, load_pictures
 from moesaic.data.splits import AnyEvaluationLoader, AnyTrainingLoader, evaluation_loader, training_loader
 from moesaic.data.streams import Data, DataConfig, TokenStream, load_data
 from moesaic.data.tasks import Task, TaskEvaluationLoader, TaskTrainingLoader
@@ -24,6 +25,7 @@ __all__ = [
     "DataConfig",
     "Document",
     "EvaluationLoader",
+    "PictureData",
     "Task",
     "TaskEvaluationLoader",
     "TaskTrainingLoader",
@@ -32,6 +34,7 @@ __all__ = [
     "TrainingLoader",
     "evaluation_loader",
     "load_data",
+    "load_pictures",
     "token_bytes",
     "token_strings",
     "tokenizer_from_dict",

@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic.data.shards import Tokens
 from moesaic.errors import InputError
 
-__all__ = ["EvaluationLoader", "ResumableLoader", "TrainingLoader", "windows_at", "with_step_counts"]
+__all__ = ["EvaluationLoader", "ResumableLoader", "TrainingLoader", "rows_of", "windows_at", "with_step_counts"]
 
 Batch = dict[str, Tensor]
 
@@ -28,6 +28,16 @@ def windows_at(tokens: Tokens, starts: npt.NDArray[np.int64], seq_len: int) -> B
         "labels": ids[:, 1:].clone(memory_format=torch.contiguous_format),
         "starts": torch.from_numpy(np.array(starts, dtype=np.int64)),
     }
+
+
+def rows_of(batch: Batch, first: int, last: int) -> Batch:
+    """Rows `first` to `last` of a batch, with the pictures that belong to them."""
+    if "image_rows" not in batch:
+        return {name: each[first:last] for name, each in batch.items()}
+    rows = batch["image_rows"]
+    there = (rows >= first) & (rows < last)
+    images = {"images": batch["images"][there], "image_rows": rows[there] - first}
+    return {name: images[name] if name in images else each[first:last] for name, each in batch.items()}
 
 
 def with_step_counts(micro_batches: Sequence[Batch]) -> list[Batch]:

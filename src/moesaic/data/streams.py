@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from moesaic.config import from_mapping, require, to_mapping
 from moesaic.data.corpora import Corpus, Document, expanded, load_files, load_huggingface, load_packages, load_stdlib
+from moesaic.data.images import PICTURES, PictureKeys
 from moesaic.data.pinned import load_pinned
 from moesaic.data.shards import ShardedIds, Tokens
 from moesaic.data.tasks import TASKS, Task
@@ -70,27 +71,36 @@ class DataConfig:
         "selective_copying",
         "induction",
         "biographies",
+        "glyphs",
+        "sheets",
+        "code_lines",
+        "image_folder",
+        "image_dataset",
     ] = "stdlib"
-    path: str | None = None  # of files, huggingface and memmap
+    path: str | None = None  # of files, huggingface, memmap, code_lines, image_folder and image_dataset
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     vocab_size: int = dataclasses.field(default=2048, metadata={"most": 2**20})  # of bpe
     validation_fraction: float = 0.06
     cache_dir: str = ".cache"
-    task: dict[str, Any] | None = None  # keys of the task that `source` names; null: its defaults
+    task: dict[str, Any] | None = None  # keys of the task or the pictures that `source` names; null: its defaults
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size}: a byte-level BPE needs at least 257 entries")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction}: must be 0 < value < 1")
-        needs_path = self.source in ("files", "huggingface", "memmap")
+        needs_path = self.source in ("files", "huggingface", "memmap", "image_folder", "image_dataset")
         if needs_path and not self.path:
             raise ValueError(f"path={self.path}: source={self.source} needs one (data.path=...)")
-        if self.path and not needs_path:
+        if self.path and not needs_path and self.source != "code_lines":
             raise ValueError(f"path={self.path!r}: source={self.source} takes none; for your own text use source=files")
-        if self.task is not None and self.source not in TASKS:
-            raise ValueError(f"task={self.task}: source={self.source} takes none; it is for {', '.join(TASKS)}")
+        keyed = (*TASKS, *PICTURES)
+        if self.task is not None and self.source not in keyed:
+            raise ValueError(f"task={self.task}: source={self.source} takes none; it is for {', '.join(keyed)}")
+        if self.source in PICTURES and self.tokenizer != "bytes":
+            raise ValueError(f"tokenizer={self.tokenizer}: must be bytes with source={self.source}")
         self.make_task()
+        self.make_pictures()
 
     def make_task(self) -> Task | None:
         """The task, or None for text.
@@ -99,6 +109,14 @@ class DataConfig:
             InputError: an unknown key or impossible value in `task`.
         """
         return from_mapping(TASKS[self.source], self.task or {}, "data.task") if self.source in TASKS else None
+
+    def make_pictures(self) -> PictureKeys | None:
+        """The keys of a source of pictures, or None for text and tasks.
+
+        Raises:
+            InputError: an unknown key or impossible value in `task`.
+        """
+        return from_mapping(PICTURES[self.source], self.task or {}, "data.task") if self.source in PICTURES else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +152,11 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
         tokenizer: use this one (a checkpoint's) instead of what the config says.
 
     Raises:
-        InputError: missing, empty, binary or damaged data, a memory map of another tokenizer, or no disk space for the
-            cache.
+        InputError: missing, empty, binary or damaged data, a memory map of another tokenizer, no disk space for the
+            cache, or a source of pictures, which `moesaic.data.pictures` reads.
     """
+    if config.source in PICTURES:
+        raise InputError(f"data.source={config.source!r}: it has pictures, and this reads text; must be text or a task")
     if (task := config.make_task()) is not None:
         return _task_data(config.source, task)
     if config.source == "memmap":

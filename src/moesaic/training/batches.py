@@ -14,7 +14,7 @@ from moesaic.data import (
     evaluation_loader,
     training_loader,
 )
-from moesaic.data.loaders import ResumableLoader
+from moesaic.data.loaders import ResumableLoader, rows_of
 from moesaic.errors import InputError
 from moesaic.training.config import RunConfig, TrainingConfig
 
@@ -87,9 +87,9 @@ class SharedBatches:
             rows = len(batch["tokens"])
             size = -(-rows // self.world_size)
             if (first := self.rank * size) < rows:
-                yield {name: each[first : first + size] for name, each in batch.items()}
+                yield rows_of(batch, first, first + size)
                 continue
-            one = {name: each[:1] for name, each in batch.items()}
+            one = rows_of(batch, 0, 1)
             labels, valid = torch.full_like(one["labels"], -100), torch.zeros_like(one["labels"], dtype=torch.bool)
             yield {**one, "labels": labels, "valid": valid}
 
