@@ -165,7 +165,7 @@ class Subject:
         torch.manual_seed(0)
         try:
             made = factory()
-        except InputError:
+        except (InputError, NotApplicable):
             raise
         except Exception as error:
             raise InputError(f"the factory raised {type(error).__name__}: {error}") from error

@@ -65,9 +65,7 @@ def layer_with_reference(subject: Subject) -> Layer:
     return layer
 
 
-def reference_of(
-    layer: Layer, x: Tensor, expert_ids: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def reference_of(layer: Layer, x: Tensor, expert_ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The reference's output (B, L, D), and the float64 leaves that it was computed from: parameters and input."""
     leaves = {name: p.detach().double().requires_grad_() for name, p in layer.module.named_parameters()}
     buffers = {name: b.double() if b.is_floating_point() else b for name, b in layer.module.named_buffers()}

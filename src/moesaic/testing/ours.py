@@ -28,6 +28,7 @@ from moesaic.layers.latent import Latent
 from moesaic.layers.routers import RouterName
 from moesaic.losses import load_balance_loss, router_z_loss, update_expert_bias
 from moesaic.testing.adapter import MoEUnderTest, NotApplicable, Run
+from moesaic.testing.placing import token_ids_of
 from moesaic.testing.reference import Expert, dense_moe, gated_expert
 
 __all__ = ["ROUTED", "describe_routed", "layer_with_router"]
@@ -39,7 +40,7 @@ STATES = ("expert_bias", "thresholds", "sparsity_weight")
 
 
 def layer_with_router(name: RouterName, num_experts: int = 4) -> MoE:
-    """A small layer with a router of `ROUTERS`, softmax scores on the output where it has a choice, and no shared expert.
+    """A small layer with a router of `ROUTERS` in its default settings, scores on the output, and no shared expert.
 
     A threshold router is past its first step, so that its tokens have different numbers of experts.
     """
@@ -172,13 +173,12 @@ def _spread_experts(moe: Any, group: Any) -> None:
 
 
 def _run(module: Any, x: Tensor, expert_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-    """A hash router gets ids of tokens that are made of the tokens themselves: equal ones have equal ids."""
     asked: dict[str, Any] = {}
     if expert_ids is not None:
         none = x.new_zeros(expert_ids.size(0), 1)
         asked["routing"] = Routing(none, none.expand_as(expert_ids), expert_ids)  # only its choice is used
     if getattr(module, "takes_token_ids", False):
-        asked["token_ids"] = (x[..., 0].double() * 1e3).long() % module.router.vocab_size
+        asked["token_ids"] = token_ids_of(module, x)
     decided: tuple[Tensor, Routing] = module.forward_with_routing(x, **asked)
     return decided
 
