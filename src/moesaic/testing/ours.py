@@ -149,6 +149,8 @@ def _with_one_expert(moe: Any) -> MoE:
     router, experts = one.router, one.experts
     router.num_experts = router.top_k = experts.num_experts = 1
     router.weight = nn.Parameter(router.weight.detach()[:1].clone())
+    if router.bias is not None:
+        router.bias = nn.Parameter(router.bias.detach()[:1].clone())
     if router.expert_bias is not None:
         router.expert_bias = router.expert_bias[:1].clone()
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[:1].clone())
