@@ -131,7 +131,13 @@ def test_top_one_normalized_equals_its_reference_and_still_never_learns() -> Non
         return dense_moe(x, weights["router"], expert, top_k=1, normalize_scores=True, expert_bias=bias)
 
     report = report_of(
-        Rig(rigged.TopOneNormalized, {"router-gradient"}, {"reference": reference}, arguments={"top_k": 1})
+        Rig(
+            rigged.TopOneNormalized,
+            {"router-gradient"},
+            # without any expert it would divide by a sum of none
+            {"reference": reference, "replay_reference": None, "takes_no_expert": False},
+            arguments={"top_k": 1},
+        )
     )
     assert failed(report) == {"router-gradient"}, str(report)
     assert report["outputs"].status == report["gradients"].status == "pass"

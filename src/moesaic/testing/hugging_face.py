@@ -267,7 +267,7 @@ def _described(block: Block, module: Any) -> MoEUnderTest:
     return MoEUnderTest(
         module,
         dim=weight.size(1),
-        reference=partial(_reference, block, module, path, bias, top_k) if is_known else None,
+        reference=partial(_reference, block, module, path, bias, top_k) if is_known and top_k else None,
         router_weight=lambda module: module.get_parameter(path),
         top_k=top_k,
         balance_loss=balance_loss if has_balance else None,

@@ -34,6 +34,10 @@ def scales(subject: Subject) -> str:
     weight = layer.router_weight()
     x = layer.tokens(2, 24)
     require_agreement(layer, x)
+    largest = max(g.abs().max().item() for g in step(layer, x).gradients.values() if g is not None)
+    own = layer.router_parameter().grad
+    if own is None or own.abs().max().item() <= 1e-6 * largest:
+        raise NotApplicable("the router's gradient is rounding alone, which no tolerance fits (see router-gradient)")
     usual, sizes, worst = weight.detach().clone(), [], 0.0
     factors = SCALES_IN_FLOAT16 if layer.dtype == torch.float16 else SCALES
     for factor in factors:
