@@ -1,7 +1,7 @@
 """A layer in which nothing is wrong, and relatives in each of which one thing is.
 
 `Good` computes every expert on every token: slow, traceable, and easy to spoil in one place. It has a reference,
-losses and a selection bias, so that every check applies to it.
+losses, a selection bias and a replay, so that every check applies to it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +31,7 @@ class Good(nn.Module):
         self.down = nn.Parameter(torch.randn(num_experts, HIDDEN, DIM))
         self.register_buffer("expert_bias", torch.zeros(num_experts), persistent=self.persistent)
         self.group: Any = None
+        self.replayed: Tensor | None = None
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, E)."""
@@ -40,9 +41,31 @@ class Good(nn.Module):
         return logits.softmax(dim=-1)
 
     def choose(self, probabilities: Tensor) -> Tensor:
-        """Mask (B, L, E) of the chosen experts."""
+        """Mask (B, L, E) of the chosen experts, or of those that are replayed."""
+        return self.own_choice(probabilities) if self.replayed is None else self.mask(self.replayed, probabilities)
+
+    def own_choice(self, probabilities: Tensor) -> Tensor:
         ids = (probabilities.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
         return torch.zeros_like(probabilities).scatter(-1, ids, 1.0)
+
+    def mask(self, ids: Tensor, probabilities: Tensor) -> Tensor:
+        """Mask (B, L, E) of ids (B * L, K), of which E is no expert."""
+        with_none = torch.zeros(*probabilities.shape[:-1], self.num_experts + 1)
+        return with_none.scatter(-1, ids.view(*probabilities.shape[:-1], -1), 1.0)[..., :-1]
+
+    def choice(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> ids (B * L, K)."""
+        return self.own_choice(self.probabilities(self.logits(x))).flatten(0, 1).topk(self.top_k).indices
+
+    def replay(self, x: Tensor, ids: Tensor) -> Tensor:
+        self.replayed = ids
+        try:
+            return self(x)
+        finally:
+            self.replayed = None
+
+    def replayed_load(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.mask(ids, self.logits(x)).sum(dim=(0, 1))
 
     def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         return probabilities * chosen
@@ -104,12 +127,13 @@ class Good(nn.Module):
         self.expert_bias.add_(RATE * (load.mean() - load).sign())
 
     @classmethod
-    def reference(cls, top_k: int) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
-        def reference(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def reference(cls, top_k: int) -> Callable[..., Tensor]:
+        def reference(weights: Mapping[str, Tensor], x: Tensor, expert_ids: Tensor | None = None) -> Tensor:
             def expert(e: int, rows: Tensor) -> Tensor:
                 return F.relu(rows @ weights["up"][e]) @ weights["down"][e]
 
-            return dense_moe(x, weights["router"], expert, top_k=top_k, expert_bias=weights["expert_bias"])
+            bias = weights["expert_bias"]
+            return dense_moe(x, weights["router"], expert, top_k=top_k, expert_bias=bias, expert_ids=expert_ids)
 
         return reference
 
@@ -119,6 +143,11 @@ def describe(layer: Good, **changes: Any) -> MoEUnderTest:
     known: dict[str, Any] = {
         "dim": DIM,
         "reference": layer.reference(layer.top_k),
+        "replay_reference": layer.reference(layer.top_k),
+        "choice": lambda module, x: module.choice(x),
+        "replay": lambda module, x, ids: module.replay(x, ids),
+        "load": lambda module, x, ids: module.replayed_load(x, ids),
+        "takes_no_expert": True,
         "router_weight": lambda module: module.router,
         "top_k": layer.top_k,
         "balance_loss": lambda module, x, valid: module.balance_loss(x, valid),
@@ -185,8 +214,8 @@ class CenteredOverBatch(Good):
 
 
 class CenteredOverLength(Good):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - 0.5 * x.mean(dim=1, keepdim=True))
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x - 0.5 * x.mean(dim=1, keepdim=True))
 
 
 def first_come(chosen: Tensor, capacity: int) -> Tensor:
@@ -278,6 +307,70 @@ class NaiveZLoss(Good):
         return self.logits(x).exp().sum(dim=-1).log().square().mean()
 
 
+class FixedPointOutputs(Good):
+    """Six decimals: enough for outputs around 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + ((y * 1e6).round() / 1e6 - y).detach()
+
+
+class QuantizedByTheLargest(Good):
+    """One step for the whole batch, as of a quantized kernel with a scale per tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        step = y.detach().abs().max().clamp(min=1e-30) * 2.0**-19
+        return y + ((y / step).round() * step - y).detach()
+
+
+class RowsOfAnEarlierStep(Good):
+    """A buffer that only grows; in backward the rows past the end of today's tokens are still there."""
+
+    def __init__(self, num_experts: int = 4, top_k: int = 2) -> None:
+        super().__init__(num_experts, top_k)
+        self.rows = torch.empty(0, DIM)
+
+    def mix(self, x: Tensor, scores: Tensor) -> Tensor:
+        y, own = super().mix(x, scores), x.detach().flatten(0, 1)
+        if not self.training:
+            return y
+        left = self.rows[own.size(0) :]
+        self.rows = torch.cat([own, left])
+        stale = self.experts(left[None]).sum()
+        return y + (stale - stale.detach())
+
+
+class RowsNeverWritten(Good):
+    """As many rows as a kernel likes, 16 of them at a time. Zero times what they hold is zero, unless it is NaN."""
+
+    def experts(self, x: Tensor) -> Tensor:
+        room = x.new_empty(x.size(0), -x.size(1) % 16, x.size(2))
+        return super().experts(torch.cat([x, room], dim=1))[:, : x.size(1)]
+
+
+class RecordsOfTheNextToken(Good):
+    def choice(self, x: Tensor) -> Tensor:
+        return super().choice(x).roll(1, 0)
+
+
+class ReplaysTopScoresOnly(Good):
+    """Scores are looked up where all but today's top-k are zero already."""
+
+    def scores(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        return super().scores(probabilities, chosen * self.own_choice(probabilities))
+
+
+class NoneIsTheLastExpert(Good):
+    def replay(self, x: Tensor, ids: Tensor) -> Tensor:
+        return super().replay(x, ids.clamp(max=self.num_experts - 1))
+
+
+class NoneIsCounted(Good):
+    def replayed_load(self, x: Tensor, ids: Tensor) -> Tensor:
+        return super().replayed_load(x, ids.clamp(max=self.num_experts - 1))
+
+
 class BiasNotSaved(Good):
     persistent = False
 
@@ -297,7 +390,7 @@ class CountsInForward(Good):
         self.counted = torch.zeros(self.num_experts)
 
     def is_counted(self) -> bool:
-        return self.training
+        return self.training and self.replayed is None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_counted():
@@ -313,12 +406,17 @@ class CountsInForward(Good):
 
 class EvaluationCounted(CountsInForward):
     def is_counted(self) -> bool:
-        return True
+        return self.replayed is None
+
+
+class ReplayCounted(CountsInForward):
+    def is_counted(self) -> bool:
+        return self.training
 
 
 class BiasMovesInForward(Good):
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and self.replayed is None:
             self.move(self.load(x))
         return super().forward(x)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic.testing import MoEUnderTest, Report, check_moe, dense_moe, moe_checks
 
-NO_REFERENCE = {"reference": None}
+NO_REFERENCE = {"reference": None, "replay_reference": None}
 """For layers of which the reference would say the same: it has the last word wherever it applies."""
 NO_BIAS = {"expert_bias": None, "bias_step": None}
 
@@ -44,6 +44,11 @@ EXACTLY_ONE = [
     Rig(rigged.CenteredOverLength, {"causality"}, NO_REFERENCE),
     Rig(rigged.TokensPerExpertTruncated, {"empty-experts"}),
     Rig(rigged.BufferOf128Rows, {"overloaded-expert"}),
+    Rig(rigged.RecordsOfTheNextToken, {"replay-own"}),
+    Rig(rigged.ReplaysTopScoresOnly, {"replay-gradient"}),
+    Rig(rigged.ReplayCounted, {"replay-state"}),
+    Rig(rigged.NoneIsTheLastExpert, {"variable-experts"}),
+    Rig(rigged.NoneIsCounted, {"variable-experts"}),
     Rig(rigged.PaddingCounted, {"padding"}),
     Rig(rigged.BalanceDetached, {"balance-gradient"}),
     Rig(rigged.BalanceOfCounts, {"balance-gradient"}),
@@ -52,6 +57,9 @@ EXACTLY_ONE = [
     Rig(rigged.CosineRouter, {"zero-init"}, NO_REFERENCE),
     Rig(rigged.NaiveSoftmax, {"huge-logits"}),
     Rig(rigged.NaiveZLoss, {"huge-logits"}),
+    Rig(rigged.FixedPointOutputs, {"scales"}),
+    Rig(rigged.QuantizedByTheLargest, {"scales"}),
+    Rig(rigged.RowsOfAnEarlierStep, {"dirty-memory"}),
     Rig(rigged.BiasNotSaved, {"bias-saved"}),
     Rig(rigged.BiasReplaced, {"bias-saved"}),
     Rig(rigged.EvaluationCounted, {"bias-evaluation"}),
@@ -123,7 +131,13 @@ def test_top_one_normalized_equals_its_reference_and_still_never_learns() -> Non
         return dense_moe(x, weights["router"], expert, top_k=1, normalize_scores=True, expert_bias=bias)
 
     report = report_of(
-        Rig(rigged.TopOneNormalized, {"router-gradient"}, {"reference": reference}, arguments={"top_k": 1})
+        Rig(
+            rigged.TopOneNormalized,
+            {"router-gradient"},
+            # without any expert it would divide by a sum of none
+            {"reference": reference, "replay_reference": None, "takes_no_expert": False},
+            arguments={"top_k": 1},
+        )
     )
     assert failed(report) == {"router-gradient"}, str(report)
     assert report["outputs"].status == report["gradients"].status == "pass"

@@ -22,6 +22,7 @@ from moesaic.errors import InputError
 from moesaic.layers import MoE
 from moesaic.models.seams import find_part, seam_of, split_seam
 from moesaic.testing import Report, check_moe, check_named_part, checks_of, comparison_table, status_of
+from moesaic.testing.ours import ROUTED
 from moesaic.testing.peers import PEERS
 
 __all__ = ["main"]
@@ -55,6 +56,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "moesaic": llama4,
     "moesaic-top2-bias": top2_with_bias,
     "moesaic-bfloat16": in_bfloat16,
+    **ROUTED,
     **PEERS,
 }
 PACKAGES = ("torch", "transformers", "torchtitan", "st-moe-pytorch", "mixture-of-experts", "pytorch-mixtures")

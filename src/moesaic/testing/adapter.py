@@ -58,6 +58,18 @@ class MoEUnderTest:
     """The (E, D) weight of a linear router: the parameter, or a view of it such as `module.gate.weight.T`."""
     top_k: int | None = None
     """Experts per token."""
+    num_experts: int | None = None
+    """E; needed where there is no `router_weight` to count them."""
+    choice: Callable[[Any, Tensor], Tensor] | None = None
+    """(module, x (B, L, D)) -> expert_ids (B * L, K) int64, the experts that it chooses itself."""
+    replay: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    """(module, x (B, L, D), expert_ids (B * L, K)) -> y (B, L, D), with these experts in place of its own choice."""
+    replay_reference: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor] | None = None
+    """As `reference`, but with a third argument expert_ids (T, K): exactly these experts see the tokens."""
+    takes_no_expert: bool = False
+    """Whether an id of E in what is replayed means "no expert", so that tokens can have different numbers of them."""
+    load: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    """(module, x, expert_ids) -> (E,): the tokens of each expert, as the layer counts them when it replays these."""
     balance_loss: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
     """(module, x (B, L, D), valid (B, L) bool or None) -> scalar. A layer that cannot take a mask ignores it."""
     z_loss: Callable[[Any, Tensor], Tensor] | None = None

@@ -1,6 +1,8 @@
 """`check_moe` and `moe_checks`: every check, as one report or one by one under pytest."""
 
-from moesaic.testing import function_checks, loss_checks, numeric_checks, bias_checks, system_checks, parallel_checks  # noqa: F401, I001 (they register themselves, in this order)
+# they register themselves, in this order
+from moesaic.testing import function_checks, replay_checks, loss_checks, numeric_checks  # noqa: F401, I001
+from moesaic.testing import scale_checks, bias_checks, system_checks, parallel_checks  # noqa: F401
 from moesaic.testing.harness import CHECKS, Check, Factory, try_out
 from moesaic.testing.report import Report
 

@@ -12,10 +12,10 @@ from moesaic.testing.harness import (
     Subject,
     check,
     compare,
-    compare_gradients,
     deterministic_layer,
     relative_error,
 )
+from moesaic.testing.oracle import compare_with_reference, layer_with_reference, reference_of
 
 __all__ = [
     "batch_mates",
@@ -52,10 +52,10 @@ def deterministic(subject: Subject) -> str:
     "vllm-project/llm-compressor#1907: scores on the wrong side of the experts",
 )
 def outputs(subject: Subject) -> str:
-    layer = _with_reference(subject)
+    layer = layer_with_reference(subject)
     x = layer.tokens(2, 24)
     with torch.no_grad():
-        return _measured(compare(layer(x), _reference(layer, x)[0], layer.tolerance, "y"))
+        return _measured(compare(layer(x), reference_of(layer, x)[0], layer.tolerance, "y"))
 
 
 @check(
@@ -64,12 +64,12 @@ def outputs(subject: Subject) -> str:
     "huggingface/transformers#48687: right loss, wrong router gradient with one implementation of the experts",
 )
 def gradients(subject: Subject) -> str:
-    layer = _with_reference(subject)
+    layer = layer_with_reference(subject)
     x = layer.tokens(2, 24)
     with torch.no_grad():
-        if relative_error(layer(x), _reference(layer, x)[0]) > layer.tolerance:
+        if relative_error(layer(x), reference_of(layer, x)[0]) > layer.tolerance:
             raise NotApplicable("the outputs differ already (see outputs)")
-    return _measured(_compare_gradients(layer, x))
+    return _measured(compare_with_reference(layer, x))
 
 
 @check(
@@ -206,38 +206,6 @@ def overloaded_expert(subject: Subject) -> str:
     return _measured(errors.max().item())
 
 
-def _with_reference(subject: Subject) -> Layer:
-    """A layer to compare, with a selection bias that matters, if it has one."""
-    subject.fresh().need("reference")
-    layer = deterministic_layer(subject)
-    if layer.under_test.expert_bias is not None:
-        with torch.no_grad():
-            bias = layer.under_test.expert_bias(layer.module)
-            bias.copy_(0.3 * layer.random(*bias.shape, seed=3))
-    return layer
-
-
-def _reference(layer: Layer, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The reference's output (B, L, D), and the float64 leaves that it was computed from: parameters and input."""
-    leaves = {name: p.detach().double().requires_grad_() for name, p in layer.module.named_parameters()}
-    buffers = {name: b.double() if b.is_floating_point() else b for name, b in layer.module.named_buffers()}
-    tokens = x.detach().double().flatten(0, 1).requires_grad_()
-    return layer.need("reference")({**buffers, **leaves}, tokens).view(x.shape), leaves, tokens
-
-
-def _compare_gradients(layer: Layer, x: Tensor, where: str = "") -> float:
-    expected_y, leaves, tokens = _reference(layer, x)
-    upstream = layer.random(*x.shape, seed=7)
-    oracle = torch.autograd.grad(expected_y, [*leaves.values(), tokens], upstream.double(), materialize_grads=True)
-    expected = dict(zip([*leaves, "input"], oracle, strict=True))
-    expected["input"] = expected["input"].view(x.shape)
-    layer.module.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    y = layer(x)
-    y.backward(upstream.to(y.dtype))
-    return compare_gradients({**layer.named_gradients(), "input": x.grad}, expected, 4 * layer.tolerance, where)
-
-
 EQUAL, SAME_ALONE, FINITE = "equal to the reference", "the same alone and among others", "finite"
 
 
@@ -266,8 +234,8 @@ def _judge(layer: Layer, x: Tensor, by: str, where: str) -> None:
     if bad:
         raise Failed(f"{where}not finite: {', '.join(bad)}")
     if by is EQUAL:
-        compare(y, _reference(layer, x)[0], layer.tolerance, f"{where}output")
-        _compare_gradients(layer, x, where)
+        compare(y, reference_of(layer, x)[0], layer.tolerance, f"{where}output")
+        compare_with_reference(layer, x, where)
     elif by is SAME_ALONE:
         others = torch.cat([x[:1, :1], layer.tokens(1, 11, seed=1)], dim=1)
         with torch.no_grad():

@@ -63,8 +63,12 @@ class Layer:
         redraw(self.module)
         self.dim = infer_dim(under_test) if under_test.dim is None else under_test.dim
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.under_test.forward(self.module, x.contiguous())
+    def __call__(self, x: Tensor, expert_ids: Tensor | None = None) -> Tensor:
+        """The output for x (B, L, D), of its own choice of experts or of expert_ids (B * L, K)."""
+        if expert_ids is None:
+            y = self.under_test.forward(self.module, x.contiguous())
+        else:
+            y = self.need("replay")(self.module, x.contiguous(), expert_ids)
         if y.shape != x.shape:
             raise InputError(
                 f"output of shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}: the two must be the same"
@@ -97,6 +101,18 @@ class Layer:
             if parameter is base:
                 return parameter
         raise InputError("router_weight is neither a parameter of the module nor a view of one")
+
+    def num_experts(self) -> int:
+        """E."""
+        known = self.under_test.num_experts
+        return self.router_weight().size(0) if known is None else known
+
+    def set_bias(self) -> None:
+        """Give it a selection bias that matters, if it has one."""
+        if self.under_test.expert_bias is not None:
+            with torch.no_grad():
+                bias = self.under_test.expert_bias(self.module)
+                bias.copy_(0.3 * self.random(*bias.shape, seed=3))
 
     def expert_bias(self) -> Tensor:
         """A copy of the selection bias."""
@@ -149,7 +165,7 @@ class Subject:
         torch.manual_seed(0)
         try:
             made = factory()
-        except InputError:
+        except (InputError, NotApplicable):
             raise
         except Exception as error:
             raise InputError(f"the factory raised {type(error).__name__}: {error}") from error

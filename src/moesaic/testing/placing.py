@@ -14,7 +14,7 @@ from moesaic.errors import InputError
 from moesaic.layers import Experts, LocalDispatcher, MoE, TopKRouter
 from moesaic.models.seams import Seam
 
-__all__ = ["LENGTH", "Place", "Placed", "put"]
+__all__ = ["LENGTH", "Place", "Placed", "put", "token_ids_of"]
 
 LENGTH = 24
 HIDDEN = 16
@@ -44,7 +44,8 @@ class Placed:
     def call(self, x: Tensor, *state: Any, seed: int = 0) -> Tensor:
         """The part as a block calls it, here and now. Noise of its own is drawn from `seed`."""
         _seed(seed)
-        y = self.whole(x, *state)
+        asked = {"token_ids": token_ids_of(self.whole, x)} if getattr(self.whole, "takes_token_ids", False) else {}
+        y = self.whole(x, *state, **asked)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise InputError(
@@ -189,8 +190,9 @@ def put(seam: Seam, part: Any, dim: int) -> Placed:
     if not isinstance(part, nn.Module):
         raise InputError(f"found a {type(part).__name__}; a {seam} must be a torch.nn.Module")
     if seam == "router":
+        asked = {"token_ids": torch.zeros(8, dtype=torch.int64)} if "token_ids" in _names(part) else {}
         with torch.no_grad():
-            decided = copy.deepcopy(part)(torch.randn(8, dim))
+            decided = copy.deepcopy(part)(torch.randn(8, dim), **asked)
         if not isinstance(decided, tuple) or not isinstance(decided[0], Tensor):
             raise InputError(f"{type(part).__name__} returned {type(decided).__name__}; a router must return a Routing")
         experts = Experts(decided[0].size(-1), dim, HIDDEN, backend="loop")
@@ -199,6 +201,15 @@ def put(seam: Seam, part: Any, dim: int) -> Placed:
         num_experts = getattr(part, "num_experts", 4)
         return Placed(part, MoE(router=TopKRouter(dim, num_experts, top_k=min(2, num_experts)), experts=part), dim)
     return Placed(part, part, dim)
+
+
+def token_ids_of(layer: Any, x: Tensor) -> Tensor:
+    """Ids (B, L) for a router that asks for them, made of the tokens (B, L, D): equal tokens have equal ids."""
+    return (x[..., 0].detach().double() * 1e3).long() % getattr(layer.router, "vocab_size", 64)
+
+
+def _names(part: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(part.forward).parameters)
 
 
 def _takes_three(module: nn.Module) -> bool:

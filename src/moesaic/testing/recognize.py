@@ -5,8 +5,8 @@ from torch import nn
 from moesaic.errors import InputError
 from moesaic.layers import RoutedLayer
 from moesaic.testing.adapter import MoEUnderTest
+from moesaic.testing.hugging_face import describe_transformers
 from moesaic.testing.ours import describe_routed
-from moesaic.testing.peers import describe_transformers
 
 __all__ = ["describe"]
 
