@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moesaic.data import DataConfig, load_data, training_loader
 from moesaic.errors import InputError
@@ -24,7 +26,7 @@ from moesaic.parallel.workers import Workers
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs the accelerate package")
 
-VOCABULARY, LENGTH, WINDOWS, STEPS, RATE, SEED = 61, 16, 4, 5, 1e-2, 7
+VOCABULARY, LENGTH, WINDOWS, STEPS, RATE, SEED = 61, 16, 4, 5, 1e-3, 7
 
 HEADS: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope_theta": 10000.0}
 SOFTMAX: dict[str, Any] = {
@@ -72,7 +74,7 @@ def winner(name: str) -> DecoderConfig:
 def given(tmp_path: Path) -> Path:
     """A folder with the ids to train on."""
     (tmp_path / "ids").mkdir()
-    ids = np.random.default_rng(3).integers(VOCABULARY, size=3000).astype(np.uint16)
+    ids = (np.arange(3000) * 7 % VOCABULARY).astype(np.uint16)  # each says what the next is
     for split in ("train", "validation"):
         ids.tofile(tmp_path / "ids" / f"{split}.bin")
     (tmp_path / "ids" / "manifest.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": VOCABULARY}))
@@ -112,12 +114,26 @@ def ours(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]
     return rows, {name: each.detach() for name, each in decoder.named_parameters()}
 
 
+def meet() -> int:
+    """Tell transformers and accelerate what a launcher would; returns the number of ranks."""
+    if not distributed.is_initialized():
+        return 1
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, but the ranks have met already
+    return ranks
+
+
+def units(folder: str) -> list[str]:
+    """Names of the modules whose weights are gathered together."""
+    exported = Path(folder) / "exported"
+    laid_out = layout(AutoConfig.from_pretrained(exported), meet())
+    model = AutoModelForCausalLM.from_pretrained(exported, distributed_config=laid_out)
+    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+
+
 def theirs(folder: str, expert_parallel: int) -> list[dict[str, float]]:
-    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-    rank = distributed.get_rank() if ranks > 1 else 0
-    if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    there = Path(folder)
+    ranks, there = meet(), Path(folder)
     return continue_training(
         there / "exported",
         there / "ids",
@@ -137,12 +153,12 @@ def require_equal(rows: list[dict[str, float]], folder: Path) -> None:
     assert wanted[-1]["loss"] < wanted[0]["loss"], "it learns"
     assert wanted[0]["grad_norm"] > 1, "clipping has an effect"
     for found, expected in zip(rows, wanted, strict=True):
-        assert found == pytest.approx(expected, rel=2e-5)
+        assert found == pytest.approx(expected, rel=5e-6)
     back = from_hf(folder / "continued" / "model")
     for name, each in back.named_parameters():
-        torch.testing.assert_close(each.detach(), weights[name], atol=2e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-        moved = (each.detach() - weights[name]).abs().mean()
-        assert moved < 2e-5, (name, moved)
+        # AdamW makes whole steps of gradients that are rounding alone, so the mean says more than the largest
+        difference = (each.detach() - weights[name]).abs()
+        assert difference.max() < RATE and difference.mean() < 1e-7, (name, difference.max(), difference.mean())
 
 
 @pytest.mark.slow
@@ -152,6 +168,14 @@ def test_it_goes_on_as_our_own_decoder_does(name: str, layout_name: str, given: 
     ranks, spread = LAYOUTS[layout_name]
     results = fresh.run(theirs, ranks, str(given), spread)
     require_equal(results[0], given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", LLAMA4])
+def test_each_block_is_gathered_alone(name: str, given: Path, fresh: Workers) -> None:
+    export(name, given)
+    found = fresh.run(units, 2, str(given))[0]
+    assert {"model.embed_tokens", "model.layers.0", "model.layers.1"} <= set(found)
 
 
 @pytest.mark.slow

@@ -30,6 +30,13 @@ from moesaic.errors import InputError
 
 __all__ = ["Windows", "continue_training", "layout", "main"]
 
+# a block at a time is gathered, by transformers' own rules; for Llama 4 those lack the prefix and match nothing
+BLOCKS = {
+    "model.embed_tokens": "free_full_weight",
+    "model.layers.*": "free_full_weight",
+    "model.norm": "keep_full_weight",
+}
+
 
 class Windows(Dataset[dict[str, Tensor]]):
     """The windows (L,) of `num_examples` examples, in the order in which `moesaic train` takes them."""
@@ -71,7 +78,7 @@ def layout(config: Any, processes: int, expert_parallel: int | None = None) -> D
         raise InputError(f"--expert-parallel {spread}: must be 1, transformers has no plan for {config.model_type}")
     if processes == 1:
         return None
-    return DistributedConfig(fsdp_size=processes, ep_size=spread, ep_implementation="all_to_all")
+    return DistributedConfig(fsdp_size=processes, fsdp_plan=BLOCKS, ep_size=spread, ep_implementation="all_to_all")
 
 
 def continue_training(
