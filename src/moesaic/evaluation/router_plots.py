@@ -56,6 +56,7 @@ def _draw_load(axis: Axes, rules: dict[str, Tensor]) -> None:
         axis.bar(np.arange(EXPERTS) + (i + 0.5) * width - 0.4, load.numpy(), width, color=COLORS[i], label=name)
     axis.axhline(1, color=GRAY, linestyle=":", linewidth=1)
     axis.set_xticks(range(EXPERTS))
+    axis.margins(y=0.3)  # room for the legend
     axis.legend(frameon=False, fontsize=8)
     label_axes(axis, "Load", "expert", "rows, multiples of T K / E")
 
