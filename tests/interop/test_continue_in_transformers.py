@@ -201,10 +201,10 @@ def test_the_command_on_two_processes_goes_on_as_our_decoder_does_on_one(given: 
 def test_windows_are_those_of_our_loader_in_its_order(given: Path) -> None:
     windows = Windows(given / "ids", VOCABULARY, seq_len=LENGTH, num_examples=2 * WINDOWS, seed=SEED)
     data = load_data(DataConfig(source="memmap", path=str(given / "ids")))
-    loader = training_loader(data, seq_len=LENGTH, batch_size=WINDOWS, num_batches=2, seed=SEED)
+    batches = list(training_loader(data, seq_len=LENGTH, batch_size=WINDOWS, num_batches=2, seed=SEED))
     assert len(windows) == 2 * WINDOWS
     for name, ours_too in (("input_ids", "tokens"), ("shift_labels", "labels")):
-        wanted = torch.cat([batch[ours_too] for batch in loader])
+        wanted = torch.cat([batch[ours_too] for batch in batches])
         assert torch.equal(torch.stack([windows[i][name] for i in range(len(windows))]), wanted)
 
 
