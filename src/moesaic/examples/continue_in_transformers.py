@@ -14,6 +14,7 @@ and selection biases.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,11 @@ def continue_training(
     Returns:
         `loss` and `grad_norm` of each step, which the first process also prints, a JSON object in a line.
     """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    config = AutoConfig.from_pretrained(exported)
+    config.use_cache = False
+    laid_out = layout(config, processes, expert_parallel)
+    windows = Windows(ids, config.vocab_size, seq_len=seq_len, num_examples=steps * batch_size * processes, seed=seed)
     arguments = TrainingArguments(
         str(output),
         max_steps=steps,
@@ -120,12 +126,6 @@ def continue_training(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    config = AutoConfig.from_pretrained(exported)
-    config.use_cache = False
-    windows = Windows(
-        ids, config.vocab_size, seq_len=seq_len, num_examples=steps * batch_size * arguments.world_size, seed=seed
-    )
-    laid_out = layout(config, arguments.world_size, expert_parallel)
     model = AutoModelForCausalLM.from_pretrained(
         exported, config=config, dtype=torch.float32, **({} if laid_out is None else {"distributed_config": laid_out})
     )
