@@ -2,6 +2,7 @@
 
 import math
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 
@@ -80,13 +81,37 @@ def test_names_are_those_of_the_type() -> None:
     assert tuple(ROUTERS) == get_args(RouterName)
 
 
-def test_the_table_in_the_docs_says_what_the_classes_say() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
-    stated = {name: (causal, batch) for name, causal, batch in re.findall(r"\| `(\w+)` \|.*\| (\w+) \| (\w+) \|", page)}
+def tables_of_the_docs() -> list[dict[str, dict[str, str]]]:
+    """The tables of docs/routers.md: router -> column -> what stands there."""
+    page = (Path(__file__).parents[2] / "docs" / "routers.md").read_text(encoding="utf-8")
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+        found.append({row[0].strip(" |`"): dict(zip(map(str.strip, head), row, strict=True)) for row in rows})
+    return found
+
+
+def arguments_of(router: type[TopKRouter]) -> set[str]:
+    """Names of the arguments that it has and `TopKRouter` has not."""
+    shared = {"self", "dim", "num_experts", "others", *signature(TopKRouter).parameters}
+    return set(signature(router).parameters) - shared
+
+
+def test_the_tables_in_the_docs_say_what_the_classes_say() -> None:
+    gets, takes = tables_of_the_docs()
     words = {True: "yes", False: "no"}
-    assert {name: stated[name] for name in ROUTERS} == {
-        name: (words[cls.causal], words[cls.depends_on_batch]) for name, cls in ROUTERS.items()
+    stated = {
+        name: (row["class"], set(re.findall(r"`(\w+)`", row["arguments of its own"])), row["causal"], row["batch"])
+        for name, row in gets.items()
     }
+    assert stated == {
+        name: (f"`{cls.__name__}`", arguments_of(cls), words[cls.causal], words[cls.depends_on_batch])
+        for name, cls in ROUTERS.items()
+    }
+    numbers = {name: row["experts of a token"].startswith(("any number", "up to K")) for name, row in gets.items()}
+    assert numbers == {name: make(name).may_skip for name in ROUTERS}
+    states = {name: re.findall(r"`(\w+)`", row["state"].partition(";")[0]) for name, row in takes.items()}
+    assert states == {name: [key for key, _ in make(name).named_buffers()] for name in ROUTERS}
 
 
 @pytest.mark.parametrize("name", ROUTERS)
