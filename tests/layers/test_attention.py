@@ -382,8 +382,9 @@ def test_short_bf16_attention_trains_in_fp32_on_a_cpu(masked: bool) -> None:
     assert casts == [4, 0]  # queries, keys, values, and the result
 
 
-def test_attention_under_autocast_is_that_in_fp32_up_to_rounding() -> None:
-    attention = redraw(Attention(32, num_heads=4, num_kv_heads=2))
+@pytest.mark.parametrize("qk_norm", [False, True, "per_head", "full_width"])
+def test_attention_under_autocast_is_that_in_fp32_up_to_rounding(qk_norm: Any) -> None:
+    attention = redraw(Attention(32, num_heads=4, num_kv_heads=2, qk_norm=qk_norm))
     x = torch.randn(2, 20, 32)
     expected, expected_gradients = run_with_gradients(lambda: attention(x), attention)
     with torch.autocast("cpu", dtype=torch.bfloat16):

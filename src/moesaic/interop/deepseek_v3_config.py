@@ -23,7 +23,7 @@ UNREAD = frozenset({"aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "a
 """Fields of published files that are about training and code, or change no result."""
 ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 LATENT_NORM_EPS = 1e-6
-"""Of the norms within attention, whatever rms_norm_eps is."""
+"""Epsilon of the norms within attention, whatever rms_norm_eps is."""
 ONLY = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 """Fields that transformers does not read, and the value by which it computes. Other engines read them."""
 
@@ -105,7 +105,7 @@ class DeepseekV3Fields(Fields):
 
     @property
     def width_of_head(self) -> int:
-        """Of the part of a head that RoPE rotates."""
+        """Width of the part of a head that RoPE rotates."""
         return self.qk_rope_head_dim
 
 

@@ -520,8 +520,9 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.convolution_tail = tail
         if self.q_norm is not None and self.k_norm is not None:
-            q = rearrange(self.q_norm(_grouped(q, self.q_norm.dim)), "b l n h -> b l (n h)")
-            k = rearrange(self.k_norm(_grouped(k, self.k_norm.dim)), "b l n h -> b l (n h)")
+            # gains in fp32 would leave queries and keys in another dtype than values under autocast
+            q = rearrange(self.q_norm(_grouped(q, self.q_norm.dim)).to(q.dtype), "b l n h -> b l (n h)")
+            k = rearrange(self.k_norm(_grouped(k, self.k_norm.dim)).to(k.dtype), "b l n h -> b l (n h)")
         if self.clip_qkv is not None:
             q, k, v = (y.clamp(-self.clip_qkv, self.clip_qkv) for y in (q, k, v))
         q, k, v = (_grouped(y, self.head_dim) for y in (q, k, v))

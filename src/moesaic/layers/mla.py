@@ -89,7 +89,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         queries = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
-            self.q_proj = linear(dim, queries)
+            self.q_norm, self.q_proj = None, linear(dim, queries)
         else:
             self.q_down = linear(dim, q_lora_rank, bias)
             self.q_norm = RMSNorm(q_lora_rank, eps=norm_eps, device=device, dtype=dtype)
@@ -129,7 +129,7 @@ class MultiHeadLatentAttention(nn.Module):
         positions = torch.arange(start, start + x.size(1), device=x.device)
         of_rope = (self.qk_nope_head_dim, self.qk_rope_head_dim)
 
-        q = self.q_proj(x) if self.q_lora_rank is None else self.q_up(self.q_norm(self.q_down(x)))
+        q = self.q_proj(x) if self.q_norm is None else self.q_up(self.q_norm(self.q_down(x)))
         q_nope, q_rope = rearrange(q, "b l (n h) -> b l n h", n=self.num_heads).split(of_rope, dim=-1)
         q = torch.cat((q_nope, self._rotated(q_rope, positions)), dim=-1)
 
