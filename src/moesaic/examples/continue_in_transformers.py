@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.distributed import DistributedConfig
+from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]  # in no __all__ of theirs
 
 from moesaic.data import DataConfig, load_data, training_loader
 from moesaic.errors import InputError
@@ -70,7 +70,7 @@ def layout(config: Any, processes: int, expert_parallel: int | None = None) -> D
     """
     can_spread = bool(getattr(config, "base_model_ep_plan", None))
     spread = (processes if can_spread else 1) if expert_parallel is None else expert_parallel
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
+    experts = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1)
     if spread < 1 or processes % spread or experts % spread:
         raise InputError(
             f"--expert-parallel {spread}: must divide the number of processes, {processes}, and of experts, {experts}"

@@ -57,7 +57,7 @@ class Block:
     normalizes: bool = False
     """Unless the block says so itself, by norm_topk_prob."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of its configuration, beyond sizes."""
+    """Values of its configuration, beyond sizes."""
     layer: int = 1
     """Which layer of the model, where that is asked for."""
 

@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
     y: Tensor
     gradients: dict[str, Tensor | None]
-    """Of every parameter, and of the "input"."""
+    """One of every parameter, and of the "input"."""
 
 
 def step(layer: Layer, x: Tensor, expert_ids: Tensor | None = None) -> Step:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ def scales(subject: Subject) -> str:
     own = layer.router_parameter().grad
     if own is None or own.abs().max().item() <= 1e-6 * largest:
         raise NotApplicable("the router's gradient is rounding alone, which no tolerance fits (see router-gradient)")
-    usual, sizes, worst = weight.detach().clone(), [], 0.0
+    sizes: list[float] = []
+    usual, worst = weight.detach().clone(), 0.0
     factors = SCALES_IN_FLOAT16 if layer.dtype == torch.float16 else SCALES
     for factor in factors:
         with torch.no_grad():
@@ -112,13 +114,14 @@ def _compare_rows(layer: Layer, x: Tensor, what: str) -> tuple[float, float]:
 @contextmanager
 def _dirty(layer: Layer) -> Iterator[None]:
     """New memory holds NaN (integers their largest value) until it is written."""
-    mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # whose attribute is a property of the module
+    mode, fills = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     trash = [torch.full((2**n,), float("nan"), device=layer.device, dtype=layer.dtype) for n in range(4, 15)]
     del trash  # what is allocated elsewhere than in torch.empty finds this
     try:
         torch.set_deterministic_debug_mode("warn")  # in which torch.empty fills what it returns
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        deterministic.fill_uninitialized_memory = True
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        deterministic.fill_uninitialized_memory = fills
