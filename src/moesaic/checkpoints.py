@@ -73,6 +73,15 @@ def load_checkpoint(path: str | Path, whole: bool = True, checked: bool = True) 
     with reading(f"checkpoint {path}"):
         require_checkpoint(path)
     there = standing(path)
+    try:
+        return _load(path, there, whole, checked)
+    except InputError:
+        if there == standing(path):
+            raise
+        return _load(path, path, whole, checked)  # the first rank has put it back while this one read it
+
+
+def _load(path: Path, there: Path, whole: bool, checked: bool) -> dict[str, Any]:
     if not there.is_dir():
         checkpoint = _read_file(path, there)
     else:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from moesaic import checkpoints
 from moesaic.checkpoints import load_checkpoint, load_model, save_model
 from moesaic.cli import evaluate
 from moesaic.cli.convert import convert
@@ -30,7 +31,7 @@ from moesaic.errors import InputError
 from moesaic.evaluation.plots import read_columns
 from moesaic.evaluation.results import ResultFile, is_numbers
 from moesaic.evaluation.sampling import SampleConfig
-from moesaic.files import write_json, write_yaml
+from moesaic.files import old_of, write_json, write_yaml
 from moesaic.interop import from_hf, to_hf
 from moesaic.losses.targets import DenseTargets
 from moesaic.models import build_decoder, llama4_toy
@@ -638,3 +639,24 @@ def test_rows_without_a_digest_are_as_before(good: Path, tmp_path: Path) -> None
     rows.write_text(rows.read_text() + json.dumps({**row, "digest": "0" * 16}) + "\n")
     with pytest.raises(InputError, match=r"rows\.jsonl:2: damaged, its content has not the digest '0000000000000000'"):
         of_study(tmp_path)
+
+
+def test_a_checkpoint_that_is_put_back_while_it_is_read_is_read(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of several ranks puts back what a kill had left aside, and another has just looked for it there."""
+    path = tmp_path / "it.ckpt"
+    shutil.copy(good / "weights.ckpt", old_of(path))
+    found = checkpoints.standing
+
+    def stale(asked: Path) -> Path:
+        there = found(asked)
+        if there == old_of(path) and len(seen) == 1:  # once it has been seen to be a checkpoint
+            there.rename(path)
+        seen.append(there)
+        return there
+
+    seen: list[Path] = []
+    monkeypatch.setattr(checkpoints, "standing", stale)
+    assert load_checkpoint(path)["state_dict"].keys() == load_checkpoint(good / "weights.ckpt")["state_dict"].keys()
+    assert seen[1] == old_of(path) and not old_of(path).exists()

@@ -314,7 +314,7 @@ OTHER_DISK = Path("/dev/shm")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access(OTHER_DISK, os.W_OK), reason="there is no second file system")
-@pytest.mark.parametrize("calls", range(1, 21))
+@pytest.mark.parametrize("calls", [1, 2, 3, 8, 13, 20])
 def test_killed_while_a_checkpoint_is_written_to_another_disk(
     composed: Composed, corpus: Path, tmp_path: Path, whole: Path, calls: int
 ) -> None:
