@@ -146,7 +146,7 @@ def test_published_models(config: DecoderConfig, total: float, active_total: flo
     assert found.parameters == sum(p.numel() for p in decoder.parameters())
     assert found.active_parameters == active(decoder)
     routers = sum(p.numel() for name, p in decoder.named_parameters() if name.endswith("router.weight"))
-    if active_total > 17:  # both models' "17B" without the routers
+    if 17 < active_total < 18:  # both Llama 4 models' "17B" without the routers
         assert round((found.active_parameters - routers) / 1e9, 2) == 17.17
 
 

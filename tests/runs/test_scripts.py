@@ -83,7 +83,7 @@ def test_every_model_runs_at_its_own_size(composed: Composed, corpus: Path, mode
 @pytest.mark.parametrize("data", group("data"))
 @pytest.mark.parametrize("trainer", group("trainer"))
 def test_every_data_and_trainer_config_is_valid(composed: Composed, data: str, trainer: str) -> None:
-    path = "data.path=somewhere" if data in ("files", "memmap") else "++data.path=null"
+    path = "data.path=somewhere" if data in ("files", "memmap", "image_folder") else "++data.path=null"
     from_mapping(RunConfig, composed(f"data={data}", f"trainer={trainer}", path, smoke=False))
 
 

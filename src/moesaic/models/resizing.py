@@ -27,15 +27,15 @@ def resized(config: DecoderConfig, *, dim: int | None = None, num_layers: int | 
         return size * dim // config.dim
 
     attention, mla = config.attention, config.attention.mla
-    attention = dataclasses.replace(attention, num_heads=scaled("attention.num_heads", attention.num_heads))
+    heads = scaled("attention.num_heads", attention.num_heads)
     if mla is None:
         kv_heads = scaled("attention.num_kv_heads", config.num_kv_heads)
-        attention = dataclasses.replace(attention, num_kv_heads=kv_heads, head_dim=config.head_dim)
+        attention = dataclasses.replace(attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=config.head_dim)
     else:
         rank = scaled("attention.mla.kv_lora_rank", mla.kv_lora_rank)
         q_rank = None if mla.q_lora_rank is None else scaled("attention.mla.q_lora_rank", mla.q_lora_rank)
         mla = dataclasses.replace(mla, kv_lora_rank=rank, q_lora_rank=q_rank)
-        attention = dataclasses.replace(attention, mla=mla)
+        attention = dataclasses.replace(attention, num_heads=heads, mla=mla)
     moe = config.moe
     if moe is not None:
         shared = None if moe.shared_hidden_dim is None else scaled("moe.shared_hidden_dim", moe.shared_hidden_dim)
