@@ -263,6 +263,13 @@ def require_one_line(error: str, words: list[str]) -> None:
     assert [word for word in words if word not in lines[-1]] == [], error
 
 
+@pytest.mark.slow_but_for(
+    "tokenize binary ids",
+    "generate toy.ckpt top_p=-inf",
+    "tokenize text ids checkpoint=cut.ckpt",
+    "train -m hydra/launcher=joblibb seed=0,1",
+    "tokenize text ids data.vocab_size=9",
+)
 @pytest.mark.parametrize(("line", "words"), ROWS, ids=[line for line, _ in ROWS])
 def test_is_refused_in_one_line(line: str, words: list[str], inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

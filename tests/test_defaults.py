@@ -24,6 +24,7 @@ def test_a_run_without_arguments() -> None:
     assert flatten(to_mapping(RunConfig())) == flatten(composed("train", []))
 
 
+@pytest.mark.slow_but_for("behemoth-llama4_behemoth_guess")
 @pytest.mark.parametrize(
     ("name", "preset"),
     [("scout", llama4_scout), ("maverick", llama4_maverick), ("behemoth", llama4_behemoth_guess)],

@@ -87,6 +87,7 @@ def test_the_walk_finds_the_modules() -> None:
     assert {package(module) for module in MODULES} - {""} == set(TIERS), "a new package needs a tier"
 
 
+@pytest.mark.slow_but_for("moesaic.studies.runner")
 @pytest.mark.parametrize("module", MODULES)
 def test_arrows_run_one_way(module: str) -> None:
     own = package(module)

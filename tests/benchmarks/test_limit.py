@@ -72,6 +72,7 @@ def test_gradients_are_made_anew_and_the_precision_is_what_it_says() -> None:
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 4
 
 
+@pytest.mark.slow_but_for("fp32")
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda precision: precision.name)
 def test_rows_hold_time_memory_and_notes(precision: Precision, options: Options) -> None:
     dense, other = (DenseSwiGLU(32, width).to(precision.dtype) for width in (48, 96))

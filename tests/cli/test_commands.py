@@ -61,6 +61,7 @@ def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]
     assert "did you mean moesaic cache-targets?" in exit_of(["cache_targets"], capsys)[1]
 
 
+@pytest.mark.slow
 def test_typing_errors_are_answered_without_torch() -> None:
     expected = {
         "train training.stepz=5": "training.stepz: unknown key (did you mean training.steps?); must be one of ",
@@ -84,6 +85,7 @@ def test_typing_errors_are_answered_without_torch() -> None:
         assert line.startswith(f"error: {message}")
 
 
+@pytest.mark.slow_but_for("train-arguments3-flags3-overrides3")
 @pytest.mark.parametrize(
     ("name", "arguments", "flags", "overrides"),
     [
@@ -109,6 +111,7 @@ def test_help_after_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("Train a model; -m for a sweep.\n")
 
 
+@pytest.mark.slow_but_for("conformance", "cache-targets")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_every_key_and_every_choice(name: str) -> None:
     config_name = name.replace("-", "_")
@@ -143,6 +146,7 @@ def test_a_missing_package_is_one_sentence() -> None:
     assert done.stderr.endswith(": pip install 'moesaic[train]'\n") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow_but_for("moesaic sc-expected0")
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -190,6 +194,7 @@ def test_a_word_without_a_place(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_of(["train", "balancing"], capsys)[1].startswith(message)
 
 
+@pytest.mark.slow
 def test_experiments_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my conf"
     (folder / "experiment").mkdir(parents=True)
@@ -320,6 +325,7 @@ def test_a_file_that_would_change_nothing_is_refused(content: bytes, message: st
         check_overrides("train", ["experiment=mine"], tmp_path)
 
 
+@pytest.mark.slow_but_for("5")
 @pytest.mark.parametrize("trust", ["5", "[5]", "[a b]", "''", "[null]"])
 def test_trust_must_be_names(trust: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, error = exit_of(["generate", "nowhere.ckpt", f"trust={trust}"], capsys)
@@ -361,12 +367,14 @@ def test_a_variable_that_the_shell_did_not_know_is_no_path(
     assert exit_of(line.split(), capsys) == (2, f"error: {key}=: empty; must be a path or a name, or be left out\n")
 
 
+@pytest.mark.slow
 def test_a_module_given_as_text_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     code, error = exit_of(["train", "debug=smoke", "model.moe.router=my.Router"], capsys)
     assert code == 2
     assert "model.moe.router: found 'my.Router' (str) (did you mean {type: my.Router}?); must be top_k |" in error
 
 
+@pytest.mark.slow
 def test_a_config_is_shown_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "train --cfg job seed=11"], capture_output=True, text=True, check=False

@@ -95,6 +95,7 @@ def test_next_commands_of_a_run(text: str) -> None:
     assert pasted(resume) == {"resume": True, "run_dir": str(run_dir)}
 
 
+@pytest.mark.slow_but_for("stdlib")
 @pytest.mark.parametrize("source", ["stdlib", "associative_recall"])
 def test_sweeps_that_a_run_proposes(source: str) -> None:
     data = from_mapping(RunConfig, {"data": composed("train", [f"data={source}"])["data"]})

@@ -24,6 +24,7 @@ def printed(name: str, *overrides: str) -> str:
     return console.export_text()
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["small", "devices=8", "parallel.expert=4", "training.seq_len=256", "optimizer.name=adamw"])
     shown = capsys.readouterr().out
@@ -34,6 +35,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Exact: " in shown and "Bounds: " in shown and "Assumed: " in shown and "Not counted: " in shown
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_followed_by_what_would() -> None:
     given = ["devices=2", "memory_gb=3", "training.batch_size=32", "optimizer.name=adamw"]
     shown = printed("small", *given)
@@ -45,6 +47,7 @@ def test_what_does_not_fit_is_followed_by_what_would() -> None:
         assert "does not fit" not in again and f"{needed} GB │ of 3.00 GB: fits" in again
 
 
+@pytest.mark.slow
 def test_nothing_fits() -> None:
     shown = printed("small", "devices=2", "memory_gb=1e-6")
     assert "Nothing tried makes it fit" in shown and "trainer.checkpoint_activations=true" in shown

@@ -14,6 +14,7 @@ from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import validate
 
 
+@pytest.mark.slow
 def test_the_file_is_a_study_that_can_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,6 +115,7 @@ nested = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     base=st.dictionaries(st.sampled_from("xyz"), nested, min_size=3, max_size=3),
     other=st.dictionaries(st.sampled_from("xyz"), nested, min_size=3, max_size=3),

@@ -54,6 +54,7 @@ def test_our_parts_cost_what_they_say() -> None:
     assert costs.training_flops == pytest.approx(3 * booked.forward_flops + attention / 2, rel=1e-6)
 
 
+@pytest.mark.slow_but_for("moe2")
 @pytest.mark.parametrize("moe", [{"top_k": 3}, {"backend": "grouped"}, {"backend": "loop", "shared_hidden_dim": 0}])
 def test_every_backend_is_counted(moe: dict[str, Any]) -> None:
     assert SMALL.moe is not None
@@ -63,6 +64,7 @@ def test_every_backend_is_counted(moe: dict[str, Any]) -> None:
     assert costs.training_flops == pytest.approx(3 * costs.forward_flops, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_default_router_against_one_that_takes_every_expert() -> None:
     """The known answer: the seven more experts of each token, and nothing else."""
     one, all_of_them = measure_costs(candidate()), measure_costs(candidate(with_router("PaddedChoice")))
@@ -97,6 +99,7 @@ def test_a_part_that_declares_too_little_is_named() -> None:
     )
 
 
+@pytest.mark.slow_but_for("LeavesTorch-numpy")
 @pytest.mark.parametrize(
     ("mixer", "operator"), [("Orthogonal", "aten::linalg_qr"), ("LeavesTorch", "numpy"), ("QuadraticMixer", None)]
 )

@@ -44,6 +44,7 @@ def test_two_experts_per_token_are_half_as_wide() -> None:
     assert fair.unequal[0] == f"{fewer:.0%} fewer parameters"
 
 
+@pytest.mark.slow
 def test_both_solves_the_number_of_experts_too() -> None:
     fair = make_fair(candidate(), candidate({"top_k": 2}), "both", rounds=0)
     assert fair.overrides == {WIDTH: 96, EXPERTS: 16}
@@ -52,6 +53,7 @@ def test_both_solves_the_number_of_experts_too() -> None:
     assert "the number of experts from 8 to 16" in fair.reason
 
 
+@pytest.mark.slow
 def test_parameters() -> None:
     fair = make_fair(candidate(), candidate({"num_experts": 16}), "parameters", rounds=0)
     assert fair.overrides == {WIDTH: 96}

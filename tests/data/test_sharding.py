@@ -48,6 +48,7 @@ def opened(directory: Path) -> Any:
     return load_data(DataConfig(source="memmap", path=str(directory), cache_dir=str(directory.parent / "cache")))
 
 
+@pytest.mark.slow_but_for("bytes")
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
 def test_the_ids_are_those_of_the_same_text_in_memory(text: Path, tokenizer: str) -> None:
     found = write_shards(config(text, tokenizer=tokenizer), text.parent / "ids", shard_bytes=900)
@@ -134,6 +135,7 @@ def test_what_a_process_left_is_kept_and_continued(text: Path) -> None:
     assert contents(whole) == before
 
 
+@pytest.mark.slow_but_for("changes0-vocab_size: 290 there, 280 now-begun")
 @pytest.mark.parametrize("state", ["begun", "finished"])
 @pytest.mark.parametrize(
     ("changes", "key"),
@@ -210,6 +212,7 @@ def test_text_that_changes_meanwhile_is_refused(text: Path) -> None:
         write_shards(config(text, tokenizer="bytes"), text.parent / "ids", tell=change)
 
 
+@pytest.mark.slow_but_for("tokenizer")
 @pytest.mark.parametrize("damage", ["edit", "cut", "remove", "swap", "manifest", "tokenizer"])
 def test_a_damaged_folder_is_refused_by_the_name_of_the_file(text: Path, damage: str) -> None:
     directory = text.parent / "ids"

@@ -82,6 +82,7 @@ class Rigged(Decoder):
         return answer
 
 
+@pytest.mark.slow_but_for("bytes-True")
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_model_that_knows_scores_one(tokenizer: Tokenizer, cached: bool) -> None:
     task = task_of(tokenizer)
@@ -266,6 +267,7 @@ def test_not_finite_is_refused() -> None:
         score_needles([Variant("it", decoder)], task_of(ByteTokenizer()))
 
 
+@pytest.mark.slow_but_for("1")
 @pytest.mark.parametrize("variants", [1, 3])
 def test_pictures(tmp_path: Path, variants: int) -> None:
     draw = np.random.default_rng(0)

@@ -39,6 +39,7 @@ def metrics(path: Path, rows: int, bits: bool = True) -> Path:
     return path
 
 
+@pytest.mark.slow_but_for("False-7")
 @pytest.mark.parametrize("rows", [1, 7, 200])
 @pytest.mark.parametrize("bits", [True, False])
 def test_loss(tmp_path: Path, rows: int, bits: bool) -> None:
@@ -65,6 +66,7 @@ def test_expert_load_of_a_dense_model_is_no_plot(tmp_path: Path) -> None:
     assert not (tmp_path / "load.png").exists()
 
 
+@pytest.mark.slow_but_for("1-1")
 @pytest.mark.parametrize(("layers", "checks"), [(1, 1), (2, 30), (24, 5)])
 def test_drift(tmp_path: Path, layers: int, checks: int) -> None:
     names = [f"router/layers.{j}.ffn/drift" for j in range(layers)]
@@ -81,6 +83,7 @@ def test_drift_before_the_second_check_is_no_plot(tmp_path: Path) -> None:
     assert not (tmp_path / "drift.png").exists()
 
 
+@pytest.mark.slow_but_for("1-1-None")
 @pytest.mark.parametrize(("length", "train", "chunk"), [(1, 1, None), (64, 64, 16), (1000, 256, 128)])
 def test_loss_by_position(tmp_path: Path, length: int, train: int, chunk: int | None) -> None:
     plot_loss_by_position((5 / np.arange(1, length + 1)).tolist(), tmp_path / "p.png", train, chunk)

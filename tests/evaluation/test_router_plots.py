@@ -12,6 +12,7 @@ from moesaic.layers import ROUTERS
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow
 def test_every_family_is_drawn_and_shown(tmp_path: Path) -> None:
     drawn = draw_routers(tmp_path)
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in drawn)

@@ -241,6 +241,7 @@ def test_router_logits_come_out_and_the_auxiliary_loss_is_theirs(name: str) -> N
     assert_gradients(gradients(model), expected_gradients, 5e-5)
 
 
+@pytest.mark.slow_but_for("static-mixtral", "dynamic-olmoe")
 @every_model
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_gives_the_same_tokens(name: str, cache: str) -> None:

@@ -175,6 +175,7 @@ def published(directory: Path, **changes: Any) -> Path:
     return source
 
 
+@pytest.mark.slow
 def test_layers_for_multi_token_prediction_are_skipped_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +243,7 @@ def test_damaged_tensors_are_named(lost: str) -> None:
         from_hf(model)
 
 
+@pytest.mark.slow
 def test_convert_to_a_checkpoint_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(sample(), tmp_path / "source")
     convert.main([str(source), str(tmp_path / "model.ckpt")])
@@ -257,6 +259,7 @@ def test_convert_to_a_checkpoint_and_back(tmp_path: Path, capsys: pytest.Capture
 # ---- what a config can say
 
 
+@pytest.mark.slow
 def test_the_preset_is_the_published_model() -> None:
     config = deepseek_v3()
     written = config_to_hf(config, {}, "bfloat16")

@@ -52,6 +52,7 @@ def test_intervals_of_200_ladders_hold_the_truth_in_90_to_99_percent(
     assert found["held out"] >= 0.90, found
 
 
+@pytest.mark.slow
 def test_intervals_of_40_ladders_hold_the_truth_and_are_not_much_wider_than_they_must_be() -> None:
     found = [predict(*ladder(seed), 1e15, asymptote=0.6, seed=seed, samples=100) for seed in range(40)]
     held = [one.low <= LAW(1e15) <= one.high for one in found]

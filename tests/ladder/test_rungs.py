@@ -100,6 +100,7 @@ def test_a_run_that_would_repeat_a_token_is_refused(rungs_of: MakeRungs) -> None
         require_fresh_tokens(rungs, most + 256, 256)
 
 
+@pytest.mark.slow_but_for("words7-asymptote=-1.0: must be")
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -96,6 +96,7 @@ def require_close(found: Result, wanted: Result, tolerance: float) -> None:
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow_but_for("top-1 with shared expert-4")
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_process(workers: Workers, case: str, ranks: int) -> None:

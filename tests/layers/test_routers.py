@@ -114,6 +114,7 @@ def test_the_tables_in_the_docs_say_what_the_classes_say() -> None:
     assert states == {name: [key for key, _ in make(name).named_buffers()] for name in ROUTERS}
 
 
+@pytest.mark.slow_but_for("relu")
 @pytest.mark.parametrize("name", ROUTERS)
 def test_each_states_causality_and_dependence_on_the_batch(name: str) -> None:
     """By what replacing later tokens, and other sequences, does to the outputs of a layer in training."""

@@ -178,6 +178,7 @@ def test_chunked_is_dense_for_every_divergence(kind: str, divergence: str, gate:
     compare(kind, 7, divergence=divergence, coefficient=0.3, gate=make_gate(gate))
 
 
+@pytest.mark.slow
 @given(
     ignored=st.lists(st.booleans(), min_size=TOKENS, max_size=TOKENS),
     chunk_tokens=st.integers(1, TOKENS + 3),
@@ -262,6 +263,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(divergence: str, temper
         assert gradient.abs().max() < 1e-13
 
 
+@pytest.mark.slow_but_for("1.0-reverse_kl", "2.0-forward_kl")
 @divergences
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_gradients_by_differences(divergence: str, temperature: float) -> None:
@@ -276,6 +278,7 @@ def test_gradients_by_differences(divergence: str, temperature: float) -> None:
     assert torch.autograd.gradcheck(loss, z)
 
 
+@pytest.mark.slow_but_for("2.0-dense")
 @kinds
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_gradients_by_differences_for_every_target(kind: str, temperature: float) -> None:
@@ -458,6 +461,7 @@ def self_normalized(targets: SampledTargets) -> SampledTargets:
     return targets._replace(weights=targets.weights / targets.weights.sum(1, keepdim=True))
 
 
+@pytest.mark.slow_but_for("1.0-0.5-self_normalized-False")
 @pytest.mark.parametrize(
     ("omega", "change", "unbiased"),
     [

@@ -125,6 +125,7 @@ def test_a_second_backward_is_refused() -> None:
         loss.backward()
 
 
+@pytest.mark.slow_but_for("dtype0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_larger_than_a_chunk_or_the_head_is_made(dtype: torch.dtype) -> None:
     tokens, dim, vocabulary = 2048, 8, 5000

@@ -124,6 +124,7 @@ def test_parameters_equal_those_of_the_built_model(name: str) -> None:
     assert found.weight_bytes(torch.bfloat16) == 2 * found.parameters
 
 
+@pytest.mark.slow_but_for("olmoe")
 @pytest.mark.parametrize(
     ("config", "total", "active_total"),
     [
@@ -158,6 +159,7 @@ def test_gpt_oss_has_the_published_active_parameters_without_its_embedding(
     assert round((account(config, 8192).active_parameters - embedding) / 1e9, 2) == published
 
 
+@pytest.mark.slow
 def test_the_guess_at_behemoth_meets_the_three_published_numbers() -> None:
     config = llama4_behemoth_guess()
     found = account(config, 8192)
@@ -167,6 +169,7 @@ def test_the_guess_at_behemoth_meets_the_three_published_numbers() -> None:
     assert found.parameters == sum(p.numel() for p in build_decoder(config, device="meta").parameters())
 
 
+@pytest.mark.slow_but_for("no shared expert", "as many kv heads as heads", "dense twin", "QK norm per head")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_matmul_flops_equal_the_flop_counter(name: str) -> None:
     """On the loop backend: torch's counter knows nothing of grouped_mm. CPU attention counts as zero there."""

@@ -63,6 +63,7 @@ def text(rows: int = 2, length: int = LENGTH) -> Tensor:
     return torch.randint(VOCAB, (rows, length))
 
 
+@pytest.mark.slow_but_for("custom modules")
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_causality(name: str) -> None:
@@ -330,6 +331,7 @@ def test_hidden_states_build_no_logits() -> None:
     assert sizes.largest < 2 * LENGTH * 1000
 
 
+@pytest.mark.slow_but_for("None")
 @pytest.mark.parametrize("pieces", [None, [5, 1, 1, 6], [1] * LENGTH])
 def test_padding_changes_no_logit_and_counts_nowhere(pieces: list[int] | None) -> None:
     decoder = build(config({"conv_width": 3, "bias": True, "temperature": None}))  # which counts padding

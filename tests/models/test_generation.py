@@ -57,6 +57,7 @@ def test_with_a_cache_every_token_is_seen_once() -> None:
     assert seen == [5, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_seeds() -> None:
     decoder, tokens = toy(), prompt()
     first = generate(decoder, tokens, 20, seed=1)
@@ -74,6 +75,7 @@ def test_greedy_takes_the_most_likely_token() -> None:
         tokens = torch.cat((tokens, token[:, None]), dim=1)
 
 
+@pytest.mark.slow
 def test_greedy_rows_do_not_depend_on_each_other() -> None:
     decoder, tokens = toy(), prompt(rows=3)
     together = generate(decoder, tokens, 12, temperature=0)
@@ -81,6 +83,7 @@ def test_greedy_rows_do_not_depend_on_each_other() -> None:
         assert torch.equal(generate(decoder, tokens[row : row + 1], 12, temperature=0)[0], together[row])
 
 
+@pytest.mark.slow
 def test_stop_token() -> None:
     decoder, tokens = toy(), prompt()
     free = generate(decoder, tokens, 20, temperature=0)

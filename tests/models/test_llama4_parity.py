@@ -102,11 +102,13 @@ def compare(config: DecoderConfig, dtype: torch.dtype, tolerance: float, gradien
     assert_gradients(found_gradients, expected_gradients, gradient_tolerance)
 
 
+@pytest.mark.slow_but_for("every expert", "one chunk exactly", "MoE every third layer")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_float64(name: str) -> None:
     compare(CASES[name], torch.float64, 1e-9, 1e-8)
 
 
+@pytest.mark.slow_but_for("top 2")
 @pytest.mark.parametrize(
     "name", ["maverick", "scout, RoPE scaling without band", "top 2", "biases", "head_dim is not dim / heads"]
 )

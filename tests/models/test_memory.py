@@ -268,6 +268,7 @@ def test_a_model_that_fits_nowhere_is_traced() -> None:
         assert getattr(formula, field.name) == pytest.approx(getattr(traced[0], field.name), rel=0.01), field.name
 
 
+@pytest.mark.slow
 def test_custom_modules_are_traced_and_left_out_of_the_formula() -> None:
     entries = (
         LayerConfig({"type": "custom_samples.RunningMean"}, "moe"),

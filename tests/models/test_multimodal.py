@@ -186,6 +186,7 @@ def test_generation_after_a_picture() -> None:
     assert not torch.equal(swapped, found), "the pictures say nothing"
 
 
+@pytest.mark.slow
 def test_an_image_token_is_never_drawn() -> None:
     model, tokens = model_of(), tokens_with((), length=3)
     with torch.no_grad():

@@ -40,6 +40,7 @@ def test_a_port_in_use(port: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come(port: int) -> None:
     assert re.fullmatch(
         r"1 of 2 processes came within \d seconds; all must be started, with the same MASTER_ADDR and MASTER_PORT",
@@ -87,6 +88,7 @@ def test_what_no_process_could_meet_by_is_refused_first(port: int, monkeypatch: 
     require_meeting(is_first=True)
 
 
+@pytest.mark.slow
 def test_a_run_says_whom_it_waits_for_and_gives_up(
     port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,6 +230,7 @@ def cast(setup: Setup) -> int:
     return let_go
 
 
+@pytest.mark.slow_but_for("False")
 @pytest.mark.parametrize("shard", [True, False])
 def test_autocast_keeps_a_copy_of_every_dense_matrix_that_is_not_sharded(workers: Workers, shard: bool) -> None:
     setup = dataclasses.replace(
@@ -311,6 +312,7 @@ WIDE = dataclasses.replace(TOY, dim=512, hidden_dim=2048)
 ROOMY = dataclasses.replace(TOY, moe=dataclasses.replace(TOY.moe, num_experts=8))
 
 
+@pytest.mark.slow_but_for("0.3")
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3, 0.15])
 def test_changes_fit_and_are_the_smallest(share: float) -> None:
     setup = setup_of(ROOMY, 8, batch_size=64, seq_len=64)
@@ -347,5 +349,6 @@ def test_what_a_run_refuses_is_not_among_what_would_fit() -> None:
         plan(dataclasses.replace(setup, parallel=ParallelConfig(tensor=2)))
 
 
+@pytest.mark.slow
 def test_nothing_fits_in_nothing() -> None:
     assert changes_that_fit(setup_of(TOY, 2), 1000.0) == []

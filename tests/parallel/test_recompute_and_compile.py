@@ -110,6 +110,7 @@ def compiled_part() -> tuple[int, ...]:
     return tuple(double(weight).shape)
 
 
+@pytest.mark.slow
 def test_compiled_code_takes_the_part_of_a_weight_that_is_here(workers: Workers) -> None:
     """The tracer once took the whole, because it finds no method of a tensor that plain tensors do not have."""
     assert workers.run(compiled_part, RANKS) == [(2, 3)] * RANKS

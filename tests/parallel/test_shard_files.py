@@ -288,6 +288,7 @@ def write_where_one_disk_is_full(path: Path, rank: int) -> str:
     return "written"
 
 
+@pytest.mark.slow_but_for("0")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_of_one_rank_is_told_by_all(workers: Workers, tmp_path: Path, rank: int) -> None:
     path = tmp_path / "it.ckpt"

@@ -28,6 +28,7 @@ def round_trip(expert: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
     return before, spread, loaded, sum(held(each).numel() for each in decoder.parameters())
 
 
+@pytest.mark.slow_but_for("2-2")
 @pytest.mark.parametrize(("ranks", "expert"), [(4, 1), (4, 2), (2, 2)])
 def test_what_is_spread_is_whole_again(workers: Workers, ranks: int, expert: int) -> None:
     results = workers.run(round_trip, ranks, expert)

@@ -192,5 +192,6 @@ def generated(tensor: int) -> list[int]:
     return chosen
 
 
+@pytest.mark.slow
 def test_text_goes_on_as_on_one_rank(workers: Workers) -> None:
     assert workers.run(generated, 2, 2) == 2 * workers.run(generated, 1, 1)

@@ -150,6 +150,7 @@ def test_ctrl_c_says_how_to_go_on(given: Composed, monkeypatch: pytest.MonkeyPat
     assert contents(Path(config["directory"])) == contents(Path(other["directory"]))
 
 
+@pytest.mark.slow_but_for("seed=true-", "windows_per_shard=6-", "accelerator=tpu-")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -241,6 +242,7 @@ def test_new_data_are_added_to_an_old_cache(given: Composed, corpus: Path, tmp_p
             torch.testing.assert_close(mine, theirs, rtol=2**-9, atol=2**-9)
 
 
+@pytest.mark.slow
 def test_text_that_comes_twice_is_computed_once(given: Composed, tmp_path: Path) -> None:
     folder = tmp_path / "repeats"
     folder.mkdir()

@@ -78,6 +78,7 @@ def test_only_weights_of_a_converted_model_are_trained_on(llama: Path, tmp_path:
         torch.testing.assert_close(p, load_model(trained).decoder.get_parameter(name), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_directory_to_directory_changes_dtype_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decoder = build_decoder(llama4_toy())
     to_hf(decoder, tmp_path / "a")

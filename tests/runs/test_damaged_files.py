@@ -424,6 +424,7 @@ QUICK = {
 """Of these kinds `make test` takes one of so many cases, of all others every one."""
 
 
+@pytest.mark.slow_but_for("train.bin", "shard of targets", "model.safetensors", "tokenizer.json", "job.json")
 @pytest.mark.parametrize("name", KINDS)
 def test_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Path) -> None:
     every = QUICK.get(name, 1)
@@ -438,10 +439,9 @@ def test_more_damage_is_refused_or_harmless(name: str, good: Path, tmp_path: Pat
     assert check(KINDS[name], name, good, tmp_path, max(1, count // 250))[0] > 15
 
 
-def test_there_are_five_hundred(good: Path) -> None:
+def test_there_are_three_thousand(good: Path) -> None:
     counts = {name: len(cases(kind, (good / kind.file).read_bytes())) for name, kind in KINDS.items()}
-    quick = {name: -(-count // QUICK.get(name, 1)) for name, count in counts.items()}
-    assert sum(quick.values()) > 500 and sum(counts.values()) > 3000, (quick, counts)
+    assert sum(counts.values()) > 3000, counts
 
 
 # ---- single cases
@@ -491,6 +491,12 @@ def test_evaluate_refuses_weights_that_are_nan_too(good: Path, tmp_path: Path, c
 LOADER = ("loops", "fit_loop", "state_dict", "combined_loader", 0)
 
 
+@pytest.mark.slow_but_for(
+    "place16-9-epoch=9: the loops are in epoch 1",
+    "place15-40-global_step=40: the loops have made 20 steps",
+    "place11-3-next_batch=3: must be 20 at global_step=20",
+    "place13-value13-damaged",
+)
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -533,6 +539,7 @@ def resumed(run_dir: Path) -> None:
     run({"resume": True, "run_dir": str(run_dir)})
 
 
+@pytest.mark.slow_but_for("routing.csv")
 @pytest.mark.parametrize("name", ["metrics.csv", "routing.csv"])
 def test_a_damaged_table_is_named_before_a_run_goes_on(good: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(good / "run", tmp_path / "run")

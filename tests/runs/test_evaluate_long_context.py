@@ -71,6 +71,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
 
 
+@pytest.mark.slow
 def test_loss_by_position_of_variants(asked: Composed, tmp_path: Path) -> None:
     switches = "attention.temperature.attn_scale=2 attention.attention_chunk_size=4"
     variants = f"variants=[as_trained,no_temperature,window,scalable_softmax,'{switches}']"
@@ -91,6 +92,7 @@ def test_loss_by_position_of_variants(asked: Composed, tmp_path: Path) -> None:
     assert evaluate.variants_table(summary, "it").row_count == 5
 
 
+@pytest.mark.slow
 def test_the_whole_split_in_stretches_agrees_with_the_score(asked: Composed) -> None:
     one = asked(
         "task=loss_by_position", "loss_by_position.multiple=1", "loss_by_position.stretches=null", "output=null"
@@ -132,6 +134,9 @@ def test_more_variants_join_and_other_questions_are_refused(asked: Composed, tmp
     assert files(tmp_path / "scored") == before
 
 
+@pytest.mark.slow_but_for(
+    "task=needle checkpoint=/nowhere-", "task=needle checkpoint=null-", "task=needle variants=window-"
+)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -189,6 +194,7 @@ def test_damaged_results_are_refused_and_kept(asked: Composed, tmp_path: Path, t
         assert files(path.parent) == before
 
 
+@pytest.mark.slow_but_for("loss_by_position")
 @pytest.mark.parametrize("task", ["loss_by_position", "needle"])
 def test_pictures_of_others_are_not_overwritten(asked: Composed, tmp_path: Path, task: str) -> None:
     """A run's own plots have these names too."""
@@ -204,6 +210,7 @@ def test_variants_without_a_task_for_them(asked: Composed) -> None:
         evaluate.evaluate(asked("variants=[window]"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_tokenizer(asked: Composed, nameless: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Text is refused; token ids are judged, but no needle can be written."""
     for task in ("loss_by_position", "needle"):

@@ -151,6 +151,7 @@ class Break(pl.Callback):
             torch.nn.init.constant_(parameter, torch.nan)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_does_not_exit_with_0(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = [*SMOKE, f"data.path={corpus}", "run_dir=run", f"+callbacks.b={{_target_: {__name__}.Break}}"]
@@ -292,6 +293,7 @@ def test_where_no_file_may_grow_any_more_nothing_is_lost(
     require_equal_runs(tmp_path / "full", whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_need_tmpdir(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/dev/full")
     monkeypatch.setattr("tempfile.tempdir", "/dev/full")
@@ -336,6 +338,7 @@ def test_killed_while_a_checkpoint_is_written_to_another_disk(
 # ---- what a checkpoint means
 
 
+@pytest.mark.slow
 def test_after_training_nothing_costs_the_numbers(composed: Composed, tmp_path: Path) -> None:
     config = composed("training.steps=2", f"run_dir={tmp_path / 'run'}")
     with pytest.warns(RuntimeWarning, match=r"after training, sample failed: .*sample.txt: cannot be written"):
@@ -449,6 +452,7 @@ def test_a_run_goes_on_from_the_sequence_it_was_at(
     assert seen * sizes["seq_len"] == pytest.approx(metrics["tokens"], abs=sizes["seq_len"])
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_other_parameters_is_refused(composed: Composed, unfinished: Path, tmp_path: Path) -> None:
     path = unfinished / "checkpoints" / "last.ckpt"
     checkpoint = load_checkpoint(path)
@@ -491,6 +495,7 @@ def test_a_checkpoint_names_no_file_that_lightning_would_delete(trained: Path, t
         read_start(config, None)
 
 
+@pytest.mark.slow_but_for("edit1")
 @pytest.mark.parametrize("edit", [("learning_rate: 0.016", "learning_rate: 1.6"), ("seed: 0", "seed: 9")])
 def test_a_config_that_was_edited_is_refused_on_resume(
     composed: Composed, unfinished: Path, edit: tuple[str, str]

@@ -116,6 +116,7 @@ def test_the_learning_rate_finder_suggests_rates_by_one_factor(
     assert "optimizer.learning_rate=" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_loggers_and_none(composed: Composed, tmp_path: Path) -> None:
     run(composed("logger=[tensorboard,csv]", "training.steps=2", f"run_dir={tmp_path / 'both'}"))
     assert (tmp_path / "both" / "csv" / "metrics.csv").exists()
@@ -157,6 +158,7 @@ def test_refusals_write_nothing(composed: Composed, override: str, message: str)
     assert not list(Path(config["output_dir"]).glob("*/*"))
 
 
+@pytest.mark.slow_but_for("overfit_batches=2")
 @pytest.mark.parametrize("option", ["overfit_batches=2", "fast_dev_run=true"])
 def test_a_run_that_goes_on_takes_more_than_the_first_batches(
     composed: Composed, trained: Path, tmp_path: Path, option: str

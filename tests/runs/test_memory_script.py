@@ -40,6 +40,7 @@ def test_units() -> None:
     )
 
 
+@pytest.mark.slow_but_for("arguments0-error: name=llama5: must be one of behemoth, deepseek_v3_tiny, llama4_tiny, ")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

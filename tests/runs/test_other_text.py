@@ -28,6 +28,7 @@ def options(package: str, **changes: Any) -> dict[str, Any]:
     return {"other_text": {"words": {"package": package, "sha256": documents_of(package)[1], **changes}}}
 
 
+@pytest.mark.slow
 def test_bits_per_byte_of_another_text(trained: Path, package: str) -> None:
     documents, _ = documents_of(package)
     assert [document.name for document in documents] == ["__init__.py", "below/words.py"]

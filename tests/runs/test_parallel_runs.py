@@ -198,6 +198,7 @@ HEADS_3 = (
 )
 
 
+@pytest.mark.slow_but_for("overrides1-message1", "overrides0-message0", "overrides9-message9", "overrides18-message18")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -222,6 +222,10 @@ def test_resumed_checks_continue_those_before(
     assert sum(bool(row["router/layers.3.ffn/drift"]) for row in rows) == 3
 
 
+@pytest.mark.slow_but_for(
+    "overrides8-seed=-1: must be an integer from 0 to 4294967295",
+    "overrides1-model.moe.top_k=9: must be 1 to num_experts=8",
+)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -259,6 +263,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not list(Path(config["output_dir"]).glob("*/*"))
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_refused(composed: Composed, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another shape: model.dim: 16 there, 32 now"):
         run(composed(*BPE, f"ckpt_path={trained}", "model.dim=32"))
@@ -325,6 +330,7 @@ def test_token_ids_without_a_tokenizer(composed: Composed, tmp_path: Path) -> No
         load_model(only_run(config))
 
 
+@pytest.mark.slow
 def test_auto_precision_is_chosen_once_and_said(
     composed: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_every_experiment_runs(composed: Composed, experiment: str, tmp_path: Pa
     assert run(composed(*overrides))["status"] == "finished"
 
 
+@pytest.mark.slow_but_for("upcycle")
 @pytest.mark.parametrize("experiment", RUNS)
 def test_every_experiment_is_valid(composed: Composed, experiment: str) -> None:
     given = {
@@ -80,6 +81,7 @@ def test_every_model_runs_at_its_own_size(composed: Composed, corpus: Path, mode
     assert run(composed(f"model={model}", *smoke, smoke=False))["status"] == "finished"
 
 
+@pytest.mark.slow_but_for("cpu-selective_copying", "cpu-sheets", "gpu-sheets")
 @pytest.mark.parametrize("data", group("data"))
 @pytest.mark.parametrize("trainer", group("trainer"))
 def test_every_data_and_trainer_config_is_valid(composed: Composed, data: str, trainer: str) -> None:
@@ -282,6 +284,7 @@ def test_evaluate_refuses_what_it_would_overwrite_or_cannot_fill(
         evaluate.evaluate(composed("data=files", f"checkpoint={trained}", "seq_len=1000000", config="evaluate"))
 
 
+@pytest.mark.slow
 def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(trained), "def f1(", "max_new_tokens=12", "seed=3"]
     generate.main(arguments)

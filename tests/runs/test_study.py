@@ -254,6 +254,7 @@ def test_without_its_teacher_a_run_is_missing_and_the_others_go_on(tiny: dict[st
     assert "missing: frozen, seed 0" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_run_that_fails_is_named_and_the_others_go_on(tiny: dict[str, Any]) -> None:
     tiny["study"] |= {"arms": {"dense": {}, "broken": {"training.seq_len": 10**5}}, "seeds": [0]}

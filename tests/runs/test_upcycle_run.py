@@ -37,6 +37,7 @@ def upcycled(composed: Composed, dense: Path) -> Composed:
     return lambda *overrides: composed("experiment=upcycle", f"upcycle.from={dense}", "training.steps=2", *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")
 def test_it_begins_with_the_function_of_the_checkpoint_and_trains_on(upcycled: Composed, dense: Path) -> None:
     rates = ("optimizer.learning_rate=1e-12", "optimizer.muon_learning_rate=1e-12", "optimizer.weight_decay=0")
@@ -78,6 +79,7 @@ def test_killed_and_resumed_without_the_dense_checkpoint(upcycled: Composed, den
     assert load_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_what_no_checkpoint_can_help_is_refused_by_name(composed: Composed) -> None:
     for overrides, message in (
         ([], r"upcycle.from=None: must be a checkpoint \(upcycle.from=RUN/checkpoints/last.ckpt\)"),

@@ -52,6 +52,7 @@ def drawn_by_position(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_pictures")
 def test_everything_is_written(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
@@ -147,6 +148,7 @@ def test_what_a_study_no_longer_has_is_no_longer_drawn(
     assert "effect.png" not in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_variant_of_a_diverged_run_is_not_missing(
     study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
 ) -> None:

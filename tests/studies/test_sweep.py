@@ -93,6 +93,7 @@ def test_a_number_that_is_none_makes_its_run_damaged(tmp_path: Path, key: str, v
     assert said in to_markdown([row], [LOSS])
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "good", loss=1.0)
     make_run(tmp_path / "theirs/bad", loss=2.0)
@@ -213,6 +214,7 @@ def test_csv_has_raw_numbers(tmp_path: Path) -> None:
     assert float(row[f"{LOSS} half_width"]) == pytest.approx(12.706 * 0.5)
 
 
+@pytest.mark.slow
 def test_report_writes_three_files(tmp_path: Path) -> None:
     for arm in (1, 2):
         for seed in (0, 1):

@@ -88,6 +88,7 @@ def statuses(report: Report, status: str) -> set[str]:
 # ---- on our own layer
 
 
+@pytest.mark.slow_but_for("sigmoid top-1, shared", "softmax top-2 normalized")
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_ours_passes_everything_that_applies(name: str) -> None:
     arguments = CONFIGURATIONS[name]
@@ -166,6 +167,7 @@ def test_a_part_of_ours_exchanged_for_a_bad_one() -> None:
     assert CHECKS["outputs"].run(factory).status == "not applicable"  # another router is another function
 
 
+@pytest.mark.slow
 def test_one_expert_and_more_experts_than_features() -> None:
     one = {check.name: check.run(lambda: MoE.build(DIM, HIDDEN, 1, score_function="softmax")) for check in QUICK}
     assert not [row for row in one.values() if row.status == "fail"]

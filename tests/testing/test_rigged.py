@@ -99,6 +99,7 @@ def failed(report: Report) -> set[str]:
     return {row.check for row in report.failures}
 
 
+@pytest.mark.slow
 def test_every_check_applies_to_the_good_layer_and_passes() -> None:
     def factory(num_experts: int = 4) -> MoEUnderTest:
         return describe(Good(num_experts))

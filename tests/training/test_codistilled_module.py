@@ -187,6 +187,7 @@ def test_a_teacher_that_trains_along_ends_bit_equal_to_training_alone(name: Any,
         assert not torch.equal(value, begin[key]) or "conv" in key, key
 
 
+@pytest.mark.slow
 def test_the_teacher_can_have_learning_rates_of_its_own() -> None:
     settings = {"teacher_learning_rate": 2e-3, "teacher_muon_learning_rate": 5e-3}
     both = make(STUDENT, joint(**settings), optimizer=OptimizerConfig(name="muon"))
@@ -291,6 +292,7 @@ def test_weight_zero_is_plain_training() -> None:
         assert row["distillation/hard"] == row["train/loss"]
 
 
+@pytest.mark.slow_but_for("reverse_kl")
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_the_settings_of_the_loss_arrive(divergence: str) -> None:
     weights = {}

@@ -138,6 +138,7 @@ def with_layer(layer: type[nn.Module]) -> str:
 CHOOSY, REMEMBERING, SCALED = with_layer(Choosy), with_layer(Remembering), with_layer(Scaled)
 
 
+@pytest.mark.slow_but_for("shards on 2")
 @pytest.mark.parametrize("layout", ["copies on 2", "shards on 2"])
 def test_a_weight_that_only_some_ranks_need(workers: Workers, layout: str) -> None:
     training = dataclasses.replace(CASES["AdamW"], model=CHOOSY)
@@ -145,6 +146,7 @@ def test_a_weight_that_only_some_ranks_need(workers: Workers, layout: str) -> No
     assert Compared(layout, CHOOSY, "64-true", found).exceeding == {}
 
 
+@pytest.mark.slow_but_for("copies on 2")
 @pytest.mark.parametrize("layout", ["copies on 2", "shards on 2"])
 def test_a_module_that_keeps_something_of_its_tokens_is_refused(workers: Workers, layout: str) -> None:
     training = dataclasses.replace(CASES["AdamW"], model=REMEMBERING)
@@ -154,6 +156,7 @@ def test_a_module_that_keeps_something_of_its_tokens_is_refused(workers: Workers
         train_on(workers, training, LAYOUTS[layout])
 
 
+@pytest.mark.slow
 def test_a_weight_without_a_dimension_is_refused_where_it_would_be_in_parts(workers: Workers) -> None:
     training = dataclasses.replace(CASES["Muon"], model=SCALED)
     with pytest.raises(

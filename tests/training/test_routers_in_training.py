@@ -33,6 +33,7 @@ def state(module: LanguageModel) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.decoder.named_buffers() if ".router." in name}
 
 
+@pytest.mark.slow_but_for("top_k")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_trains_and_learns(router: str) -> None:
     before = make(llama4_toy(moe=moe(router)))
@@ -43,6 +44,7 @@ def test_every_router_trains_and_learns(router: str) -> None:
     assert all(p.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.slow_but_for("relu")
 @pytest.mark.parametrize("router", ["quantile", "threshold", "relu"])
 def test_the_state_moves_once_per_step_by_all_of_its_tokens(router: str) -> None:
     both = batches(2)

@@ -146,6 +146,7 @@ def test_a_parameter_without_a_rule_is_refused_by_name() -> None:
     assert parameter_groups(decoder, OptimizerConfig())
 
 
+@pytest.mark.slow_but_for("muon")
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_the_check_takes_custom_parts(optimizer: Any) -> None:
     folder = "moesaic.examples.custom_modules"
@@ -161,6 +162,7 @@ def test_the_check_takes_custom_parts(optimizer: Any) -> None:
     assert all(math.isfinite(curve.slope) for curve in curves)
 
 
+@pytest.mark.slow_but_for("transfer-0.0-passes: no slope beyond")
 @pytest.mark.parametrize(
     ("parametrization", "slope_of", "said"),
     [
