@@ -134,6 +134,7 @@ def units(folder: str) -> list[str]:
 
 def theirs(folder: str, expert_parallel: int) -> list[dict[str, float]]:
     ranks, there = meet(), Path(folder)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or accelerate warns that it sets it
     return continue_training(
         there / "exported",
         there / "ids",

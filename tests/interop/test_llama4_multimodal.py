@@ -318,7 +318,7 @@ def test_convert_takes_the_whole_model(saved: Path, tmp_path: Path, capsys: pyte
         ("vision_config", {"patch_size": 4, "image_size": 16}, "patch_embedding.linear.weight: found shape"),
         ("vision_config", {"num_attention_heads": 3}, "num_heads=3: must divide dim=16"),
         ("vision_config", {"num_attention_heads": 8}, "dim / num_heads = 2 must be a multiple of 4"),
-        ("vision_config", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        ("vision_config", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ("vision_config", {"num_hidden_layers": 3}, "missing tensors vision_model.model.layers.2."),
         ("vision_config", {"num_hidden_layers": 1}, "unexpected tensors vision_model.model.layers.1."),
         ("vision_config", {"num_hidden_layers": 900}, "num_hidden_layers=900: the files hold"),

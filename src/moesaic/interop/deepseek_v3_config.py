@@ -225,7 +225,7 @@ def _mscales(config: DecoderConfig, mla: MLAConfig) -> dict[str, float]:
         return {}
     scaling = config.attention.rope_scaling
     growth = 0.0 if scaling is None else 0.1 * math.log(scaling.factor)
-    if not isinstance(scaling, YarnRopeScaling) or not growth:
+    if not isinstance(scaling, YarnRopeScaling) or not growth or scaling.attention_factor is None:
         return {"mscale_all_dim": mla.mscale_all_dim}
     mscale = round((scaling.amplitude * (growth * mla.mscale_all_dim + 1) - 1) / growth, 9)
     return {"attention_factor": scaling.amplitude, "mscale": mscale, "mscale_all_dim": mla.mscale_all_dim}
