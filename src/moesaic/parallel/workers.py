@@ -125,6 +125,7 @@ def _serve(jobs: Connection, inherited: list[Connection]) -> None:
         try:
             if ranks > 1:
                 distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+                distributed.barrier()  # a rank that is done at once would close connections that others still open
             try:
                 result = function(*arguments)
             finally:
