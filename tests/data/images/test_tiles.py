@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from small_pictures import BEGIN, COLUMN, END, END_OF_TEXT, IMAGE, LAYOUT, ROW, WHOLE, Plain
 
 from moesaic.data.images import ImageText, Text, pixel_values
-from moesaic.data.images.picture_files import best_grid, fitted
+from moesaic.data.images.picture_files import fitted
+from moesaic.models import tile_grid
 
 TILE = [IMAGE, IMAGE]
 
@@ -56,11 +57,11 @@ def test_pixel_values_are_from_minus_one_to_one() -> None:
 
 
 def test_grids_by_hand() -> None:
-    assert best_grid(20, 20, side=32, most_tiles=4) == (1, 1)  # enlarged to one tile
-    assert best_grid(32, 96, side=32, most_tiles=4) == (1, 3)  # exactly
-    assert best_grid(60, 60, side=32, most_tiles=4) == (2, 2)
-    assert best_grid(1000, 100, side=32, most_tiles=4) == (4, 1)  # shrunk least
-    assert best_grid(1000, 1000, side=32, most_tiles=3) == (1, 1)  # more tiles would not show more
+    assert tile_grid(20, 20, tile_size=32, max_tiles=4) == (1, 1)  # enlarged to one tile
+    assert tile_grid(32, 96, tile_size=32, max_tiles=4) == (1, 3)  # exactly
+    assert tile_grid(60, 60, tile_size=32, max_tiles=4) == (2, 2)
+    assert tile_grid(1000, 100, tile_size=32, max_tiles=4) == (4, 1)  # shrunk least
+    assert tile_grid(1000, 1000, tile_size=32, max_tiles=3) == (1, 1)  # more tiles would not show more
 
 
 @pytest.mark.slow
@@ -72,7 +73,7 @@ def test_grids_are_those_of_the_processor_of_llama_4(height: int, width: int, mo
     theirs.find_supported_resolutions.cache_clear()  # its keys are objects without a hash of their content
     options = torch.tensor(sorted(theirs.find_supported_resolutions.__wrapped__(most, size)))
     canvas = theirs.get_best_fit((height, width), options)
-    rows, columns = best_grid(height, width, 48, most)
+    rows, columns = tile_grid(height, width, 48, most)
     chosen = [48 * rows, 48 * columns]
     scale = min(chosen[0] / height, chosen[1] / width)
     assert scale == pytest.approx(min(int(canvas[0]) / height, int(canvas[1]) / width))

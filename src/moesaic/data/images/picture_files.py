@@ -10,9 +10,10 @@ import numpy as np
 
 from moesaic.data.images.sample import Picture, Pixels
 from moesaic.errors import InputError
+from moesaic.models.tiles import tile_grid
 from moesaic.reading import reading, require_file
 
-__all__ = ["MOST_PIXELS", "FittedPicture", "best_grid", "decoded", "fitted", "open_picture"]
+__all__ = ["MOST_PIXELS", "FittedPicture", "decoded", "fitted", "open_picture"]
 
 MOST_PIXELS = 1 << 26
 """A larger picture is refused before it is decoded: 67 million pixels are 200 MB in color."""
@@ -71,21 +72,6 @@ def _as_array(image: Any, channels: int) -> Pixels:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def best_grid(height: int, width: int, side: int, most_tiles: int) -> tuple[int, int]:
-    """Rows and columns of the tiles that a picture is fitted into, by Llama 4's rule.
-
-    Of all grids with at most `most_tiles`: the one that enlarges the picture least; if none does, the one that shrinks
-    it least; of several, the one with the fewest tiles.
-
-    Source: `get_best_fit` of transformers' Llama4ImageProcessor, with resize_to_max_canvas=False.
-    """
-    grids = [(rows, columns) for rows in range(1, most_tiles + 1) for columns in range(1, most_tiles // rows + 1)]
-    scales = {grid: min(grid[0] * side / height, grid[1] * side / width) for grid in grids}
-    larger = [scale for scale in scales.values() if scale >= 1]
-    chosen = min(larger) if larger else max(scales.values())
-    return min((grid for grid in grids if scales[grid] == chosen), key=lambda grid: (grid[0] * grid[1], grid))
-
-
 def fitted(pixels: Pixels, side: int, grid: tuple[int, int]) -> Pixels:
     """A picture (H, W, C) in tiles (n, C, side, side), row by row; of several tiles the last one shows all of it.
 
@@ -132,7 +118,7 @@ class FittedPicture(Picture):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return best_grid(*self.size, self.side, self.most_tiles)
+        return tile_grid(*self.size, self.side, self.most_tiles)
 
     @property
     def overview(self) -> bool:
