@@ -10,7 +10,8 @@ import pytest
 import torch
 from deepseek_v3_samples import CASES, RANDOM, SMALL, sample
 from reference.comparing import assert_close, assert_gradients
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from saved_weights import assert_same_weights, weights
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -49,17 +50,6 @@ def save(model: DeepseekV3ForCausalLM, directory: Path, **options: Any) -> Path:
 
 def load(directory: Path, **options: Any) -> Any:
     return DeepseekV3ForCausalLM.from_pretrained(directory, experts_implementation="eager", **options)
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 # ---- the same function

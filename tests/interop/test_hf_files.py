@@ -12,6 +12,7 @@ import torch
 from llama4_samples import BAND, CASES, NO_BAND, SMALL, llama4, llama4_with_vision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_weights import assert_same_weights, weights
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from moesaic.errors import InputError
@@ -38,17 +39,6 @@ def edit_config(directory: Path, **changes: Any) -> None:
     for key, value in changes.items():
         config.pop(key, None) if value is ... else config.update({key: value})
     path.write_text(json.dumps(config))
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 # ---- both ways

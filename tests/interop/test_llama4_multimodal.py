@@ -11,6 +11,7 @@ import torch
 from llama4_samples import SMALL
 from reference.comparing import assert_close, assert_gradients, redraw
 from safetensors.torch import load_file, save_file
+from saved_weights import weights
 from torch import Tensor
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
@@ -192,10 +193,6 @@ def save(model: Any, directory: Path, **files: str) -> Path:
     for name, text in files.items():
         (directory / f"{name}.json").write_text(text)
     return directory
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def edit_config(directory: Path, part: str | None, **changes: Any) -> None:

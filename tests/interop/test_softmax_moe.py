@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from reference.comparing import assert_close, assert_gradients
-from safetensors.torch import load_file
+from saved_weights import assert_same_weights, weights
 from softmax_moe_samples import CASES, CLASSES, EXPERTS, RANDOM, SMALL, sample
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -42,17 +42,6 @@ def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
 def load(directory: Path, **options: Any) -> Any:
     """With the experts that they call the reference: others have demands on widths."""
     return AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager", **options)
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 # ---- the same function
