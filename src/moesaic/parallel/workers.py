@@ -18,7 +18,7 @@ from torch import distributed
 __all__ = ["Workers"]
 
 JOBS_OF_A_PROCESS = 8
-"""After so many jobs there are new processes: gloo keeps the threads of ended groups, each awake 100 times a second."""
+"""After so many jobs there are new processes: gloo keeps the threads of ended groups, and they use CPU time."""
 
 
 class Workers:
