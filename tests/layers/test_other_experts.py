@@ -99,13 +99,13 @@ def test_in_a_decoder_they_are_built_counted_and_learn(experts: dict[str, Any], 
 
 def test_experts_with_a_norm() -> None:
     experts = NormedExperts(3, DIM, 6, norm_eps=0.1, dtype=torch.float64)
-    nn.init.normal_(experts.gain)
+    nn.init.normal_(experts.norm_weight)
     loads = [4, 1, 2]
     rows = rows_for(loads)
     found = experts(rows, torch.tensor(loads))
-    expected = mixtures.experts(rows, loads, weights_of([experts.experts]), experts.gain, 0.1)
+    expected = mixtures.experts(rows, loads, weights_of([experts.experts]), 1 + experts.norm_weight, 0.1)
     same(experts, found, expected, rows)
-    assert parameter_kinds(experts)["gain"] == "vector"
+    assert parameter_kinds(experts)["norm_weight"] == "vector"
     with pytest.raises(ValueError, match=r"score_before_experts=True: must be False with NormedExperts, whose norm"):
         MoE(router=TopKRouter(DIM, 3), experts=experts)
 

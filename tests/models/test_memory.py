@@ -95,6 +95,20 @@ CONFIGS = {
         interleave_moe_layer_step=None,
         nope_layer_interval=None,
     ),
+    "experts in a latent width, normed": small(
+        {},
+        {
+            "top_k": 4,
+            "num_experts": 8,
+            "normalize_scores": True,
+            "score_before_experts": False,
+            "shared_hidden_dim": 0,
+            "latent_dim": 48,
+            "latent_norm": True,
+            "experts": "normed_swiglu",
+        },
+        interleave_moe_layer_step=1,
+    ),
     "windows without sinks": small(
         {"attention_chunk_size": None, "window": 200},
         pattern=(LayerConfig("windowed_rope", "dense"),),

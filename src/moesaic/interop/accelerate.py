@@ -12,6 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -28,6 +29,7 @@ __all__ = [
     "AcceleratedLlama4TextExperts",
     "AcceleratedLlama4TextMoe",
     "AcceleratedMixtralExperts",
+    "AcceleratedMuseSparkExperts",
     "AcceleratedOlmoeExperts",
     "AcceleratedQwen3MoeExperts",
     "accelerate",
@@ -106,6 +108,14 @@ class AcceleratedDeepseekV3Experts(RoutedByTheirBlock, DeepseekV3Experts):
     pass
 
 
+class AcceleratedMuseSparkExperts(RoutedByTheirBlock, MuseSparkExperts):
+    """A norm is behind each expert, before the scores."""
+
+    def run(self, rows: Tensor, rows_per_expert: Tensor) -> Tensor:
+        normed: Tensor = self.post_expert_norm(super().run(rows, rows_per_expert))
+        return normed
+
+
 class AcceleratedGptOssExperts(RoutedByTheirBlock, GptOssExperts):
     """Weights are stored (in, out) and with biases, and columns of gate and up alternate."""
 
@@ -125,6 +135,7 @@ BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     OlmoeExperts: AcceleratedOlmoeExperts,
     DeepseekV3Experts: AcceleratedDeepseekV3Experts,
     GptOssExperts: AcceleratedGptOssExperts,
+    MuseSparkExperts: AcceleratedMuseSparkExperts,
 }
 ACCELERATED = {**BLOCKS, Llama4TextExperts: AcceleratedLlama4TextExperts}
 ORIGINALS = {accelerated: original for original, accelerated in ACCELERATED.items()}
@@ -137,9 +148,9 @@ def accelerate(model: Model) -> Model:
     `save_pretrained` and isinstance checks stay theirs, nothing is copied, and `restore` undoes it. Blocks that are
     accelerated already are left alone. `config._experts_implementation` has no effect on accelerated blocks.
 
-    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss,
-    on any device, in float64, float32, bfloat16 and float16, whole models as well as single blocks. Wrap, shard,
-    compile or dispatch over devices afterwards.
+    Supported are Llama 4 (text, also inside the multimodal model), Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss and
+    Muse Spark, on any device, in float64, float32, bfloat16 and float16, whole models as well as single blocks. Wrap,
+    shard, compile or dispatch over devices afterwards.
 
     Raises:
         InputError: there is no block to accelerate, or there is one that cannot be; nothing has been changed then.

@@ -61,7 +61,12 @@ INERT = {
 """Fields that say nothing about the function that the weights compute: kept for the way back."""
 
 
-ROUTER_DEFAULTS = (("moe.router.scale", 1.0), ("moe.router.bias", False), ("moe.router.scored_by", 2))
+ROUTER_DEFAULTS = (
+    ("moe.router.scale", 1.0),
+    ("moe.router.bias", False),
+    ("moe.router.scored_by", 2),
+    ("moe.router.logit_scale", 1.0),
+)
 """Arguments of a router with which it is what it is without them."""
 
 
@@ -188,6 +193,8 @@ def defining(config: DecoderConfig) -> dict[str, Any]:
         unused.add("attention.window")
     if config.moe is None or config.moe.experts != "clamped_swiglu":
         unused |= {"moe.swiglu_alpha", "moe.swiglu_limit"}
+    if config.moe is None or config.moe.experts != "normed_swiglu":
+        unused.add("moe.experts_norm_eps")
     if "moe" not in ffns:
         unused.add("moe")
     flat = flatten(to_mapping(config))

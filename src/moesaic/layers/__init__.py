@@ -27,7 +27,7 @@ from moesaic.layers.free_experts import FreeExperts
 from moesaic.layers.latent import Latent
 from moesaic.layers.mla import MultiHeadLatentAttention
 from moesaic.layers.moe import MoE, RoutedLayer, mix_experts
-from moesaic.layers.norm import RMSNorm
+from moesaic.layers.norm import CenteredRMSNorm, RMSNorm
 from moesaic.layers.normed_experts import NormedExperts
 from moesaic.layers.parametrization import (
     Fans,
@@ -80,6 +80,7 @@ __all__ = [
     "AttentionTemperature",
     "BackendName",
     "CapacityRouter",
+    "CenteredRMSNorm",
     "ClampedExperts",
     "Dispatched",
     "Dispatcher",

@@ -1,10 +1,12 @@
 """A narrower width for the experts of a MoE layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from moesaic.layers.checks import require_dtype, require_sizes
-from moesaic.layers.norm import RMSNorm
+from moesaic.layers.norm import CenteredRMSNorm
 
 __all__ = ["Latent"]
 
@@ -18,7 +20,7 @@ class Latent(nn.Module):
     Args:
         dim: model width D.
         latent_dim: width of the experts.
-        norm_eps: of an RMSNorm behind the projection down, as in Muse Spark; None for no norm, as in Nemotron 3.
+        norm_eps: of a `CenteredRMSNorm` behind the projection down (Muse Spark); None for no norm (Nemotron 3).
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class Latent(nn.Module):
         require_sizes(dim=dim, latent_dim=latent_dim)
         require_dtype(dtype)
         self.down_proj = nn.Linear(dim, latent_dim, bias=False, device=device, dtype=dtype)
-        self.norm = None if norm_eps is None else RMSNorm(latent_dim, eps=norm_eps, device=device, dtype=dtype)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = None if norm_eps is None else CenteredRMSNorm(latent_dim, eps=norm_eps, **where)
         self.up_proj = nn.Linear(latent_dim, dim, bias=False, device=device, dtype=dtype)
 
     def flops_per_token(self, seq_len: int) -> float:

@@ -125,6 +125,7 @@ class MoE(nn.Module):
         experts: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
         latent_dim: int | None = None,
+        latent_norm_eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "MoE":
@@ -136,6 +137,7 @@ class MoE(nn.Module):
             router: takes the place of the `TopKRouter`, and with it of all arguments about choice and scores.
             experts: takes the place of the SwiGLU `Experts`; a shared expert still has `hidden_dim`.
             latent_dim: width of the experts, with projections around them; None for `dim` and none.
+            latent_norm_eps: of a norm behind the projection down; None for no norm.
         """
         if shared_hidden_dim is not None:
             require_sizes(0, shared_hidden_dim=shared_hidden_dim)
@@ -153,7 +155,9 @@ class MoE(nn.Module):
                 dtype=dtype,
             )
         where: dict[str, Any] = {"activation": activation, "backend": backend, "device": device, "dtype": dtype}
-        latent = None if latent_dim is None else Latent(dim, latent_dim, device=device, dtype=dtype)
+        latent = None
+        if latent_dim is not None:
+            latent = Latent(dim, latent_dim, norm_eps=latent_norm_eps, device=device, dtype=dtype)
         return cls(
             router=router,
             experts=Experts(num_experts, latent_dim or dim, hidden_dim, **where) if experts is None else experts,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.checks import require_dtype, require_flags, require_last, require_numbers, require_sizes
 
-__all__ = ["RMSNorm"]
+__all__ = ["CenteredRMSNorm", "RMSNorm"]
 
 
 class RMSNorm(nn.Module):
@@ -62,3 +62,48 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, gain={self.weight is not None}"
+
+
+class CenteredRMSNorm(nn.Module):
+    """y = (1 + w) x / sqrt(mean(x^2) + eps) over the last dimension, in fp32 until the end (Muse Spark, Gemma).
+
+    `weight` w (dim,) is what the gain has beyond one, initialized to zero: in bf16 it keeps digits that a gain near one
+    would lose.
+
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_sizes(dim=dim)
+        require_numbers(eps=eps)
+        require_dtype(dtype)
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim), same dtype.
+
+        Raises:
+            TypeError: x is no floating-point tensor.
+            ValueError: another width.
+        """
+        require_last(x, self.dim, "CenteredRMSNorm")
+        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return F.rms_norm(x.to(precise), (self.dim,), 1 + self.weight.to(precise), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"

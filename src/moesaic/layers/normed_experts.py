@@ -15,9 +15,9 @@ __all__ = ["NormedExperts"]
 class NormedExperts(nn.Module):
     """Gated experts whose outputs are normalized before the router's scores weigh them, as in Muse Spark.
 
-    y = z / sqrt(mean(z^2) + eps) with z = gain * expert(x). The gain (D,) is one for all experts and multiplies before
-    the norm, so it sets the share of each feature and not its size. Scores must come behind these experts: of a
-    score on their input the norm would leave almost nothing.
+    y = z / sqrt(mean(z^2) + eps) with z = (1 + w) expert(x). The gain 1 + w (D,) is one for all experts and multiplies
+    before the norm, so it sets the share of each feature and not its size. `norm_weight` is w, zero at first. Scores
+    must come behind these experts: of a score on their input the norm would leave almost nothing.
 
     Args:
         num_experts: E.
@@ -49,7 +49,7 @@ class NormedExperts(nn.Module):
             num_experts, dim, hidden_dim, activation=activation, backend=backend, device=device, dtype=dtype
         )
         self.num_experts, self.dim, self.norm_eps = num_experts, dim, norm_eps
-        self.gain = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.norm_weight = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of one row in one expert."""
@@ -59,7 +59,7 @@ class NormedExperts(nn.Module):
         """rows (R, D) sorted by expert, rows_per_expert (E,) int64 that sums to R -> (R, D)."""
         y = self.experts(rows, rows_per_expert)
         precise = torch.float64 if y.dtype == torch.float64 else torch.float32
-        scaled = (y.to(precise) * self.gain.to(precise)).to(y.dtype)
+        scaled = (y.to(precise) * (1 + self.norm_weight.to(precise))).to(y.dtype)
         return F.rms_norm(scaled.to(precise), (self.dim,), None, self.norm_eps).to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -84,6 +84,7 @@ class LinearArguments(TypedDict, total=False):
     """Arguments of `TopKRouter` that make sense for any linear router."""
 
     scale: float
+    logit_scale: float
     bias: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -121,6 +122,7 @@ class TopKRouter(nn.Module):
         num_experts: E.
         top_k: K, at most E.
         scale: multiplies the scores at the end (DeepSeek-V3's routed_scaling_factor).
+        logit_scale: multiplies the logits, in Muse Spark by 1 / sqrt(D / 256).
         bias: adds a learned bias to the logits (gpt-oss).
     """
 
@@ -142,6 +144,7 @@ class TopKRouter(nn.Module):
         normalize_scores: bool = False,
         expert_bias: bool = False,
         scale: float = 1.0,
+        logit_scale: float = 1.0,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -149,7 +152,7 @@ class TopKRouter(nn.Module):
         super().__init__()
         require_sizes(dim=dim, num_experts=num_experts, top_k=top_k)
         require_flags(normalize_scores=normalize_scores, expert_bias=expert_bias, bias=bias)
-        require_numbers(above=True, scale=scale)
+        require_numbers(above=True, scale=scale, logit_scale=logit_scale)
         require_dtype(dtype)
         require_choice(get_args(ScoreFunction), score_function=score_function)
         if not 1 <= top_k <= num_experts:
@@ -162,6 +165,7 @@ class TopKRouter(nn.Module):
         self.score_function = score_function
         self.normalize_scores = normalize_scores
         self.scale = scale
+        self.logit_scale = logit_scale
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
         # fp32 whatever the model's dtype: its steps of about 1e-3 would be lost in bf16
@@ -215,7 +219,11 @@ class TopKRouter(nn.Module):
     def logits_of(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E), in the dtype of the weight."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+            return self._product(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(x, weight, bias)
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     def decide(self, logits: Tensor, dtype: torch.dtype, expert_ids: Tensor | None) -> Routing:
         """Choose experts by the logits (T, E), unless they are given, and score them in `dtype`."""

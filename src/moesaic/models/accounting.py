@@ -165,6 +165,8 @@ def _describe_ffn(config: DecoderConfig, ffn: FFN) -> str:
     experts = f" {moe.experts['type']}" if isinstance(moe.experts, dict) else ""
     if moe.experts == "clamped_swiglu":
         experts = f" clamped at {moe.swiglu_limit:g}"
+    if moe.experts == "normed_swiglu":
+        experts = " normed"
     besides = {"identity": moe.identity_experts, "skip": moe.skip_experts}
     free = "".join(f" + {number} {name}" for name, number in besides.items() if number)
     latent = f" in {moe.latent_dim}" if moe.latent_dim else ""

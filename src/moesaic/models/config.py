@@ -36,8 +36,9 @@ WITH_ROPE: frozenset[Mixer] = frozenset({"rope", "chunked_rope", "windowed_rope"
 FFN = Literal["dense", "moe", "dense_twin"]
 """Channel mixers. `dense_twin` is a dense FFN of the width that a token meets in the MoE layer: top_k * F + shared."""
 
-ExpertsName = Literal["swiglu", "clamped_swiglu"]
-"""Routed experts: those of `Experts`, with the model's activation, or those of `ClampedExperts`, with biases."""
+ExpertsName = Literal["swiglu", "clamped_swiglu", "normed_swiglu"]
+"""Routed experts: those of `Experts`, with the model's activation, of `ClampedExperts`, with biases, or of
+`NormedExperts`, with a norm behind them."""
 
 CustomModule = dict[str, Any]
 """A user's own module: {"type": "package.module.Class", ...its keyword arguments}, see `moesaic.models.custom`.
@@ -141,10 +142,13 @@ class MoEConfig:
     identity_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return their input
     skip_experts: int = dataclasses.field(default=0, metadata={"most": 2**14})  # besides: return zero
     latent_dim: int | None = dataclasses.field(default=None, metadata={"most": 2**20})  # null: experts as wide as dim
+    latent_norm: bool = False  # behind the projection down to latent_dim, with the norm_eps of the model
+    experts_norm_eps: float = 1e-5  # of normed_swiglu
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "hidden_dim")
-        _positive(self, "latent_dim", "swiglu_alpha", "swiglu_limit")
+        _positive(self, "latent_dim", "swiglu_alpha", "swiglu_limit", "experts_norm_eps")
+        _within(self, "experts_norm_eps", 1e-20, 1.0)
         for name in ("identity_experts", "skip_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number >= 0")
@@ -153,6 +157,13 @@ class MoEConfig:
             raise ValueError(f"top_k={self.top_k}: must be 1 to num_experts={self.num_experts}{besides}")
         if self.normalize_scores and self.top_k == 1:
             raise ValueError("normalize_scores=True: with top_k=1 every score is 1 and the router never learns")
+        if self.latent_norm and self.latent_dim is None:
+            raise ValueError("latent_norm=True: must be false without latent_dim")
+        if self.experts == "normed_swiglu" and self.score_before_experts:
+            raise ValueError(
+                "score_before_experts=True: must be false with experts=normed_swiglu, whose norm would take the score "
+                "out again"
+            )
         if self.shared_hidden_dim is not None and self.shared_hidden_dim < 0:
             raise ValueError(f"shared_hidden_dim={self.shared_hidden_dim}: must be a number >= 0, or null")
         if self.backend not in get_args(BackendName):

@@ -20,6 +20,7 @@ from moesaic.layers import (
     FreeExperts,
     MoE,
     MultiHeadLatentAttention,
+    NormedExperts,
     ParameterKind,
     Parametrization,
     RMSNorm,
@@ -500,6 +501,7 @@ def _build_ffn(
         moe.hidden_dim,
         moe.num_experts,
         latent_dim=moe.latent_dim,
+        latent_norm_eps=config.norm_eps if moe.latent_norm else None,
         shared_hidden_dim=moe.shared_width,
         score_before_experts=moe.score_before_experts,
         activation=config.activation,
@@ -547,6 +549,9 @@ def _build_experts(
             device=device,
             dtype=dtype,
         )
+    elif moe.experts == "normed_swiglu":
+        given["norm_eps"] = moe.experts_norm_eps
+        experts = NormedExperts(moe.num_experts, moe.latent_dim or config.dim, **given, device=device, dtype=dtype)
     elif num_free:
         experts = Experts(moe.num_experts, moe.latent_dim or config.dim, **given, device=device, dtype=dtype)
     if experts is None or not num_free:

@@ -445,13 +445,18 @@ def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
     router = sum(math.prod(shape) for shape, _ in router_parameters(config)) * sizes.bytes
     kept = sizes.stream + sizes.tokens * moe.num_experts * sizes.exact_bytes  # probabilities
     kept += rows * (8 * 3 + sizes.bytes)  # expert ids, permutations, scores
-    dispatched = rows * sizes.dim * sizes.bytes
+    if moe.normalize_scores:
+        kept += (rows + sizes.tokens) * sizes.exact_bytes  # and their sum
+    dispatched = rows * width * sizes.bytes
     activation = ACTIVATIONS[config.activation]
     backend, _ = choose_backend(torch.device("cpu"), sizes.dtype, config.dim, moe.hidden_dim, moe.backend, activation)
     is_sliced = backend in ("sliced", "sliced_recompute") and not is_clamped
     # see layers.sliced.rounding
     places, tile = tiles_of(_evenly(rows, moe.num_experts), 16 if sizes.bytes == 2 else 1)
     kept += 2 * dispatched  # on both sides of the scores
+    if moe.experts == "normed_swiglu":  # what comes out, and that times the gain
+        kept += rows * (2 * width + 1) * sizes.exact_bytes
+    weights_around, kept_around = _around_experts(config, moe, sizes)
     hidden = (places if is_sliced else rows) * moe.hidden_dim * sizes.bytes
     if is_sliced:
         kept += 2 * hidden if backend == "sliced" else 0
@@ -466,7 +471,19 @@ def _routed(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> _Part:
     working += 2 * dispatched - (0 if moe.score_before_experts else dispatched)
     combine = 3 * dispatched if moe.top_k > 1 or not moe.score_before_experts else 2 * dispatched
     shared_gradient = sizes.stream if moe.shared_width else 0
-    return _Part(kept, kept + max(combine, working) + shared_gradient, weights + router)
+    kept += kept_around
+    return _Part(kept, kept + max(combine, working) + shared_gradient, weights + weights_around + router)
+
+
+def _around_experts(config: DecoderConfig, moe: MoEConfig, sizes: _Sizes) -> tuple[int, int]:
+    """`Latent`: bytes of its weights, and what it keeps beside its input, which the router keeps too."""
+    if not moe.latent_dim:
+        return 0, 0
+    weights = (2 * config.dim + moe.latent_norm) * moe.latent_dim * sizes.bytes
+    kept = sizes.tokens * moe.latent_dim * sizes.bytes  # what the projection up takes
+    if moe.latent_norm:
+        kept += sizes.tokens * (2 * moe.latent_dim + 1) * sizes.exact_bytes  # with and without its size
+    return weights, kept
 
 
 def _evenly(rows: int, num_experts: int) -> list[int]:

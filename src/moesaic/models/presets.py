@@ -1,4 +1,4 @@
-"""Configurations by name: published Llama 4 text models, softmax MoEs and gpt-oss, and tiny models of their layouts."""
+"""Configurations by name: published Llama 4 text models and other MoEs, and tiny models of their layouts."""
 
 import dataclasses
 from typing import Any
@@ -17,6 +17,7 @@ __all__ = [
     "llama4_toy",
     "llama4_vision",
     "mixtral_8x7b",
+    "muse_spark",
     "olmoe_1b_7b",
     "qwen3_30b_a3b",
     "small",
@@ -283,6 +284,41 @@ def gpt_oss_20b() -> DecoderConfig:
     return dataclasses.replace(larger, num_layers=24, moe=dataclasses.replace(larger.moe, num_experts=32))
 
 
+def muse_spark() -> DecoderConfig:
+    """Muse Spark Open's text model, as far as it is here: 815.83B parameters, 41.93B active.
+
+    Embedding and head, 1.66B each, count in both. The MoE layers are whole. Missing are the sigmoid gates of attention
+    (4.16B), norms on heads, the scale of queries, norms behind sublayers, gated residuals, the norm of the embedding
+    and the cap of logits. Published are 816B and 42B, and not what they count. The whole text model of transformers has
+    816.68B and 42.78B without embedding and head, and 819.99B and 46.09B with both.
+    """
+    return DecoderConfig(
+        vocab_size=202048,
+        dim=8192,
+        num_layers=62,
+        attention=AttentionConfig(num_heads=128, num_kv_heads=16, head_dim=64, rope_theta=500000.0, window=2048),
+        hidden_dim=16384,
+        moe=MoEConfig(
+            num_experts=256,
+            hidden_dim=4096,
+            top_k=8,
+            shared_hidden_dim=0,
+            router={"type": "top_k", "logit_scale": 0.1767766952966369},
+            normalize_scores=True,
+            score_before_experts=False,
+            expert_bias=True,
+            experts="normed_swiglu",
+            experts_norm_eps=1e-8,
+            latent_dim=4096,
+            latent_norm=True,
+        ),
+        # full attention without positions in every 4th layer, counted from the last of 62
+        pattern=tuple(
+            LayerConfig(mixer, "moe") for mixer in ("windowed_rope", "nope", "windowed_rope", "windowed_rope")
+        ),
+    )
+
+
 def _softmax_moe(*, moe: dict[str, Any], **sizes: Any) -> DecoderConfig:
     """A model of MoE layers alone, which scale the output of the experts that a softmax chose."""
     moe |= {"shared_hidden_dim": 0, "score_function": "softmax", "score_before_experts": False}
@@ -293,7 +329,8 @@ def tiny_twin(preset: DecoderConfig, vocab_size: int = 512) -> DecoderConfig:
     """A published model's layout at toy size: its norms, routing and ties, with 4 layers of 8 experts.
 
     The number of key-value heads keeps its ratio to that of queries, 1:1 or grouped. Of dense first layers one is left,
-    and of DeepSeek-V3's 8 groups 4.
+    and of DeepSeek-V3's 8 groups 4. A latent width is half of the model's, and Muse Spark's factor on the logits of
+    routers is that of its own width.
     """
     assert preset.moe is not None
     if preset.attention.mla is not None:
@@ -305,6 +342,10 @@ def tiny_twin(preset: DecoderConfig, vocab_size: int = 512) -> DecoderConfig:
     if attention.window is not None:  # and small enough to be crossed
         attention = dataclasses.replace(attention, window=8)
     moe = dataclasses.replace(preset.moe, num_experts=8, hidden_dim=16, top_k=2)
+    if moe.latent_dim is not None:
+        moe = dataclasses.replace(moe, latent_dim=16)
+    if isinstance(moe.router, dict) and "logit_scale" in moe.router:
+        moe = dataclasses.replace(moe, router={**moe.router, "logit_scale": (32 / 256) ** -0.5})
     pad = preset.padding_token
     return dataclasses.replace(
         preset,

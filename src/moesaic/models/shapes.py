@@ -97,6 +97,10 @@ def _moe_shapes(config: DecoderConfig) -> list[Shape]:
         shapes.append(Shape((moe.num_experts, moe.hidden_dim, width), "matrix"))
     if moe.experts == "clamped_swiglu":
         shapes += [Shape((moe.num_experts, outputs), "vector") for outputs in (2 * moe.hidden_dim, width)]
+    if moe.experts == "normed_swiglu":
+        shapes.append(Shape((width,), "vector"))
+    if moe.latent_norm and moe.latent_dim:
+        shapes.append(Shape((moe.latent_dim,), "vector"))
     if moe.latent_dim:
         shapes += [Shape((moe.latent_dim, dim), "matrix"), Shape((dim, moe.latent_dim), "matrix")]
     if moe.shared_width:

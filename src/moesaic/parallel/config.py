@@ -142,6 +142,8 @@ def _require_experts(parallel: ParallelConfig, processes: int, model: DecoderCon
                 f"parallel.expert={parallel.expert}: must be 1 with {key}.moe.{name}={custom.get('type')}; only "
                 "those of moesaic.layers can be spread over ranks"
             )
+    if moe.experts == "normed_swiglu":
+        raise InputError(f"parallel.expert={parallel.expert}: must be 1 with {key}.moe.experts={moe.experts}")
     for name in ("identity_experts", "skip_experts", "latent_dim"):
         if value := getattr(moe, name):
             raise InputError(f"parallel.expert={parallel.expert}: must be 1 with {key}.moe.{name}={value}")

@@ -62,6 +62,8 @@ YOUNGER: dict[str, Any] = {
     "model.moe.identity_experts": 0,
     "model.moe.skip_experts": 0,
     "model.moe.latent_dim": None,
+    "model.moe.latent_norm": False,
+    "model.moe.experts_norm_eps": 1e-5,
     "model.attention.clip_qkv": None,
     "upcycle": None,
     "model.attention.mla": None,

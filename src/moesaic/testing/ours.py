@@ -19,7 +19,6 @@ from moesaic.layers import (
     MoE,
     MovingRouter,
     ReluRouter,
-    RMSNorm,
     Routing,
     ThresholdRouter,
     TopKRouter,
@@ -99,14 +98,14 @@ def _reference(moe: Any, weights: Mapping[str, Tensor], x: Tensor, expert_ids: T
     )
     return dense_moe(
         x,
-        weights["router.weight"],
+        weights["router.weight"] * router.logit_scale,
         expert if moe.latent is None else _in_between(moe.latent, weights, expert),
         top_k=router.top_k,
         score_function="relu" if isinstance(router, ReluRouter) else router.score_function,
         normalize_scores=router.normalize_scores,
         score_before_experts=moe.score_before_experts,
         scale=router.scale,
-        router_bias=weights.get("router.bias"),
+        router_bias=weights["router.bias"] * router.logit_scale if "router.bias" in weights else None,
         expert_bias=weights.get("router.expert_bias"),
         expert_ids=expert_ids,
         router_input=_features(router, weights, x) if isinstance(router, MlpRouter) else None,
@@ -120,7 +119,7 @@ def _in_between(latent: Latent, weights: Mapping[str, Tensor], expert: Expert) -
     def run(e: int, rows: Tensor) -> Tensor:
         rows = rows @ weights["latent.down_proj.weight"].T
         if latent.norm is not None:
-            rows = _normed(latent.norm, weights["latent.norm.weight"], rows)
+            rows = _normed(latent.norm.eps, 1 + weights["latent.norm.weight"], rows)
         return expert(e, rows) @ weights["latent.up_proj.weight"].T
 
     return run
@@ -128,14 +127,14 @@ def _in_between(latent: Latent, weights: Mapping[str, Tensor], expert: Expert) -
 
 def _features(router: MlpRouter, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     hidden = F.linear(x, weights["router.down_proj.weight"], weights["router.down_proj.bias"])
-    hidden = _normed(router.norm, weights["router.norm.weight"], hidden)
+    hidden = _normed(router.norm.eps, weights["router.norm.weight"], hidden)
     for i in range(len(router.hidden)):
         hidden = F.gelu(F.linear(hidden, weights[f"router.hidden.{i}.weight"], weights[f"router.hidden.{i}.bias"]))
     return hidden
 
 
-def _normed(norm: RMSNorm, gain: Tensor, x: Tensor) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * gain
+def _normed(eps: float, gain: Tensor, x: Tensor) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * gain
 
 
 def _shared_expert(moe: Any, weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

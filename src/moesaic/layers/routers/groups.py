@@ -3,7 +3,6 @@
 from typing import Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layers.checks import require_sizes
@@ -58,7 +57,7 @@ class GroupLimitedRouter(TopKRouter):
         """(T, D) -> (T, E), in fp32 or fp64 whatever the dtype of the weight, as DeepSeek's code."""
         bias = None if self.bias is None else at_least_fp32(self.bias)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(at_least_fp32(x), at_least_fp32(self.weight), bias)
+            return self._product(at_least_fp32(x), at_least_fp32(self.weight), bias)
 
     def select(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         ranking = probabilities.detach()
