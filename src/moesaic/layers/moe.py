@@ -22,7 +22,7 @@ from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName, FeedForward
 from moesaic.layers.latent import Latent
 from moesaic.layers.parametrization import Fans, ParameterKind
-from moesaic.layers.part import declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
+from moesaic.layers.part import declared_kinds, mixture_flops, mixture_parameters, parameter_kinds, routed_flops
 from moesaic.layers.replay import replay
 from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
 
@@ -240,6 +240,11 @@ class MoE(nn.Module):
         around = 0.0 if self.latent is None else self.latent.flops_per_token(seq_len)
         width = None if self.latent is None else self.latent.up_proj.out_features
         return around + mixture_flops(self.router, self.experts, self.shared_expert, seq_len, width)
+
+    def routed_flops_per_token(self, seq_len: int) -> float:
+        """The part of `flops_per_token` that is in routed experts, and so goes with how many of them a token has."""
+        width = None if self.latent is None else self.latent.up_proj.out_features
+        return routed_flops(self.router, self.experts, seq_len, width)
 
     def active_parameters(self) -> int:
         """All but those of the experts that a token does not meet."""

@@ -154,6 +154,8 @@ def _rate(study: StudyConfig, base: Mapping[str, Any], arm: ArmResult) -> str:
     key = study.tune.keys[0] if study.tune is not None else "optimizer.learning_rate"
     if arm.rows:
         rate = arm.rows[0]["overrides"].get(key, flatten(base).get(key))
+    elif arm.tuning.failed:
+        return "all diverged"
     elif arm.tuning.best is None:
         return "not yet found"
     else:
