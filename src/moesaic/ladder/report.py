@@ -84,9 +84,8 @@ def write_ladder_report(
         *(f"![{caption}]({file})" for file, caption in PICTURES.items()),
     ]
     write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
-    write_json(
-        results / "summary.json", _summary(ladder, name, command, cells, leaks, analysis, found, verdicts, notes)
-    )
+    told = (cells, leaks, analysis, found, verdicts, notes)
+    write_json(results / "summary.json", _summary(ladder, name, command, *told))
 
 
 def _verdicts(study: StudyConfig, cells: Sequence[Cell], analysis: Analysis) -> list[str]:
@@ -263,8 +262,8 @@ def _notes(
 ) -> list[str]:
     notes = [
         "± is Student's t over seeds. Brackets are 95% intervals by a bootstrap over seeds and rungs.",
-        "Active FLOPs are of the training, head and attention included. Where tokens choose how many experts they have, "
-        "they are those of the mean over the logged steps of the training.",
+        "Active FLOPs are of the training, head and attention included. Where tokens choose how many experts they "
+        "have, they are by the mean number over the logged steps.",
         "For tokens per parameter, a parameter is two forward FLOPs per token of the baseline.",
         f"Worth is by laws with the asymptote pinned at {ladder.asymptote:g} bits per byte; a slope is d ln(worth) / "
         "d ln(measure).",
@@ -278,8 +277,8 @@ def _notes(
     notes += [f"{study.shown(arm)}: {why}" for arm, why in {cell.arm: cell.out for cell in cells if cell.out}.items()]
     if ladder.drop is not None:
         notes.append(
-            f"Arms were dropped by the runs at {name_of(ladder.drop.rung)}. There those that were kept look better than "
-            "they are, by the luck of their seeds; runs at larger rungs were not selected by."
+            f"Arms were dropped by the runs at {name_of(ladder.drop.rung)}. Those that were kept look better there "
+            "than they are, by the luck of their seeds. Nothing was selected by runs at larger rungs."
         )
     notes += _unsaid(analysis, {f"{cell.arm}: {cell.out}" for cell in cells if cell.out})
     for cell in cells:

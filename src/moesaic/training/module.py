@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moesaic.evaluation.plots import read_columns
 from moesaic.layers import MoE
+from moesaic.layers.mixture import routed_flops
 from moesaic.models import Decoder
 
 __all__ = ["FORWARD_AND_BACKWARD", "routed_numbers", "widths_of"]
@@ -18,8 +20,9 @@ def routed_numbers(
 ) -> dict[str, float]:
     """Experts per token and tokens without any, for each MoE layer, and with them the FLOPs of the training.
 
-    They are means over the logged steps, of routers that state how many experts a token has. `measured_flops` is there only if some layer leaves the number of experts, or
-    their width, to the tokens; of all others `active_flops` is exact.
+    They are means over the logged steps, of routers that state how many experts a token has. `measured_flops` is there
+    only if some layer leaves the number of experts, or their width, to the tokens; of all others `active_flops` is
+    exact.
 
     Args:
         tokens: of the whole training.
@@ -40,9 +43,9 @@ def routed_numbers(
         ratio = chosen / stated
         if width is not None and (widths := widths_of(decoder, name)) is not None:
             numbers[f"router/{name}/active_width"] = width
-            ratio = width * layer.router.num_experts / (stated * sum(widths))
+            ratio = width * int(layer.experts.num_experts) / (stated * sum(widths))  # type: ignore[arg-type]
         measured |= width is not None or found["experts_per_token"] is not None
-        more += (ratio - 1) * layer.routed_flops_per_token(seq_len)
+        more += (ratio - 1) * routed_flops(layer.router, layer.experts, seq_len, layer.dim)
     if measured:
         numbers["measured_flops"] = active_flops + FORWARD_AND_BACKWARD * tokens * more
     return numbers
@@ -50,11 +53,11 @@ def routed_numbers(
 
 def widths_of(decoder: Decoder, name: str) -> Sequence[int] | None:
     """The width of each expert with weights, where these differ or others have none; else None."""
-    experts = getattr(decoder.get_submodule(name), "experts", None)
-    inner = getattr(experts, "experts", experts)
+    experts: Any = getattr(decoder.get_submodule(name), "experts", None)
+    inner: Any = getattr(experts, "experts", experts)
     widths: Sequence[int] | None = getattr(inner, "hidden_dims", None)
     if widths is None and inner is not experts and hasattr(inner, "hidden_dim"):
-        widths = [int(inner.hidden_dim)] * int(getattr(inner, "num_experts"))  # noqa: B009
+        widths = [int(inner.hidden_dim)] * int(inner.num_experts)
     return widths
 
 
