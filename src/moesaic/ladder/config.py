@@ -18,10 +18,13 @@ class DropConfig:
 
     rung: float  # one of ladder.rungs, but the largest
     behind: float  # share of the baseline's bits per byte, in the mean over the seeds
+    keep: int | None = None  # how many arms go on at most, beside the baseline; null: all that are not behind
 
     def __post_init__(self) -> None:
         if not 0 < self.behind < math.inf:
             raise ValueError(f"behind={self.behind}: must be a share > 0 of the baseline's bits per byte, such as 0.02")
+        if self.keep is not None and self.keep < 1:
+            raise ValueError(f"keep={self.keep}: must be a number of arms >= 1, or null")
 
 
 @dataclasses.dataclass(frozen=True)

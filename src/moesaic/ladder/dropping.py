@@ -48,8 +48,8 @@ def dropped(ladder: LadderConfig, study: StudyConfig, rows: Mapping[str, Row]) -
     """The arms that have no runs above the rung that decides, and why, by rows alone.
 
     An arm has failed if it diverged at all learning rates that were tried. It is dropped if its mean over the seeds is
-    more than `ladder.drop.behind` of the baseline's above it, or if a run of its own diverged there. An arm whose runs
-    are not all there is not judged yet.
+    more than `ladder.drop.behind` of the baseline's above it, if `ladder.drop.keep` others are better, or if a run of
+    its own diverged there. Nothing is dropped before all arms have all runs up to that rung.
 
     Raises:
         InputError: the baseline diverged there, so that nothing can be behind it.
@@ -62,29 +62,30 @@ def dropped(ladder: LadderConfig, study: StudyConfig, rows: Mapping[str, Row]) -
         return out
     rung, most = name_of(ladder.drop.rung), ladder.drop.behind
     found = {result.arm: result for result in summarize_study(study, rows) if result.axis == f"{AXIS}={rung}"}
-    base = _mean(study, found[ladder.baseline])
-    if base is None:
+    judged = {arm: _mean(study, found[arm]) for arm in ladder.arms if arm not in out}
+    means = {arm: mean for arm, mean in judged.items() if mean is not None}
+    if len(means) < len(judged):
         return out
+    base = means.pop(ladder.baseline, math.inf)
     if not math.isfinite(base):
         raise InputError(
             f"ladder.drop.rung={rung}: {ladder.baseline}, the baseline, diverged there, so that no arm can be behind "
             "it; it must have other learning rates, or ladder.drop must be null"
         )
-    for arm in ladder.arms:
-        mean = _mean(study, found[arm])
-        if arm in out or arm == ladder.baseline or mean is None:
-            continue
+    ranking = sorted(means, key=means.__getitem__)
+    for arm, mean in means.items():
         if not math.isfinite(mean):
             out[arm] = f"dropped at {rung}: it diverged there"
         elif mean > (1 + most) * base:
             out[arm] = f"dropped at {rung}: {mean / base - 1:.1%} behind {ladder.baseline}, and {most:.1%} was the most"
+        elif ladder.drop.keep is not None and ranking.index(arm) >= ladder.drop.keep:
+            place = f"number {ranking.index(arm) + 1} of {len(ranking)} beside {ladder.baseline}"
+            out[arm] = f"dropped at {rung}: {place}, and {ladder.drop.keep} were kept"
     return out
 
 
 def _mean(study: StudyConfig, result: ArmResult) -> float | None:
     """Over the seeds; infinite if a run diverged, None if one is missing."""
-    if result.tuning.failed:
-        return math.inf
     if result.missing or not result.rows:
         return None
     return statistics.fmean(score(study, row) for row in result.rows)

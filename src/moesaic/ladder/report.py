@@ -52,6 +52,7 @@ def write_ladder_report(
         leaks: what the parts of each arm state of later tokens and other sequences.
     """
     cells = cells_of(ladder, study, rows)
+    out = {cell.arm: cell.out for cell in cells if cell.out}
     analysis, found = analyze(ladder, cells), outcomes(results, ladder, cells, rows)
     verdicts = _verdicts(study, cells, analysis)
     verdicts += [_compared(outcome) for outcome in found]
@@ -59,7 +60,7 @@ def write_ladder_report(
         "Rungs": _rungs(ladder, rungs),
         "Runs": _runs(ladder, study, cells),
         "Routing": _routing(study, cells, leaks),
-        "Laws: bits per byte = asymptote + coefficient · FLOPs^-exponent": _laws(study, analysis.fits),
+        "Laws: bits per byte = asymptote + coefficient · FLOPs^-exponent": _laws(study, [fit for fit in analysis.fits if fit.arm not in out]),
         f"Worth: how many times as much {ladder.baseline} needs for the same loss": _worth(study, analysis),
     }
     if found:

@@ -72,10 +72,10 @@ def mixture_flops(
     return sum(flops.per_token for flops in always) + routed_flops(router, experts, seq_len, dim)
 
 
-def routed_flops(router: nn.Module, experts: nn.Module, seq_len: int, dim: int) -> float:
+def routed_flops(router: nn.Module, experts: nn.Module, seq_len: int, dim: int | None) -> float:
     """Forward FLOPs of one token, of width `dim` at the router, in as many experts as that gives it."""
     width = int(getattr(experts, "dim"))  # noqa: B009
-    num_experts, chosen = _chosen(router, experts, dim)
+    num_experts, chosen = _chosen(router, experts, dim or width)
     return chosen * _flops_per_row(experts, seq_len, num_experts, width)
 
 
