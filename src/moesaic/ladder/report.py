@@ -13,7 +13,7 @@ from rich.table import Table
 
 from moesaic.evaluation.plotting import save_figure
 from moesaic.files import write_atomically, write_json
-from moesaic.ladder.analysis import MEASURES, Analysis, Fit, Worth, analyze
+from moesaic.ladder.analysis import MEASURES, Analysis, Worth, analyze
 from moesaic.ladder.bootstrap import Estimate
 from moesaic.ladder.config import LadderConfig, name_of
 from moesaic.ladder.plots import plot_ladder, plot_residuals
@@ -54,14 +54,14 @@ def write_ladder_report(
     cells = cells_of(ladder, study, rows)
     out = {cell.arm: cell.out for cell in cells if cell.out}
     analysis, found = analyze(ladder, cells), outcomes(results, ladder, cells, rows)
-    verdicts = _verdicts(study, cells, analysis)
+    verdicts = _verdicts(study, out, analysis)
     verdicts += [_compared(outcome) for outcome in found]
     tables = {
         "Rungs": _rungs(ladder, rungs),
         "Runs": _runs(ladder, study, cells),
         "Routing": _routing(study, cells, leaks),
-        "Laws: bits per byte = asymptote + coefficient · FLOPs^-exponent": _laws(study, [fit for fit in analysis.fits if fit.arm not in out]),
-        f"Worth: how many times as much {ladder.baseline} needs for the same loss": _worth(study, analysis),
+        "Laws: bits per byte = asymptote + coefficient · FLOPs^-exponent": _laws(study, out, analysis),
+        f"Worth: how many times as much {ladder.baseline} needs for the same loss": _worth(study, out, analysis),
     }
     if found:
         tables["Predictions on record"] = _predictions(found)
@@ -89,9 +89,8 @@ def write_ladder_report(
     write_json(results / "summary.json", _summary(ladder, name, command, *told))
 
 
-def _verdicts(study: StudyConfig, cells: Sequence[Cell], analysis: Analysis) -> list[str]:
+def _verdicts(study: StudyConfig, out: Mapping[str, str], analysis: Analysis) -> list[str]:
     """What each arm is worth, and whether it passes the gate; one that leaks is worth nothing by any number."""
-    out = {cell.arm: cell.out for cell in cells if cell.out}
     found = []
     for arm in analysis.throughput:
         worth = dataclasses.replace(analysis.worth(arm, "FLOPs"), arm=study.shown(arm))
@@ -213,10 +212,12 @@ def _routing(study: StudyConfig, cells: Sequence[Cell], leaks: Mapping[str, Leak
     return columns, lines
 
 
-def _laws(study: StudyConfig, fits: Sequence[Fit]) -> Lines:
+def _laws(study: StudyConfig, out: Collection[str], analysis: Analysis) -> Lines:
     columns = ["arm", "asymptote", "coefficient", "exponent", "largest rung by the others", "measured", "so"]
     lines = []
-    for fit in fits:
+    for fit in analysis.fits:
+        if fit.arm in out:
+            continue
         line = [study.shown(fit.arm)]
         if fit.law is None:
             line += [fit.asymptote, "-", "-"]
@@ -232,10 +233,12 @@ def _laws(study: StudyConfig, fits: Sequence[Fit]) -> Lines:
     return columns, lines
 
 
-def _worth(study: StudyConfig, analysis: Analysis) -> Lines:
+def _worth(study: StudyConfig, out: Collection[str], analysis: Analysis) -> Lines:
     columns = ["arm", "rung", *(f"in {measure}" for measure in MEASURES), "FLOPs per second to the baseline's"]
     lines = []
     for arm, ratios in analysis.throughput.items():
+        if arm in out:
+            continue
         worths = [analysis.worth(arm, measure) for measure in MEASURES]
         for i, rung in enumerate(worths[0].rungs):
             values = [_short(worth.values[i]) if worth.values else "-" for worth in worths]
