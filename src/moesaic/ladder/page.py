@@ -1,6 +1,6 @@
 """Fill a table of a page from the rows of a ladder: python -m moesaic.ladder.page PAGE RESULTS
 
-The table goes between the lines `<!-- ladder -->` and `<!-- end -->` of the page, so that nobody copies numbers by hand.
+The table goes between the lines `<!-- ladder -->` and `<!-- end -->` of the page, so that nobody copies numbers.
 """
 
 import sys
