@@ -189,20 +189,21 @@ class MoE(nn.Module):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
         asked = {"token_ids": None if token_ids is None else token_ids.flatten()} if self.takes_token_ids else {}
-        found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing)
-        decided = self._count(found, tokens.size(0), replayed=routing is not None)
+        count = getattr(self.experts, "num_experts", None)
+        found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing, count)
+        decided = self._count(found, tokens, replayed=routing is not None)
         inputs = tokens if self.latent is None else self.latent.down(tokens)
         y = mix_experts(inputs, decided, self.experts, self.dispatcher, self.score_before_experts)
         y = (y if self.latent is None else self.latent.up(y)).view_as(x)
         return y if self.shared_expert is None else self.shared_expert(x) + y, decided
 
-    def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
+    def _count(self, decided: tuple[Tensor, ...], x: Tensor, replayed: bool) -> Routing:
         """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""
         name = type(self.router).__name__
         require_decided(name, decided)
         logits, scores, expert_ids = decided[:3]
         num_experts = getattr(self.experts, "num_experts", logits.size(-1))
-        require_routing(name, logits, scores, expert_ids, num_tokens, num_experts)
+        require_routing(name, logits, scores, expert_ids, x, num_experts)
         expert_ids, num_rows = expert_ids.long(), None
         may_skip = (replayed or getattr(self.router, "may_skip", True)) and not self.assume_full
         if not torch.compiler.is_compiling() and not self.assume_full:
