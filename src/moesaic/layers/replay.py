@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.checks import INTEGERS, require_ids, require_tensor
-from moesaic.layers.router import Routing
+from moesaic.layers.routing import Routing
 
 __all__ = ["replay"]
 
