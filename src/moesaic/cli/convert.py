@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moesaic.checkpoints import load_checkpoint, load_model, save_model, write_checkpoint
+from moesaic.checkpoints import load_checkpoint, load_model, load_multimodal, save_model, write_checkpoint
 from moesaic.cli.arguments import require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.data import BPETokenizer, Tokenizer
@@ -74,20 +74,28 @@ def convert(
 def convert_with_vision(
     source: Path, destination: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000
 ) -> MultimodalDecoder:
-    """Write the whole of a Llama 4 in `source` to the directory `destination`; returns the model.
+    """Convert a model that sees pictures, whole; returns it. Arguments as of `convert`, a directory being of a Llama 4.
 
     Raises:
         InputError: either cannot be used; nothing is written then.
     """
-    if destination.suffix == ".ckpt" or not _is_directory(source):
-        raise InputError(
-            f"with_vision=true: found {source} and {destination}; both must be directories of transformers, as a "
-            "checkpoint holds a text model"
-        )
+    to_checkpoint, from_directory = destination.suffix == ".ckpt", _is_directory(source)
+    if destination.exists() and (to_checkpoint or not destination.is_dir()):
+        raise InputError(f"{destination}: exists already; choose another name")
+    if to_checkpoint and not from_directory:
+        raise InputError(f"{source}: no directory of transformers; a destination that ends in .ckpt takes one")
     with _bar("reading") as tell:
-        model = multimodal_from_hf(source, dtype=dtype, progress=tell)
+        if from_directory:
+            model, tokenizer = multimodal_from_hf(source, dtype=dtype, progress=tell), None
+        else:
+            loaded = load_multimodal(source)
+            assert loaded.multimodal is not None
+            model, tokenizer = loaded.multimodal, loaded.tokenizer
     with _bar("writing") as tell:
-        to_hf(model, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=tell)
+        if to_checkpoint:
+            save_model(destination, model, tokenizer)
+        else:
+            to_hf(model, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=tell)
     return model
 
 
