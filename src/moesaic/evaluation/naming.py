@@ -23,7 +23,7 @@ from moesaic.losses import token_cross_entropy
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import MultimodalDecoder, generate
 
-__all__ = ["Answer", "Ranks", "answers", "name_scores", "naming_numbers", "ranks", "some_of"]
+__all__ = ["Answer", "Ranks", "answers", "name_scores", "naming_numbers", "ranks", "some_of", "splits_with_samples"]
 
 SAMPLE_SEED = 0
 """Seed of the samples that are drawn: runs of all seeds are judged on the same ones."""
@@ -76,7 +76,7 @@ def naming_numbers(
     Raises:
         InputError: a split that there is not, or no samples.
     """
-    names = [name for name in data.samples.splits[1:] if data.samples.size(name)] if splits is None else list(splits)
+    names = splits_with_samples(data.samples) if splits is None else list(splits)
     chosen = some_of(data.samples, names, samples)
     few = dataclasses.replace(data, samples=chosen)
     frequencies = _Frequencies(data)
@@ -91,6 +91,11 @@ def naming_numbers(
     finally:
         model.train(was_training)
     return numbers
+
+
+def splits_with_samples(samples: Samples) -> list[str]:
+    """The test splits that are not empty."""
+    return [name for name in samples.splits[1:] if samples.size(name)]
 
 
 def some_of(samples: Samples, splits: Sequence[str], number: int) -> Samples:
