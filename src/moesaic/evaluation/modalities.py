@@ -113,7 +113,7 @@ def plot_modalities(found: ModalityCounts, out: Path) -> bool:
     for axis, name in zip(axes, shown, strict=True):
         _draw(axis, found.layers[name])
         explained = explained_share(found.layers[name])
-        label_axes(axis, f"{name}: modality explains {explained:.0%} of the choice", "expert", "share of its choices")
+        label_axes(axis, f"{name}: modality explains {explained:.0%} of the choice", "expert", "share of the choices")
     axes[0].legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.15))
     some = f", in {len(shown)} of {len(names)} MoE layers" if len(shown) < len(names) else ""
     figure.suptitle(f"Which experts take image tokens{some}", fontsize=12)
