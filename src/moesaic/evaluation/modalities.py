@@ -93,9 +93,9 @@ def experts_by_modality(
             _, routing = model.hidden_states(tokens, images=images, image_rows=batch["image_rows"])
             modality = (tokens != model.image_token).long()
             found.update(routing, modality.masked_fill(~batch["valid"].to(model.device), -1))
-        for batch in text:
-            tokens = batch["tokens"].to(model.device)
-            valid = batch.get("valid", torch.ones_like(tokens, dtype=torch.bool)).to(model.device)
+        for window in text:
+            tokens = window["tokens"].to(model.device)
+            valid = window.get("valid", torch.ones_like(tokens, dtype=torch.bool)).to(model.device)
             _, routing = model.hidden_states(tokens)
             found.update(routing, torch.full_like(tokens, 2).masked_fill(~valid, -1))
     finally:
