@@ -22,7 +22,7 @@ class EncoderAccount:
     """All of them work on every tile."""
     matmul_flops: int
     attention_flops: int
-    """Of q k and p v; every patch sees every other one."""
+    """FLOPs of q k and p v; every patch sees every other one."""
 
     @property
     def forward_flops(self) -> int:
