@@ -16,9 +16,9 @@ from moesaic.errors import InputError, reason
 from moesaic.files import atomic, standing
 from moesaic.formats import translate_model, translate_run
 from moesaic.imports import trusting, trusts_change
-from moesaic.models import Decoder, DecoderConfig, build_decoder
+from moesaic.models import Decoder, DecoderConfig, MultimodalConfig, MultimodalDecoder, VisionConfig, build_decoder
 from moesaic.models.custom import require_trusted_modules, source_hashes
-from moesaic.models.decoder import FOREIGN_FILES
+from moesaic.models.multimodal import MULTIMODAL_FILES, with_encoder
 from moesaic.models.shapes import num_parameters
 from moesaic.parallel.manifest import (
     CONTENT,
@@ -35,6 +35,7 @@ __all__ = [
     "decoder_weights",
     "load_checkpoint",
     "load_model",
+    "load_multimodal",
     "require_checkpoint",
     "require_finite_weights",
     "require_same_keys",
@@ -54,6 +55,8 @@ class TrainedModel:
     run_config: dict[str, Any]
     tokenizer: Tokenizer | None
     token_bytes: torch.Tensor | None
+    multimodal: MultimodalDecoder | None = None
+    """`decoder` with the encoder that it sees pictures with; None where there is none."""
 
 
 def load_checkpoint(path: str | Path, whole: bool = True, checked: bool = True) -> dict[str, Any]:
@@ -93,6 +96,8 @@ def _load(path: Path, there: Path, whole: bool, checked: bool) -> dict[str, Any]
                 checkpoint = _gathered(there, manifest, checkpoint, sharded)
     with reading(f"checkpoint {path}"):
         stored = to_mapping(from_mapping(_HyperParameters, checkpoint["hyper_parameters"], "hyper_parameters"))
+        if stored["vision"] is None:
+            del stored["vision"], stored["image_token"]
         from_mapping(_Header, {key: checkpoint["moesaic"].get(key, {}) for key in ("foreign_files", "sources")})
         require_finite({key: stored[key] for key in ("config", "model")}, "")
         model, config = translate_model(stored["model"]), translate_run(stored["config"])
@@ -151,6 +156,8 @@ def _read_file(path: Path, there: Path) -> dict[str, Any]:
 def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
     """The model of a checkpoint, in evaluation mode on the CPU; of a codistilled run the student.
 
+    Of one that sees pictures, `decoder` is its text model.
+
     Args:
         trust: packages whose code the checkpoint may name as its custom modules, see `moesaic.imports`.
 
@@ -168,6 +175,7 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
         require_finite_weights(weights)
         _require_same_sources(checkpoint, config)
         decoder.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
+        multimodal = None if "vision" not in stored else _seeing(checkpoint, config, decoder)
         tokenizer = None if stored["tokenizer"] is None else tokenizer_from_dict(stored["tokenizer"])
         lengths = stored["token_bytes"]
         if lengths != (None if tokenizer is None else token_bytes(tokenizer)):
@@ -180,7 +188,20 @@ def load_model(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
         run_config=stored["config"],
         tokenizer=tokenizer,
         token_bytes=None if lengths is None else torch.tensor(lengths),
+        multimodal=None if multimodal is None else multimodal.eval(),
     )
+
+
+def load_multimodal(path: str | Path, trust: Sequence[str] = ()) -> TrainedModel:
+    """The model of a checkpoint that sees pictures, as `load_model` gives it; its `multimodal` is not None.
+
+    Raises:
+        InputError: as `load_model`, or a checkpoint of a text model.
+    """
+    model = load_model(path, trust)
+    if model.multimodal is None:
+        raise InputError(f"checkpoint {path}: a text model; must be one that sees pictures")
+    return model
 
 
 def require_finite_weights(weights: Mapping[str, torch.Tensor]) -> None:
@@ -198,8 +219,12 @@ class _HyperParameters:
     model: dict[str, Any]
     tokenizer: dict[str, str] | None
     token_bytes: Any
+    vision: dict[str, Any] | None = None
+    image_token: int | None = None
 
     def __post_init__(self) -> None:
+        if (self.vision is None) != (self.image_token is None):
+            raise ValueError(f"image_token={self.image_token}: must stand beside vision, or neither")
         lengths = self.token_bytes
         if lengths is not None and (not isinstance(lengths, list) or any(type(n) is not int or n < 0 for n in lengths)):
             raise ValueError("token_bytes: must be a list of integers >= 0, or null")
@@ -213,8 +238,8 @@ class _Header:
     sources: dict[str, str]
 
     def __post_init__(self) -> None:
-        if unknown := sorted(self.foreign_files.keys() - set(FOREIGN_FILES)):
-            raise ValueError(f"foreign_files: found {unknown[0]!r}; must be among {', '.join(FOREIGN_FILES)}")
+        if unknown := sorted(self.foreign_files.keys() - set(MULTIMODAL_FILES)):
+            raise ValueError(f"foreign_files: found {unknown[0]!r}; must be among {', '.join(MULTIMODAL_FILES)}")
         if not isinstance(json.loads(self.foreign_files.get("config.json", "{}")), dict):
             raise ValueError("foreign_files: config.json must hold an object")
 
@@ -251,17 +276,49 @@ def _filled(config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> Decod
     """The decoder of a config with these weights; they are compared with it before it takes any memory."""
     with torch.random.fork_rng(devices=[]):
         wanted = build_decoder(config, device="meta").state_dict()
+    _require_fitting(weights, wanted)
+    dtype = weights["embedding.weight"].dtype
+    require_memory("its model", num_parameters(config) * dtype.itemsize)
+    decoder = build_decoder(config, dtype=dtype)
+    decoder.load_state_dict(weights)
+    return decoder
+
+
+def _seeing(checkpoint: Mapping[str, Any], text: DecoderConfig, decoder: Decoder) -> MultimodalDecoder:
+    """The decoder with the encoder of a checkpoint; its weights are compared with it before it takes any memory."""
+    stored = checkpoint["hyper_parameters"]
+    vision = from_mapping(VisionConfig, stored["vision"], "vision")
+    try:
+        config = MultimodalConfig(text, vision, stored["image_token"])
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    weights = _of_encoder(checkpoint["state_dict"])
+    with torch.random.fork_rng(devices=[]):
+        wanted = _of_encoder(with_encoder(decoder, config, device="meta").state_dict())
+    _require_fitting(weights, wanted)
+    require_finite_weights(weights)
+    dtype = weights["projector.weight"].dtype
+    require_memory("its encoder", sum(each.numel() for each in wanted.values()) * dtype.itemsize)
+    with torch.random.fork_rng(devices=[]):
+        model = with_encoder(decoder, config, dtype=dtype)
+    model.load_state_dict(weights, strict=False)  # all of the two parts, as compared above
+    model.foreign_files = checkpoint["moesaic"].get("foreign_files", {})
+    return model
+
+
+def _of_encoder(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a `MultimodalDecoder` that its text model does not have."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(("vision.", "projector."))}
+
+
+def _require_fitting(weights: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError that names the first weight that is missing, too much, or of another shape or kind."""
     for name in sorted(wanted.keys() | weights.keys()):
         ours, theirs = wanted.get(name), weights.get(name)
         found, must = (None if x is None else (list(x.shape), _kind(x)) for x in (theirs, ours))
         if found != must:
             told = ("absent" if x is None else f"{x[1]} {x[0]}" for x in (found, must))
             raise InputError(f"its weights do not fit its config: {name}: found {next(told)}; must be {next(told)}")
-    dtype = weights["embedding.weight"].dtype
-    require_memory("its model", num_parameters(config) * dtype.itemsize)
-    decoder = build_decoder(config, dtype=dtype)
-    decoder.load_state_dict(weights)
-    return decoder
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -274,8 +331,13 @@ def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
 
 
-def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None = None, seq_len: int = 1024) -> None:
-    """Write a decoder that was not trained here as a checkpoint that `load_model` and train.py's ckpt_path read.
+def save_model(
+    path: str | Path,
+    model: Decoder | MultimodalDecoder,
+    tokenizer: Tokenizer | None = None,
+    seq_len: int = 1024,
+) -> None:
+    """Write a model that was not trained here as a checkpoint that `load_model` and train.py's ckpt_path read.
 
     It has weights only, no state of an optimizer. The file appears complete or not at all.
 
@@ -284,24 +346,27 @@ def save_model(path: str | Path, decoder: Decoder, tokenizer: Tokenizer | None =
         seq_len: the length at which evaluate.py cuts text unless told otherwise.
 
     Raises:
-        InputError: the file exists, or the decoder was not built from a config.
+        InputError: the file exists, or the model was not built from a config.
     """
     path = Path(path)
     if path.exists():
         raise InputError(f"{path}: exists already; choose another name")
-    if decoder.config is None:
-        raise InputError("this decoder has no config: only decoders of build_decoder can be written")
-    model = to_mapping(decoder.config)
+    decoder, sight = (model.decoder, model.config) if isinstance(model, MultimodalDecoder) else (model, None)
+    if decoder.config is None or (isinstance(model, MultimodalDecoder) and sight is None):
+        raise InputError("this model has no config: only models of build_decoder and build_multimodal can be written")
+    prefix = "decoder." if model is decoder else ""
+    seeing = {} if sight is None else {"vision": to_mapping(sight.vision), "image_token": sight.image_token}
     checkpoint = {
-        "state_dict": {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()},
+        "state_dict": {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()},
         "hyper_parameters": {
             "config": {"name": path.stem, "data": {}, "training": {"seq_len": seq_len}},
-            "model": model,
+            "model": to_mapping(decoder.config),
             "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
             "token_bytes": None if tokenizer is None else token_bytes(tokenizer),
+            **seeing,
         },
         "moesaic": {
-            "foreign_files": decoder.foreign_files,
+            "foreign_files": model.foreign_files,
             "sources": source_hashes(decoder.config),
         },
     }

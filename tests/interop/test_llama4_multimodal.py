@@ -294,9 +294,18 @@ def test_convert_takes_the_whole_model(saved: Path, tmp_path: Path, capsys: pyte
     assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.items())
     convert.main([str(saved), "with_vision=true", "dry_run=true"])
     assert f"{len(expected)}, all accounted for" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        convert.main([str(saved), str(tmp_path / "new.ckpt"), "with_vision=true"])
-    assert "both must be directories of transformers" in capsys.readouterr().err
+    convert.main([str(saved), str(tmp_path / "new.ckpt"), "with_vision=true"])
+    convert.main([str(tmp_path / "new.ckpt"), str(tmp_path / "again"), "with_vision=true"])
+    capsys.readouterr()
+    convert.main([str(tmp_path / "new.ckpt"), "with_vision=true", "dry_run=true"])
+    assert "Llama4ForConditionalGeneration" in capsys.readouterr().out
+    found = weights(tmp_path / "again")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    for taken in ("new.ckpt", "other.ckpt"):
+        with pytest.raises(SystemExit):
+            convert.main([str(tmp_path / "new.ckpt"), str(tmp_path / taken), "with_vision=true"])
+    told = capsys.readouterr().err
+    assert "new.ckpt: exists already" in told and "new.ckpt: no directory of transformers" in told
 
 
 @pytest.mark.slow_but_for("intermediate_size", "missing tensors", "image_token_index=61", "quantization")

@@ -13,13 +13,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moesaic.checkpoints import load_checkpoint, load_model, save_model, write_checkpoint
+from moesaic.checkpoints import load_checkpoint, load_model, load_multimodal, save_model, write_checkpoint
 from moesaic.cli.arguments import require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.data import BPETokenizer, Tokenizer
 from moesaic.data.tokenizers import END_OF_TEXT
 from moesaic.errors import InputError
 from moesaic.interop import check_hf, config_to_hf, from_hf, multimodal_from_hf, to_hf
+from moesaic.interop.llama4_vision_config import multimodal_config_to_hf
 from moesaic.interop.weights import Progress as TensorProgress
 from moesaic.models import Decoder, DecoderConfig, MultimodalDecoder, account
 from moesaic.parallel.manifest import is_sharded_checkpoint
@@ -74,20 +75,28 @@ def convert(
 def convert_with_vision(
     source: Path, destination: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000
 ) -> MultimodalDecoder:
-    """Write the whole of a Llama 4 in `source` to the directory `destination`; returns the model.
+    """Convert a model that sees pictures, whole; returns it. Arguments as of `convert`, a directory being of a Llama 4.
 
     Raises:
         InputError: either cannot be used; nothing is written then.
     """
-    if destination.suffix == ".ckpt" or not _is_directory(source):
-        raise InputError(
-            f"with_vision=true: found {source} and {destination}; both must be directories of transformers, as a "
-            "checkpoint holds a text model"
-        )
+    to_checkpoint, from_directory = destination.suffix == ".ckpt", _is_directory(source)
+    if destination.exists() and (to_checkpoint or not destination.is_dir()):
+        raise InputError(f"{destination}: exists already; choose another name")
+    if to_checkpoint and not from_directory:
+        raise InputError(f"{source}: no directory of transformers; a destination that ends in .ckpt takes one")
     with _bar("reading") as tell:
-        model = multimodal_from_hf(source, dtype=dtype, progress=tell)
+        if from_directory:
+            model, tokenizer = multimodal_from_hf(source, dtype=dtype, progress=tell), None
+        else:
+            loaded = load_multimodal(source)
+            assert loaded.multimodal is not None
+            model, tokenizer = loaded.multimodal, loaded.tokenizer
     with _bar("writing") as tell:
-        to_hf(model, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=tell)
+        if to_checkpoint:
+            save_model(destination, model, tokenizer)
+        else:
+            to_hf(model, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=tell)
     return model
 
 
@@ -119,9 +128,13 @@ def _tokenizer_files(tokenizer: BPETokenizer) -> dict[str, str]:
 def dry_run(source: Path, with_vision: bool = False) -> Table:
     """Check all that can be checked without weights; returns what was found."""
     if not _is_directory(source):
-        loaded = load_model(source)
-        carried = json.loads(loaded.decoder.foreign_files.get("config.json", "{}"))
-        written = config_to_hf(loaded.config, carried, "float32")
+        loaded = (load_multimodal if with_vision else load_model)(source)
+        whole = loaded.multimodal if with_vision else None
+        carried = json.loads((whole or loaded.decoder).foreign_files.get("config.json", "{}"))
+        if whole is not None and whole.config is not None:
+            written = multimodal_config_to_hf(whole.config, carried, "float32")
+        else:
+            written = config_to_hf(loaded.config, carried, "float32")
         return _summary(str(source), loaded.config, {"can be written as": written["architectures"][0]})
     report = check_hf(source, with_vision=with_vision)
     facts = {"tensors": f"{report.tensors}, all accounted for", "bytes": f"{report.bytes:,}"}

@@ -144,9 +144,9 @@ def keep_start(run_dir: Path, checkpoint: Mapping[str, Any]) -> None:
     """
     path = start_of(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: checkpoint[key] for key in ("hyper_parameters", "moesaic")}
+    text = {key: value for key, value in checkpoint["hyper_parameters"].items() if key not in ("vision", "image_token")}
     weights = {f"decoder.{name}": value for name, value in decoder_weights(dict(checkpoint)).items()}
-    write_checkpoint(path, {"state_dict": weights, **kept})
+    write_checkpoint(path, {"state_dict": weights, "hyper_parameters": text, "moesaic": checkpoint["moesaic"]})
 
 
 def _ranges(stretches: Stretches) -> dict[str, tuple[int, int]]:

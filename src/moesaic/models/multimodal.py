@@ -13,7 +13,7 @@ from moesaic.layers.part import initialize as initialize_part
 from moesaic.models.decoder import FOREIGN_FILES, Decoder, DecoderOutput, build_decoder
 from moesaic.models.multimodal_config import MultimodalConfig, VisionConfig
 
-__all__ = ["MULTIMODAL_FILES", "Images", "MultimodalDecoder", "build_encoder", "build_multimodal"]
+__all__ = ["MULTIMODAL_FILES", "Images", "MultimodalDecoder", "build_encoder", "build_multimodal", "with_encoder"]
 
 Images = Tensor | Sequence[Tensor]
 """Pixel values of M pictures: (M, C, H, W), or M tensors (C, H, W) of any sizes that the encoder takes."""
@@ -222,6 +222,22 @@ def build_multimodal(
         InputError: what `build_decoder` or `MultimodalDecoder` refuses.
     """
     decoder = build_decoder(config.text, checkpoint_activations=checkpoint_activations, device=device, dtype=dtype)
+    return with_encoder(decoder, config, checkpoint_activations=checkpoint_activations, device=device, dtype=dtype)
+
+
+def with_encoder(
+    decoder: Decoder,
+    config: MultimodalConfig,
+    *,
+    checkpoint_activations: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> MultimodalDecoder:
+    """The decoder of `config.text` with a new encoder and projector, as `build_multimodal` draws them.
+
+    Raises:
+        InputError: a router that asks for token ids.
+    """
     encoder = build_encoder(config.vision, checkpoint_activations=checkpoint_activations, device=device, dtype=dtype)
     projector = nn.Linear(config.vision.output_dim, config.text.dim, bias=False, device=device, dtype=dtype)
     for part in (encoder, projector):
