@@ -64,6 +64,7 @@ YOUNGER: dict[str, Any] = {
     "model.moe.latent_dim": None,
     "model.attention.clip_qkv": None,
     "upcycle": None,
+    "fusion": None,
     "model.attention.mla": None,
     "model.first_dense_layers": 0,
     "model.attention.window": None,
