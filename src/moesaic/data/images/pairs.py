@@ -40,7 +40,7 @@ class _Pairs:
     """The batch of some pairs: {"tokens", "labels", "valid"} (B, L), "images" (B, C, side, side), "groups" (B,).
 
     A row of tokens is a text and the end-of-text id, the only place that has a label: there stands what the model knows
-    of the text. Rows of one text are one group.
+    of the text. Rows of one text are one group. L is that of the longest text, at most seq_len.
     """
 
     def __init__(self, samples: Samples, layout: Layout, seq_len: int) -> None:
@@ -58,9 +58,10 @@ class _Pairs:
                 )
         texts = [sample.texts[0].text for sample in samples]
         end = self.layout.tokenizer.end_of_text
-        tokens = torch.full((len(texts), self.seq_len), end)
+        encoded = self.layout.tokenizer.encode_batch([text.encode() for text in texts])
+        tokens = torch.full((len(texts), 1 + max(map(len, encoded))), end)
         labels = torch.full_like(tokens, IGNORE_INDEX)
-        for row, ids in enumerate(self.layout.tokenizer.encode_batch([text.encode() for text in texts])):
+        for row, ids in enumerate(encoded):
             if len(ids) >= self.seq_len:
                 raise InputError(
                     f"training.seq_len={self.seq_len}: the text {texts[row]!r} has {len(ids)} tokens; must be more"
@@ -72,7 +73,7 @@ class _Pairs:
         return {
             "tokens": tokens,
             "labels": labels,
-            "valid": torch.arange(self.seq_len) <= (labels != IGNORE_INDEX).int().argmax(dim=1, keepdim=True),
+            "valid": torch.arange(tokens.size(1)) <= (labels != IGNORE_INDEX).int().argmax(dim=1, keepdim=True),
             "images": pixel_values(np.concatenate(drawn)),
             "groups": torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts]),
         }
