@@ -7,32 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from reference.comparing import redraw
+from seeing import LAYOUT, VISION, seeing
 
 from moesaic.checkpoints import load_checkpoint, load_model, load_multimodal, save_model
-from moesaic.data.images import Layout
-from moesaic.data.tokenizers import ByteTokenizer
 from moesaic.errors import InputError
 from moesaic.evaluation.extension import keep_start, start_of
-from moesaic.models import MultimodalConfig, MultimodalDecoder, VisionConfig, build_multimodal, llama4_toy
-
-VISION = VisionConfig(
-    image_size=8, patch_size=2, dim=8, num_layers=1, num_heads=2, hidden_dim=12, output_dim=6, num_channels=1
-)
-LAYOUT = Layout(ByteTokenizer(), VISION.num_tokens())
-
-
-def model() -> MultimodalDecoder:
-    toy = llama4_toy(vocab_size=LAYOUT.vocab_size, num_layers=2, dim=16, hidden_dim=24)
-    built = build_multimodal(MultimodalConfig(toy, VISION, LAYOUT.image))
-    redraw(built)
-    return built.eval()
+from moesaic.models import MultimodalDecoder
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, MultimodalDecoder]:
     torch.manual_seed(0)
-    path, made = tmp_path / "seeing.ckpt", model()
+    path, made = tmp_path / "seeing.ckpt", seeing()
     save_model(path, made, LAYOUT.tokenizer)
     return path, made
 
@@ -57,7 +43,7 @@ def test_its_text_model_is_read_as_one(saved: tuple[Path, MultimodalDecoder], tm
 
 
 def test_a_text_model_sees_nothing(tmp_path: Path) -> None:
-    save_model(tmp_path / "text.ckpt", model().decoder)
+    save_model(tmp_path / "text.ckpt", seeing().decoder)
     assert not load_checkpoint(tmp_path / "text.ckpt")["hyper_parameters"].keys() & {"vision", "image_token"}
     assert load_model(tmp_path / "text.ckpt").multimodal is None
     with pytest.raises(InputError, match=r"text\.ckpt: a text model; must be one that sees pictures"):
@@ -65,7 +51,7 @@ def test_a_text_model_sees_nothing(tmp_path: Path) -> None:
 
 
 def without_config() -> MultimodalDecoder:
-    made = model()
+    made = seeing()
     return MultimodalDecoder(made.decoder, made.vision, made.projector, image_token=3)
 
 
