@@ -243,14 +243,20 @@ class RunConfig:
         """Refuse what a run on pictures cannot have besides."""
         for name in ("distillation", "extend_context", "upcycle", "ckpt_path"):
             if (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name}={value!r}: must be null with fusion; weights come from fusion.text and encoder")
+                raise ValueError(
+                    f"{name}={value!r}: must be null with fusion; weights come from fusion.text and encoder"
+                )
         if self.data.source in ("memmap", *TASKS, *PICTURES):
             raise ValueError(
-                f"data.source={self.data.source!r}: must be text with a tokenizer; pictures are those of fusion.pictures"
+                f"data.source={self.data.source!r}: must be text with a tokenizer; fusion.pictures are the pictures"
             )
         if self.model.get("parametrization") == "transfer":
             raise ValueError("model.parametrization='transfer': must be another with fusion, as it has no encoder")
-        if self.fusion is not None and self.fusion.balance_per_modality and self.balance.load_balance_scope != "micro_batch":
+        if (
+            self.fusion is not None
+            and self.fusion.balance_per_modality
+            and self.balance.load_balance_scope != "micro_batch"
+        ):
             raise ValueError(
                 f"balance.load_balance_scope={self.balance.load_balance_scope!r}: must be micro_batch with "
                 "fusion.balance_per_modality=true"

@@ -66,7 +66,7 @@ class _WithPictures(LanguageModel):
 
 
 class FusionModel(_WithPictures):
-    """Stages frozen and joint: batches of text and of pictures with text through one decoder, each loss logged apart."""
+    """Stages frozen and joint: rows of text and rows of pictures with text in one decoder, each loss logged apart."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

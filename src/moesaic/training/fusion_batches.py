@@ -58,10 +58,14 @@ class FusionBatches(RunBatches):
                 batch_size=training.batch_size,
                 max_batches=most,
             )
-        text = super().val_dataloader()
-        assert isinstance(text, EvaluationLoader)
         sizes = evaluation_sizes(training)
         pictures = self.pictures.evaluation_loader(
             seq_len=sizes["seq_len"], batch_size=4 * sizes["batch_size"], max_batches=most
         )
-        return MixedEvaluationLoader(text, pictures)
+        return MixedEvaluationLoader(self.text_batches(), pictures)
+
+    def text_batches(self) -> EvaluationLoader:
+        """Those of the checks during the run that are text alone."""
+        text = super().val_dataloader()
+        assert isinstance(text, EvaluationLoader)
+        return text

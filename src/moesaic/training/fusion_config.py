@@ -73,8 +73,8 @@ class PicturesConfig:
 class FusionConfig:
     """What is trained on pictures.
 
-    Stages: contrastive trains the encoder against `model` as a text tower, by which pairs find each other. frozen trains
-    encoder and projector below a text model that stays as it is. joint trains all.
+    Stage contrastive trains the encoder against `model` as a text tower, by which pairs find each other. Stage frozen
+    trains encoder and projector below a text model that stays as it is. Stage joint trains all.
     """
 
     vision: VisionConfig
@@ -86,20 +86,18 @@ class FusionConfig:
     encoder: str | None = None  # checkpoint of stage contrastive or frozen; null: as `text`
     balance_per_modality: bool = False  # the load-balance loss over image tokens and over the others, each by itself
     stages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """What earlier stages have otherwise than this run: text, encoder, frozen, in this order, below the run directory."""
+    """What the stages text, encoder and frozen have otherwise than this run; they are trained first, in this order."""
 
     def __post_init__(self) -> None:
         require(self, "concept_cap", self.concept_cap is None or self.concept_cap >= 1, "a number >= 1, or null")
         keys, vision = self.pictures.keys(), self.vision
-        for ours, theirs, name in (
-            (vision.image_size, keys.side, "image_size"),
-            (vision.num_channels, keys.channels, "num_channels"),
-            (vision.num_tokens(), keys.tile_tokens, "num_tokens"),
+        for said, ours, key, theirs in (
+            (f"image_size={vision.image_size}", vision.image_size, "side", keys.side),
+            (f"num_channels={vision.num_channels}", vision.num_channels, "channels", keys.channels),
+            (f"tiles of {vision.num_tokens()} tokens", vision.num_tokens(), "tile_tokens", keys.tile_tokens),
         ):
             if ours != theirs:
-                key = {"image_size": "side", "num_channels": "channels", "num_tokens": "tile_tokens"}[name]
-                what = "image_size, patch_size and pixel_shuffle make tiles of" if name == "num_tokens" else f"{name}="
-                raise ValueError(f"vision: {what} {ours}; must be pictures.task.{key}={theirs}")
+                raise ValueError(f"vision: {said}; must be as pictures.task.{key}={theirs}")
         if unknown := [name for name in self.stages if name not in STAGES]:
             raise ValueError(f"stages: found {unknown[0]!r}; must be among {', '.join(STAGES)}")
         if self.stage == "contrastive" and (self.text or self.encoder):

@@ -70,7 +70,9 @@ def run_stages(found: Found, console: Console, run: Run) -> tuple[Found, dict[st
 
 
 def stage_config(config: Mapping[str, Any], name: str, taken: Mapping[str, str | None]) -> dict[str, Any]:
-    """The config of a stage: that of the run, and what `fusion.stages` says of it; vocabulary and pictures are the run's.
+    """The config of a stage: that of the run, and what `fusion.stages` says of it.
+
+    Vocabulary, encoder and pictures are those of the run.
 
     Args:
         taken: the checkpoints that it may begin with, by `text` and `encoder`.

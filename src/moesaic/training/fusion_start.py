@@ -74,7 +74,9 @@ def build_fusion(config: RunConfig, model: DecoderConfig, start: Start, data: Da
 def _take_text(module: Module, path: str, model: DecoderConfig) -> None:
     checkpoint = load_checkpoint(path)
     if stage_of(checkpoint) == "contrastive":
-        raise InputError(f"checkpoint {path}: of stage contrastive, whose decoder is a text tower; must be a text model")
+        raise InputError(
+            f"checkpoint {path}: of stage contrastive, whose decoder is a text tower; must be a text model"
+        )
     require_same_keys("model", path, checkpoint["hyper_parameters"]["model"], to_mapping(model))
     weights = decoder_weights(checkpoint)
     with naming(f"checkpoint {path}"):
