@@ -166,3 +166,8 @@ print(json.dumps(steps))
         foreign = set(roots) - set(sys.stdlib_module_names) - {"moesaic"}
         # einops chooses its backend at first use; nothing of it may be a framework of ours
         assert not foreign, f"import {name} loads {sorted(foreign)}"
+
+
+def test_the_way_of_a_token_is_read_in_one_sitting() -> None:
+    names = ("moe", "router", "dispatch", "experts", "backends")
+    assert sum(len((SOURCE / "layers" / f"{name}.py").read_text().splitlines()) for name in names) < 700

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.layers import Attention, MoE, Parametrization, Routing, TopKRouter, parameter_kinds
-from moesaic.layers.part import active_parameters, cache_bytes, experts_per_token, flops_per_token, initialize
+from moesaic.layers.mixture import experts_per_token
+from moesaic.layers.part import active_parameters, cache_bytes, flops_per_token, initialize
 
 
 class Mamba(nn.Module):

@@ -12,7 +12,8 @@ from moesaic.cli.arguments import require_known, require_switches
 from moesaic.cli.common import composed, launch, options_of, plain
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.models import DecoderConfig
+from moesaic.models import DecoderConfig, MultimodalConfig, VisionConfig, llama4_maverick, llama4_vision
+from moesaic.models.encoder_costs import estimate_multimodal_memory
 from moesaic.models.memory import MemoryEstimate, estimate_memory, trace_memory
 from moesaic.training.config import OptimizerConfig
 from moesaic.training.optimizers import build_optimizer
@@ -75,9 +76,10 @@ def report(given: Mapping[str, Any]) -> Table:
     config, dtype, optimizer = find_config(given["name"]), DTYPES[given["dtype"]], given["optimizer"]
     sizes = {"batch_size": given["batch_size"], "seq_len": given["seq_len"]}
     checkpoint = given["checkpoint_activations"]
-    columns = {
-        "formula": estimate_memory(config, **sizes, dtype=dtype, optimizer=optimizer, checkpoint_activations=checkpoint)
-    }
+    how: dict[str, Any] = {**sizes, "dtype": dtype, "optimizer": optimizer, "checkpoint_activations": checkpoint}
+    columns = {"formula": estimate_memory(config, **how)}
+    if given["vision"] is not None:
+        columns["with vision"] = estimate_multimodal_memory(_seeing(config, given), images=given["images"], **how)
     if given["trace"]:
         make = None if optimizer is None else lambda decoder: build_optimizer(decoder, OptimizerConfig(name=optimizer))
         columns["traced"] = trace_memory(
@@ -88,6 +90,20 @@ def report(given: Mapping[str, Any]) -> Table:
     if left_out := columns["formula"].uncounted:
         made.caption = f"the formula leaves out {', '.join(left_out)}, which only trace=true can count"
     return made
+
+
+def _seeing(text: DecoderConfig, given: Mapping[str, Any]) -> MultimodalConfig:
+    """The text model with the encoder that `vision` names or describes."""
+    if type(given["images"]) is not int or not 0 <= given["images"] <= LARGEST:
+        raise InputError(f"images={given['images']!r}: must be an integer >= 0, and at most {LARGEST:,}")
+    if given["trace"]:
+        raise InputError("trace=true: must be false with vision, which only the formula counts")
+    vision = llama4_vision(llama4_maverick()).vision
+    if given["vision"] != "llama4":
+        if not isinstance(given["vision"], Mapping):
+            raise InputError(f"vision={given['vision']!r}: must be llama4, a mapping of an encoder's keys, or null")
+        vision = from_mapping(VisionConfig, given["vision"], "vision")
+    return MultimodalConfig(text, vision, image_token=0 if text.padding_token else 1)
 
 
 def _task(config: DictConfig) -> None:

@@ -93,9 +93,9 @@ def experts_by_modality(
             _, routing = model.hidden_states(tokens, images=images, image_rows=batch["image_rows"])
             modality = (tokens != model.image_token).long()
             found.update(routing, modality.masked_fill(~batch["valid"].to(model.device), -1))
-        for batch in text:
-            tokens = batch["tokens"].to(model.device)
-            valid = batch.get("valid", torch.ones_like(tokens, dtype=torch.bool)).to(model.device)
+        for window in text:
+            tokens = window["tokens"].to(model.device)
+            valid = window.get("valid", torch.ones_like(tokens, dtype=torch.bool)).to(model.device)
             _, routing = model.hidden_states(tokens)
             found.update(routing, torch.full_like(tokens, 2).masked_fill(~valid, -1))
     finally:
@@ -113,7 +113,7 @@ def plot_modalities(found: ModalityCounts, out: Path) -> bool:
     for axis, name in zip(axes, shown, strict=True):
         _draw(axis, found.layers[name])
         explained = explained_share(found.layers[name])
-        label_axes(axis, f"{name}: modality explains {explained:.0%} of the choice", "expert", "share of its choices")
+        label_axes(axis, f"{name}: modality explains {explained:.0%} of the choice", "expert", "share of the choices")
     axes[0].legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.15))
     some = f", in {len(shown)} of {len(names)} MoE layers" if len(shown) < len(names) else ""
     figure.suptitle(f"Which experts take image tokens{some}", fontsize=12)

@@ -20,6 +20,8 @@ __all__ = ["plot_answers", "whole_picture"]
 COLUMNS = 6
 WIDTH = 26
 """Letters of a line below a picture."""
+ROW = 2.5
+"""Inches from one picture to that below it."""
 LINES = 3
 """Lines of a text at most."""
 
@@ -39,7 +41,11 @@ def plot_answers(
     names = splits_with_samples(data.samples) if splits is None else list(splits)
     found = {name: answers(model, data, name, samples=samples)[:samples] for name in names}
     rows = {name: -(-len(each) // COLUMNS) for name, each in found.items()}
-    figure, axes = new_figure(sum(rows.values()), COLUMNS, width=2.1 * COLUMNS, height=2.5 * sum(rows.values()))
+    in_all = sum(rows.values())
+    height = ROW * in_all + 0.5
+    figure, axes = new_figure(in_all, COLUMNS, width=2.1 * COLUMNS, height=height)
+    figure.set_layout_engine(None)  # it would make room beside the pictures for what is written across them
+    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.5 / height, bottom=0.9 / height, hspace=0.8)
     panels = iter(axes)
     for name, said in found.items():
         of_split = [next(panels) for _ in range(rows[name] * COLUMNS)]
@@ -48,7 +54,7 @@ def plot_answers(
         for axis, answer in zip(of_split, said, strict=False):
             _draw(axis, answer)
         right = f"{name}: {sum(answer.is_right for answer in said)} of these {len(said)} right"
-        of_split[0].annotate(right, (0, 1.12), xycoords="axes fraction", fontsize=11, annotation_clip=False)
+        of_split[0].annotate(right, (0, 1.08), xycoords="axes fraction", fontsize=11, annotation_clip=False)
     save_figure(figure, out)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.evaluation.plotting import BLUE, COLORS, DEPTH, GRAY, ORANGE, label_axes, new_figure, save_figure
 from moesaic.layers import ROUTERS, QuantileRouter, ThresholdRouter, TopKRouter
-from moesaic.layers.router import Routing
+from moesaic.layers.routing import Routing
 from moesaic.losses.balance import update_expert_bias
 
 __all__ = ["FAMILIES", "choose", "draw_routers", "popular_logits"]

@@ -20,7 +20,7 @@ from moesaic.layers.backends import run_experts
 from moesaic.layers.clamped_experts import run_with_biases
 from moesaic.layers.dispatch import LocalDispatcher
 from moesaic.layers.moe import mix_experts
-from moesaic.layers.router import Routing, count_tokens
+from moesaic.layers.routing import Routing, count_tokens
 
 __all__ = [
     "AcceleratedDeepseekV3Experts",

@@ -40,7 +40,7 @@ from moesaic.layers.parametrization import (
 )
 from moesaic.layers.part import Flops, Part, parameter_kinds
 from moesaic.layers.rotary import Llama3RopeScaling, RopeScaling, RotaryEmbedding, YarnRopeScaling
-from moesaic.layers.router import MovingRouter, Routing, TopKRouter, count_tokens
+from moesaic.layers.router import TopKRouter
 from moesaic.layers.routers import (
     ROUTERS,
     CapacityRouter,
@@ -55,6 +55,8 @@ from moesaic.layers.routers import (
     ThresholdRouter,
     TopPRouter,
 )
+from moesaic.layers.routers.moving import MovingRouter
+from moesaic.layers.routing import Routing, count_tokens
 from moesaic.layers.soft_moe import SoftMoE
 from moesaic.layers.unequal_experts import UnequalExperts
 from moesaic.layers.vision import (

@@ -7,8 +7,9 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moesaic.layers.dispatch import LocalDispatcher, LocalRows, SumRows, TakeRows
-from moesaic.layers.router import Routing
+from moesaic.layers.dispatch import LocalDispatcher, LocalRows
+from moesaic.layers.reordering import SumRows, TakeRows
+from moesaic.layers.routing import Routing
 
 __all__ = ["AllToAllDispatcher", "ArrivedRows"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from moesaic.layers.router import Routing
+from moesaic.layers.routing import Routing
 
 __all__ = ["collect_routings"]
 

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from moesaic.layers.backend_choice import BackendName
 from moesaic.layers.checks import (
-    require_decided,
-    require_expert_ids,
     require_flags,
     require_last,
-    require_routing,
     require_sizes,
     require_weights_dtype,
 )
@@ -21,10 +18,12 @@ from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName, FeedForward
 from moesaic.layers.latent import Latent
+from moesaic.layers.mixture import mixture_fans, mixture_flops, mixture_parameters
 from moesaic.layers.parametrization import Fans, ParameterKind
-from moesaic.layers.part import declared_kinds, mixture_flops, mixture_parameters, parameter_kinds
+from moesaic.layers.part import declared_kinds, parameter_kinds
 from moesaic.layers.replay import replay
-from moesaic.layers.router import Routing, ScoreFunction, TopKRouter, count_tokens
+from moesaic.layers.router import ScoreFunction, TopKRouter
+from moesaic.layers.routing import Routing, counted
 
 __all__ = ["MoE", "RoutedLayer", "mix_experts"]
 
@@ -106,6 +105,11 @@ class MoE(nn.Module):
         self.assume_full = False
         """Whether to take it that every slot has an expert, without looking: for tensors without values."""
 
+    @property
+    def dim(self) -> int | None:
+        """Model width D, or None if neither the experts nor a latent width tell."""
+        return getattr(self.experts, "dim", None) if self.latent is None else self.latent.up_proj.out_features
+
     @classmethod
     def build(
         cls,
@@ -183,34 +187,18 @@ class MoE(nn.Module):
         Raises:
             ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
         """
-        width = getattr(self.experts, "dim", None) if self.latent is None else self.latent.up_proj.out_features
-        require_last(x, width, "MoE")
+        require_last(x, self.dim, "MoE")
         if isinstance(self.experts, Experts):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
         asked = {"token_ids": None if token_ids is None else token_ids.flatten()} if self.takes_token_ids else {}
         found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing)
-        decided = self._count(found, tokens.size(0), replayed=routing is not None)
+        num_experts, is_replayed = getattr(self.experts, "num_experts", None), routing is not None
+        decided = counted(self.router, found, tokens.size(0), num_experts, is_replayed, self.assume_full)
         inputs = tokens if self.latent is None else self.latent.down(tokens)
         y = mix_experts(inputs, decided, self.experts, self.dispatcher, self.score_before_experts)
         y = (y if self.latent is None else self.latent.up(y)).view_as(x)
         return y if self.shared_expert is None else self.shared_expert(x) + y, decided
-
-    def _count(self, decided: tuple[Tensor, ...], num_tokens: int, replayed: bool) -> Routing:
-        """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody."""
-        name = type(self.router).__name__
-        require_decided(name, decided)
-        logits, scores, expert_ids = decided[:3]
-        num_experts = getattr(self.experts, "num_experts", logits.size(-1))
-        require_routing(name, logits, scores, expert_ids, num_tokens, num_experts)
-        expert_ids, num_rows = expert_ids.long(), None
-        may_skip = (replayed or getattr(self.router, "may_skip", True)) and not self.assume_full
-        if not torch.compiler.is_compiling() and not self.assume_full:
-            require_expert_ids(name, expert_ids, num_experts, may_skip)
-        counts = count_tokens(expert_ids, num_experts)
-        if may_skip and (found := int(counts.sum())) < expert_ids.numel():
-            scores, num_rows = scores.masked_fill(expert_ids == num_experts, 0), found
-        return Routing(logits, scores, expert_ids, counts, num_rows, replayed)
 
     def parameter_kinds(self) -> dict[str, ParameterKind]:
         """The matrices of a router are output-like, whatever its class, unless it says otherwise of one.
@@ -221,30 +209,17 @@ class MoE(nn.Module):
         return {f"router.{name}": "output" for name, kind in kinds.items() if kind == "matrix" and name not in declared}
 
     def fans(self) -> dict[str, Fans]:
-        """The down projections of what a token meets are added up. Custom experts are not counted among them."""
-        parts: dict[str, tuple[int, int, float]] = {}
-        if isinstance(self.experts, Experts):
-            stated: float | None = getattr(self.router, "experts_per_token", None)
-            count: float = getattr(self.router, "top_k", 1) if stated is None else stated
-            parts["experts.down_proj"] = self.experts.hidden_dim, self.experts.dim, count
-        if isinstance(self.shared_expert, FeedForward):
-            down = self.shared_expert.down_proj
-            parts["shared_expert.down_proj.weight"] = down.in_features, down.out_features, 1
-        if self.latent is not None:  # then the experts' sum is one of its own, which the projection up takes
-            return {name: Fans(width, dim, round(width * count)) for name, (width, dim, count) in parts.items()}
-        active = round(sum(width * count for width, _, count in parts.values()))
-        return {name: Fans(width, dim, active) for name, (width, dim, _) in parts.items()}
+        """With a latent width the experts' sum is one of its own, which the projection up takes."""
+        return mixture_fans(self.router, self.experts, self.shared_expert, adds_up=self.latent is None)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Router, shared expert, and as many experts as the router gives a token."""
         around = 0.0 if self.latent is None else self.latent.flops_per_token(seq_len)
-        width = None if self.latent is None else self.latent.up_proj.out_features
-        return around + mixture_flops(self.router, self.experts, self.shared_expert, seq_len, width)
+        return around + mixture_flops(self.router, self.experts, self.shared_expert, seq_len, self.dim)
 
     def active_parameters(self) -> int:
         """All but those of the experts that a token does not meet."""
-        width = None if self.latent is None else self.latent.up_proj.out_features
-        return mixture_parameters(self, self.router, self.experts, width)
+        return mixture_parameters(self, self.router, self.experts, self.dim)
 
     def extra_repr(self) -> str:
         return f"score_before_experts={self.score_before_experts}"

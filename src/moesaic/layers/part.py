@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.checks import require_decided
 from moesaic.layers.parametrization import Fans, ParameterKind, Parametrization
 from moesaic.layers.work import Work
 
@@ -21,11 +20,8 @@ __all__ = [
     "active_parameters",
     "cache_bytes",
     "declared_kinds",
-    "experts_per_token",
     "flops_per_token",
     "initialize",
-    "mixture_flops",
-    "mixture_parameters",
     "num_parameters",
     "parameter_kinds",
     "remember_marks",
@@ -193,66 +189,6 @@ def num_parameters(part: nn.Module) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
 
-def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: float) -> float:
-    """Mean number of experts that a router gives a token: declared as `experts_per_token`, or measured on noise.
-
-    Args:
-        default: the answer for a router that cannot be run (one without memory).
-
-    Raises:
-        ValueError: it returns something else than logits, scores and expert_ids.
-    """
-    declared = getattr(router, "experts_per_token", None)
-    if isinstance(declared, (int, float)):
-        return float(declared)
-    weight = next(router.parameters(), None)
-    if weight is not None and weight.is_meta:
-        return default
-    noise = torch.empty(_SOME_TOKENS, dim) if weight is None else weight.new_empty(_SOME_TOKENS, dim)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        decided = router(noise.normal_())
-    require_decided(type(router).__name__, decided)
-    return float((decided[2] < num_experts).sum()) / _SOME_TOKENS
-
-
-def mixture_flops(
-    router: nn.Module, experts: nn.Module, shared_expert: nn.Module | None, seq_len: int, dim: int | None = None
-) -> float:
-    """Forward FLOPs of one token of a mixture: router, shared expert, and as many experts as the router gives it.
-
-    Args:
-        dim: width of what router and shared expert see; None for that of the experts.
-    """
-    width = int(getattr(experts, "dim"))  # noqa: B009
-    dim = dim or width
-    num_experts, chosen = _chosen(router, experts, dim)
-    of_one = _flops_per_row(experts, seq_len, num_experts, width)
-    always = [flops_per_token(part, seq_len, seq_len, dim) for part in (router, shared_expert) if part is not None]
-    return sum(flops.per_token for flops in always) + chosen * of_one
-
-
-def _flops_per_row(experts: nn.Module, num_rows: int, num_experts: int, dim: int) -> float:
-    """FLOPs of one row in one expert: declared, or counted with rows spread evenly, or assumed by dimension."""
-    rows = [num_rows // num_experts + (i < num_rows % num_experts) for i in range(num_experts)]
-    evenly = torch.tensor(rows, device="cpu")
-    flops = flops_per_token(experts, num_rows, num_rows, dim, further=(evenly,))
-    return flops.per_token / (num_experts if flops.source == "assumed" else 1)
-
-
-def mixture_parameters(mixture: nn.Module, router: nn.Module, experts: nn.Module, dim: int | None = None) -> int:
-    """Parameters that one token meets in a mixture: all but those of the experts that the router does not give it."""
-    num_experts, chosen = _chosen(router, experts, dim or int(getattr(experts, "dim")))  # noqa: B009
-    return num_parameters(mixture) - round((1 - chosen / num_experts) * num_parameters(experts))
-
-
-def _chosen(router: nn.Module, experts: nn.Module, dim: int) -> tuple[int, float]:
-    """E, and how many experts a token of width `dim` meets; of a router that cannot be asked, its top_k or 1."""
-    num_experts = int(getattr(experts, "num_experts"))  # noqa: B009
-    return num_experts, experts_per_token(router, num_experts, dim, float(getattr(router, "top_k", 1)))
-
-
-_SOME_TOKENS = 256
 _MOST_WORK = 10**9
 """Parameters times tokens up to which a part is run on real numbers, to count its FLOPs."""
 

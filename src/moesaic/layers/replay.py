@@ -5,7 +5,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.router import Routing
+from moesaic.layers.routing import Routing
 
 __all__ = ["replay"]
 

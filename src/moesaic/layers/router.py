@@ -1,7 +1,7 @@
 """Routers: which experts see a token, and with what score."""
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple, Protocol, TypedDict, get_args, runtime_checkable
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,90 +16,11 @@ from moesaic.layers.checks import (
     require_sizes,
 )
 from moesaic.layers.parametrization import Fans, ParameterKind, Parametrization
+from moesaic.layers.routing import Routing, at_least_fp32
 
-__all__ = [
-    "LinearArguments",
-    "MovingRouter",
-    "Routing",
-    "ScoreArguments",
-    "ScoreFunction",
-    "TopKArguments",
-    "TopKRouter",
-    "at_least_fp32",
-    "count_tokens",
-]
+__all__ = ["ScoreFunction", "TopKRouter"]
 
 ScoreFunction = Literal["sigmoid", "softmax", "sqrt_softplus"]
-
-
-class Routing(NamedTuple):
-    """What a router decided for T tokens. A router gives the first three; `logits` and `scores` carry gradients."""
-
-    logits: Tensor
-    """(T, E), before the score function and without the selection bias."""
-    scores: Tensor
-    """(T, K), the weight of each chosen expert, in the dtype of the tokens."""
-    expert_ids: Tensor
-    """(T, K) int64, best first. E means "no expert": so tokens can have different numbers of experts, or none."""
-    counts: Tensor | None = None
-    """See `tokens_per_expert`. `MoE` fills it in; what a router puts here is not used."""
-    num_rows: int | None = None
-    """Number of slots that have an expert; None means all T * K. `MoE` fills it in."""
-    replayed: bool = False
-    """Whether the choice was handed to `MoE.forward_with_routing`. It then says nothing about balance."""
-
-    @property
-    def tokens_per_expert(self) -> Tensor:
-        """(E,) int64, how often each expert was chosen; sums to T * K less the slots without an expert."""
-        return count_tokens(self.expert_ids, self.logits.size(1)) if self.counts is None else self.counts
-
-
-def count_tokens(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """Rows per expert, (E,) int64, of expert_ids (T, K); E ("no expert") and rows with `valid` (T,) False do not count.
-
-    Raises:
-        RuntimeError or IndexError: an id below 0 or above E (on CUDA an assertion of the device).
-    """
-    counted = torch.ones_like(expert_ids) if valid is None else valid[:, None].expand_as(expert_ids).long()
-    # not bincount: its output shape depends on data (host sync on CUDA, no meta device); not histc: integer CPU, MPS
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
-    return counts.scatter_add(0, expert_ids.flatten(), counted.flatten())[:num_experts]
-
-
-@runtime_checkable
-class MovingRouter(Protocol):
-    """A router with a state that training moves once per optimizer step, by what all tokens of the step did."""
-
-    def observe(self, routing: Routing, valid: Tensor | None) -> Tensor:
-        """What some tokens did, for `end_step`; those of micro-batches and ranks are added. `valid` (T,) is no padding.
-
-        It is not asked about a routing that was replayed.
-        """
-
-    def end_step(self, observed: Tensor) -> None:
-        """Move the state in place, between backward and step."""
-
-
-class LinearArguments(TypedDict, total=False):
-    """Arguments of `TopKRouter` that make sense for any linear router."""
-
-    scale: float
-    bias: bool
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-class ScoreArguments(LinearArguments, total=False):
-    """Arguments of a router that leaves the scores to `TopKRouter`."""
-
-    score_function: ScoreFunction
-    normalize_scores: bool
-
-
-class TopKArguments(ScoreArguments, total=False):
-    """Arguments of a router that leaves the selection to it as well."""
-
-    expert_bias: bool
 
 
 class TopKRouter(nn.Module):
@@ -255,7 +176,3 @@ class TopKRouter(nn.Module):
             f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, {self.score_function}, "
             f"expert_bias={self.expert_bias is not None}"
         )
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

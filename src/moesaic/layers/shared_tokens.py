@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moesaic.layers.dispatch import Dispatcher
-from moesaic.layers.router import Routing, count_tokens
+from moesaic.layers.routing import Routing, count_tokens
 
 __all__ = ["SharedRows", "SharedTokensDispatcher"]
 

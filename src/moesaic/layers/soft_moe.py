@@ -11,7 +11,7 @@ from moesaic.layers.checks import require_last, require_sizes, require_weights_d
 from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import ActivationName
 from moesaic.layers.parametrization import Fans, ParameterKind, Parametrization
-from moesaic.layers.router import at_least_fp32
+from moesaic.layers.routing import at_least_fp32
 
 __all__ = ["SoftMoE"]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moesaic.layers.checks import require_floating, require_ids, require_numbers, require_tensor
-from moesaic.layers.router import at_least_fp32, count_tokens
+from moesaic.layers.routing import at_least_fp32, count_tokens
 
 __all__ = ["load_balance_loss", "router_z_loss", "update_expert_bias"]
 

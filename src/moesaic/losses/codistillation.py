@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesaic.errors import InputError
 from moesaic.layers.checks import has_values, require_floating, require_ids, require_tensor
-from moesaic.layers.router import at_least_fp32
+from moesaic.layers.routing import at_least_fp32
 from moesaic.losses.cross_entropy import (
     IGNORE_INDEX,
     ChunkedHead,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layers.checks import differentiates_forward, require_floating, require_ids, require_sizes, require_tensor
-from moesaic.layers.router import at_least_fp32
+from moesaic.layers.routing import at_least_fp32
 from moesaic.losses.kept_gradients import (
     Wanted,
     first_derivative,

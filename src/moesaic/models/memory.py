@@ -44,6 +44,7 @@ __all__ = [
     "MemoryEstimate",
     "estimate_activations",
     "estimate_memory",
+    "optimizer_bytes",
     "trace_memory",
 ]
 
@@ -167,7 +168,7 @@ def estimate_memory(
     by_kind = {i: _block(config, layers[i], sizes) for i in {layers.index(layer) for layer in layers}}
     blocks = [by_kind[layers.index(layer)] for layer in layers]
     activations, loss, step = _walk(config, blocks, sizes, gradients, checkpoint_activations)
-    state, optimizer_step = _optimizer(shapes, dtype, optimizer)
+    state, optimizer_step = optimizer_bytes(shapes, dtype, optimizer)
     return MemoryEstimate(
         weights=gradients,
         gradients=gradients,
@@ -473,8 +474,8 @@ def _evenly(rows: int, num_experts: int) -> list[int]:
     return [rows // num_experts + (i < rows % num_experts) for i in range(num_experts)]
 
 
-def _optimizer(shapes: Sequence[Shape], dtype: torch.dtype, name: str | None) -> tuple[int, int]:
-    """Bytes of the state, and what a step holds besides it and the weights."""
+def optimizer_bytes(shapes: Sequence[Shape], dtype: torch.dtype, name: str | None) -> tuple[int, int]:
+    """Bytes of the state of "adamw", "muon" or None, and what a step holds besides it and the weights."""
     gradients = _nbytes(shapes, dtype)
     if name is None:
         return 0, 0

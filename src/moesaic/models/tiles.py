@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.layers.checks import require_sizes, require_tensor
 
-__all__ = ["TileTokens", "split_into_tiles", "tile_grid"]
+__all__ = ["TileTokens", "fit_into_tiles", "split_into_tiles", "tile_grid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,12 @@ class TileTokens:
     """Comes before the tile that is the whole picture."""
     image_end: int
 
-    def of_picture(self, grid: tuple[int, int], tokens_per_tile: int) -> list[int]:
-        """The ids of one picture whose tiles are (rows, columns), each of so many tokens."""
+    def of_picture(self, grid: tuple[int, int], tokens_per_tile: int, overview: bool = True) -> list[int]:
+        """The ids of one picture whose tiles are (rows, columns), each of so many tokens.
+
+        Args:
+            overview: whether the whole picture follows several tiles as one more.
+        """
         rows, columns = grid
         require_sizes(rows=rows, columns=columns, tokens_per_tile=tokens_per_tile)
         tile = [self.patch] * tokens_per_tile
@@ -38,6 +42,8 @@ class TileTokens:
         if rows * columns > 1:
             row = tile + (columns - 1) * [self.tile_x_separator, *tile]
             ids += rows * [*row, self.tile_y_separator]
+            if not overview:
+                return [*ids, self.image_end]
         return [*ids, self.image, *tile, self.image_end]
 
 
@@ -70,18 +76,32 @@ def split_into_tiles(
         ValueError: another shape, or a side without pixels.
     """
     require_tensor("split_into_tiles", "image", image, (None, None, None), torch.uint8)
+    grid = tile_grid(image.size(1), image.size(2), tile_size, max_tiles)
+    scaled = fit_into_tiles(image, tile_size, grid).to(torch.bfloat16) * (1 / 255)
+    return ((scaled - mean) / std).float(), grid
+
+
+def fit_into_tiles(image: Tensor, tile_size: int, grid: tuple[int, int]) -> Tensor:
+    """image (C, H, W) of uint8 -> tiles (M, C, tile_size, tile_size) of a grid (rows, columns), as `split_into_tiles`.
+
+    The picture is enlarged at most until its shorter side fills a tile. What is left at the right and below is black.
+
+    Raises:
+        TypeError: no tensor of uint8.
+        ValueError: another shape.
+    """
+    require_tensor("fit_into_tiles", "image", image, (None, None, None), torch.uint8)
     height, width = image.shape[1:]
-    rows, columns = tile_grid(height, width, tile_size, max_tiles)
+    rows, columns = grid
+    require_sizes(height=height, width=width, tile_size=tile_size, rows=rows, columns=columns)
     canvas = rows * tile_size, columns * tile_size
-    # a picture is not enlarged beyond one tile
     room = min(max(height, tile_size), canvas[0]), min(max(width, tile_size), canvas[1])
     fitted = _resized(image, _largest_within(height, width, room))
     padded = F.pad(fitted, (0, canvas[1] - fitted.size(2), 0, canvas[0] - fitted.size(1)))
     tiles = rearrange(padded, "c (h p) (w q) -> (h w) c p q", h=rows, w=columns)
-    if len(tiles) > 1:
-        tiles = torch.cat((tiles, _resized(image, (tile_size, tile_size))[None]))
-    scaled = tiles.to(torch.bfloat16) * (1 / 255)
-    return ((scaled - mean) / std).float(), (rows, columns)
+    if len(tiles) == 1:
+        return tiles
+    return torch.cat((tiles, _resized(image, (tile_size, tile_size))[None]))
 
 
 def _largest_within(height: int, width: int, room: tuple[int, int]) -> tuple[int, int]:

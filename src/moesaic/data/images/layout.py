@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.data.images.sample import ImageText, Picture, Pixels, Text
 from moesaic.data.tasks.task import Ints
 from moesaic.data.tokenizers import Ids, Tokenizer
+from moesaic.models.tiles import TileTokens
 
 __all__ = ["Encoded", "Layout", "pixel_values"]
 
@@ -47,15 +48,15 @@ class Layout:
 
     def picture_ids(self, picture: Picture) -> list[int]:
         """The token ids that stand for a picture."""
-        rows, columns = picture.grid
-        tile = [self.image] * self.tile_tokens
-        ids = [self.id_of("begin")]
-        if rows * columns > 1:
-            row = tile + (columns - 1) * [self.id_of("next_column"), *tile]
-            ids += rows * [*row, self.id_of("next_row")]
-        if rows * columns == 1 or picture.overview:
-            ids += [self.id_of("whole"), *tile]
-        return [*ids, self.id_of("end")]
+        ids = TileTokens(
+            image_start=self.id_of("begin"),
+            patch=self.image,
+            tile_x_separator=self.id_of("next_column"),
+            tile_y_separator=self.id_of("next_row"),
+            image=self.id_of("whole"),
+            image_end=self.id_of("end"),
+        )
+        return ids.of_picture(picture.grid, self.tile_tokens, picture.overview)
 
     def lengths(self, samples: Sequence[ImageText]) -> list[int]:
         """The number of ids of each sample."""

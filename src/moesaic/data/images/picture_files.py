@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moesaic.data.images.sample import Picture, Pixels
 from moesaic.errors import InputError
-from moesaic.models.tiles import tile_grid
+from moesaic.models.tiles import fit_into_tiles, tile_grid
 from moesaic.reading import reading, require_file
 
 __all__ = ["MOST_PIXELS", "FittedPicture", "decoded", "fitted", "open_picture"]
@@ -73,36 +74,8 @@ def _as_array(image: Any, channels: int) -> Pixels:
 
 
 def fitted(pixels: Pixels, side: int, grid: tuple[int, int]) -> Pixels:
-    """A picture (H, W, C) in tiles (n, C, side, side), row by row; of several tiles the last one shows all of it.
-
-    It keeps its proportions and is enlarged at most until its shorter side has `side` pixels. What is left of the grid
-    at the right and below is black, as in Llama 4.
-    """
-    rows, columns = grid
-    height, width, channels = pixels.shape
-    room = min(max(height, side), rows * side), min(max(width, side), columns * side)
-    scale_down, scale_right = room[0] / height, room[1] / width
-    if scale_right < scale_down:
-        size = max(1, min(int(height * scale_right), room[0])), room[1]
-    else:
-        size = room[0], max(1, min(int(width * scale_down), room[1]))
-    canvas = np.zeros((rows * side, columns * side, channels), dtype=np.uint8)
-    canvas[: size[0], : size[1]] = _resized(pixels, size)
-    tiles = canvas.reshape(rows, side, columns, side, channels).transpose(0, 2, 4, 1, 3)
-    tiles = tiles.reshape(rows * columns, channels, side, side)
-    if rows * columns == 1:
-        return tiles
-    overview = _resized(pixels, (side, side)).transpose(2, 0, 1)
-    return np.concatenate([tiles, overview[None]])
-
-
-def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    from PIL import Image
-
-    channels = pixels.shape[2]
-    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-    resized = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    return resized.reshape(*size, channels)
+    """A picture (H, W, C) in tiles (n, C, side, side), as `fit_into_tiles` has them."""
+    return fit_into_tiles(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), side, grid).numpy()
 
 
 @dataclasses.dataclass(frozen=True)

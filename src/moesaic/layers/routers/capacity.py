@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layers.checks import require_numbers
-from moesaic.layers.router import TopKArguments, TopKRouter
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import TopKArguments
 
 __all__ = ["CapacityRouter"]
 

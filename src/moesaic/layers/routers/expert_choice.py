@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from moesaic.layers.router import ScoreArguments
+from moesaic.layers.routers.arguments import ScoreArguments
 from moesaic.layers.routers.variable import VariableRouter
 
 __all__ = ["ExpertChoiceRouter"]

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layers.checks import require_sizes
-from moesaic.layers.router import TopKArguments, TopKRouter, at_least_fp32
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import TopKArguments
+from moesaic.layers.routing import at_least_fp32
 
 __all__ = ["GroupLimitedRouter"]
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from moesaic.layers.checks import require_last, require_sizes
 from moesaic.layers.parametrization import Parametrization
-from moesaic.layers.router import Routing, ScoreArguments, TopKRouter
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import ScoreArguments
+from moesaic.layers.routing import Routing
 
 __all__ = ["HashRouter"]
 

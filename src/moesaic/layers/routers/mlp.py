@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from moesaic.layers.checks import require_sizes
 from moesaic.layers.norm import RMSNorm
 from moesaic.layers.parametrization import Fans, ParameterKind
-from moesaic.layers.router import TopKArguments, TopKRouter
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import TopKArguments
 
 __all__ = ["MlpRouter"]
 

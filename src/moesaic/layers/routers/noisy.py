@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from moesaic.layers.checks import require_last
 from moesaic.layers.parametrization import Fans, ParameterKind, Parametrization
-from moesaic.layers.router import Routing, TopKArguments, TopKRouter
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import TopKArguments
+from moesaic.layers.routing import Routing
 
 __all__ = ["NoisyTopKRouter"]
 

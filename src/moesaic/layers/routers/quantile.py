@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from moesaic.layers.checks import require_choice
-from moesaic.layers.router import Routing, ScoreArguments, TopKRouter
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import ScoreArguments
 from moesaic.layers.routers.histogram import count_values, quantiles
+from moesaic.layers.routing import Routing
 
 __all__ = ["QuantileRouter"]
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from moesaic.layers.checks import require_numbers
-from moesaic.layers.router import LinearArguments, Routing, at_least_fp32, count_tokens
+from moesaic.layers.routers.arguments import LinearArguments
 from moesaic.layers.routers.variable import VariableRouter
+from moesaic.layers.routing import Routing, at_least_fp32, count_tokens
 
 __all__ = ["ReluRouter"]
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from moesaic.layers.checks import require_sizes
-from moesaic.layers.router import ScoreArguments, TopKRouter
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import ScoreArguments
 
 __all__ = ["SinkhornRouter"]
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from moesaic.layers.checks import require_numbers
-from moesaic.layers.router import LinearArguments, Routing
+from moesaic.layers.routers.arguments import LinearArguments
 from moesaic.layers.routers.histogram import count_values, quantiles
 from moesaic.layers.routers.variable import VariableRouter
+from moesaic.layers.routing import Routing
 
 __all__ = ["ThresholdRouter"]
 

@@ -5,7 +5,8 @@ from typing import Unpack
 from torch import Tensor
 
 from moesaic.layers.checks import require_numbers
-from moesaic.layers.router import TopKArguments, TopKRouter
+from moesaic.layers.router import TopKRouter
+from moesaic.layers.routers.arguments import TopKArguments
 
 __all__ = ["TopPRouter"]
 
