@@ -65,7 +65,7 @@ class FusionBatches(RunBatches):
         return MixedEvaluationLoader(self.text_batches(), pictures)
 
     def text_batches(self) -> EvaluationLoader:
-        """Those of the checks during the run that are text alone."""
+        """Batches of the checks during the run that are text alone."""
         text = super().val_dataloader()
         assert isinstance(text, EvaluationLoader)
         return text
