@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from moesaic.checkpoints import load_checkpoint, load_multimodal
-from moesaic.config import flatten
+from moesaic.config import flatten, from_mapping
+from moesaic.data import load_data
 from moesaic.errors import InputError
 from moesaic.training import fusion_stages
+from moesaic.training.config import RunConfig
+from moesaic.training.fusion_batches import make_batches
 from moesaic.training.run import run, run_found
 from moesaic.training.starting import find_run
 
@@ -156,6 +159,17 @@ def test_what_is_wrong_is_named_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         run(fused(config, pictures, **fusion))
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_have_changed_are_named(composed: Composed, pictures: Path, tmp_path: Path) -> None:
+    config = from_mapping(RunConfig, fused(composed("experiment=early_fusion", *FEW), pictures))
+    batches = make_batches(config, load_data(config.data))
+    (tmp_path / "environment.json").write_text(json.dumps({"data": batches.facts}))
+    batches.require_same(tmp_path / "environment.json")
+    other = {**batches.facts, "pictures": {"content_hash": "other"}}
+    (tmp_path / "environment.json").write_text(json.dumps({"data": other}))
+    with pytest.raises(InputError, match=r"fusion.pictures: they have changed .* \(their hash was other"):
+        batches.require_same(tmp_path / "environment.json")
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """The loaders of a run on pictures: pairs, or text and pictures in the ratio that the config says."""
 
+from pathlib import Path
 from typing import Any
 
 from moesaic.data import Data, EvaluationLoader, PictureData, TrainingLoader, load_pictures
 from moesaic.data.images.pairs import PairEvaluationLoader, PairTrainingLoader
 from moesaic.data.mixing import MixedEvaluationLoader, MixedTrainingLoader
 from moesaic.errors import InputError, naming
+from moesaic.reading import read_json, reading
 from moesaic.training.batches import RunBatches, evaluation_sizes
 from moesaic.training.config import RunConfig
 from moesaic.training.fusion_config import FusionConfig
@@ -32,6 +34,20 @@ class FusionBatches(RunBatches):
             raise InputError(f"data.source={config.data.source!r}: no tokenizer; must be text that has one")
         with naming("fusion.pictures"):
             self.pictures: PictureData = load_pictures(fusion.pictures.data(config.data), data.tokenizer)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts, "pictures": self.pictures.facts}
+
+    def require_same(self, environment: Path) -> None:
+        if environment.is_file():
+            with reading(environment):
+                before = read_json(environment)["data"]["pictures"]["content_hash"]
+            if before != (now := self.pictures.facts["content_hash"]):
+                raise InputError(
+                    f"fusion.pictures: they have changed since this run began (their hash was {before}, it is {now}); "
+                    "put them back, or start a new run"
+                )
 
     def training(self, rank: int = 0, world_size: int = 1) -> Any:
         training, samples, layout = self.config.training, self.pictures.samples, self.pictures.layout

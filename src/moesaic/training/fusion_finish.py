@@ -59,8 +59,8 @@ def names_in_pictures(run: Finished) -> dict[str, float]:
     assert isinstance(module, FusionModel) and isinstance(prepared.batches, FusionBatches)
     pictures, model = prepared.batches.pictures, module.multimodal
     # the verdict of a stage is on a fifth of the samples
-    sizes = {"samples": 100, "ranked": 20} if module.is_frozen else {}
-    numbers = naming_numbers(model, pictures, **sizes)
+    samples, ranked = (100, 20) if module.is_frozen else (500, 100)
+    numbers = naming_numbers(model, pictures, samples=samples, ranked=ranked)
     text = islice(prepared.batches.text_batches(), TEXT_BATCHES)
     routed = experts_by_modality(model, pictures, text)
     run.console.print(_verdict(numbers))

@@ -345,7 +345,7 @@ class LanguageModel(pl.LightningModule):
             norm = clip_gradients(network.parameters(), limit)
             if not math.isfinite(norm):
                 decoder = self.teacher if network is self.teacher else self.decoder
-                raise Diverged(self._describe_divergence(cast(Decoder, decoder)))
+                raise Diverged(self._describe_divergence(decoder))
             self.log_book.auxiliary[f"{name}/grad_norm"] = norm
 
     def _describe_divergence(self, decoder: Decoder) -> str:

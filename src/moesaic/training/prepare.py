@@ -121,6 +121,8 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     require_memory_of_run(run_config, model)
     stretches = _require_fitting(run_config, model, start, data)
     batches = make_batches(run_config, data)
+    if start.run_dir is not None:
+        batches.require_same(start.run_dir / "environment.json")
     batches.training(), batches.val_dataloader()  # they refuse data that are too short
     run_config, why = _choose_precision(run_config, model)
     targets = _open_targets(run_config, model, start, data)
@@ -134,7 +136,7 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
             require_parts(decoder)
     run_dir = _claim_directory(found, run_config, at_the_end)
     if not rank():
-        _begin_records(run_dir, run_config, model, start, data, targets)
+        _begin_records(run_dir, run_config, model, start, batches, targets)
     return Prepared(
         run_config, model, accounts, module, start, data, batches, callbacks, targets, stretches, run_dir, why
     )
@@ -353,7 +355,7 @@ def _begin_records(
     config: RunConfig,
     model: DecoderConfig,
     start: Start,
-    data: Data,
+    batches: RunBatches,
     targets: OpenedTargets | None,
 ) -> None:
     """Write what is known before training."""
@@ -363,7 +365,7 @@ def _begin_records(
     teacher = {} if targets is None else {"teacher": {"hash": targets.teacher_hash, "source": targets.description}}
     written = sources(model)
     hashes = {"sources": source_hashes(model)} if written else {}
-    write_json(run_dir / name, {**environment(), "data": data.facts, **teacher, **hashes})
+    write_json(run_dir / name, {**environment(), "data": batches.facts, **teacher, **hashes})
     for source in written.values():
         (run_dir / "sources").mkdir(exist_ok=True)
         for module, file in source.files.items():
