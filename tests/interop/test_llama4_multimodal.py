@@ -296,6 +296,9 @@ def test_convert_takes_the_whole_model(saved: Path, tmp_path: Path, capsys: pyte
     assert f"{len(expected)}, all accounted for" in capsys.readouterr().out
     convert.main([str(saved), str(tmp_path / "new.ckpt"), "with_vision=true"])
     convert.main([str(tmp_path / "new.ckpt"), str(tmp_path / "again"), "with_vision=true"])
+    capsys.readouterr()
+    convert.main([str(tmp_path / "new.ckpt"), "with_vision=true", "dry_run=true"])
+    assert "Llama4ForConditionalGeneration" in capsys.readouterr().out
     found = weights(tmp_path / "again")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     for taken in ("new.ckpt", "other.ckpt"):

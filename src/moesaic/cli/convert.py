@@ -20,6 +20,7 @@ from moesaic.data import BPETokenizer, Tokenizer
 from moesaic.data.tokenizers import END_OF_TEXT
 from moesaic.errors import InputError
 from moesaic.interop import check_hf, config_to_hf, from_hf, multimodal_from_hf, to_hf
+from moesaic.interop.llama4_vision_config import multimodal_config_to_hf
 from moesaic.interop.weights import Progress as TensorProgress
 from moesaic.models import Decoder, DecoderConfig, MultimodalDecoder, account
 from moesaic.parallel.manifest import is_sharded_checkpoint
@@ -127,9 +128,13 @@ def _tokenizer_files(tokenizer: BPETokenizer) -> dict[str, str]:
 def dry_run(source: Path, with_vision: bool = False) -> Table:
     """Check all that can be checked without weights; returns what was found."""
     if not _is_directory(source):
-        loaded = load_model(source)
-        carried = json.loads(loaded.decoder.foreign_files.get("config.json", "{}"))
-        written = config_to_hf(loaded.config, carried, "float32")
+        loaded = (load_multimodal if with_vision else load_model)(source)
+        whole = loaded.multimodal if with_vision else None
+        carried = json.loads((whole or loaded.decoder).foreign_files.get("config.json", "{}"))
+        if whole is not None and whole.config is not None:
+            written = multimodal_config_to_hf(whole.config, carried, "float32")
+        else:
+            written = config_to_hf(loaded.config, carried, "float32")
         return _summary(str(source), loaded.config, {"can be written as": written["architectures"][0]})
     report = check_hf(source, with_vision=with_vision)
     facts = {"tensors": f"{report.tensors}, all accounted for", "bytes": f"{report.bytes:,}"}

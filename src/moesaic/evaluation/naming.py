@@ -283,7 +283,7 @@ class Ranks:
     """Where the right names stand when all are sorted by a score."""
 
     median: float
-    """Median of the rank: 1 is best. Wrong names count that are before the best right one, and half of those beside it."""
+    """Median of the rank, 1 being best: wrong names before the best right one count, and half of those beside it."""
     recall_at_1: float
     """Share of pictures whose best right name is before all wrong ones."""
     median_chance: float
