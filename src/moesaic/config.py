@@ -140,7 +140,7 @@ def _hint(expected: Any, value: Any) -> str:
     """What may have been meant instead of a value: a class by dotted path, or the choice that is spelled nearly so."""
     options = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
     kinds = {get_origin(option) for option in options}
-    if kinds >= {Literal, dict} and isinstance(value, str) and "." in value:
+    if kinds >= {Literal, dict} and isinstance(value, str) and {".", ":"} & set(value):
         return f" (did you mean {{type: {value}}}?)"
     choices = [str(each) for option in options if get_origin(option) is Literal for each in get_args(option)]
     close = difflib.get_close_matches(str(value), choices, n=1)

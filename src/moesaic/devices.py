@@ -1,4 +1,4 @@
-"""Which devices there are, and how much memory they have."""
+"""Devices of this machine, and how much memory they have."""
 
 import os
 from collections.abc import Iterator

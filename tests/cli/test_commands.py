@@ -368,10 +368,11 @@ def test_a_variable_that_the_shell_did_not_know_is_no_path(
 
 
 @pytest.mark.slow
-def test_a_module_given_as_text_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
-    code, error = exit_of(["train", "debug=smoke", "model.moe.router=my.Router"], capsys)
+@pytest.mark.parametrize("text", ["my.Router", "my:Router"])
+def test_a_module_given_as_text_gets_a_hint(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = exit_of(["train", "debug=smoke", f"model.moe.router={text}"], capsys)
     assert code == 2
-    assert "model.moe.router: found 'my.Router' (str) (did you mean {type: my.Router}?); must be top_k |" in error
+    assert f"model.moe.router: found '{text}' (str) (did you mean {{type: {text}}}?); must be top_k |" in error
 
 
 @pytest.mark.slow

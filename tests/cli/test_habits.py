@@ -54,6 +54,7 @@ HABITS = {
     "n_layer=2": "did you mean model.num_layers?",
     "n_head=4": "did you mean model.attention.num_heads?",
     "n_embd=64": "did you mean model.dim?",
+    "model.mixer={type: my.Mixer}": "did you mean model.pattern?",
     "block_size=64": "did you mean training.seq_len?",
     "grad_clip=1": "did you mean training.gradient_clip?",
     "max_iters=10": "did you mean training.steps?",

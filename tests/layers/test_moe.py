@@ -9,7 +9,7 @@ from reference.comparing import assert_close, assert_gradients, redraw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesaic.layers import BACKENDS, FeedForward, MoE, RoutedLayer, UniformRouter
+from moesaic.layers import BACKENDS, FeedForward, MoE, RoutedLayer, Routing, UniformRouter
 
 DIM, HIDDEN = 8, 16
 
@@ -311,8 +311,14 @@ def test_a_router_that_skips_though_it_says_it_never_does_is_named() -> None:
         (lambda x: (x[:, :4], x[:, :1]), r"Deciding returned 2 values; must be logits, scores and expert_ids"),
         (lambda x: x[:, :4], r"Deciding returned a Tensor; must be logits, scores and expert_ids"),
         (lambda x: (x[:, :4], x[:, :1], x[:, :1] * 0), r"Deciding returned expert_ids of torch.float32"),
+        (lambda x: (x[:, :4], x[:, :4], x[:, :4] > 0), r"Deciding returned expert_ids of torch.bool; .* integers"),
+        (lambda x: (None, x[:, :1], x[:, :1].long()), r"Deciding returned logits of type NoneType; .* a tensor"),
+        (
+            lambda x: (x[:, :4], x[:, :1].double(), x[:, :1].long() * 0),
+            r"Deciding returned scores of torch.float64; they must be of torch.float32, as x is",
+        ),
     ],
-    ids=["two values", "a tensor", "ids that are no integers"],
+    ids=["two values", "a tensor", "float ids", "a mask for ids", "no logits", "wider scores"],
 )
 def test_what_a_router_returns_wrongly_is_named(decide: Any, message: str) -> None:
     class Deciding(nn.Module):
@@ -321,6 +327,29 @@ def test_what_a_router_returns_wrongly_is_named(decide: Any, message: str) -> No
 
     with pytest.raises(ValueError, match=message):
         MoE.build(16, 32, 4, router=Deciding())(torch.randn(33, 16))
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.full((3, 1), 5), ValueError, "expert_ids has 5; must be 0 to 3, or 4 for none"),
+        (torch.full((3, 1), -1), ValueError, "expert_ids has -1; must be 0 to 3, or 4 for none"),
+        (torch.zeros(2, 1, dtype=torch.int64), ValueError, r"expert_ids of shape \(2, 1\); must be \(3, any\)"),
+        (torch.zeros(3, 1), TypeError, r"expert_ids of torch.float32; must be torch.int64 or"),
+    ],
+    ids=["too high", "negative", "other tokens", "no integers"],
+)
+def test_a_replayed_choice_that_fits_nothing_is_named(ids: torch.Tensor, error: type[Exception], message: str) -> None:
+    given = Routing(torch.zeros(3, 4), torch.zeros(3, 1), ids)
+    with pytest.raises(error, match=f"MoE: routing.{message}"):
+        MoE.build(16, 32, 4).forward_with_routing(torch.randn(3, 16), routing=given)
+
+
+def test_a_replayed_choice_may_be_kept_in_few_bytes() -> None:
+    moe, x = MoE.build(16, 32, 4), torch.randn(3, 16)
+    y, routing = moe.forward_with_routing(x)
+    few = routing._replace(expert_ids=routing.expert_ids.to(torch.uint8))
+    assert torch.equal(moe.forward_with_routing(x, routing=few)[0], y)
 
 
 def test_a_replay_of_something_else_is_named() -> None:

@@ -342,7 +342,10 @@ def test_rope_beside_chunks_is_refused_where_the_format_is_not_said() -> None:
     """Before format 2 `rope` meant chunk-local attention: the same words would make another model."""
     pattern = [{"mixer": "rope", "ffn": "moe"}, {"mixer": "nope", "ffn": "dense"}]
     changes = {"pattern": pattern, **WITHOUT_INTERVALS}
-    with pytest.raises(InputError, match=r"model\.pattern: mixer rope .*say chunked_rope for the former, or format: 2"):
+    with pytest.raises(
+        InputError,
+        match=r"model\.pattern: mixer rope .*say chunked_rope for the former, or format: 2 .*\+model\.format=2",
+    ):
         from_mapping(DecoderConfig, unversioned(**changes), "model")
     assert from_mapping(DecoderConfig, mapping(**changes)).layers[0].mixer == "rope"
     without_chunks = unversioned(**changes, **{"attention.attention_chunk_size": None})

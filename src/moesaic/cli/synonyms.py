@@ -16,6 +16,7 @@ _KEYS = {
     "model.moe.top_k": "k topk num_experts_per_tok num_experts_per_token experts_per_token",
     "model.moe.shared_hidden_dim": "num_shared_experts n_shared_experts shared_experts shared_expert",
     "model.moe.router": "routing gate gating",
+    "model.pattern": "mixer token_mixer ffn channel_mixer feed_forward",
     "model.tie_embeddings": "tie_word_embeddings weight_tying",
     "training.steps": "max_steps num_steps train_steps total_steps iterations iters max_iters n_steps epochs "
     "num_epochs max_epochs num_train_epochs",

@@ -238,7 +238,7 @@ def split_documents(source: str, documents: list[Document], fraction: float, lef
 
 
 def validation_names(names: Sequence[str], fraction: float) -> set[str]:
-    """Which of at least two documents are for validation; neither split is empty."""
+    """Choose those of at least two documents that are for validation; neither split is empty."""
     places = {name: _place(name) for name in names}
     validation = {name for name, place in places.items() if place < fraction}
     if not validation:  # so few documents that none fell there

@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 16_000_000
 
 @dataclasses.dataclass(frozen=True)
 class TargetFormat:
-    """Which form of targets is kept, and its settings; settings of another kind are ignored."""
+    """Form of targets that is kept, and its settings; settings of another kind are ignored."""
 
     kind: Literal["top_k", "sampled", "dense"] = "top_k"
     temperature: float = 1.0  # of top_k and sampled; dense logits serve every temperature

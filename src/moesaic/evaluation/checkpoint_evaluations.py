@@ -307,7 +307,7 @@ def needle_evaluation(checkpoint: Path, run_config: dict[str, Any], options: dic
 
 
 def copying_evaluation(checkpoint: Path, run_config: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
-    """In-context copying, as "copying/text/second" and the like: see `copying_score`, on real and on random passages.
+    """Copying in context, as "copying/text/second" and the like: see `copying_score`, on real and on random passages.
 
     Args:
         options: under "copying" the fields of `CopyingConfig`. Real passages are of the validation split.

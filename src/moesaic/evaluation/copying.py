@@ -1,4 +1,4 @@
-"""In-context copying: does a model predict a passage when it comes for the second time?"""
+"""Copying in context: does a model predict a passage when it comes for the second time?"""
 
 import dataclasses
 from typing import Any

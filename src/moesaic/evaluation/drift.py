@@ -16,7 +16,7 @@ __all__ = ["Drift", "RunningDrift", "Watched", "changed_choices"]
 
 
 def changed_choices(before: Tensor, now: Tensor) -> Tensor:
-    """Which of the experts in `now` (T, K) are not among those that the token had `before` (T, K): (T, K) bool.
+    """Mark the experts in `now` (T, K) that are not among those that the token had `before` (T, K): (T, K) bool.
 
     So the order of a token's choices does not count.
     """

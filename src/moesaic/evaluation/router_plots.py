@@ -42,7 +42,7 @@ def make(name: str, **arguments: Any) -> TopKRouter:
 
 @torch.no_grad()
 def choose(router: TopKRouter, logits: Tensor, **more: Tensor) -> Tensor:
-    """Which experts each token gets in training, (T, E) bool."""
+    """Choose the experts that each token gets in training, (T, E) bool."""
     routing: Routing = router.train()(logits, **more)
     slots = torch.zeros(logits.size(0), EXPERTS + 1, dtype=torch.bool)
     return slots.scatter(1, routing.expert_ids, True)[:, :EXPERTS]

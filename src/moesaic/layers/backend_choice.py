@@ -1,4 +1,4 @@
-"""Which backend runs the experts here, and why: by device, dtype, sizes, compiler and vmap."""
+"""Backend that runs the experts here, and why: by device, dtype, sizes, compiler and vmap."""
 
 import functools
 import logging

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "INTEGERS",
     "differentiates_forward",
     "has_values",
     "is_shape_only",
@@ -31,6 +32,9 @@ __all__ = [
     "require_tensor",
     "require_weights_dtype",
 ]
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Dtypes of ids. bool is none: a mask of experts would count as the ids 0 and 1."""
 
 
 def require_sizes(least: int = 1, **sizes: Any) -> None:
@@ -192,23 +196,28 @@ def require_one_dtype(why: str, **tensors: Tensor) -> None:
 
 
 def require_decided(router: str, decided: Any) -> None:
-    """Raise ValueError unless a router returned at least three values, in a tuple or a list."""
+    """Raise ValueError unless a router returned three tensors or more values, in a tuple or a list."""
     if not isinstance(decided, (tuple, list)) or len(decided) < 3:
         found = f"{len(decided)} values" if isinstance(decided, (tuple, list)) else f"a {type(decided).__name__}"
         raise ValueError(f"{router} returned {found}; must be logits, scores and expert_ids")
+    for name, each in zip(("logits", "scores", "expert_ids"), decided, strict=False):
+        if not isinstance(each, Tensor):
+            raise ValueError(f"{router} returned {name} of type {type(each).__name__}; they must be a tensor")
 
 
 def require_routing(
-    router: str, logits: Tensor, scores: Tensor, expert_ids: Tensor, num_tokens: int, num_experts: int
+    router: str, logits: Tensor, scores: Tensor, expert_ids: Tensor, x: Tensor, num_experts: int
 ) -> None:
-    """Raise ValueError unless logits are (T, E), scores (T, K) and expert_ids (T, K) integers."""
-    if expert_ids.is_floating_point():
+    """Raise ValueError unless logits are (T, E), scores (T, K) and expert_ids (T, K) integers, for x (T, D)."""
+    if expert_ids.dtype not in INTEGERS:
         raise ValueError(f"{router} returned expert_ids of {expert_ids.dtype}; they must be integers")
-    slots = (num_tokens, scores.size(-1))
-    if logits.shape != (num_tokens, num_experts) or scores.shape != slots or expert_ids.shape != slots:
+    if scores.dtype == torch.float64 != x.dtype:  # autocast leaves it as it is
+        raise ValueError(f"{router} returned scores of {scores.dtype}; they must be of {x.dtype}, as x is")
+    slots = (x.size(0), scores.size(-1))
+    if logits.shape != (x.size(0), num_experts) or scores.shape != slots or expert_ids.shape != slots:
         raise ValueError(
             f"{router} returned logits {tuple(logits.shape)}, scores {tuple(scores.shape)} and expert_ids "
-            f"{tuple(expert_ids.shape)} for {num_tokens} tokens and {num_experts} experts; they must be "
+            f"{tuple(expert_ids.shape)} for {x.size(0)} tokens and {num_experts} experts; they must be "
             "(tokens, experts), (tokens, K) and (tokens, K)"
         )
 

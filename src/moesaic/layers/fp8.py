@@ -40,7 +40,7 @@ FORMATS = {torch.float8_e4m3fn: _Format(3, -6, 8), torch.float8_e5m2: _Format(2,
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Recipe:
-    """Which operands are rounded, and which numbers share a scale. Scales are powers of two.
+    """Operands that are rounded, and which numbers share a scale. Scales are powers of two.
 
     "rowwise": the numbers that are summed in one product share one, and everything is e4m3 (4 bits of exponent, 3 of
     mantissa). "tensorwise": a whole matrix shares one, and gradients are e5m2, which has more range and less precision.

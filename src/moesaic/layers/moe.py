@@ -192,9 +192,9 @@ class MoE(nn.Module):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
         asked = {"token_ids": None if token_ids is None else token_ids.flatten()} if self.takes_token_ids else {}
-        found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing)
         num_experts, is_replayed = getattr(self.experts, "num_experts", None), routing is not None
-        decided = counted(self.router, found, tokens.size(0), num_experts, is_replayed, self.assume_full)
+        found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing, num_experts)
+        decided = counted(self.router, found, tokens, num_experts, is_replayed, self.assume_full)
         inputs = tokens if self.latent is None else self.latent.down(tokens)
         y = mix_experts(inputs, decided, self.experts, self.dispatcher, self.score_before_experts)
         y = (y if self.latent is None else self.latent.up(y)).view_as(x)

@@ -22,6 +22,7 @@ __all__ = [
     "declared_kinds",
     "flops_per_token",
     "initialize",
+    "is_ours",
     "num_parameters",
     "parameter_kinds",
     "remember_marks",
@@ -118,7 +119,7 @@ def initialize(part: nn.Module, parametrization: Parametrization) -> None:
     if declared is not None:
         declared(parametrization)
         return
-    if not _is_ours(type(part).__module__):
+    if not is_ours(type(part).__module__):
         return
     if isinstance(part, nn.Linear):
         nn.init.normal_(part.weight, std=parametrization.std("matrix", part.in_features))
@@ -231,7 +232,7 @@ def _stated(part: nn.Module, name: str) -> Any:
     What a custom class inherits from ours does not count: it may do more than ours.
     """
     method = getattr(part, name, None)
-    if method is None or (_is_ours(method.__module__) and not _is_ours(type(part).__module__)):
+    if method is None or (is_ours(method.__module__) and not is_ours(type(part).__module__)):
         return None
     return method
 
@@ -247,5 +248,6 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _is_ours(path: str) -> bool:
+def is_ours(path: str) -> bool:
+    """Whether a module by its dotted path is of this package, examples apart, or of torch: no code of a user."""
     return path.startswith(("moesaic.", "torch.")) and not path.startswith("moesaic.examples")

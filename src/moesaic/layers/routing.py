@@ -47,7 +47,7 @@ def count_tokens(expert_ids: Tensor, num_experts: int, valid: Tensor | None = No
 def counted(
     router: nn.Module,
     decided: tuple[Tensor, ...],
-    num_tokens: int,
+    x: Tensor,
     num_experts: int | None,
     is_replayed: bool,
     assume_full: bool,
@@ -55,6 +55,7 @@ def counted(
     """The `Routing` of what a router decided, with counts of our own: a miscount would read rows of nobody.
 
     Args:
+        x: (T, D), the tokens.
         num_experts: None for as many as there are logits.
         assume_full: takes it that every slot has an expert, without looking.
 
@@ -65,7 +66,7 @@ def counted(
     require_decided(name, decided)
     logits, scores, expert_ids = decided[:3]
     num_experts = logits.size(-1) if num_experts is None else num_experts
-    require_routing(name, logits, scores, expert_ids, num_tokens, num_experts)
+    require_routing(name, logits, scores, expert_ids, x, num_experts)
     expert_ids, num_rows = expert_ids.long(), None
     may_skip = (is_replayed or getattr(router, "may_skip", True)) and not assume_full
     if not torch.compiler.is_compiling() and not assume_full:

@@ -313,7 +313,7 @@ class DecoderConfig:
             raise ValueError(
                 f"pattern: mixer rope beside attention.attention_chunk_size={chunk} meant chunk-local attention in "
                 f"format 1 and means full attention now; say chunked_rope for the former, or format: {FORMAT} beside "
-                "the pattern for the latter"
+                f"the pattern (+model.format={FORMAT} on the command line) for the latter"
             )
 
     @property

@@ -7,6 +7,7 @@ of shards stand in virtual groups with equal rows of the router, so that top-k t
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -130,8 +131,9 @@ def _cut(ffn: tuple[Tensor, ...], moe: MoE, i: int, noise: float, generator: tor
     if type(experts) is not Experts or moe.latent is not None:
         kind = type(experts).__name__ if moe.latent is None else "experts of a latent width"
         raise InputError(f"model.moe: layer {i} has {kind}; must have swiglu experts alone, to be cut from a dense FFN")
-    if not isinstance(router, TopKRouter) or router.may_skip:
+    if getattr(router, "may_skip", True) or not hasattr(router, "score_function"):
         raise InputError(f"model.moe.router: {type(router).__name__} may leave out experts; must be top_k")
+    router = cast(TopKRouter, router)
     shards = _num_shards(gate.size(0), shared, experts, router, i)
     groups = router.top_k // shards
     # scores of one group are equal, so normalized ones of a single group are constant anyhow

@@ -1,4 +1,4 @@
-"""Which small changes make a training fit, found by planning each."""
+"""Small changes that make a training fit, found by planning each."""
 
 import dataclasses
 from collections.abc import Iterator

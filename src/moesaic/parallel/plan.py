@@ -27,7 +27,7 @@ __all__ = ["FORMATS", "Collective", "Formats", "Memory", "Part", "Plan", "Setup"
 
 
 class Formats(NamedTuple):
-    """Which numbers a precision has where."""
+    """Numbers that a precision has, and where."""
 
     weights: torch.dtype
     """Weights, gradients and moments, kept and sent."""

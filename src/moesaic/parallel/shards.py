@@ -88,7 +88,7 @@ def require_parts(module: nn.Module) -> None:
 
 
 def held_slices(tensor: Any) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank holds, a slice for each dimension."""
+    """Part of the whole tensor that this rank holds, a slice for each dimension."""
     bounds = [(0, size) for size in tensor.shape]
     if is_sharded(tensor):
         coordinates, mesh = tensor.device_mesh.get_coordinate(), tensor.device_mesh

@@ -1,4 +1,4 @@
-"""Which keys of a run config define the experiment: those that can change what a run computes."""
+"""Keys of a run config that define the experiment: those that can change what a run computes."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which runs of a study are missing, and which learning rate is measured: pure functions of a config and of rows."""
+"""Runs of a study that are missing, and the learning rate that is measured: pure functions of a config and of rows."""
 
 import dataclasses
 import math

@@ -103,7 +103,7 @@ class Place:
         return self._length
 
     def fresh(self, dtype: torch.dtype | None = None, seed: int = 0) -> Placed:
-        """In float64, which tells a leak from rounding, or in float32 where the part cannot do that."""
+        """Make it float64, which tells a leak from rounding, or float32 where the part cannot do that."""
         torch.default_generator.manual_seed(seed)
         placed = self.make()
         _stir(placed.part)

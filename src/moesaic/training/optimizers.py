@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import InputError
 from moesaic.layers import ParameterKind, Parametrization, Scales, parameter_fans, parameter_kinds
+from moesaic.layers.part import is_ours
 from moesaic.parallel.shards import gather_matrices, held, held_slices, is_sharded, layout
 from moesaic.training.config import OptimizerConfig, ScheduleConfig
 
@@ -88,14 +89,22 @@ def _group(
 
 
 def describe_groups(model: nn.Module, config: OptimizerConfig) -> str:
-    """One line per group: what steps its parameters, at what rate, and whose they are, if few modules have them."""
+    """One line per group: what steps its parameters, at what rate, and whose they are.
+
+    Where many modules have them, only those of custom modules are named: what they state of themselves shows here.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    custom = tuple(f"{name}." for name, part in model.named_modules() if name and not is_ours(type(part).__module__))
     lines = []
     for group in parameter_groups(model, config):
-        owners = dict.fromkeys(
-            re.sub(r"\.\d+(?=\.|$)", ".*", names[id(parameter)].rpartition(".")[0]) for parameter in group["params"]
-        )
-        listed = ", ".join(owners) if len(owners) <= 6 else f"{len(group['params'])} tensors"
+        owned: dict[str, list[str]] = {}
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            owned.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0]), []).append(name)
+        shown = [
+            owner for owner, held in owned.items() if len(owned) <= 6 or any(name.startswith(custom) for name in held)
+        ]
+        hidden = sum(len(held) for owner, held in owned.items() if owner not in shown)
+        listed = ", ".join([*shown, *([f"{hidden} {'other ' if shown else ''}tensors"] if hidden else [])])
         how = f"{'muon' if group['muon'] else 'adamw'} at {group['lr']:g}, decay {group['weight_decay']:g}"
         lines.append(f"{group['name']}: {how}: {listed}")
     return "\n".join(lines)

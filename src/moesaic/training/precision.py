@@ -1,4 +1,4 @@
-"""Which precision to train in on the machine at hand."""
+"""Precision to train in on the machine at hand."""
 
 import time
 

@@ -371,7 +371,7 @@ class GlyphSamples(Samples):
 
 
 def held_out(table: GlyphTable) -> npt.NDArray[np.bool_]:
-    """Which rows are of characters that are in no training sample: whole groups, by a hash of their first character."""
+    """Mark the rows of characters that are in no training sample: whole groups, by a hash of their first character."""
     groups = _Groups()
     first: dict[bytes, int] = {}
     for code, shape in zip(table.codes.tolist(), table.shapes, strict=True):

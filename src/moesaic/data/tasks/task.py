@@ -66,7 +66,7 @@ class Task(ABC):
         return (1,)
 
     def growth(self, multiple: int) -> int:
-        """By how much the sizes are multiplied in test sequences of `multiple` times the training length."""
+        """Factor by which the sizes are multiplied in test sequences of `multiple` times the training length."""
         return 1
 
     @property

@@ -25,7 +25,7 @@ class VariableRouter(TopKRouter):
         return slots_of(self.choose(logits.detach(), probabilities), probabilities, self.top_k)
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> Tensor:
-        """Which experts each token has, (T, E) bool."""
+        """Choose the experts that each token has, (T, E) bool."""
         raise NotImplementedError
 
 
