@@ -12,7 +12,7 @@ __all__ = ["MixedEvaluationLoader", "MixedTrainingLoader", "picture_rows"]
 
 
 def picture_rows(batch: Batch) -> torch.Tensor:
-    """Which rows (B,) of a batch have a picture, bool."""
+    """Rows of a batch that have a picture, (B,) bool."""
     found = torch.zeros(batch["tokens"].size(0), dtype=torch.bool, device=batch["tokens"].device)
     if "image_rows" in batch:
         found[batch["image_rows"]] = True
