@@ -59,9 +59,10 @@ def tell_of_picture(checkpoint: str, image: Path, sampling: SampleConfig, seed: 
 def _most_tiles(run_config: Mapping[str, Any]) -> int:
     """Tiles of a picture that a model was trained on at most."""
     fusion = run_config.get("fusion")
-    if not fusion:
+    pictures = fusion.get("pictures") if isinstance(fusion, Mapping) else None
+    if not isinstance(pictures, Mapping):
         return 1
-    source = {key: fusion["pictures"].get(key) for key in ("source", "path", "task")}
+    source = {key: pictures[key] for key in ("source", "path", "task") if key in pictures}
     keys = from_mapping(DataConfig, {**source, "tokenizer": "bytes"}, "config.fusion.pictures").make_pictures()
     return keys.most_tiles if isinstance(keys, ImageFolder) else 1
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from moesaic.data import PictureData
 from moesaic.data.images import TRAIN, ImageText, Layout, Picture, Samples, Text, pixel_values
 from moesaic.data.tasks.task import Ints
+from moesaic.data.tokenizers import ByteTokenizer
 from moesaic.errors import InputError
 from moesaic.evaluation.reading_back import character_error_rate
 from moesaic.losses import token_cross_entropy
@@ -29,7 +30,7 @@ SAMPLE_SEED = 0
 """Seed of the samples that are drawn: runs of all seeds are judged on the same ones."""
 
 MOST_TRAINING_ANSWERS = 20_000
-"""Training answers from which the frequencies of ids are counted."""
+"""Training samples from whose answers the frequencies of bytes are counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,8 @@ def naming_numbers(
     """Numbers by split, called "pictures/SPLIT/NAME".
 
     - bits_per_character, bits_per_byte: of what is asked, its end of text included, which counts as no character. With
-      _shuffled, the model has the picture of another sample. With _unigram and _bigram, chance: ids by their
-      frequencies in training answers, alone or after the id before.
+      _shuffled, the model has the picture of another sample. With _unigram and _bigram, chance: bytes by their
+      frequencies in training answers, alone or after the byte before, whatever the tokenizer.
     - exact: answers by greedy decoding that are a name of the very same picture. Decoding ends behind the length of the
       longest right answer. exact_chance: the one answer that is right most often.
     - character_error_rate: see `character_error_rate`; 1 is reached by saying nothing.
@@ -137,31 +138,31 @@ def _some(size: int, number: int) -> Ints:
 
 
 class _Frequencies:
-    """How often ids follow each other in training answers, one more than counted; an answer begins after an end."""
+    """How often bytes follow each other in training answers, one more than counted; an answer begins after an end."""
 
     def __init__(self, data: PictureData) -> None:
-        self.layout = data.layout
         drawn = _some(data.samples.size(TRAIN), MOST_TRAINING_ANSWERS).tolist()
         texts = [text for i in drawn for text in data.samples.sample(TRAIN, i).texts if text.asked]
-        before, ids = self._pairs(texts)
+        before, ids = _pairs_of_bytes(texts)
         ones = torch.ones(ids.shape, dtype=torch.float64)
-        words = data.layout.tokenizer.vocab_size
+        words = ByteTokenizer.vocab_size
         self.alone = torch.ones(words, dtype=torch.float64).index_add_(0, ids, ones)
         self.after = torch.ones(words, words, dtype=torch.float64).index_put_((before, ids), ones, accumulate=True)
 
-    def _pairs(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-        """The ids of all texts, with an end behind each, and the id before each of them."""
-        end = np.array([self.layout.tokenizer.end_of_text], dtype=np.int64)
-        encoded = self.layout.tokenizer.encode_batch([text.text.encode() for text in texts])
-        joined = torch.from_numpy(np.concatenate([end, *(part for ids in encoded for part in (ids, end))]))
-        return joined[:-1].long(), joined[1:].long()
-
     def bits(self, texts: Sequence[Text]) -> dict[str, float]:
         """Bits of all texts together."""
-        before, ids = self._pairs(texts)
+        before, ids = _pairs_of_bytes(texts)
         alone = self.alone[ids] / self.alone.sum()
         after = self.after[before, ids] / self.after.sum(dim=1)[before]
         return {"unigram": -float(alone.log2().sum()), "bigram": -float(after.log2().sum())}
+
+
+def _pairs_of_bytes(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+    """The byte before each byte of all texts, and each of these; an end stands behind every text."""
+    end = np.array([ByteTokenizer.end_of_text], dtype=np.int64)
+    encoded = ByteTokenizer().encode_batch([text.text.encode() for text in texts])
+    joined = torch.from_numpy(np.concatenate([end, *(part for ids in encoded for part in (ids, end))]))
+    return joined[:-1].long(), joined[1:].long()
 
 
 def _bits(
