@@ -103,20 +103,20 @@ def test_from_nothing_to_the_verdict_and_the_same_when_stopped_in_every_stage(
     assert load_multimodal(tmp_path / "whole" / "checkpoints" / "last.ckpt").multimodal is not None
 
     # stopped in each stage by Ctrl-C after its second step, and gone on with by one command
-    parted = fused({**config, "run_dir": str(tmp_path / "parted")}, pictures)
-    resumed = {**parted, "resume": True}
+    where_it_runs = Path(config["output_dir"]) / config["name"] / "parted"
+    parted = fused({**config, "run_dir": str(where_it_runs)}, pictures)
+    resumed = {**parted, "resume": True, "run_dir": None}  # the newest unfinished run, and not one of its stages
     for stopped in ("text", "encoder", "frozen", ""):
-        where = tmp_path / "parted" / ("stages/" + stopped if stopped else "")
+        where = where_it_runs / ("stages/" + stopped if stopped else "")
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             _stop_after_two_steps(patch, where)
             run_found(find_run(parted if stopped == "text" else resumed))
         assert load_checkpoint(where / "checkpoints" / "last.ckpt")["global_step"] == 1  # before the check
     run_found(find_run(resumed))
     for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "parted")[name]), name
-    assert rows(tmp_path / "whole" / "metrics.csv") == rows(tmp_path / "parted" / "metrics.csv")
-    # who has no directory at hand gets the whole run, and not one of its stages
-    assert find_run(resumed).kind == "finished"
+        assert torch.equal(tensor, weights(where_it_runs)[name]), name
+    assert rows(tmp_path / "whole" / "metrics.csv") == rows(where_it_runs / "metrics.csv")
+    assert find_run({**resumed, "run_dir": str(where_it_runs)}).kind == "finished"
 
 
 def _stop_after_two_steps(patch: pytest.MonkeyPatch, run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which experts take image tokens, and which take text: counted by layer, as numbers and as a picture."""
+"""Experts that take image tokens, and those that take text: counted by layer, as numbers and as a picture."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
