@@ -57,6 +57,10 @@ VALUES: list[tuple[str, list[str]]] = [
     ("train optimizer.weight_decay=-inf", ["optimizer.weight_decay=-inf", "finite"]),
     ("train balance.router_z_loss_weight=nan", ["balance.router_z_loss_weight=nan", "finite"]),
     ("train schedule.final_factor=nan", ["schedule.final_factor=nan", "finite"]),
+    (
+        "train model.moe.router={type:capacity,capacity_factor:0.0001}",
+        ["layers.1.ffn.router: capacity_factor=0.0001: leaves no row to an expert", "training.batch_size larger"],
+    ),
     ("train model.norm_eps=inf", ["model.norm_eps=inf", "finite"]),
     ("train model.init_std=nan", ["model.init_std=nan", "finite"]),
     ("train model.attention.rope_theta=inf", ["model.attention.rope_theta=inf", "finite"]),

@@ -27,7 +27,7 @@ def report(results: Path) -> tuple[str, dict[str, object]]:
     ladder = read_ladder(results)
     console = Console(file=io.StringIO(), width=240)
     arguments = (ladder.config, ladder.study, ladder.rungs.all, ladder.rows, results, "made", "moesaic ladder", console)
-    write_ladder_report(*arguments)
+    write_ladder_report(*arguments, leaks=ladder.rungs.leaks)
     return (results / "table.md").read_text(), json.loads((results / "summary.json").read_text())
 
 

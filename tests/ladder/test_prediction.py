@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.cli import main
 from moesaic.config import to_mapping
 from moesaic.errors import InputError
 from moesaic.files import write_yaml
@@ -146,3 +147,13 @@ def test_rows_of_another_corpus_are_refused(rungs_of: MakeRungs, made_ladder: Ma
         InputError, match=r"rows\.jsonl: dense, .*: of a corpus with the content hash d; must be e, that"
     ):
         require_corpus(ladder.rows, {"content_hash": "e", "source": "pinned"}, "rows.jsonl")
+
+
+@pytest.mark.parametrize(("at", "warned"), [("1e14", False), ("1e16", True)])
+def test_a_prediction_far_beyond_the_rungs_comes_with_a_warning(
+    rungs_of: MakeRungs, made_ladder: MakeLadder, capsys: pytest.CaptureFixture[str], at: str, warned: bool
+) -> None:
+    results = made_ladder(rungs_of())
+    main(["predict", str(results), f"at={at}"])
+    out = capsys.readouterr().out
+    assert ("times the largest rung, where 300 times is as far as these laws are meant for" in out) == warned

@@ -92,6 +92,22 @@ def test_widths_of_an_arm_grow_with_the_rung(rungs_of: MakeRungs) -> None:
         assert moe is not None and (moe.hidden_dim, moe.shared_hidden_dim) == (rung.dim, 2 * rung.dim)
 
 
+def test_latents_and_widths_of_own_parts_grow_with_the_rung(rungs_of: MakeRungs) -> None:
+    rungs = rungs_of("experiment=ladder_routers")
+    study, base = rungs.study()
+    for rung in rungs.all:
+        models = {
+            arm: model_of(apply_overrides(base, study.cell(arm, ("rung", rung.name)).overrides, "test"))
+            for arm in ("latent experts", "mlp", "soft", "group-limited")
+        }
+        latent, mlp, groups = (models[arm].moe for arm in ("latent experts", "mlp", "group-limited"))
+        assert latent is not None and latent.latent_dim == rung.dim / 2
+        assert mlp is not None and mlp.router == {"type": "mlp", "router_dim": rung.dim // 2}
+        assert groups is not None and groups.router == {"type": "group_limited", "num_groups": 4, "top_groups": 2}
+        widths = {layer.ffn["hidden_dim"] for layer in models["soft"].layers if isinstance(layer.ffn, dict)}
+        assert widths == {2 * rung.dim}
+
+
 def test_a_run_that_would_repeat_a_token_is_refused(rungs_of: MakeRungs) -> None:
     rungs = rungs_of().all
     most = rungs[-1].tokens
@@ -100,11 +116,15 @@ def test_a_run_that_would_repeat_a_token_is_refused(rungs_of: MakeRungs) -> None
         require_fresh_tokens(rungs, most + 256, 256)
 
 
-@pytest.mark.slow_but_for("words7-asymptote=-1.0: must be")
+@pytest.mark.slow_but_for("words11-asymptote=-1.0: must be")
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["ladder.rungs=[1e11,1e12]"], "too few for a law; must be 3 or more"),
+        (["ladder.rungs=[]"], r"rungs=\[\]: too few for a law; must be 3 or more different numbers of FLOPs, such as"),
+        (["ladder.rungs=[1e13,1e11]"], r"rungs=\[1e13, 1e11\]: must be different .*, the smallest first"),
+        (["ladder.rungs=[0,1e11,1e12]"], r"rungs=\[0, 1e11, 1e12\]: must be different numbers of FLOPs > 0"),
+        (["ladder.rungs=[abc]"], r"ladder\.rungs\[0\]: found 'abc'"),
         (["ladder.rungs=[1e12,1e11,1e13]"], "must be different numbers of FLOPs > 0, the smallest first"),
         (["ladder.rungs=[1e7,1e11,1e12]"], r"1e7: at the nearest width, 8, it is .* tokens per parameter; must be"),
         (["ladder.batch=262144"], "1e11: 2 steps of 262,144 tokens; must be 20 or more"),

@@ -62,7 +62,7 @@ def test_flops_are_those_that_run(vision: VisionConfig) -> None:
 
 
 def test_the_encoder_of_llama_4() -> None:
-    """Published are 0.85B parameters in all sizes of the model."""
+    """The encoder as `test_multimodal.py` has it, and a projector of 4,096 x 5,120."""
     counted = account_encoder(llama4_vision(llama4_scout()))
     assert counted.parameters == 850_960_896 + 4096 * 5120
     assert counted.tokens == 144

@@ -132,6 +132,25 @@ def test_a_built_in_router_is_compared_by_name_and_marked_by_what_its_class_says
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 4 steps are no time to balance in
+def test_built_in_routers_are_compared_to_the_end(common: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arms = ["new=model.moe.router=quantile", "new=model.moe.router=expert_choice", "baseline=model.moe.router=top_k"]
+    short = ["training.steps=4", "seeds=2", "rates=[1]", "equal=none", "workers=1", "rounds=1"]
+    status, shown = run(*arms, *short, *common, capsys=capsys)
+    assert status == 0 and "5. Verdict" in shown
+    [results] = Path("comparisons").glob("*")
+    table = (results / "table.md").read_text()
+    found = (line.removesuffix(" |").split(" | ") for line in table.splitlines() if line.startswith("| "))
+    columns, _, *lines = found
+    at = columns.index("causal")
+    assert {line[0]: tuple(line[at : at + 2]) for line in lines} == {
+        "| router=top_k": ("yes", "no"),
+        "| router=quantile": ("yes", "no"),
+        "| router=expert_choice (sees later tokens)": ("no", "yes"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*has collapsed:RuntimeWarning")  # 4 steps are no time to balance in
 def test_a_router_handed_in_from_python_is_compared_marked_and_not_run_twice(corpus: Path, folder: Path) -> None:
     def leaking(dim: int, num_experts: int, top_k: int) -> nn.Module:
         return ExpertChoice(dim, num_experts, top_k)
@@ -221,6 +240,11 @@ def test_keys_that_move_together_and_a_module_that_is_drawn_anew_for_every_run(c
         (["new=model.dense_twin=true", "new=model.dense_twin=true"], r"two arms are called model.dense_twin=true"),
         (["new=model.dense_twin=true", "budget=10"], r"budget=10: must be a duration such as"),
         (["new=model.dense_twin=true", "seed=5"], r"seed: must be given as seeds"),
+        (["new=model.moe.router={type:group_limited,num_groups:3,top_groups:1}"], r"num_groups=3: must divide num_exp"),
+        (
+            ["new=model.moe.top_k=3 model.moe.router={type:group_limited,num_groups:4,top_groups:1}"],
+            r"top_k=3: must be at most 2, the experts of 1 groups",
+        ),
         (["new=top_k=2"], r"did you mean model.moe.top_k\?"),
         (["new=model.moe.top_k=1,2"], r"new: model.moe.top_k=1,2: several values must be several candidates"),
         (["new=[mine.parts:Softmax,model.moe.top_k=2]"], r"several candidates must be several new="),

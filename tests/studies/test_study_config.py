@@ -235,7 +235,11 @@ def test_of_equal_rates_the_middle_is_taken(
         rows = run_all(study, base, lambda job, losses=losses: float(losses.get(job.factor, 9)))
         assert tuning(study, study.cells[0], rows).best == best
     rows = run_all(study, base, lambda job: None)  # nothing but lower ones may help
-    assert tuning(study, study.cells[0], rows).factors == (0.125, 0.25, 0.5, 1.0, 2.0)
+    found = tuning(study, study.cells[0], rows)
+    assert found.factors == (0.125, 0.25, 0.5, 1.0, 2.0)
+    assert found.failed and found.best is None
+    assert {row["purpose"] for row in rows.values()} == {"tune"}, "nothing is measured at a rate that does not hold"
+    assert plan(study, base, rows).missing == [] and not plan(study, base, rows).may_grow
 
 
 def test_higher_may_be_better(study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any]) -> None:

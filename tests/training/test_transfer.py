@@ -193,6 +193,13 @@ def test_the_check_says_which_way_it_goes_and_passes_only_what_it_checked(
     )
 
 
+def test_the_command_alone_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["transfer"])
+    assert ended.value.code == 2
+    assert "action: missing; must be check: moesaic transfer check trains small models" in capsys.readouterr().err
+
+
 def test_batch_and_tokens() -> None:
     """4 times the batch and 16 times the tokens: a step forgets a quarter as much of a training."""
     base = TransferBase(batch=1024, tokens=100_000)

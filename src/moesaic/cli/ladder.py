@@ -19,6 +19,7 @@ from moesaic.errors import InputError
 from moesaic.files import write_yaml
 from moesaic.ladder.config import LadderConfig
 from moesaic.ladder.cost import cost_of
+from moesaic.ladder.dropping import dropped, kept, up_to_drop
 from moesaic.ladder.points import require_corpus
 from moesaic.ladder.prediction import LADDER, require_on_record, with_recorded
 from moesaic.ladder.report import PICTURES, write_ladder_report
@@ -51,13 +52,26 @@ def ladder(config: dict[str, Any], command: str, console: Console | None = None)
     rows = read_rows(place.results, study, base)
     require_corpus(rows, data.facts, str(place.results / "rows.jsonl"))
     require_on_record(place.results, ladder_config)
-    cost = cost_of(rungs, study, base, rows)
-    console.print(cost.told(place.workers), markup=False, highlight=False, soft_wrap=True)
-    failed = place.run(study, base, command, console, cost.seconds(place.workers))
+    out = dropped(ladder_config, study, rows)
+    cost = cost_of(rungs, kept(study, out), base, rows)
+    most = "" if ladder_config.drop is None or out else ", less what the dropped arms would take"
+    console.print(cost.told(place.workers) + most, markup=False, highlight=False, soft_wrap=True)
+    failed = {}
+    if ladder_config.drop is not None:
+        first = up_to_drop(ladder_config, study)
+        estimate = cost_of(rungs, first, base, rows).seconds(place.workers)
+        failed = place.run(first, base, command, console, estimate)
+        rows = read_rows(place.results, study, base)
+        out = dropped(ladder_config, study, rows)
+        for arm, why in out.items():
+            console.print(f"{arm}: {why}", markup=False, highlight=False, soft_wrap=True)
+    if not failed:
+        rest = kept(study, out)
+        failed = place.run(rest, base, command, console, cost_of(rungs, rest, base, rows).seconds(place.workers))
     if rows := read_rows(place.results, study, base):
         write_yaml(place.results / LADDER, {"ladder": to_mapping(ladder_config), "vocab_size": data.vocab_size})
         arguments = (ladder_config, study, rungs.all, rows, place.results, config["name"], command, console)
-        write_ladder_report(*arguments)
+        write_ladder_report(*arguments, leaks=rungs.leaks)
         made = ("rows.jsonl", "table.md", "summary.json", *PICTURES)
         console.print(f"written: {place.results}/{', '.join(made)}", markup=False, highlight=False, soft_wrap=True)
     return tell_failed(failed, console)

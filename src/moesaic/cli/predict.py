@@ -19,6 +19,10 @@ from moesaic.ladder.prediction import path_of, record
 __all__ = ["main"]
 
 
+FARTHEST = 300
+"""How many times the largest rung a prediction may be without a word of warning."""
+
+
 def _task(config: DictConfig) -> None:
     given = plain(config)
     if not isinstance(given["directory"], str):
@@ -45,6 +49,12 @@ def _tell(results: Path, at: float, free: bool, least: float) -> None:
         f"{prediction.ratio:.3g} times the largest rung",
         f"written: {path_of(results, at)}; the run: the command of the ladder with ladder.targets=[{rung.name}]",
     ]
+    if prediction.ratio > FARTHEST:
+        texts.insert(
+            1,
+            f"careful: {prediction.ratio:.3g} times the largest rung, where {FARTHEST:g} times is as far as these laws "
+            "are meant for. The interval holds if the law still does there, which no rung here can tell",
+        )
     for text in texts:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -28,6 +28,11 @@ __all__ = ["main"]
 
 def _task(config: DictConfig) -> None:
     given = plain(config)
+    if given["action"] is None:
+        raise InputError(
+            "action: missing; must be check: moesaic transfer check trains small models of several widths and depths, "
+            "about a minute for each optimizer and kind; optimizers=[muon] kinds=[moe] takes one of each"
+        )
     if given["action"] != "check":
         raise InputError(f"action={given['action']!r}: must be check")
     console = Console(emoji=False, soft_wrap=True, highlight=False)

@@ -29,9 +29,9 @@ from moesaic.config import from_mapping
 from moesaic.data import Data, DataConfig
 from moesaic.files import lock, make_folder
 from moesaic.imports import names_in, trusting
-from moesaic.layers import ROUTERS
 from moesaic.models import DecoderConfig
 from moesaic.models.custom import require_fresh
+from moesaic.models.leaks import SEES_LATER, SEES_OTHERS, leaks_of
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import StudyConfig, TuneConfig
 from moesaic.studies.progress import duration
@@ -134,16 +134,16 @@ def _check(request: Request, subjects: Mapping[str, Subject], decided: Decided, 
 def _stated_leaks(model: DecoderConfig) -> list[dict[str, Any]]:
     """What the class of a built-in router says it fails, as rows of checks."""
     name = None if model.moe is None else model.moe.built_in_router
-    if name is None or name == "uniform" or not any(layer.ffn == "moe" for layer in model.layers):
+    leaks = leaks_of(model)
+    if name is None or leaks.is_control or not any(layer.ffn == "moe" for layer in model.layers):
         return []  # a control looks at no token
-    cls = ROUTERS[name]
-    failed = [] if cls.causal else ["causality"]
-    failed += ["batch independence"] if cls.depends_on_batch else []
+    failed = ["causality"] if leaks.causal is False else []
+    failed += ["batch independence"] if leaks.depends_on_batch else []
     detail = f"router {name}: its class says so"
     return [{"check": check, "status": "fail", "detail": detail, "raised": False} for check in failed]
 
 
-LEAKS = {"causality": "sees later tokens", "batch independence": "sees other sequences", "repeatability": RANDOM}
+LEAKS = {"causality": SEES_LATER, "batch independence": SEES_OTHERS, "repeatability": RANDOM}
 """Checks whose failure makes a score meaningless, the worst first, and the mark that follows it."""
 
 

@@ -173,12 +173,28 @@ def _fixed(axes: list[Axes]) -> None:
     label_axes(axes[1], "hash: experts of the most frequent ids", "expert", "id, by its frequency")
 
 
+def _other_experts(axes: list[Axes]) -> None:
+    """Four experts without weights beside the others, and the means that the experts of a soft mixture see."""
+    draw = torch.Generator().manual_seed(0)
+    free = torch.randn(TOKENS, 4, generator=draw)
+    best = torch.cat((popular_logits(), free), dim=1).topk(3, dim=1).indices
+    chosen = torch.zeros(TOKENS, EXPERTS + 4, dtype=torch.bool).scatter(1, best, True)[:, :EXPERTS]
+    _draw_numbers(axes[0], {"top 2 of 8": choose(make("top_k"), popular_logits()), "top 3, 4 of 12 free": chosen})
+    axes[0].set_ylim(top=1.35)  # room for the legend
+    image = axes[1].imshow((2 * popular_logits(48)).softmax(dim=0).T.numpy(), cmap=DEPTH, aspect="auto")
+    axes[1].grid(False)
+    label_axes(axes[1], "SoftMoE: what each expert's mean is made of", "token of the sequence", "expert")
+    assert axes[1].figure is not None
+    axes[1].figure.colorbar(image, ax=axes[1], label="weight")
+
+
 FAMILIES: dict[str, Callable[[list[Axes]], None]] = {
     "top_k": _top_k,
     "balanced": _balanced,
     "batch": _batch,
     "as_needed": _as_needed,
     "fixed": _fixed,
+    "other_experts": _other_experts,
 }
 """What draws the two panels of a family."""
 

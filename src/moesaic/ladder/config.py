@@ -6,10 +6,25 @@ import math
 from moesaic.config import LARGEST_SEED
 from moesaic.studies.config import Overrides, TuneConfig
 
-__all__ = ["LadderConfig", "name_of"]
+__all__ = ["DropConfig", "LadderConfig", "name_of"]
 
 FEWEST_RUNGS = 3
 """Below it a law with a free asymptote has more numbers than there are rungs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DropConfig:
+    """After which rung an arm goes no further, and how far behind the baseline it must be for that."""
+
+    rung: float  # one of ladder.rungs, but the largest
+    behind: float  # share of the baseline's bits per byte, in the mean over the seeds
+    keep: int | None = None  # how many arms go on at most, beside the baseline; null: all that are not behind
+
+    def __post_init__(self) -> None:
+        if not 0 < self.behind < math.inf:
+            raise ValueError(f"behind={self.behind}: must be a share > 0 of the baseline's bits per byte, such as 0.02")
+        if self.keep is not None and self.keep < 1:
+            raise ValueError(f"keep={self.keep}: must be a number of arms >= 1, or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +38,7 @@ class LadderConfig:
     targets: tuple[float, ...] = ()  # larger rungs that are on record by moesaic predict, and in no fit
     seeds: tuple[int, ...] = dataclasses.field(default=(0, 1, 2), metadata={"most": LARGEST_SEED})
     tune: TuneConfig | None = dataclasses.field(default_factory=lambda: TuneConfig(seed=100))  # at the lowest rung
+    drop: DropConfig | None = None  # null: every arm has every rung
     tokens_per_parameter: float = 20.0  # a parameter is two forward FLOPs per token
     batch: int = 2048  # tokens of an optimizer step at the lowest rung
     batch_exponent: float = 0.5  # it grows as tokens to this power
@@ -30,14 +46,19 @@ class LadderConfig:
     asymptote: float = 0.4  # bits per byte at infinite compute, where it is pinned
 
     def __post_init__(self) -> None:
-        if len(self.rungs) < FEWEST_RUNGS:
-            raise ValueError(
-                f"rungs={_listed(self.rungs)}: too few for a law; must be {FEWEST_RUNGS} or more different numbers"
-            )
         for key in ("rungs", "targets"):
             flops = getattr(self, key)
             if any(not math.isfinite(each) or each <= 0 for each in flops) or list(flops) != sorted(set(flops)):
                 raise ValueError(f"{key}={_listed(flops)}: must be different numbers of FLOPs > 0, the smallest first")
+        if len(self.rungs) < FEWEST_RUNGS:
+            raise ValueError(
+                f"rungs={_listed(self.rungs)}: too few for a law; must be {FEWEST_RUNGS} or more different numbers of "
+                "FLOPs, such as [1e11, 3e11, 1e12]"
+            )
+        if self.drop is not None and self.drop.rung not in self.rungs[:-1]:
+            raise ValueError(
+                f"drop.rung={_shown(self.drop.rung)}: must be one of rungs={_listed(self.rungs)}, but the largest"
+            )
         if self.targets and self.targets[0] <= self.rungs[-1]:
             raise ValueError(
                 f"targets={_listed(self.targets)}: must be above the largest rung, {name_of(self.rungs[-1])}"
@@ -62,5 +83,10 @@ def name_of(flops: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def _shown(flops: float) -> str:
+    """As `name_of`, of numbers that no rung can have, too."""
+    return name_of(flops) if math.isfinite(flops) and flops else f"{flops:g}"
+
+
 def _listed(flops: tuple[float, ...]) -> str:
-    return "[" + ", ".join(map(name_of, flops)) + "]"
+    return "[" + ", ".join(map(_shown, flops)) + "]"

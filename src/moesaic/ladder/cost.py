@@ -54,7 +54,7 @@ def cost_of(rungs: Rungs, study: StudyConfig, base: Mapping[str, Any], rows: Map
     """
     counts, flops, seconds = dict[str, int](), 0.0, 0.0
     is_known = base["trainer"]["accelerator"] == "cpu"
-    for rung in rungs.all:
+    for rung in (each for each in rungs.all if each.name in study.axes[AXIS].values):
         for arm in study.arms:
             cell = study.cell(arm, (AXIS, rung.name))
             tuned = tuning(study, cell, rows)

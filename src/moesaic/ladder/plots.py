@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 from moesaic.evaluation.plotting import COLORS, GRAY, label_axes, new_figure
 from moesaic.ladder.analysis import ASYMPTOTES, Analysis
 from moesaic.ladder.config import LadderConfig, name_of
-from moesaic.ladder.points import Cell
+from moesaic.ladder.points import Cell, flops_of
 from moesaic.ladder.prediction import Outcome
 from moesaic.ladder.rungs import METRIC
 
@@ -33,12 +33,12 @@ def plot_ladder(ladder: LadderConfig, cells: Sequence[Cell], analysis: Analysis,
     """Bits per byte over active FLOPs with both laws of each arm, and beside it what the arms are worth."""
     figure, (left, right) = new_figure(1, 2, width=10, height=4.2)
     fitted = {name_of(flops) for flops in ladder.rungs}
-    most = max((cell.mean_of("active_flops") for cell in cells if cell.finished), default=1.0)
+    most = max((cell.flops for cell in cells if cell.finished), default=1.0)
     for arm, color in zip(ladder.arms, _colors(ladder), strict=True):
         label: str | None = arm
         for cell in cells:
             if cell.arm == arm and cell.finished:
-                flops = [row["metrics"]["active_flops"] for row in cell.finished]
+                flops = [flops_of(row) for row in cell.finished]
                 losses = [row["metrics"][METRIC] for row in cell.finished]
                 face = color if cell.rung in fitted else "none"
                 left.plot(flops, losses, "o", color=color, markerfacecolor=face, markersize=4, label=label)
@@ -63,7 +63,7 @@ def plot_ladder(ladder: LadderConfig, cells: Sequence[Cell], analysis: Analysis,
     for arm, color in zip(ladder.arms, _colors(ladder), strict=True):
         if arm == ladder.baseline or not (worth := analysis.worth(arm, "FLOPs")).values:
             continue
-        at = {cell.rung: cell.mean_of("active_flops") for cell in cells if cell.arm == arm and cell.finished}
+        at = {cell.rung: cell.flops for cell in cells if cell.arm == arm and cell.finished}
         beside = BESIDE ** (others.index(arm) - (len(others) - 1) / 2)  # else equal arms would hide each other
         places = [at[rung] * beside for rung in worth.rungs]
         highs = [min(v.high, HIGHEST) for v in worth.values]
@@ -89,7 +89,7 @@ def plot_residuals(ladder: LadderConfig, cells: Sequence[Cell], analysis: Analys
             for cell in cells if law is not None else ():
                 if cell.arm != arm or not cell.finished:
                     continue
-                flops = np.array([row["metrics"]["active_flops"] for row in cell.finished])
+                flops = np.array([flops_of(row) for row in cell.finished])
                 losses = np.array([row["metrics"][METRIC] for row in cell.finished])
                 assert law is not None
                 left_over = 100 * (losses / law(flops) - 1)

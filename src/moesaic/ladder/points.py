@@ -1,6 +1,8 @@
 """From the rows of a ladder to points that laws are fitted to, and what is refused on the way."""
 
 import dataclasses
+import fnmatch
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,13 +12,14 @@ from numpy.typing import NDArray
 
 from moesaic.errors import InputError
 from moesaic.ladder.config import LadderConfig, name_of
+from moesaic.ladder.dropping import dropped
 from moesaic.ladder.rungs import AXIS, METRIC
 from moesaic.statistics import Interval, interval
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, row_key
 from moesaic.studies.results import summarize_study
 
-__all__ = ["Cell", "Points", "cells_of", "points_of", "require_corpus"]
+__all__ = ["Cell", "Points", "cells_of", "flops_of", "points_of", "require_corpus"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Cell:
     factor: float | None
     """On the learning rates, as it was tuned at the lowest rung; None if that is not done."""
     at_edge: bool
+    out: str = ""
+    """Why the arm has no runs here: it failed, or was dropped at a smaller rung."""
 
     @property
     def diverged(self) -> list[Row]:
@@ -49,17 +54,32 @@ class Cell:
         """Mean of a metric over the runs that finished, of which there is one at least."""
         return statistics.fmean(row["metrics"][metric] for row in self.finished)
 
+    def mean_matching(self, pattern: str) -> float:
+        """Mean of all metrics that match, over the runs that finished; nan without any."""
+        found = [
+            value
+            for row in self.finished
+            for name, value in row["metrics"].items()
+            if fnmatch.fnmatchcase(name, pattern)
+        ]
+        return statistics.fmean(found) if found else math.nan
+
+    @property
+    def flops(self) -> float:
+        """Active FLOPs of the training, as `flops_of`."""
+        return statistics.fmean(flops_of(row) for row in self.finished)
+
     @property
     def flops_per_second(self) -> float:
         """Active FLOPs of the training over its seconds."""
-        return self.mean_of("active_flops") / self.mean_of("seconds")
+        return self.flops / self.mean_of("seconds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
     """The runs of an arm that a law is fitted to, one entry each (n,); runs of a rung have equal sizes.
 
-    Where a rung's runs differ in a size (seconds), all have its mean.
+    Where a rung's runs differ in a size (seconds, or FLOPs where tokens choose how many experts), all have its mean.
     """
 
     arm: str
@@ -75,16 +95,30 @@ class Points:
     rows: tuple[Row, ...]
 
 
-def cells_of(study: StudyConfig, rows: Mapping[str, Row]) -> list[Cell]:
-    """All arms at all rungs, rung by rung, the baseline first."""
+def flops_of(row: Row) -> float:
+    """Active FLOPs of a run: those of the experts that tokens really had, where the row says how many these were."""
+    metrics = row["metrics"]
+    return float(metrics.get("measured_flops", metrics["active_flops"]))
+
+
+def cells_of(ladder: LadderConfig, study: StudyConfig, rows: Mapping[str, Row]) -> list[Cell]:
+    """All arms at all rungs, rung by rung, the baseline first.
+
+    Raises:
+        InputError: a baseline that diverged at the rung by which arms are dropped.
+    """
     order = [study.baseline, *(arm for arm in study.arms if arm != study.baseline)]
     found = {(result.arm, result.axis): result for result in summarize_study(study, rows)}
+    out = dropped(ladder, study, rows)
+    reached = {name_of(flops) for flops in ladder.rungs if ladder.drop is not None and flops <= ladder.drop.rung}
     cells = []
     for rung in study.axes[AXIS].values:
         for arm in order:
             result = found[arm, f"{AXIS}={rung}"]
             tuned = result.tuning
-            cells.append(Cell(arm, rung, result.rows, result.missing, tuned.best, tuned.at_edge))
+            why = "" if rung in reached and not tuned.failed else out.get(arm, "")
+            missing = () if why else result.missing
+            cells.append(Cell(arm, rung, result.rows, missing, tuned.best, tuned.at_edge, why))
     return cells
 
 
@@ -101,6 +135,9 @@ def points_of(ladder: LadderConfig, cells: Iterable[Cell], arm: str, least: floa
     fitted = [name_of(flops) for flops in ladder.rungs if flops >= least]
     chosen = [cell for cell in cells if cell.arm == arm and cell.rung in fitted]
     for cell in chosen:
+        if cell.out:
+            raise InputError(f"{arm}: {cell.out}")
+    for cell in chosen:
         for row in cell.diverged:
             raise InputError(
                 f"{row_key(row)}: diverged ({row['error']}); a law must have all runs of a rung. Choose other "
@@ -115,7 +152,7 @@ def points_of(ladder: LadderConfig, cells: Iterable[Cell], arm: str, least: floa
         arm=arm,
         rungs=tuple(cell.rung for cell in chosen for _ in cell.rows),
         seeds=tuple(row["seed"] for row in rows),
-        flops=_column(rows, "active_flops"),
+        flops=np.array([cell.flops for cell in chosen for _ in cell.rows]),
         seconds=np.array(seconds),
         parameters=_column(rows, "parameters/total"),
         loss=_column(rows, METRIC),

@@ -69,7 +69,7 @@ class Ladder:
 
     @property
     def cells(self) -> list[Cell]:
-        return cells_of(self.study, self.rows)
+        return cells_of(self.config, self.study, self.rows)
 
 
 def read_ladder(results: Path) -> Ladder:
@@ -170,6 +170,8 @@ def record(results: Path, at: float, *, free: bool = False, least: float = 0.0) 
     rung, cells = ladder.rungs.at(at), ladder.cells
     arms, used = {}, list[Row]()
     for arm in config.arms:
+        if arm != config.baseline and any(cell.out for cell in cells if cell.arm == arm):
+            continue  # what was dropped has no law, and no run of the target
         points = points_of(config, cells, arm, least)
         flops = ladder.rungs.flops_per_token(arm, rung.dim) * rung.tokens
         arms[arm] = _predict(config, points, flops, free, results)

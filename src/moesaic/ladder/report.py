@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,18 @@ from rich.table import Table
 
 from moesaic.evaluation.plotting import save_figure
 from moesaic.files import write_atomically, write_json
-from moesaic.ladder.analysis import MEASURES, Analysis, Fit, Worth, analyze
+from moesaic.ladder.analysis import MEASURES, Analysis, Worth, analyze
 from moesaic.ladder.bootstrap import Estimate
 from moesaic.ladder.config import LadderConfig, name_of
 from moesaic.ladder.plots import plot_ladder, plot_residuals
 from moesaic.ladder.points import Cell, cells_of
 from moesaic.ladder.prediction import Outcome, outcomes
 from moesaic.ladder.rungs import METRIC, Rung
+from moesaic.models.leaks import Leaks
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, row_key
 from moesaic.studies.results import processors, scored_windows
-from moesaic.studies.tables import markdown_table
+from moesaic.studies.tables import markdown_table, number
 
 __all__ = ["PICTURES", "sentence", "write_ladder_report"]
 
@@ -42,17 +43,25 @@ def write_ladder_report(
     name: str,
     command: str,
     console: Console,
+    *,
+    leaks: Mapping[str, Leaks],
 ) -> None:
-    """Print tables and verdicts, and write table.md, summary.json and plots into `results`."""
-    cells = cells_of(study, rows)
+    """Print tables and verdicts, and write table.md, summary.json and plots into `results`.
+
+    Args:
+        leaks: what the parts of each arm state of later tokens and other sequences.
+    """
+    cells = cells_of(ladder, study, rows)
+    out = {cell.arm: cell.out for cell in cells if cell.out}
     analysis, found = analyze(ladder, cells), outcomes(results, ladder, cells, rows)
-    verdicts = [sentence(analysis.worth(arm, "FLOPs"), ladder.baseline) for arm in analysis.throughput]
-    verdicts += [_gate(arm, passed, analysis.throughput[arm]) for arm, passed in analysis.gates.items()]
+    verdicts = _verdicts(study, out, analysis)
     verdicts += [_compared(outcome) for outcome in found]
     tables = {
-        "Runs": _runs(ladder, rungs, cells),
-        "Laws: bits per byte = asymptote + coefficient · FLOPs^-exponent": _laws(analysis.fits),
-        f"Worth: how many times as much {ladder.baseline} needs for the same loss": _worth(analysis),
+        "Rungs": _rungs(ladder, rungs),
+        "Runs": _runs(ladder, study, cells),
+        "Routing": _routing(study, cells, leaks),
+        "Laws: bits per byte = asymptote + coefficient · FLOPs^-exponent": _laws(study, out, analysis),
+        f"Worth: how many times as much {ladder.baseline} needs for the same loss": _worth(study, out, analysis),
     }
     if found:
         tables["Predictions on record"] = _predictions(found)
@@ -76,7 +85,22 @@ def write_ladder_report(
         *(f"![{caption}]({file})" for file, caption in PICTURES.items()),
     ]
     write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
-    write_json(results / "summary.json", _summary(ladder, name, command, cells, analysis, found, verdicts, notes))
+    told = (cells, leaks, analysis, found, verdicts, notes)
+    write_json(results / "summary.json", _summary(ladder, name, command, *told))
+
+
+def _verdicts(study: StudyConfig, out: Mapping[str, str], analysis: Analysis) -> list[str]:
+    """What each arm is worth, and whether it passes the gate; one that leaks is worth nothing by any number."""
+    found = []
+    for arm in analysis.throughput:
+        worth = dataclasses.replace(analysis.worth(arm, "FLOPs"), arm=study.shown(arm))
+        found.append(f"{study.shown(arm)}: {out[arm]}" if arm in out else sentence(worth, study.baseline))
+    for arm, passed in analysis.gates.items():
+        if (mark := study.mark_of(arm)) is not None:
+            found.append(f"{arm} does not count at the gate: it {mark}")
+        else:
+            found.append(_gate(arm, passed, analysis.throughput[arm]))
+    return found
 
 
 def sentence(worth: Worth, baseline: str) -> str:
@@ -141,19 +165,31 @@ def _compared(outcome: Outcome) -> str:
 Lines = tuple[list[str], list[list[str]]]
 
 
-def _runs(ladder: LadderConfig, rungs: Sequence[Rung], cells: Sequence[Cell]) -> Lines:
-    columns = ["arm", "rung", "seeds", "bits per byte ± 95%", "active FLOPs", "parameters", "active", "width", "tokens"]
-    columns += ["tokens per parameter", "batch", "learning rates", "seconds", "tokens/s"]
-    shape = {rung.name: rung for rung in rungs}
+def _rungs(ladder: LadderConfig, rungs: Sequence[Rung]) -> Lines:
+    """The shapes that all arms have."""
+    columns = ["rung", "width", "layers", "tokens", "tokens per parameter", "batch"]
+    fitted = {name_of(flops) for flops in ladder.rungs}
+    lines = []
+    for rung in rungs:
+        line = [rung.name + ("" if rung.name in fitted else " (target)"), f"{rung.dim}", f"{rung.num_layers}"]
+        line += [f"{rung.tokens:,}", f"{rung.tokens / rung.parameters:.1f}", f"{rung.tokens_per_step:,}"]
+        lines.append(line)
+    return columns, lines
+
+
+def _runs(ladder: LadderConfig, study: StudyConfig, cells: Sequence[Cell]) -> Lines:
+    columns = ["arm", "rung", "seeds", "bits per byte ± 95%", "active FLOPs", "parameters", "active"]
+    columns += ["learning rates", "seconds", "tokens/s"]
     lines = []
     for cell in cells:
-        rung, done = shape[cell.rung], cell.finished
+        if cell.out:
+            continue
+        done = cell.finished
         target = "" if cell.rung in {name_of(flops) for flops in ladder.rungs} else " (target)"
-        line = [cell.arm, cell.rung + target, f"{len(done)} of {len(cell.rows) + len(cell.missing)}", str(cell.score)]
-        metrics = (("active_flops", ".3g"), ("parameters/total", ",.0f"), ("parameters/active", ",.0f"))
-        line += [format(cell.mean_of(metric), form) if done else "-" for metric, form in metrics]
-        line += [f"{rung.dim}", f"{rung.tokens:,}", f"{rung.tokens / rung.parameters:.1f}"]
-        line += [f"{rung.tokens_per_step:,}"]
+        line = [study.shown(cell.arm), cell.rung + target]
+        line += [f"{len(done)} of {len(cell.rows) + len(cell.missing)}", str(cell.score)]
+        line += [f"{cell.flops:.3g}" if done else "-"]
+        line += [f"{cell.mean_of(name):,.0f}" if done else "-" for name in ("parameters/total", "parameters/active")]
         line += ["-" if cell.factor is None else f"x{cell.factor:g}"]
         lines.append(
             line + [f"{cell.mean_of(name):,.0f}" if done else "-" for name in ("seconds", "tokens_per_second")]
@@ -161,11 +197,28 @@ def _runs(ladder: LadderConfig, rungs: Sequence[Rung], cells: Sequence[Cell]) ->
     return columns, lines
 
 
-def _laws(fits: Sequence[Fit]) -> Lines:
+def _routing(study: StudyConfig, cells: Sequence[Cell], leaks: Mapping[str, Leaks]) -> Lines:
+    """What each arm may look at, and what its routers did: means over seeds and MoE layers."""
+    columns = ["arm", "rung", "causal", "batch", "experts per token", "tokens without expert"]
+    columns += ["fullest expert over its share", "dead experts"]
+    lines = []
+    for cell in cells:
+        if cell.out or not cell.finished:
+            continue
+        routed = [cell.mean_matching(f"router/*/{name}") for name in ("experts_per_token", "no_expert_share")]
+        health = [cell.mean_matching(f"router/*/{name}") for name in ("max_violation", "dead_share")]
+        line = [study.shown(cell.arm), cell.rung, *leaks[cell.arm].words, number(routed[0], ".2f")]
+        lines.append([*line, number(routed[1], ".1%"), number(1 + health[0], ".2f"), number(health[1], ".1%")])
+    return columns, lines
+
+
+def _laws(study: StudyConfig, out: Collection[str], analysis: Analysis) -> Lines:
     columns = ["arm", "asymptote", "coefficient", "exponent", "largest rung by the others", "measured", "so"]
     lines = []
-    for fit in fits:
-        line = [fit.arm]
+    for fit in analysis.fits:
+        if fit.arm in out:
+            continue
+        line = [study.shown(fit.arm)]
         if fit.law is None:
             line += [fit.asymptote, "-", "-"]
         else:
@@ -180,16 +233,18 @@ def _laws(fits: Sequence[Fit]) -> Lines:
     return columns, lines
 
 
-def _worth(analysis: Analysis) -> Lines:
+def _worth(study: StudyConfig, out: Collection[str], analysis: Analysis) -> Lines:
     columns = ["arm", "rung", *(f"in {measure}" for measure in MEASURES), "FLOPs per second to the baseline's"]
     lines = []
     for arm, ratios in analysis.throughput.items():
+        if arm in out:
+            continue
         worths = [analysis.worth(arm, measure) for measure in MEASURES]
         for i, rung in enumerate(worths[0].rungs):
             values = [_short(worth.values[i]) if worth.values else "-" for worth in worths]
-            lines.append([arm, rung, *values, f"{ratios[i]:.2f}" if i < len(ratios) else "-"])
+            lines.append([study.shown(arm), rung, *values, f"{ratios[i]:.2f}" if i < len(ratios) else "-"])
         slopes = ["-" if worth.slope is None else _short(worth.slope) for worth in worths]
-        lines.append([arm, "slope", *slopes, "-"])
+        lines.append([study.shown(arm), "slope", *slopes, "-"])
     return columns, lines
 
 
@@ -211,7 +266,8 @@ def _notes(
 ) -> list[str]:
     notes = [
         "± is Student's t over seeds. Brackets are 95% intervals by a bootstrap over seeds and rungs.",
-        "Active FLOPs are of the training, head and attention included.",
+        "Active FLOPs are of the training, head and attention included. Where tokens choose how many experts they "
+        "have, they are by the mean number over the logged steps.",
         "For tokens per parameter, a parameter is two forward FLOPs per token of the baseline.",
         f"Worth is by laws with the asymptote pinned at {ladder.asymptote:g} bits per byte; a slope is d ln(worth) / "
         "d ln(measure).",
@@ -222,7 +278,13 @@ def _notes(
         edge = sorted({cell.arm for cell in cells if cell.at_edge})
         text = "Learning rates are tuned at the lowest rung, on a seed of its own, and moved by the rules of transfer."
         notes.append(text + (f" The best is at the edge of what was tried: {', '.join(edge)}." if edge else ""))
-    notes += _unsaid(analysis)
+    notes += [f"{study.shown(arm)}: {why}" for arm, why in {cell.arm: cell.out for cell in cells if cell.out}.items()]
+    if ladder.drop is not None:
+        notes.append(
+            f"Arms were dropped by the runs at {name_of(ladder.drop.rung)}. Those that were kept look better there "
+            "than they are, by the luck of their seeds. Nothing was selected by runs at larger rungs."
+        )
+    notes += _unsaid(analysis, {f"{cell.arm}: {cell.out}" for cell in cells if cell.out})
     for cell in cells:
         notes += [f"diverged: {row_key(row)}: {row['error']}" for row in cell.diverged]
         if cell.missing:
@@ -241,14 +303,14 @@ def _notes(
     return notes
 
 
-def _unsaid(analysis: Analysis) -> list[str]:
-    """Why a law or a worth is missing, each reason once."""
+def _unsaid(analysis: Analysis, said: Collection[str]) -> list[str]:
+    """Why a law or a worth is missing, each reason once, without those that are said elsewhere."""
     of_reason: dict[str, list[str]] = {}
     for fit in analysis.fits:
         of_reason.setdefault(fit.reason, []).append(f"{fit.arm}, {fit.asymptote} asymptote")
     for worth in analysis.worths:
         of_reason.setdefault(worth.reason, []).append(f"{worth.arm}, worth in {worth.measure}")
-    return [f"{'; '.join(what)}: {reason}" for reason, what in of_reason.items() if reason]
+    return [f"{'; '.join(what)}: {reason}" for reason, what in of_reason.items() if reason and reason not in said]
 
 
 def _summary(
@@ -256,6 +318,7 @@ def _summary(
     name: str,
     command: str,
     cells: Sequence[Cell],
+    leaks: Mapping[str, Leaks],
     analysis: Analysis,
     found: Sequence[Outcome],
     verdicts: Sequence[str],
@@ -271,6 +334,7 @@ def _summary(
             "diverged": [row["seed"] for row in cell.diverged],
         }
         for cell in cells
+        if not cell.out
     ]
     compared = [
         {
@@ -289,6 +353,8 @@ def _summary(
         "baseline": ladder.baseline,
         "command": command,
         "results": results,
+        "dropped": {cell.arm: cell.out for cell in cells if cell.out},
+        "routing": {arm: dataclasses.asdict(each) for arm, each in leaks.items()},
         **_of_analysis(analysis),
         "predictions": compared,
         "verdicts": list(verdicts),

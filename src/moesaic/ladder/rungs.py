@@ -15,11 +15,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moesaic.config import from_mapping
+from moesaic.config import from_mapping, to_mapping
 from moesaic.errors import InputError
 from moesaic.ladder.config import LadderConfig, name_of
 from moesaic.models import DecoderConfig
 from moesaic.models.accounting import account
+from moesaic.models.leaks import leaks_of
 from moesaic.models.resizing import resized
 from moesaic.overrides import apply_overrides
 from moesaic.studies.config import AxisConfig, Overrides, StudyConfig
@@ -79,6 +80,8 @@ class Rungs:
             )
         self._flops: dict[tuple[str, int], float] = {}
         self.models = {arm: self._model_of(arm) for arm in ladder.arms}
+        self.leaks = {arm: leaks_of(model) for arm, model in self.models.items()}
+        """What the parts of each arm state of later tokens and other sequences."""
         self.unit = self._smallest_width()
         self.lowest = self._tokens_of(ladder.rungs[0])[1]
 
@@ -176,6 +179,7 @@ class Rungs:
             baseline=ladder.baseline,
             arms=ladder.arms,
             seeds=ladder.seeds,
+            marks={arm: leaks.mark for arm, leaks in self.leaks.items() if leaks.mark is not None},
             metric=METRIC,
             tune=None if ladder.tune is None else dataclasses.replace(ladder.tune, at="first"),
             axes={AXIS: axis},
@@ -212,6 +216,12 @@ class Rungs:
         if model.moe is not None:
             widths["model.moe.hidden_dim"] = model.moe.hidden_dim
             widths["model.moe.shared_hidden_dim"] = model.moe.shared_hidden_dim
+            if model.moe.latent_dim is not None:
+                widths["model.moe.latent_dim"] = model.moe.latent_dim
+            if isinstance(model.moe.router, dict):
+                widths["model.moe.router"] = model.moe.router
+        if model.pattern is not None and any(isinstance(layer.ffn, dict) for layer in model.pattern):
+            widths["model.pattern"] = [to_mapping(layer) for layer in model.pattern]
         return widths
 
 

@@ -9,7 +9,7 @@ from moesaic.layers.feed_forward import FeedForward
 from moesaic.layers.parametrization import Fans
 from moesaic.layers.part import flops_per_token, num_parameters
 
-__all__ = ["experts_per_token", "mixture_fans", "mixture_flops", "mixture_parameters"]
+__all__ = ["experts_per_token", "mixture_fans", "mixture_flops", "mixture_parameters", "routed_flops"]
 
 _SOME_TOKENS = 256
 
@@ -67,12 +67,16 @@ def mixture_flops(
     Args:
         dim: width of what router and shared expert see; None for that of the experts.
     """
-    width = int(getattr(experts, "dim"))  # noqa: B009
-    dim = dim or width
-    num_experts, chosen = _chosen(router, experts, dim)
-    of_one = _flops_per_row(experts, seq_len, num_experts, width)
+    dim = dim or int(getattr(experts, "dim"))  # noqa: B009
     always = [flops_per_token(part, seq_len, seq_len, dim) for part in (router, shared_expert) if part is not None]
-    return sum(flops.per_token for flops in always) + chosen * of_one
+    return sum(flops.per_token for flops in always) + routed_flops(router, experts, seq_len, dim)
+
+
+def routed_flops(router: nn.Module, experts: nn.Module, seq_len: int, dim: int | None) -> float:
+    """Forward FLOPs of one token, of width `dim` at the router, in as many experts as that gives it."""
+    width = int(getattr(experts, "dim"))  # noqa: B009
+    num_experts, chosen = _chosen(router, experts, dim or width)
+    return chosen * _flops_per_row(experts, seq_len, num_experts, width)
 
 
 def _flops_per_row(experts: nn.Module, num_rows: int, num_experts: int, dim: int) -> float:

@@ -22,6 +22,7 @@ class Tuning:
     factors: tuple[float, ...]  # tried, or to be tried
     best: float | None  # None: not all of them have a row yet
     at_edge: bool = False  # the best one is the smallest or the largest, and the grid is not extended further
+    failed: bool = False  # all of them diverged, so that there is nothing to measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,11 @@ def tuning(study: StudyConfig, cell: Cell, rows: Mapping[str, Row]) -> Tuning:
             return Tuning(tuple(factors), None)
         scores = [score(study, rows[key]) for key in keys]
         equal = [i for i, value in enumerate(scores) if value == min(scores)]
-        # where the metric is saturated, the middle of what is best; where everything diverged, the smallest
+        # where the metric is saturated, the middle of what is best; where everything diverged, smaller ones are tried
         best = equal[len(equal) // 2] if math.isfinite(min(scores)) else 0
         at_edge = best in (0, len(factors) - 1)
+        if not math.isfinite(min(scores)) and extensions == EXTENSIONS:
+            return Tuning(tuple(factors), None, failed=True)
         if not at_edge or extensions == EXTENSIONS:
             return Tuning(tuple(factors), factors[best], at_edge)
         if best == 0:
@@ -93,7 +96,7 @@ def plan(study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row], p
         if study.tune is not None and not (study.tune.at == "first" and study.first_cell(cell) != cell):
             jobs["tune"] += [job_of(study, base, cell, "tune", study.tune.seed, factor) for factor in tuned.factors]
         there = moved(study, cell, rows)
-        factors = [tuned.best] if there is None else [tuned.best, there.best]
+        factors = [each.best for each in (tuned, there) if each is not None and not each.failed]
         for factor in dict.fromkeys(factors):
             if factor is None:
                 may_grow = True

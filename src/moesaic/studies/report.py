@@ -13,12 +13,14 @@ from rich.table import Table
 from moesaic.config import flatten
 from moesaic.evaluation.plotting import save_figure
 from moesaic.files import write_atomically, write_json
+from moesaic.models.leaks import Leaks
 from moesaic.statistics import Interval
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, shown_key
 from moesaic.studies.moving import moved_rates, plot_rates
 from moesaic.studies.plots import plot_by_position, plot_curves, plot_effects, plot_parameters, plot_total_flops
 from moesaic.studies.results import ArmResult, processors, scored_windows, summarize_study
+from moesaic.studies.stated import leaks_of_cell, marks_of
 from moesaic.studies.tables import bounds, markdown_table, number
 
 __all__ = ["PICTURES", "write_study_report", "written"]
@@ -66,7 +68,8 @@ def write_study_report(
         then: what to try next, a sentence each.
     """
     marks = {row["arm"]: row["mark"] for row in rows.values() if row.get("mark") and row["arm"] in study.arms}
-    study = dataclasses.replace(study, marks={**marks, **study.marks})  # what was marked once stays so
+    marks = {**marks_of(study, base), **marks, **study.marks}  # what was marked once stays so
+    study = dataclasses.replace(study, marks=marks)
     measured = {row["seed"] for row in rows.values() if row["purpose"] == "measure" and row["arm"] in study.arms}
     study = dataclasses.replace(study, seeds=tuple(sorted({*study.seeds, *measured})))
     arms = summarize_study(study, rows)
@@ -124,7 +127,8 @@ def _pictures(
 def _table(study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:
     switched = any(arm.switched is not None for arm in arms)
     columns = ["arm", "seeds", "mean ± 95%", "difference [95%]", *(["to its own arm [95%]"] if switched else [])]
-    columns += ["learning rate", "parameters", "active", "FLOPs", "seconds", "CPU s", "tuning", *_short(study.also)]
+    columns += ["learning rate", "parameters", "active", "FLOPs", "seconds", "CPU s", "tuning", "causal", "batch"]
+    columns += _short(study.also)
     lines = []
     for arm in arms:
         cells = [arm.name, f"{arm.level.n} of {len(study.seeds)}", str(arm.level)]
@@ -135,8 +139,15 @@ def _table(study: StudyConfig, base: Mapping[str, Any], arms: Sequence[ArmResult
         cells += [number(arm.mean_of("active_flops"), ".3g")]
         cells += [number(arm.mean_of(name), ".0f") for name in ("seconds", "cpu_seconds")]
         cells += [f"{arm.tuning_cpu_seconds:.0f}" if arm.tuning_cpu_seconds else "-"]
+        cells += _stated(study, base, arm).words
         lines.append([*cells, *(number(arm.mean_of(name), ".4g") for name in study.also)])
     return columns, lines
+
+
+def _stated(study: StudyConfig, base: Mapping[str, Any], arm: ArmResult) -> Leaks:
+    """What the parts of an arm state, or those of the arm that a variant evaluates."""
+    trained = study.variants[arm.arm].arm if arm.arm in study.variants else arm.arm
+    return leaks_of_cell(base, next(cell for cell in study.cells if (cell.arm, cell.axis) == (trained, arm.axis)))
 
 
 def _short(names: Sequence[str]) -> list[str]:
@@ -154,6 +165,8 @@ def _rate(study: StudyConfig, base: Mapping[str, Any], arm: ArmResult) -> str:
     key = study.tune.keys[0] if study.tune is not None else "optimizer.learning_rate"
     if arm.rows:
         rate = arm.rows[0]["overrides"].get(key, flatten(base).get(key))
+    elif arm.tuning.failed:
+        return "all diverged"
     elif arm.tuning.best is None:
         return "not yet found"
     else:
@@ -167,6 +180,8 @@ def _notes(
     notes = [
         f"95% intervals over seeds by Student's t; differences to {study.shown(study.baseline)}, paired by seed, which "
         "is also the data order.",
+        "Causal: no token's output depends on later ones. Batch: it depends on other sequences. Both as the classes of "
+        "the parts state them, in training.",
         "Per run: active FLOPs, seconds of training, CPU seconds of everything; tuning: CPU seconds in all.",
     ]
     notes += _lengths(study, base, arms)

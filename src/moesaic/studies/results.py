@@ -12,7 +12,15 @@ from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, row_key
 from moesaic.studies.plan import Tuning, tuning
 
-__all__ = ["ArmResult", "paired_difference", "processors", "scored_windows", "summarize_study", "verdict"]
+__all__ = [
+    "ArmResult",
+    "listed_factors",
+    "paired_difference",
+    "processors",
+    "scored_windows",
+    "summarize_study",
+    "verdict",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +128,8 @@ def _result(
     if unswitched is not None:
         switched = paired_difference(values, unswitched.values)
         text = "; ".join((verdict(place, unswitched.name, switched, study.higher_is_better), text))
+    if tuned.failed:
+        text = f"{place} failed: at all learning rates that were tried ({listed_factors(tuned)}) the run diverged"
     diverged = len(found) - len(values)
     if diverged:
         text = "; ".join(
@@ -136,7 +146,7 @@ def _result(
         baseline=None if baseline is None else baseline.name,
         rows=tuple(found.values()),
         values=values,
-        missing=tuple(seed for seed in study.seeds if seed not in found),
+        missing=() if tuned.failed else tuple(seed for seed in study.seeds if seed not in found),
         tuning=tuned,
         tuning_cpu_seconds=math.fsum(cost) if purpose == "measure" else 0.0,
         level=interval(list(values.values())),
@@ -145,6 +155,11 @@ def _result(
         verdict=text,
         shown=shown,
     )
+
+
+def listed_factors(tuned: Tuning) -> str:
+    """The factors that were tried: "x0.25, x0.5"."""
+    return ", ".join(f"x{factor:g}" for factor in tuned.factors)
 
 
 def _diverged(row: Row) -> bool:

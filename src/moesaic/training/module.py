@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
@@ -35,6 +34,7 @@ from moesaic.training.config import RunConfig, TrainingConfig
 from moesaic.training.forensics import describe_break
 from moesaic.training.optimizers import apply_settings, build_optimizer, learning_rate_factor, settings_of
 from moesaic.training.progress import Progress, move_positions
+from moesaic.training.spent import widths_of
 from moesaic.training.step_log import StepLog
 from moesaic.training.stored_state import optimizer_steps
 from moesaic.training.strategies import ShardedStrategy
@@ -424,7 +424,7 @@ class LanguageModel(pl.LightningModule):
             if getattr(_router_of(self.decoder, name), "may_skip", True):
                 shares[f"router/{name}/no_expert_share"] = sums.no_expert_share()
                 shares[f"router/{name}/experts_per_token"] = sums.experts_per_token()
-            if (widths := _widths_of(self.decoder, name)) is not None:
+            if (widths := widths_of(self.decoder, name)) is not None:
                 shares[f"router/{name}/active_width"] = sums.active_width(widths)
         return row | shares
 
@@ -597,12 +597,6 @@ def _compile_blocks(*decoders: Decoder | None) -> None:
 def _router_of(decoder: Decoder, name: str) -> torch.nn.Module | None:
     """The router of the MoE layer of this name, if it is a module of that name."""
     return getattr(decoder.get_submodule(name), "router", None)
-
-
-def _widths_of(decoder: Decoder, name: str) -> Sequence[int] | None:
-    """The width of each expert with weights, where a MoE layer has experts of different widths."""
-    experts = getattr(decoder.get_submodule(name), "experts", None)
-    return getattr(getattr(experts, "experts", experts), "hidden_dims", None)
 
 
 def _observe(decoder: Decoder, routing: dict[str, Routing], valid: Tensor | None, sums: dict[str, Tensor]) -> None:

@@ -131,6 +131,7 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     accounts = _require_room(run_config, model)
     module = build(run_config, model, start, data, targets)
     number = processes(to_mapping(run_config.trainer))
+    _require_tokens(module, run_config, number)
     if is_sharded(run_config.trainer.strategy, run_config.parallel, number):
         for decoder in filter(None, (module.decoder, module.teacher)):
             require_parts(decoder)
@@ -140,6 +141,17 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     return Prepared(
         run_config, model, accounts, module, start, data, batches, callbacks, targets, stretches, run_dir, why
     )
+
+
+def _require_tokens(module: LanguageModel, config: RunConfig, processes: int) -> None:
+    """Refuse a micro-batch that is too small for a router that says how many tokens it needs."""
+    tokens = max(1, config.training.batch_size // processes) * config.training.seq_len
+    for name, part in module.decoder.named_modules():
+        if (require := getattr(part, "require_tokens", None)) is not None:
+            try:
+                require(tokens)
+            except ValueError as error:
+                raise InputError(f"{name}: {error}, or training.batch_size larger") from error
 
 
 def trainer_options(config: RunConfig) -> dict[str, Any]:

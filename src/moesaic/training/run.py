@@ -32,6 +32,7 @@ from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
 from moesaic.training.peak_memory import forget_peak_memory, peak_memory
 from moesaic.training.prepare import Prepared, fit_vocabulary, prepare
+from moesaic.training.spent import routed_numbers
 from moesaic.training.starting import COMPONENTS, Found, find_run, has_score, is_finished
 from moesaic.training.summary import activation_bytes, describe_teacher, print_summary, print_verdict
 
@@ -224,6 +225,13 @@ def _cost(fitted: Fitted) -> dict[str, Any]:
         "seconds": module.log_book.seconds,
         "tokens_per_second": module.log_book.tokens_per_second,
         "active_flops": module.progress.flops(step),
+        **routed_numbers(
+            module.decoder,
+            prepared.run_dir / "metrics.csv",
+            module.progress.tokens(step),
+            prepared.config.training.seq_len,
+            module.progress.flops(step),
+        ),
         "parameters/total": accounted.parameters,
         "parameters/active": accounted.active_parameters,
         **_teacher_cost(module),

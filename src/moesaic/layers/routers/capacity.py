@@ -24,7 +24,7 @@ class CapacityRouter(TopKRouter):
         others: as for `TopKRouter`.
 
     Raises:
-        ValueError: by `forward`, if the capacity is below one row.
+        ValueError: by `forward` and `require_tokens`, if the capacity is below one row.
     """
 
     depends_on_batch = True
@@ -55,16 +55,24 @@ class CapacityRouter(TopKRouter):
         chosen = super().select(logits, probabilities)
         if not self.training or not chosen.numel():
             return chosen
-        capacity = int(self.capacity_factor * chosen.numel() / self.num_experts)
-        if capacity < 1:
-            least = self.num_experts / chosen.numel()
-            raise ValueError(
-                f"capacity_factor={self.capacity_factor:g}: leaves no row to an expert with {chosen.size(0)} tokens, "
-                f"top_k={self.top_k} and num_experts={self.num_experts}; must be at least {least:g}"
-            )
+        capacity = self.require_tokens(chosen.size(0))
         rows = F.one_hot(chosen.flatten(), self.num_experts)
         place = rows.cumsum(dim=0).gather(1, chosen.flatten()[:, None]).view_as(chosen)  # from 1, among its expert's
         return chosen.masked_fill(place > capacity, self.num_experts)
+
+    def require_tokens(self, num_tokens: int) -> int:
+        """How many rows an expert may have of so many tokens.
+
+        Raises:
+            ValueError: none.
+        """
+        rows = num_tokens * self.top_k
+        if (capacity := int(self.capacity_factor * rows / self.num_experts)) < 1:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor:g}: leaves no row to an expert with {num_tokens} tokens, "
+                f"top_k={self.top_k} and num_experts={self.num_experts}; must be at least {self.num_experts / rows:g}"
+            )
+        return capacity
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, capacity_factor={self.capacity_factor:g}"
