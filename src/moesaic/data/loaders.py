@@ -1,7 +1,7 @@
 """Batches of windows: for training a pure function of (seed, batch number), for evaluation every token once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -163,7 +163,11 @@ class TrainingLoader(ResumableLoader):
         self._starts = np.zeros(0, dtype=np.int64)
 
     def batch(self, i: int) -> Batch:
-        starts = np.array([self._start(number) for number in self.numbers(i)], dtype=np.int64)
+        return self.rows(self.numbers(i))
+
+    def rows(self, numbers: Iterable[int]) -> Batch:
+        """The windows of these numbers, counted from the beginning of the run."""
+        starts = np.array([self._start(number) for number in numbers], dtype=np.int64)
         return windows_at(self.tokens, starts, self.seq_len)
 
     def _start(self, number: int) -> int:

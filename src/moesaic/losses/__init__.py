@@ -2,6 +2,7 @@
 
 from moesaic.losses.balance import load_balance_loss, router_z_loss, update_expert_bias
 from moesaic.losses.codistillation import CodistillationOutput, codistillation_loss, linear_codistillation_loss
+from moesaic.losses.contrastive import contrastive_loss
 from moesaic.losses.cross_entropy import likeliest_tokens, linear_cross_entropy, token_cross_entropy
 from moesaic.losses.divergences import DIVERGENCES
 from moesaic.losses.soft_weight import Gate, SoftWeight, SoftWeightConfig, TokenStatistics
@@ -20,6 +21,7 @@ __all__ = [
     "TokenStatistics",
     "TopKTargets",
     "codistillation_loss",
+    "contrastive_loss",
     "likeliest_tokens",
     "linear_codistillation_loss",
     "linear_cross_entropy",

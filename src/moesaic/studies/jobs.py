@@ -66,6 +66,7 @@ YOUNGER: dict[str, Any] = {
     "model.moe.experts_norm_eps": 1e-5,
     "model.attention.clip_qkv": None,
     "upcycle": None,
+    "fusion": None,
     "model.attention.mla": None,
     "model.first_dense_layers": 0,
     "model.attention.window": None,

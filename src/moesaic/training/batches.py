@@ -1,6 +1,7 @@
 """The loaders of a run, made where the process knows its rank."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
@@ -101,6 +102,18 @@ class RunBatches(pl.LightningDataModule):
         super().__init__()
         self.config = config
         self.data = data
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What identifies the data, for environment.json."""
+        return self.data.facts
+
+    def require_same(self, environment: Path) -> None:
+        """Raise InputError if what is read beside the text has changed since the run began: here there is nothing.
+
+        Args:
+            environment: the run's environment.json.
+        """
 
     def training(self, rank: int = 0, world_size: int = 1) -> AnyTrainingLoader:
         """The loader of one rank: its share of every batch of the run, which are the same for any number of ranks.

@@ -10,6 +10,7 @@ from moesaic.errors import InputError, naming
 from moesaic.models import Decoder, DecoderConfig
 from moesaic.models.upcycling import upcycled_weights
 from moesaic.training.config import RunConfig
+from moesaic.training.fusion_start import build_fusion
 from moesaic.training.module import LanguageModel
 from moesaic.training.starting import Start
 
@@ -25,13 +26,17 @@ def build(
         InputError: a checkpoint with the state of another optimizer, or one that cannot be upcycled to this model.
     """
     tokenizer = data.tokenizer
-    module = LanguageModel(
-        to_mapping(config),
-        to_mapping(model),
-        None if tokenizer is None else tokenizer.to_dict(),
-        None if tokenizer is None else token_bytes(tokenizer),
-        None if targets is None else targets.source,
-    )
+    module: LanguageModel
+    if config.fusion is not None:
+        module = build_fusion(config, model, start, data)
+    else:
+        module = LanguageModel(
+            to_mapping(config),
+            to_mapping(model),
+            None if tokenizer is None else tokenizer.to_dict(),
+            None if tokenizer is None else token_bytes(tokenizer),
+            None if targets is None else targets.source,
+        )
     if start.fit_path is not None:
         _require_same_groups(module, start)
     if start.kind in ("weights", "extended"):

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from moesaic.config import LARGEST_SEED, from_mapping, require, to_mapping
 from moesaic.data import DataConfig
+from moesaic.data.images import PICTURES
+from moesaic.data.tasks import TASKS
 from moesaic.distillation.config import DistillationConfig
 from moesaic.evaluation.long_context import LossByPositionConfig
 from moesaic.evaluation.sampling import SampleConfig
@@ -14,6 +16,7 @@ from moesaic.models import DecoderConfig
 from moesaic.models.presets import small
 from moesaic.models.resizing import resized
 from moesaic.parallel.config import ParallelConfig
+from moesaic.training.fusion_config import FusionConfig
 from moesaic.training.lightning_options import DOUBLES, TENSORBOARD, option_names
 from moesaic.training.transfer import TransferConfig, settings_at
 
@@ -193,6 +196,7 @@ class RunConfig:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     distillation: DistillationConfig | None = None  # null: labels only
+    fusion: FusionConfig | None = None  # null: text only
     finish: Literal["all", "score"] = "all"  # score: numbers alone, without pictures, sample and TensorBoard
     seed: int = dataclasses.field(default=0, metadata={"most": LARGEST_SEED})
     output_dir: str = "outputs"
@@ -225,12 +229,37 @@ class RunConfig:
             )
         if self.extend_context is not None and self.distillation is not None:
             raise ValueError("extend_context: allowed without distillation only")
+        if self.fusion is not None:
+            self._require_fusible()
         moe = self.model.get("moe")
         has_bias = isinstance(moe, dict) and bool(moe.get("expert_bias"))
         if self.balance.expert_bias_update_rate > 0 and not has_bias:
             raise ValueError(
                 f"balance.expert_bias_update_rate={self.balance.expert_bias_update_rate}: it needs "
                 "model.moe.expert_bias=true"
+            )
+
+    def _require_fusible(self) -> None:
+        """Refuse what a run on pictures cannot have besides."""
+        for name in ("distillation", "extend_context", "upcycle", "ckpt_path"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value!r}: must be null with fusion; weights come from fusion.text and encoder"
+                )
+        if self.data.source in ("memmap", *TASKS, *PICTURES):
+            raise ValueError(
+                f"data.source={self.data.source!r}: must be text with a tokenizer; fusion.pictures are the pictures"
+            )
+        if self.model.get("parametrization") == "transfer":
+            raise ValueError("model.parametrization='transfer': must be another with fusion, as it has no encoder")
+        if (
+            self.fusion is not None
+            and self.fusion.balance_per_modality
+            and self.balance.load_balance_scope != "micro_batch"
+        ):
+            raise ValueError(
+                f"balance.load_balance_scope={self.balance.load_balance_scope!r}: must be micro_batch with "
+                "fusion.balance_per_modality=true"
             )
 
     def _at_base(self) -> dict[str, Any]:

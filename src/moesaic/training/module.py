@@ -135,11 +135,9 @@ class LanguageModel(pl.LightningModule):
         if self._step_counts is None:
             self.step_routing = {}
         counts = self._step_counts = self._step_counts or self._count_step(batch)
-        hidden, routing = self.decoder.hidden_states(batch["tokens"])
+        hidden, routing = self.hidden_states(batch)
         if self.codistillation is None:
-            labels = batch["labels"].flatten()
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head.weight, labels, num_valid=counts.labels)
-            loss = loss * counts.share
+            loss = self.label_loss(hidden, batch, counts) * counts.share
             self._last_loss = loss.detach()
         else:
             loss = self._codistillation_loss(self.codistillation, hidden, batch, valid, counts)
@@ -156,6 +154,26 @@ class LanguageModel(pl.LightningModule):
         loss = loss + self._balance_loss("train", self.decoder, routing, valid, self.step_load, counts)
         # gradients are sums over ranks; where a strategy averages them, this makes sums of its means
         return loss if self._averaged_ranks == 1 else loss * self._averaged_ranks
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
+        """What the head sees of a batch, (B, L, D), and the routing by layer."""
+        return self.decoder.hidden_states(batch["tokens"])
+
+    def label_loss(self, hidden: Tensor, batch: Batch, counts: StepCounts) -> Tensor:
+        """This batch's part of the mean over the labels of the step."""
+        labels = batch["labels"].flatten()
+        return linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head.weight, labels, num_valid=counts.labels)
+
+    def load_balance_term(
+        self, decided: Routing, valid: Tensor | None, load: Tensor | None, counts: StepCounts
+    ) -> Tensor:
+        """The load-balance loss of a layer, this batch's part of the mean over the tokens of the step."""
+        return load_balance_loss(decided.logits, decided.expert_ids, valid, load, num_valid=counts.tokens)
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """What the optimizer steps and clipping sees as one; a teacher that trains along has its own."""
+        return self.decoder
 
     @property
     def _averaged_ranks(self) -> int:
@@ -224,9 +242,7 @@ class LanguageModel(pl.LightningModule):
                     load = self._over_ranks(step_load[name])
                 elif self.trainer.world_size > 1:  # a micro-batch is that of all ranks
                     load = self._over_ranks(count_tokens(decided.expert_ids, decided.logits.size(1), valid))
-                terms.append(
-                    load_balance_loss(decided.logits, decided.expert_ids, valid, load, num_valid=counts.tokens)
-                )
+                terms.append(self.load_balance_term(decided, valid, load, counts))
             term = torch.stack(terms).mean() * counts.share
             self._note(f"{network}/load_balance_loss", term.detach(), counts)
             total = total + balance.load_balance_loss_weight * term
@@ -323,11 +339,12 @@ class LanguageModel(pl.LightningModule):
         """Clip each network by its own total norm, and stop if one is not finite: the weights are still good."""
         limit = self.config.training.gradient_clip or math.inf
         # the teacher first: if it is broken, so are the student's gradients
-        for name, decoder in (("teacher", self.teacher), ("train", self.decoder)):
-            if decoder is None:
+        for name, network in (("teacher", self.teacher), ("train", self.trained)):
+            if network is None:
                 continue
-            norm = clip_gradients(decoder.parameters(), limit)
+            norm = clip_gradients(network.parameters(), limit)
             if not math.isfinite(norm):
+                decoder = self.teacher if network is self.teacher else self.decoder
                 raise Diverged(self._describe_divergence(decoder))
             self.log_book.auxiliary[f"{name}/grad_norm"] = norm
 
@@ -440,9 +457,17 @@ class LanguageModel(pl.LightningModule):
         self.teacher_score = LanguageModelScore(self.token_bytes)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self.drift.update(self.score.score_batch(self.decoder, batch), batch, self._of_all_ranks)
+        self.drift.update(self.score_batch(batch), batch, self._of_all_ranks)
         if self.teacher is not None:
             self.teacher_score.score_batch(self.teacher, batch)
+
+    def score_batch(self, batch: Batch) -> dict[str, Routing]:
+        """Add a batch to the score of this check; returns the routing by layer that drift watches."""
+        return self.score.score_batch(self.decoder, batch)
+
+    def validation_numbers(self) -> dict[str, float]:
+        """What a check has found besides the loss."""
+        return {}
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -453,7 +478,7 @@ class LanguageModel(pl.LightningModule):
             metrics["validation/bits_per_byte"] = self.score.bits_per_byte
         if self.teacher is not None:
             metrics["validation/teacher_loss"] = self.teacher_score.loss
-        metrics |= self.drift.finish()
+        metrics |= self.validation_numbers() | self.drift.finish()
         self.log_dict(metrics, prog_bar=False, logger=False, sync_dist=True)
         if not self.trainer.sanity_checking:
             self.log_row(metrics)
@@ -464,7 +489,7 @@ class LanguageModel(pl.LightningModule):
         beside = None
         if self.teacher is not None and self.codistillation is not None:
             beside = (self.teacher, self.codistillation.teacher_optimizer(self.config.optimizer_at_scale()))
-        optimizer = build_optimizer(self.decoder, self.config.optimizer_at_scale(), beside)
+        optimizer = build_optimizer(self.trained, self.config.optimizer_at_scale(), beside)
         factor = learning_rate_factor(self.config.schedule, self.config.training.steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._settings = settings_of(optimizer)

@@ -55,6 +55,8 @@ from moesaic.training.continuing import (
     tokenizer_to_keep,
 )
 from moesaic.training.fp8 import lightning_precision, plan_fp8
+from moesaic.training.fusion_batches import make_batches
+from moesaic.training.fusion_start import fusion_tokenizer, fusion_vocabulary
 from moesaic.training.launched import is_one_process, processes, rank, rank_run_dir, tell_ranks
 from moesaic.training.lightning_options import require_options
 from moesaic.training.meeting import require_meeting
@@ -65,7 +67,7 @@ from moesaic.training.records import create_run_dir, environment
 from moesaic.training.starting import Found, Start, busy, clear_unstarted, read_start, require_free
 from moesaic.training.strategies import is_sharded, strategy_options
 
-__all__ = ["Prepared", "fit_vocabulary", "prepare", "trainer_options"]
+__all__ = ["Prepared", "fit_vocabulary", "new_run_dir", "prepare", "trainer_options"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,9 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     require_vocabulary(run_config.parallel, processes(to_mapping(run_config.trainer)), model)
     require_memory_of_run(run_config, model)
     stretches = _require_fitting(run_config, model, start, data)
-    batches = RunBatches(run_config, data)
+    batches = make_batches(run_config, data)
+    if start.run_dir is not None:
+        batches.require_same(start.run_dir / "environment.json")
     batches.training(), batches.val_dataloader()  # they refuse data that are too short
     run_config, why = _choose_precision(run_config, model)
     targets = _open_targets(run_config, model, start, data)
@@ -133,7 +137,7 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
             require_parts(decoder)
     run_dir = _claim_directory(found, run_config, at_the_end)
     if not rank():
-        _begin_records(run_dir, run_config, model, start, data, targets)
+        _begin_records(run_dir, run_config, model, start, batches, targets)
     return Prepared(
         run_config, model, accounts, module, start, data, batches, callbacks, targets, stretches, run_dir, why
     )
@@ -173,13 +177,13 @@ def fit_vocabulary(config: RunConfig, data: Data) -> DecoderConfig:
     Raises:
         InputError: it says one that is too small for them.
     """
-    wanted = config.model.get("vocab_size")
+    wanted, needed = config.model.get("vocab_size"), fusion_vocabulary(config, data)
     if wanted is None:
-        wanted = data.vocab_size
-    elif isinstance(wanted, int) and wanted < data.vocab_size:
+        wanted = needed
+    elif isinstance(wanted, int) and wanted < needed:
         raise InputError(
-            f"model.vocab_size={wanted}: the data have token ids up to {data.vocab_size - 1}; must be null or "
-            f"a number >= {data.vocab_size}"
+            f"model.vocab_size={wanted}: the data have token ids up to {needed - 1}; must be null or "
+            f"a number >= {needed}"
         )
     return from_mapping(DecoderConfig, {**config.model, "vocab_size": wanted}, "model")
 
@@ -212,6 +216,11 @@ def _checked_model(config: RunConfig) -> DecoderConfig:
 def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[Callback]) -> None:
     """Refuse a number of processes that cannot share the model or the batch."""
     number = processes(to_mapping(config.trainer))
+    if number > 1 and config.fusion is not None:
+        raise InputError(
+            f"trainer.devices={config.trainer.devices!r}: {number} processes; must be one with fusion, as a rank whose "
+            "rows have no picture would not need the encoder"
+        )
     if number > 1:
         require_meeting(is_first=rank() == 0)
     for name in ("expert", "tensor"):
@@ -268,7 +277,9 @@ def _read_data(config: RunConfig, start: Start, console: Console) -> Data:
             f"reading {config.data.source} data (the first time they are tokenized and cached)", highlight=False
         )
     tokenizer: Tokenizer | None = None
-    if start.kind != "fresh" and config.extend_context is not None:
+    if config.fusion is not None:
+        tokenizer = fusion_tokenizer(config, start)
+    elif start.kind != "fresh" and config.extend_context is not None:
         tokenizer = checkpoint_tokenizer(str(start.path), start.checkpoint, config.data)
     elif start.kind in ("continued", "weights", "upcycled"):
         tokenizer = tokenizer_to_keep(str(start.path), start.checkpoint, config.data)
@@ -334,7 +345,7 @@ def _claim_directory(found: Found, config: RunConfig, at_the_end: contextlib.Exi
     if rank():
         # where somebody else started the ranks, none but the first knows the directory, or writes in it
         return found.run_dir or rank_run_dir() or Path(config.run_dir or config.output_dir)
-    run_dir = found.run_dir or _new_run_dir(config)
+    run_dir = found.run_dir or new_run_dir(config)
     if found.run_dir is None:
         _lock(run_dir, at_the_end)
         require_free(run_dir)  # somebody may have been faster
@@ -356,7 +367,7 @@ def _begin_records(
     config: RunConfig,
     model: DecoderConfig,
     start: Start,
-    data: Data,
+    batches: RunBatches,
     targets: OpenedTargets | None,
 ) -> None:
     """Write what is known before training."""
@@ -366,14 +377,15 @@ def _begin_records(
     teacher = {} if targets is None else {"teacher": {"hash": targets.teacher_hash, "source": targets.description}}
     written = sources(model)
     hashes = {"sources": source_hashes(model)} if written else {}
-    write_json(run_dir / name, {**environment(), "data": data.facts, **teacher, **hashes})
+    write_json(run_dir / name, {**environment(), "data": batches.facts, **teacher, **hashes})
     for source in written.values():
         (run_dir / "sources").mkdir(exist_ok=True)
         for module, file in source.files.items():
             write_atomically(run_dir / "sources" / f"{module}.py", file.read_text(encoding="utf-8"))
 
 
-def _new_run_dir(config: RunConfig) -> Path:
+def new_run_dir(config: RunConfig) -> Path:
+    """Make the directory that a config names, or a new one below its output_dir."""
     if config.run_dir is None:
         return create_run_dir(Path(config.output_dir), config.name)
     run_dir = Path(config.run_dir)

@@ -23,8 +23,10 @@ from moesaic.interrupts import ignoring_warnings
 from moesaic.overrides import command_line, for_shell, override
 from moesaic.reading import read_json
 from moesaic.training.config import RunConfig
-from moesaic.training.finish import FINISHERS, PRESENTING, score_run
+from moesaic.training.finish import FINISHERS, PRESENTING
 from moesaic.training.fit import Fitted, fit, shown_loggers
+from moesaic.training.fusion_finish import finishers_of, score_any
+from moesaic.training.fusion_stages import run_stages
 from moesaic.training.launched import is_lost, processes, rank, settle_rank
 from moesaic.training.module import LanguageModel
 from moesaic.training.optimizers import describe_groups
@@ -58,6 +60,10 @@ def run_found(found: Found, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(emoji=False, width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
     if found.kind == "finished":
         return _tell_finished(found, console)
+    if found.config.get("fusion"):
+        found, ended = run_stages(found, console, run_found)
+        if ended:
+            return ended
     with trusting(names_in(found.config)), contextlib.ExitStack() as at_the_end, ignoring_warnings():
         forget_peak_memory()
         prepared = prepare(found, console, at_the_end)
@@ -128,9 +134,9 @@ def _finish(fitted: Fitted, console: Console) -> dict[str, Any]:
         return fitted.status
     metrics = _cost(fitted) | _suggested_rates(fitted, console)
     if fitted.has_verdict:
-        finished = score_run(fitted, console)
-        presents = prepared.config.finish == "all"
-        for i, finisher in enumerate(each for each in FINISHERS if presents or each not in PRESENTING):
+        finished = score_any(fitted, console)
+        presents, finishers = prepared.config.finish == "all", finishers_of(prepared.config, FINISHERS)
+        for i, finisher in enumerate(each for each in finishers if presents or each not in PRESENTING):
             with _surviving(finisher.__name__, metrics):
                 metrics |= finisher(finished)
             if i == 0:  # the score is there
@@ -187,7 +193,7 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
     if assumed:
         said = f"FLOPs of {', '.join(dict.fromkeys(assumed))}: two per element of every matrix, as it could not be run"
         console.print(f"[bold]assumed[/] {escape(said)}", highlight=False, soft_wrap=True)
-    for line in describe_groups(module.decoder, config.optimizer_at_scale()).splitlines():
+    for line in describe_groups(module.trained, config.optimizer_at_scale()).splitlines():
         console.print(f"[bold]steps[/]   {escape(line)}", highlight=False, soft_wrap=True)
     if prepared.why_precision:
         console.print(f"[bold]trainer[/] {config.trainer.precision}: {prepared.why_precision}", highlight=False)

@@ -36,6 +36,9 @@ __all__ = [
     "require_free",
 ]
 
+STAGES_FOLDER = "stages"
+"""Folder of a run with the runs that are its earlier stages; a new start leaves it as it is."""
+
 WRITTEN_EARLY = (
     *TABLES,
     "metrics.json",
@@ -299,11 +302,15 @@ def _newest_unfinished(root: Path) -> Path:
     last = Path("checkpoints", "last.ckpt")
     places = [each for name in (last.name, old_of(last).name) for each in find_all(root, name)]
     places += [each.parent for each in find_all(root, MANIFEST) if each.parent.name in (last.name, old_of(last).name)]
-    candidates = sorted({path.parent.parent for path in places if path.parent.name == "checkpoints"})
-    unfinished = [path for path in candidates if not is_finished(path)]
+    times: dict[Path, float] = {}
+    for path in (place for place in places if place.parent.name == "checkpoints"):
+        run_dir = path.parent.parent
+        whole = run_dir.parents[1] if run_dir.parent.name == STAGES_FOLDER else run_dir  # a stage is a part of its run
+        times[whole] = max(times.get(whole, 0.0), standing(run_dir / last).lstat().st_mtime)
+    unfinished = [path for path in sorted(times) if not is_finished(path)]
     free = [path for path in unfinished if not is_locked(path)]
     if free:
-        return max(free, key=lambda path: standing(path / last).lstat().st_mtime)
+        return max(free, key=times.__getitem__)
     training = f"; another process trains in {unfinished[0]}" if unfinished else ""
     raise InputError(
         f"resume=true: no unfinished run with a checkpoint under {root}{training}; give run_dir=<directory of a run>"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -42,11 +43,13 @@ class Glyphs(PictureKeys):
         faces: names of faces that matplotlib ships, or paths of others; None: `FACES`.
         held_out_faces: those of them that are in no training sample.
         shift: pixels by which a training picture is moved at most, along each axis.
+        warp: how much a training picture is scaled, in units of the natural logarithm, and sheared, at most.
     """
 
     faces: tuple[str, ...] | None = None
     held_out_faces: tuple[str, ...] = ("DejaVuSerif-Italic", "STIXGeneralBol")
     shift: int = dataclasses.field(default=2, metadata={"most": 64})
+    warp: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +62,8 @@ class Glyphs(PictureKeys):
             raise ValueError(f"held_out_faces={list(self.held_out_faces)}: must leave a face to train on")
         if not 0 <= self.shift < self.side // 2:
             raise ValueError(f"shift={self.shift}: must be 0 <= value < side / 2 = {self.side // 2}")
+        if not 0 <= self.warp <= 1:
+            raise ValueError(f"warp={self.warp}: must be 0 <= value <= 1")
 
     @property
     def all_faces(self) -> tuple[str, ...]:
@@ -256,6 +261,7 @@ class GlyphPicture(Picture):
     """(side, side)."""
     channels: int = 1
     shift: int = 0
+    warp: float = 0.0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -263,6 +269,8 @@ class GlyphPicture(Picture):
 
     def tiles(self, rng: np.random.Generator | None) -> Pixels:
         ink = self.ink if rng is None or not self.shift else moved(self.ink, *self._offsets(rng))
+        if rng is not None and self.warp:
+            ink = warped(ink, *rng.uniform(-self.warp, self.warp, size=3).tolist())
         return np.broadcast_to(PAPER - ink, (1, self.channels, *ink.shape))
 
     def _offsets(self, rng: np.random.Generator) -> tuple[int, int]:
@@ -276,6 +284,20 @@ def moved(ink: Ink, down: int, right: int) -> Ink:
     down = int(np.clip(down, -rows[0], len(ink) - 1 - rows[-1]))
     right = int(np.clip(right, -columns[0], ink.shape[1] - 1 - columns[-1]))
     return np.roll(ink, (down, right), axis=(0, 1))
+
+
+def warped(ink: Ink, down: float, right: float, shear: float) -> Ink:
+    """The picture scaled about its center by exp(down) and exp(right), and sheared as a slanted face is.
+
+    Of what would leave the square, only the rest is seen.
+    """
+    from PIL import Image
+
+    height, width = math.exp(-down), math.exp(-right)
+    x, y = (ink.shape[1] - 1) / 2, (len(ink) - 1) / 2
+    back = (width, shear, x - width * x - shear * y, 0.0, height, y - height * y)
+    picture = Image.fromarray(ink)
+    return np.asarray(picture.transform(picture.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR))
 
 
 class GlyphSamples(Samples):
@@ -336,7 +358,7 @@ class GlyphSamples(Samples):
 
     def picture(self, row: int) -> GlyphPicture:
         """The picture of a row of the table."""
-        return GlyphPicture(self.table.ink[row], self.channels, self.keys.shift)
+        return GlyphPicture(self.table.ink[row], self.channels, self.keys.shift, self.keys.warp)
 
     def names(self, row: int) -> frozenset[str]:
         """The names of all characters that have the very picture of a row of the table."""

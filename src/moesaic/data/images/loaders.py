@@ -1,6 +1,6 @@
 """Batches of samples: for training packed and a pure function of (seed, batch number), for tests one by one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -66,8 +66,12 @@ class PictureTrainingLoader(ResumableLoader):
         self._epoch, self._rows = -1, list[Ints]()
 
     def batch(self, i: int) -> Batch:
+        return self.rows(self.numbers(i))
+
+    def rows(self, numbers: Iterable[int]) -> Batch:
+        """The rows of these numbers, counted from the beginning of the run."""
         rows = []
-        for number in self.numbers(i):
+        for number in numbers:
             epoch, chosen = self._row(number)
             drawn = [np.random.default_rng((self.seed, epoch, int(index))) for index in chosen]
             rows.append(([self.samples.sample(TRAIN, int(index)) for index in chosen], drawn))

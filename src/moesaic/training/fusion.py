@@ -1,0 +1,184 @@
+"""The modules of runs that train on pictures: their stages differ from `LanguageModel` in what a batch goes through."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config import from_mapping
+from moesaic.data.mixing import picture_rows
+from moesaic.evaluation.language_modeling import LanguageModelScore
+from moesaic.layers import Parametrization, Routing
+from moesaic.layers.part import initialize as initialize_part
+from moesaic.losses import contrastive_loss, linear_cross_entropy, load_balance_loss, token_cross_entropy
+from moesaic.losses.cross_entropy import IGNORE_INDEX
+from moesaic.models import MultimodalDecoder, VisionConfig
+from moesaic.models.multimodal import build_encoder
+from moesaic.training.module import Batch, LanguageModel, StepCounts
+
+__all__ = ["ContrastiveModel", "FusionModel"]
+
+FIRST_SCALE = 10.0
+"""The inverse temperature that contrastive training begins with."""
+LARGEST_SCALE = 100.0
+"""And the largest one, both of CLIP's size (Radford et al. 2021, arXiv 2103.00020)."""
+
+
+class _WithPictures(LanguageModel):
+    """A decoder with an encoder and a projector beside it: the parts, and names, of a `MultimodalDecoder`.
+
+    Args:
+        vision: plain mapping of the `VisionConfig`.
+        image_token: the id at every place of an image.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        model: dict[str, Any],
+        tokenizer: dict[str, Any] | None,
+        token_bytes: list[int] | None,
+        vision: dict[str, Any],
+        image_token: int,
+    ) -> None:
+        super().__init__(config, model, tokenizer, token_bytes)
+        shape = from_mapping(VisionConfig, vision, "fusion.vision")
+        recompute = self.config.trainer.checkpoint_activations
+        self.vision = build_encoder(shape, checkpoint_activations=recompute)
+        self.projector = nn.Linear(shape.output_dim, self.decoder.embedding.embedding_dim, bias=False)
+        for part in (self.vision, self.projector):
+            with torch.no_grad():
+                initialize_part(part, self.parametrization)
+        self.image_token = image_token
+
+    @property
+    def parametrization(self) -> Parametrization:
+        return self.decoder.parametrization
+
+    @property
+    def trained(self) -> nn.Module:
+        return self
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        """The images in the dtype of the encoder's weights."""
+        return batch["images"].to(self.projector.weight.dtype)
+
+
+class FusionModel(_WithPictures):
+    """Stages frozen and joint: rows of text and rows of pictures with text in one decoder, each loss logged apart."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fusion = self.config.fusion
+        assert fusion is not None
+        self.is_frozen = fusion.stage == "frozen"
+        self.balances_apart = fusion.balance_per_modality
+        self._is_image: Tensor | None = None
+        self.picture_score = LanguageModelScore(self.token_bytes)
+        if self.is_frozen:
+            self.decoder.requires_grad_(False)
+
+    @property
+    def multimodal(self) -> MultimodalDecoder:
+        """The three parts as one model, which shares them."""
+        return MultimodalDecoder(self.decoder, self.vision, self.projector, image_token=self.image_token)
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
+        self._is_image = None
+        if "images" not in batch:
+            return super().hidden_states(batch)
+        self._is_image = batch["tokens"].flatten() == self.image_token
+        return self.multimodal.hidden_states(
+            batch["tokens"], images=self._pixels(batch), image_rows=batch["image_rows"]
+        )
+
+    def label_loss(self, hidden: Tensor, batch: Batch, counts: StepCounts) -> Tensor:
+        if "images" not in batch:
+            loss = super().label_loss(hidden, batch, counts)
+            self._note("train/loss_text", loss.detach() * counts.share, counts)
+            return loss
+        total = hidden.new_zeros((), dtype=torch.float32)
+        of_pictures = picture_rows(batch)
+        for name, rows in (("text", ~of_pictures), ("pictures", of_pictures)):
+            labels = batch["labels"][rows].flatten()
+            if not len(labels):
+                continue
+            loss = linear_cross_entropy(
+                hidden[rows].flatten(0, 1), self.decoder.head.weight, labels, num_valid=counts.labels
+            )
+            own = (labels != IGNORE_INDEX).sum().clamp(min=1)
+            self._note(f"train/loss_{name}", loss.detach() * counts.labels / own, counts)
+            total = total + loss
+        return total
+
+    def load_balance_term(
+        self, decided: Routing, valid: Tensor | None, load: Tensor | None, counts: StepCounts
+    ) -> Tensor:
+        if not self.balances_apart or self._is_image is None:
+            return super().load_balance_term(decided, valid, load, counts)
+        terms = []
+        for is_kind in (self._is_image, ~self._is_image):
+            kept = is_kind if valid is None else is_kind & valid
+            terms.append(load_balance_loss(decided.logits, decided.expert_ids, kept) / counts.share)
+        return torch.stack(terms).mean()
+
+    def _move_biases(self, *args: Any) -> None:
+        if not self.is_frozen:
+            super()._move_biases(*args)
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.picture_score = LanguageModelScore(self.token_bytes)
+
+    @torch.no_grad()
+    def score_batch(self, batch: Batch) -> dict[str, Routing]:
+        if "images" not in batch:
+            return super().score_batch(batch)
+        hidden, routing = self.hidden_states(batch)
+        labels = batch["labels"]
+        nats = token_cross_entropy(hidden.flatten(0, 1), self.decoder.head.weight, labels.flatten())
+        self.picture_score.update(nats.view_as(labels), labels, routing, batch.get("valid"))
+        return {}
+
+    def validation_numbers(self) -> dict[str, float]:
+        found = {"validation/loss_pictures": self.picture_score.loss}
+        if self.picture_score.bits_per_byte is not None:
+            found["validation/bits_per_byte_pictures"] = self.picture_score.bits_per_byte
+        return found
+
+
+class ContrastiveModel(_WithPictures):
+    """Stage contrastive: the decoder is a text tower, whose last state of a text is to be like that of its picture.
+
+    A picture is the mean of its projected tokens. Loss and score are nats of `contrastive_loss` per pair.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+
+    def embed_pairs(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Routing]]:
+        """The pictures and the texts of B pairs, each (B, D), and the routing of the texts."""
+        hidden, routing = self.decoder.hidden_states(batch["tokens"])
+        pictures = self.projector(self.vision(self._pixels(batch))).mean(dim=1)
+        return pictures, hidden[batch["labels"] != IGNORE_INDEX], routing
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
+        pictures, texts, routing = self.embed_pairs(batch)
+        scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+        return contrastive_loss(pictures, texts, scale, batch["groups"]), routing
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
+        """The nats of each pair, (B,), in place of states: what `label_loss` takes."""
+        return self._losses(batch)
+
+    def label_loss(self, hidden: Tensor, batch: Batch, counts: StepCounts) -> Tensor:
+        return hidden.sum() / counts.labels
+
+    @torch.no_grad()
+    def score_batch(self, batch: Batch) -> dict[str, Routing]:
+        nats, _ = self._losses(batch)
+        labels = batch["labels"].amax(dim=1, keepdim=True)  # the one of a row
+        self.score.update(nats[:, None], labels)
+        return {}
