@@ -402,8 +402,9 @@ def test_every_study_that_ships_is_valid(composed: Callable[..., dict[str, Any]]
         config.pop(key)
     validate(shipped, config)
     assert len(shipped.seeds) >= 3
-    # what a precision costs is asked at the settings of the exact one, and what a teacher gives at the student's own
-    assert (shipped.tune is None) == (name in ("study_fp8", "study_codistillation_ood"))
+    # what a precision costs is asked at the settings of the exact one, what a teacher gives at the student's own, and
+    # ways of balancing at the rates that were best for each of them in a smaller study
+    assert (shipped.tune is None) == (name in ("study_fp8", "study_codistillation_ood", "study_balancing_large"))
 
 
 IROPE = [
