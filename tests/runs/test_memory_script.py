@@ -1,10 +1,21 @@
 """moesaic memory as a person uses it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moesaic.cli import memory
+from moesaic.models import (
+    DecoderConfig,
+    deepseek_v3,
+    gpt_oss_20b,
+    gpt_oss_120b,
+    mixtral_8x7b,
+    muse_spark,
+    olmoe_1b_7b,
+    qwen3_30b_a3b,
+)
 from moesaic.models.memory import estimate_memory
 
 MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
@@ -19,6 +30,14 @@ def test_every_model_has_a_table(model: str, capsys: pytest.CaptureFixture[str])
     assert f"{model}: 2 x 128 tokens, float32" in printed
     for n in (found.weights, found.activations, found.total, found.kv_cache):
         assert memory.show(n) in printed
+
+
+PUBLISHED = (mixtral_8x7b, qwen3_30b_a3b, olmoe_1b_7b, gpt_oss_20b, gpt_oss_120b, deepseek_v3, muse_spark)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED, ids=lambda preset: preset.__name__)
+def test_published_models_are_the_presets_of_their_names(preset: Callable[[], DecoderConfig]) -> None:
+    assert memory.find_config(preset.__name__) == preset()
 
 
 @pytest.mark.slow
@@ -40,11 +59,11 @@ def test_units() -> None:
     )
 
 
-@pytest.mark.slow_but_for("arguments0-error: name=llama5: must be one of behemoth, deepseek_v3_tiny, llama4_tiny, ")
+@pytest.mark.slow_but_for("arguments0-error: name=llama5: must be one of behemoth, deepseek_v3, deepseek_v3_tiny, ")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["llama5"], "error: name=llama5: must be one of behemoth, deepseek_v3_tiny, llama4_tiny, "),
+        (["llama5"], "error: name=llama5: must be one of behemoth, deepseek_v3, deepseek_v3_tiny, "),
         (["scout", "batch_size=0"], "error: batch_size=0: must be a number >= 1"),
     ],
 )

@@ -58,7 +58,7 @@ def print_summary(
     table.add_section()
     table.add_row(
         "all",
-        f"{model.attention.num_heads} heads, {model.num_kv_heads} kv heads of {model.head_dim}",
+        _heads(model),
         "with embedding and head",
         f"{account.parameters:,}",
         f"{account.active_parameters:,}",
@@ -89,6 +89,14 @@ def print_summary(
     if teacher is not None:
         console.print(f"[bold]teacher[/] {escape(teacher)}", highlight=False)
     console.print(f"[bold]run[/]     {escape(str(run_dir))}", highlight=False, soft_wrap=True)
+
+
+def _heads(model: DecoderConfig) -> str:
+    """What attention keeps of a token: keys and values of heads, or a latent and one key that all heads share."""
+    mla, heads = model.attention.mla, f"{model.attention.num_heads} heads"
+    if mla is None:
+        return f"{heads}, {model.num_kv_heads} kv heads of {model.head_dim}"
+    return f"{heads}, a latent of {mla.kv_lora_rank} and a key of {mla.qk_rope_head_dim} for all"
 
 
 def describe_teacher(opened: OpenedTargets | None, account: Account | None) -> str:
