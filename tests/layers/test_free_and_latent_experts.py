@@ -213,12 +213,18 @@ def test_latent_experts_are_those_of_muse_spark() -> None:
         router.expert_bias.copy_(oracle.gate.e_score_correction_bias)
         latent.down_proj.load_state_dict(oracle.pre_expert_proj.state_dict())
         latent.up_proj.load_state_dict(oracle.post_expert_proj.state_dict())
-        latent.norm.weight.copy_(1 + oracle.pre_expert_norm.weight)
-        experts.gain.copy_(1 + oracle.experts.post_expert_norm.weight)
+        latent.norm.weight.copy_(oracle.pre_expert_norm.weight)
+        experts.norm_weight.copy_(oracle.experts.post_expert_norm.weight)
     moe = MoE(router=router, experts=experts, latent=latent, score_before_experts=False)
     x = torch.randn(2, 20, DIM)
     mine = outputs(
-        moe, x, experts.gain, inner.gate_up_proj, latent.down_proj.weight, latent.norm.weight, latent.up_proj.weight
+        moe,
+        x,
+        experts.norm_weight,
+        inner.gate_up_proj,
+        latent.down_proj.weight,
+        latent.norm.weight,
+        latent.up_proj.weight,
     )
     theirs = outputs(
         oracle,
