@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moesaic.config import flatten, from_mapping
 from moesaic.errors import InputError
+from moesaic.ladder.prediction import read_ladder
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import canonical
 from moesaic.studies.plan import plan
@@ -20,6 +21,7 @@ from moesaic.studies.runner import read_rows
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
 STUDIES = sorted(path.parent.name for path in DOCS.glob("*/rows.jsonl"))
+BEGUN = sorted(path.parent for path in (DOCS.parent / "unfinished").glob("*/ladder.yaml"))
 
 Composed = Callable[..., dict[str, Any]]
 
@@ -49,6 +51,12 @@ def test_nothing_is_missing(composed: Composed, name: str) -> None:
     found = plan(study, base, rows)
     assert found.missing == []
     assert found.done == found.total > 0
+
+
+@pytest.mark.parametrize("results", BEGUN, ids=lambda path: path.name)
+def test_what_a_begun_ladder_has_is_kept(results: Path) -> None:
+    begun = read_ladder(results)
+    assert plan(begun.study, begun.base, begun.rows).done == len(begun.rows) > 0
 
 
 def test_rows_are_valid_without_keys_that_are_younger(composed: Composed, tmp_path: Path) -> None:
