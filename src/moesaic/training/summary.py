@@ -144,7 +144,7 @@ def print_verdict(
     if sample is not None:
         console.print("[bold]sample[/]")
         console.print(sample, markup=False, highlight=False, soft_wrap=True)
-    for layer in sorted({key.split("/")[1] for key in metrics if key.startswith("router/")}):
+    for layer in sorted({key.split("/")[1] for key in metrics if key.startswith("router/") and "max_violation" in key}):
         console.print(
             f"[bold]router[/]  {layer}: fullest expert {metrics[f'router/{layer}/max_violation'] + 1:.2f}x its ideal "
             f"load, {metrics[f'router/{layer}/dead_share']:.0%} of its experts dead"

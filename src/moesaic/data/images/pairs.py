@@ -48,6 +48,16 @@ class _Pairs:
         self.layout = layout
         self.seq_len = seq_len
 
+    def require_short_texts(self) -> None:
+        """Raise InputError if the longest text of any split does not fit."""
+        samples = self.samples
+        of_all = (samples.sample(split, i).texts for split in samples.splits for i in range(samples.size(split)))
+        texts = list(dict.fromkeys(text.text for each in of_all for text in each))
+        lengths = [len(ids) for ids in self.layout.tokenizer.encode_batch([text.encode() for text in texts])]
+        if (most := max(lengths, default=0)) >= self.seq_len:
+            longest = texts[lengths.index(most)]
+            raise InputError(f"training.seq_len={self.seq_len}: the text {longest!r} has {most} tokens; must be more")
+
     def batch(self, places: Sequence[Place], generators: Sequence[np.random.Generator | None]) -> Batch:
         samples = [self.samples.sample(*place) for place in places]
         for place, sample in zip(places, samples, strict=True):
@@ -62,10 +72,6 @@ class _Pairs:
         tokens = torch.full((len(texts), 1 + max(map(len, encoded))), end)
         labels = torch.full_like(tokens, IGNORE_INDEX)
         for row, ids in enumerate(encoded):
-            if len(ids) >= self.seq_len:
-                raise InputError(
-                    f"training.seq_len={self.seq_len}: the text {texts[row]!r} has {len(ids)} tokens; must be more"
-                )
             tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
             labels[row, len(ids)] = end
         drawn = [sample.pictures[0].tiles(rng) for sample, rng in zip(samples, generators, strict=True)]
@@ -111,6 +117,7 @@ class PairTrainingLoader(ResumableLoader):
         self.samples = samples
         self.seed = seed
         self._pairs = _Pairs(samples, layout, seq_len)
+        self._pairs.require_short_texts()
         self._probabilities: list[tuple[float, ...]] | None = None
         if cap is not None:
             parts = (samples.sample(TRAIN, index).texts for index in range(samples.size(TRAIN)))
