@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}, gain={self.weight is not None}"
 
 
-class CenteredRMSNorm(nn.Module):
+class CenteredRMSNorm(RMSNorm):
     """y = (1 + w) x / sqrt(mean(x^2) + eps) over the last dimension, in fp32 until the end (Muse Spark, Gemma).
 
     `weight` w (dim,) is what the gain has beyond one, initialized to zero: in bf16 it keeps digits that a gain near one
@@ -75,6 +75,8 @@ class CenteredRMSNorm(nn.Module):
         eps: added to the mean square.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         dim: int,
@@ -83,13 +85,8 @@ class CenteredRMSNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        require_sizes(dim=dim)
-        require_numbers(eps=eps)
-        require_dtype(dtype)
-        self.dim = dim
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        super().__init__(dim, eps=eps, device=device, dtype=dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)

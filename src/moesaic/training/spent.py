@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moesaic.evaluation.plots import read_columns
+import numpy as np
+
 from moesaic.layers import MoE
 from moesaic.layers.mixture import routed_flops
 from moesaic.models import Decoder
+from moesaic.reading import read_csv, reading
 
-__all__ = ["FORWARD_AND_BACKWARD", "routed_numbers", "widths_of"]
+__all__ = ["routed_numbers", "widths_of"]
 
 FORWARD_AND_BACKWARD = 3
 """FLOPs of training over those of a forward pass."""
@@ -30,21 +32,21 @@ def routed_numbers(
     """
     numbers: dict[str, float] = {}
     measured, more = False, 0.0
+    logged = _means(metrics_csv)
     for name, layer in decoder.named_modules():
         if not isinstance(layer, MoE):
             continue
-        found = {key: _mean(metrics_csv, f"router/{name}/{key}") for key in ("experts_per_token", "no_expert_share")}
-        width = _mean(metrics_csv, f"router/{name}/active_width")
+        found, width = logged.get(f"router/{name}/experts_per_token"), logged.get(f"router/{name}/active_width")
         stated = getattr(layer.router, "experts_per_token", None)
         if not isinstance(stated, (int, float)):
             continue  # somebody else's router, that does not say what its FLOPs were counted for
-        numbers[f"router/{name}/experts_per_token"] = chosen = _or(found["experts_per_token"], float(stated))
-        numbers[f"router/{name}/no_expert_share"] = _or(found["no_expert_share"], 0.0)
+        numbers[f"router/{name}/experts_per_token"] = chosen = float(stated) if found is None else found
+        numbers[f"router/{name}/no_expert_share"] = logged.get(f"router/{name}/no_expert_share", 0.0)
         ratio = chosen / stated
         if width is not None and (widths := widths_of(decoder, name)) is not None:
             numbers[f"router/{name}/active_width"] = width
             ratio = width * int(layer.experts.num_experts) / (stated * sum(widths))  # type: ignore[arg-type]
-        measured |= width is not None or found["experts_per_token"] is not None
+        measured |= width is not None or found is not None
         more += (ratio - 1) * routed_flops(layer.router, layer.experts, seq_len, layer.dim)
     if measured:
         numbers["measured_flops"] = active_flops + FORWARD_AND_BACKWARD * tokens * more
@@ -61,13 +63,12 @@ def widths_of(decoder: Decoder, name: str) -> Sequence[int] | None:
     return widths
 
 
-def _mean(metrics_csv: Path, column: str) -> float | None:
-    """Over the logged steps; None if nothing was logged."""
-    if not metrics_csv.exists():
-        return None
-    [values] = read_columns(metrics_csv, column)
-    return float(values.mean()) if len(values) else None
-
-
-def _or(found: float | None, otherwise: float) -> float:
-    return otherwise if found is None else found
+def _means(metrics_csv: Path) -> dict[str, float]:
+    """Columns of routers, their means over the steps in which they were logged."""
+    rows = read_csv(metrics_csv) if metrics_csv.exists() else []
+    with reading(metrics_csv):
+        found = {
+            name: [float(row[name]) for row in rows if row.get(name)]
+            for name in dict.fromkeys(name for row in rows for name in row if name.startswith("router/"))
+        }
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
