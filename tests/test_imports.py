@@ -135,6 +135,7 @@ def test_all_names_exist(module: str) -> None:
     assert len(set(public)) == len(public)
 
 
+@pytest.mark.slow
 def test_a_fresh_interpreter_loads_nothing_else() -> None:
     program = """
 import json, sys

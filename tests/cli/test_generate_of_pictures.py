@@ -99,6 +99,7 @@ def animated(path: Path) -> None:
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
 
 
+@pytest.mark.slow_but_for("animated", "no such file")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -105,6 +105,7 @@ def test_shuffled_pictures_are_those_of_others(model: MultimodalDecoder) -> None
     assert not [name for name in numbers if name.startswith("pictures/other/")]  # it has no samples
 
 
+@pytest.mark.slow_but_for("2")
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_answers_are_those_of_one_at_a_time(model: MultimodalDecoder, batch_size: int) -> None:
     samples = TwoQuestions()

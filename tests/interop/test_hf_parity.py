@@ -47,6 +47,7 @@ def test_logits_and_gradients_agree(name: str, padded: bool) -> None:
     assert all(ours[name] is None or not ours[name].any() for name in ours.keys() - theirs.keys())
 
 
+@pytest.mark.slow_but_for("[5, 1, 1, 6]")
 @pytest.mark.parametrize("mask", [None, left_padding(0, 3, 9), left_padding(4, 0, 5)], ids=["", "padded", "padded 2"])
 @pytest.mark.parametrize("pieces", [[13], [5, 1, 1, 6], [1] * 13, [4, 4, 4, 1], [2, 11]], ids=str)
 @pytest.mark.parametrize("name", ["maverick", "masks listed", "chunks of two"])

@@ -209,7 +209,7 @@ def test_progress_counts_their_tensors(kind: str, tmp_path: Path) -> None:
 # ---- commands
 
 
-@pytest.mark.slow_but_for("qwen3_moe", "gpt_oss")
+@pytest.mark.slow_but_for("gpt_oss")
 @every_kind
 def test_convert_to_a_checkpoint_and_back(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(sample(kind), tmp_path / "source")

@@ -47,6 +47,7 @@ def with_bad_arm(rungs_of: MakeRungs, made_ladder: MakeLadder, law: Law) -> Call
     return make
 
 
+@pytest.mark.slow
 def test_an_arm_far_behind_has_no_runs_above_the_rung(with_bad_arm: Callable[..., Path]) -> None:
     results = with_bad_arm(DROP)
     ladder = read_ladder(results)
@@ -86,6 +87,7 @@ def test_nothing_is_dropped_before_all_runs_are_there(with_bad_arm: Callable[...
     assert dropped(dataclasses.replace(ladder.config, drop=None), ladder.study, ladder.rows) == {}
 
 
+@pytest.mark.slow
 def test_an_arm_without_a_rate_that_holds_has_failed(with_bad_arm: Callable[..., Path]) -> None:
     def diverged(row: Row) -> Row:
         bad = (row["arm"], row["purpose"]) == ("64 experts", "tune")

@@ -68,6 +68,7 @@ def test_equal_arms_do_not_hide_each_other_in_the_pictures(rungs_of: MakeRungs, 
     assert legend.get_window_extent().x0 >= figure.axes[-1].get_window_extent().x1, "its marks would pass for runs"
 
 
+@pytest.mark.slow
 def test_a_diverged_run_leaves_no_law_and_is_named(rungs_of: MakeRungs, made_ladder: MakeLadder) -> None:
     def diverged(row: Row) -> Row:
         bad = (row["arm"], row["axis"], row["seed"]) == ("16 experts", "rung=1e12", 2)

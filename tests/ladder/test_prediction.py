@@ -51,6 +51,7 @@ def test_a_prediction_holds_the_truth_and_says_what_it_was_made_from(
         record(results, 1e14)
 
 
+@pytest.mark.slow
 def test_the_upper_rungs_can_be_used_alone(rungs_of: MakeRungs, made_ladder: MakeLadder) -> None:
     results = made_ladder(rungs_of())
     assert record(results, 1e14, least=3e11).fitted_rungs == ("3e11", "1e12", "3e12", "1e13")
@@ -93,6 +94,7 @@ def test_an_asymptote_above_the_best_loss_is_refused(rungs_of: MakeRungs, made_l
         record(results, 1e14)
 
 
+@pytest.mark.slow
 def test_a_prediction_must_be_larger_and_first(rungs_of: MakeRungs, made_ladder: MakeLadder, tmp_path: Path) -> None:
     results = made_ladder(rungs_of())
     with pytest.raises(InputError, match="must be above the largest rung"):
@@ -149,6 +151,7 @@ def test_rows_of_another_corpus_are_refused(rungs_of: MakeRungs, made_ladder: Ma
         require_corpus(ladder.rows, {"content_hash": "e", "source": "pinned"}, "rows.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "warned"), [("1e14", False), ("1e16", True)])
 def test_a_prediction_far_beyond_the_rungs_comes_with_a_warning(
     rungs_of: MakeRungs, made_ladder: MakeLadder, capsys: pytest.CaptureFixture[str], at: str, warned: bool

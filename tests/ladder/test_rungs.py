@@ -140,6 +140,7 @@ def test_what_is_no_ladder_is_refused(rungs_of: MakeRungs, words: list[str], sai
         _ = rungs_of(*words).all
 
 
+@pytest.mark.slow_but_for("ladder_moe", "ladder_routers")
 @pytest.mark.parametrize("file", sorted(CONFIG_DIR.glob("experiment/ladder_*.yaml")), ids=lambda file: file.stem)
 def test_every_ladder_of_the_repository_is_one(rungs_of: MakeRungs, file: Path) -> None:
     rungs = rungs_of(f"experiment={file.stem}")

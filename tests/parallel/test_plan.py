@@ -246,6 +246,7 @@ def test_autocast_keeps_a_copy_of_every_dense_matrix_that_is_not_sharded(workers
 PRESETS = {"scout": llama4_scout, "maverick": llama4_maverick, "behemoth": llama4_behemoth_guess}
 
 
+@pytest.mark.slow
 @pytest.mark.slow_but_for("maverick-16-", "scout-256-", "behemoth-4096-")
 @pytest.mark.parametrize(
     ("preset", "ranks", "expert"),

@@ -341,6 +341,7 @@ def write_and_die(path: Path, rank: int, operation: int) -> int:
     return count
 
 
+@pytest.mark.slow_but_for("0.7-1")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("place", [0.0, pytest.param(None, marks=pytest.mark.slow), 0.7])
 def test_a_rank_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(

@@ -123,7 +123,7 @@ LATENT = DecoderConfig(
 """Three heads, which two ranks could not share evenly: each has all of them."""
 
 
-@pytest.mark.slow_but_for("ranks without a token", "tied")
+@pytest.mark.slow_but_for("tied")
 @pytest.mark.parametrize(
     ("config", "ranks", "parallel", "length"),
     [

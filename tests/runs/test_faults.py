@@ -429,6 +429,7 @@ def test_new_settings_of_the_optimizer_apply_and_moments_stay(
     assert state["state"][0]["step"] == 22
 
 
+@pytest.mark.slow
 @pytest.mark.slow_but_for("change0")
 @pytest.mark.parametrize("change", [{"accumulate": 1, "seq_len": 16}, {"accumulate": 4}, {"batch_size": 1}])
 def test_a_run_goes_on_from_the_sequence_it_was_at(

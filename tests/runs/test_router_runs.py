@@ -31,7 +31,7 @@ def named(router: str) -> list[str]:
     return [*ARGUMENTS.get(router, [f"model.moe.router={router}"]), "model.moe.top_k=2"]
 
 
-@pytest.mark.slow_but_for("quantile")
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_run_with_every_router(composed: Composed, tmp_path: Path, router: str) -> None:
     run(composed(*named(router), f"run_dir={tmp_path / 'run'}"))

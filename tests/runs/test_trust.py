@@ -135,7 +135,7 @@ def commands(ckpt: Path, good: Path, corpus: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.slow_but_for("ckpt_path")
+@pytest.mark.slow_but_for("convert dry")
 @pytest.mark.parametrize("command", commands(Path(), Path(), Path()))
 def test_a_strangers_checkpoint_runs_nothing(
     trained: Path, corpus: Path, folder: Path, command: str, capsys: pytest.CaptureFixture[str]
