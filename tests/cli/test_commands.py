@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,15 @@ def test_bench_hands_its_keys_to_the_benchmark() -> None:
     assert set(NAMES) == modules - {"__init__", "__main__", "harness", "layer", "limit"}
 
 
+@pytest.fixture
+def answered() -> Iterator[None]:
+    """SIGINT interrupts, which the background jobs of a shell ignore from their start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("answered")
 def test_a_signal_while_a_command_is_imported_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def fused(config: dict[str, Any], pictures: Path, **fusion: Any) -> dict[str, An
         "frozen": {**short, "fusion": {"stage": "frozen", "share": {"start": 1.0, "end": 1.0}}},
     }
     changed = {**config["fusion"], "pictures": source, "vision": vision, "stages": stages, **fusion}
-    return {**config, "fusion": changed}
+    return {**config, "data": {**config["data"], "captions": source}, "fusion": changed}
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -185,4 +186,16 @@ def test_a_checkpoint_that_does_not_fit_is_named(composed: Composed, pictures: P
         other = {**config, "model": {**config["model"], "dim": 32}} if "text" in changes else config
         with pytest.raises(InputError, match=message):
             run(fused(other, pictures, stages={}, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_texts_are_not_read_as_captions_of_other_pictures(
+    composed: Composed, pictures: Path, tmp_path: Path
+) -> None:
+    fewer = shutil.copytree(pictures, tmp_path / "fewer")
+    (fewer / "metadata.csv").write_text("\n".join((pictures / "metadata.csv").read_text().splitlines()[:-9]))
+    config = fused(composed("experiment=early_fusion", *FEW, f"run_dir={tmp_path / 'run'}"), pictures, stages={})
+    config["data"]["captions"] = {**config["data"]["captions"], "path": str(fewer)}
+    with pytest.raises(InputError, match=r"data\.captions: its pictures are not those of fusion\.pictures"):
+        run(config)
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moesaic.config import from_mapping, require, to_mapping
 from moesaic.data.corpora import Corpus, Document, expanded, load_files, load_huggingface, load_packages, load_stdlib
-from moesaic.data.images import PICTURES, PictureKeys
+from moesaic.data.images import PICTURES, TRAIN, PictureKeys, Place
 from moesaic.data.pinned import load_pinned
 from moesaic.data.shards import ShardedIds, Tokens
 from moesaic.data.tasks import TASKS, Task
@@ -56,6 +56,10 @@ WORTH_A_STAMP = 1 << 28
 """Bytes of a memory map that are not read again at each start where nothing has changed since they were checked."""
 
 
+TEXTS = ("stdlib", "packages", "pinned", "files", "huggingface")
+"""Sources that are read as documents here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """A source of text, and how it becomes tokens; or a task, which is made of tokens and has its own keys."""
@@ -83,6 +87,7 @@ class DataConfig:
     validation_fraction: float = 0.06
     cache_dir: str = ".cache"
     task: dict[str, Any] | None = None  # keys of the task or the pictures that `source` names; null: its defaults
+    captions: dict[str, Any] | None = None  # source, path and task of pictures whose training texts are read as well
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
@@ -101,6 +106,9 @@ class DataConfig:
             raise ValueError(f"tokenizer={self.tokenizer}: must be bytes with source={self.source}")
         self.make_task()
         self.make_pictures()
+        if self.captions is not None and self.source not in TEXTS:
+            raise ValueError(f"captions: source={self.source} takes none; it is for {', '.join(TEXTS)}")
+        self.caption_source()
 
     def make_task(self) -> Task | None:
         """The task, or None for text.
@@ -117,6 +125,20 @@ class DataConfig:
             InputError: an unknown key or impossible value in `task`.
         """
         return from_mapping(PICTURES[self.source], self.task or {}, "data.task") if self.source in PICTURES else None
+
+    def caption_source(self) -> "DataConfig | None":
+        """The pictures whose training texts are read as well, or None.
+
+        Raises:
+            InputError: an unknown key or impossible value in `captions`, or a source without pictures.
+        """
+        if self.captions is None:
+            return None
+        shared = {"tokenizer": "bytes", "validation_fraction": self.validation_fraction, "cache_dir": self.cache_dir}
+        found = from_mapping(DataConfig, {**self.captions, **shared}, "data.captions")
+        if found.source not in PICTURES:
+            raise InputError(f"data.captions.source={found.source!r}: must be one of {', '.join(PICTURES)}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +261,17 @@ def _task_data(name: str, task: Task) -> Data:
 
 
 def _load_corpus(config: DataConfig) -> Corpus:
+    corpus, captions = _load_texts(config), config.caption_source()
+    if captions is None:
+        return corpus
+    pictures = captions.make_pictures()
+    assert pictures is not None  # checked by the config
+    samples = pictures.load(Place(captions.cache_dir, captions.path, captions.validation_fraction))
+    lines = (text.text for i in range(samples.size(TRAIN)) for text in samples.sample(TRAIN, i).texts)
+    return dataclasses.replace(corpus, train=(*corpus.train, Document("captions", "\n".join(lines).encode())))
+
+
+def _load_texts(config: DataConfig) -> Corpus:
     fraction = config.validation_fraction
     if config.source == "stdlib":
         return load_stdlib(fraction)

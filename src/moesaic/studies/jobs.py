@@ -67,6 +67,7 @@ YOUNGER: dict[str, Any] = {
     "model.attention.clip_qkv": None,
     "upcycle": None,
     "fusion": None,
+    "data.captions": None,
     "model.attention.mla": None,
     "model.first_dense_layers": 0,
     "model.attention.window": None,

@@ -34,6 +34,15 @@ class FusionBatches(RunBatches):
             raise InputError(f"data.source={config.data.source!r}: no tokenizer; must be text that has one")
         with naming("fusion.pictures"):
             self.pictures: PictureData = load_pictures(fusion.pictures.data(config.data), data.tokenizer)
+        captions = config.data.caption_source()
+        if (
+            captions is not None
+            and load_pictures(captions).facts["content_hash"] != self.pictures.facts["content_hash"]
+        ):
+            raise InputError(
+                "data.captions: its pictures are not those of fusion.pictures, so held-out texts could be read; "
+                "must be the same, or null"
+            )
 
     @property
     def facts(self) -> dict[str, Any]:
