@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moesaic.errors import InputError
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Job, row_key
 from moesaic.studies.moving import moved_rates, plot_rates
@@ -388,3 +389,24 @@ def test_curves_over_rates_have_a_line_for_each_value(
     assert [line.get_label() for line in lines] == ["width 32", "width 64"]
     assert [list(map(float, line.get_ydata())) for line in lines] == [[2.5, 2.0, 3.0]] * 2
     assert plot_rates(study_of(axes=WIDTHS), {}) is None
+
+
+@pytest.mark.usefixtures("with_pictures")
+def test_another_metric_is_judged_against_an_arm_of_its_own(
+    study_of: StudyOf, base: dict[str, Any], run_all: Callable[..., Any], tmp_path: Path
+) -> None:
+    arms = {"text": {}, "pairs": {"seed": 1}, "both": {"seed": 2}}
+    study = study_of(arms=arms, baseline="text", tune=None, variants={}, judged={"names": "pairs"})
+    rows = run_all(study, base, lambda job: 2.0 + 0.1 * job.seed)
+    for row in rows.values():
+        if row["arm"] != "text":
+            row["metrics"]["names"] = 0.5 + 0.1 * row["seed"] + (0.02 if row["arm"] == "both" else 0)
+    printed = report(study, base, rows, tmp_path)
+    assert "- names: both is worse than pairs by 0.0200 [0.0200, 0.0200] (3 pairs)\n" in printed
+    assert "names: text" not in printed  # it has none
+    assert "names: both is worse" in (tmp_path / "table.md").read_text()
+
+
+def test_a_metric_is_judged_against_an_arm_that_exists(study_of: StudyOf) -> None:
+    with pytest.raises(InputError, match=r"judged.names: unknown arm 'pears'; must be one of dense, moe"):
+        study_of(judged={"names": "pears"})

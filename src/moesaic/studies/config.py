@@ -111,6 +111,7 @@ class StudyConfig:
     metric: str = "validation/bits_per_byte"  # of metrics.json or of an evaluation
     higher_is_better: bool = False
     also: tuple[str, ...] = ()  # more metrics for the table; of a pattern with * the mean over what it matches
+    judged: dict[str, str] = dataclasses.field(default_factory=dict)  # another metric: the arm it has a verdict against
     tune: TuneConfig | None = None  # null: every arm at the learning rates of the config
     prepare: dict[str, PrepareConfig] = dataclasses.field(default_factory=dict)  # in this order
     axes: dict[str, AxisConfig] = dataclasses.field(default_factory=dict)
@@ -124,6 +125,9 @@ class StudyConfig:
         known = ", ".join(self.arms)
         if self.baseline not in self.arms:
             raise ValueError(f"baseline={self.baseline!r}: unknown arm; must be one of {known}")
+        for metric, arm in self.judged.items():
+            if arm not in self.arms:
+                raise ValueError(f"judged.{metric}: unknown arm {arm!r}; must be one of {known}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds={list(self.seeds)}: must be one or more different integers >= 0")
         if self.tune is not None and self.tune.seed < 0:

@@ -82,7 +82,7 @@ def write_study_report(
         table.add_row(*map(escape, line))
     console.print(table)
     verdicts = list(verdicts) or [arm.verdict for arm in arms if arm.verdict]
-    verdicts += [each.sentence for each in moved_rates(study, rows)]
+    verdicts += [*_judged(study, rows), *(each.sentence for each in moved_rates(study, rows))]
     notes = _notes(study, base, arms, rows)
     for text in [*verdicts, *then, *notes]:
         console.print(f"- {text}", markup=False, highlight=False, soft_wrap=True)
@@ -100,6 +100,16 @@ def write_study_report(
     paragraphs += _pictures(study, base, arms, rows, results)
     write_atomically(results / "table.md", "\n\n".join(paragraphs) + "\n")
     write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
+
+
+def _judged(study: StudyConfig, rows: Mapping[str, Row]) -> list[str]:
+    """A verdict on each arm that has another metric, against the arm that is named for it."""
+    return [
+        f"{metric}: {arm.verdict}"
+        for metric, baseline in study.judged.items()
+        for arm in summarize_study(dataclasses.replace(study, metric=metric, baseline=baseline), rows)
+        if arm.difference is not None and arm.difference.n
+    ]
 
 
 def _pictures(

@@ -114,7 +114,8 @@ def _result(
             found[seed] = rows[row_key(run)]
         elif trained is not None and _diverged(trained):  # there is nothing that a variant could evaluate
             found[seed] = trained
-    values = {seed: row["metrics"][study.metric] for seed, row in found.items() if not _diverged(row)}
+    finished = {seed: row["metrics"] for seed, row in found.items() if not _diverged(row)}
+    values = {seed: metrics[study.metric] for seed, metrics in finished.items() if study.metric in metrics}
     shown = study.shown(arm)
     place = f"{shown} at {cell.axis}" if cell.axis else shown
     if baseline is None:
@@ -130,7 +131,7 @@ def _result(
         text = "; ".join((verdict(place, unswitched.name, switched, study.higher_is_better), text))
     if tuned.failed:
         text = f"{place} failed: at all learning rates that were tried ({listed_factors(tuned)}) the run diverged"
-    diverged = len(found) - len(values)
+    diverged = len(found) - len(finished)
     if diverged:
         text = "; ".join(
             filter(None, [text, f"{place}: {diverged} of {len(found)} runs diverged and count in no mean"])
