@@ -13,7 +13,8 @@ from moesaic.data.images import Layout, PictureTrainingLoader
 from moesaic.data.images.pairs import PairTrainingLoader
 from moesaic.data.mixing import MixedTrainingLoader
 from moesaic.losses import load_balance_loss
-from moesaic.models import DecoderConfig, VisionConfig
+from moesaic.models import DecoderConfig, MultimodalConfig, VisionConfig, account
+from moesaic.models.encoder_costs import account_encoder
 from moesaic.models.presets import small
 from moesaic.training.config import RunConfig
 from moesaic.training.fusion import ContrastiveModel, FusionModel
@@ -193,3 +194,15 @@ def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
 def test_what_cannot_be_beside_pictures_is_named(section: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_mapping(RunConfig, {**config("joint"), section: value})
+
+
+@pytest.mark.parametrize(("stage", "share"), [("joint", 0.5), ("joint", 0.0), ("frozen", 1.0)])
+def test_flops_are_those_of_tokens_and_tiles(stage: str, share: float) -> None:
+    module, given = make(stage), batches(share)
+    fit(module, given)
+    tiles = sum(len(batch.get("images", ())) for batch in given)
+    assert (tiles > 0) == (share > 0)
+    text = account(model(), 64)
+    encoder = account_encoder(MultimodalConfig(model(), VISION, LAYOUT.image)).training_flops
+    per_token = text.training_flops if stage == "joint" else 2 * text.forward_flops
+    assert module.active_flops == pytest.approx(STEPS * 4 * 64 * per_token + tiles * encoder)

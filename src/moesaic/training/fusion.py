@@ -13,7 +13,8 @@ from moesaic.layers import Parametrization, Routing
 from moesaic.layers.part import initialize as initialize_part
 from moesaic.losses import contrastive_loss, linear_cross_entropy, load_balance_loss, token_cross_entropy
 from moesaic.losses.cross_entropy import IGNORE_INDEX
-from moesaic.models import MultimodalDecoder, VisionConfig
+from moesaic.models import MultimodalConfig, MultimodalDecoder, VisionConfig
+from moesaic.models.encoder_costs import account_encoder
 from moesaic.models.multimodal import build_encoder
 from moesaic.training.module import Batch, LanguageModel, StepCounts
 
@@ -51,6 +52,25 @@ class _WithPictures(LanguageModel):
             with torch.no_grad():
                 initialize_part(part, self.parametrization)
         self.image_token = image_token
+        encoder = account_encoder(MultimodalConfig(self.decoder.config, shape, image_token))
+        self._flops_per_tile = encoder.training_flops
+        self.tiles = 0
+        """Tiles that were trained on so far."""
+
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        self.tiles += len(batch.get("images", ()))
+
+    @property
+    def active_flops(self) -> float:
+        return super().active_flops + self.tiles * self._flops_per_tile
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["moesaic"]["tiles"] = self.tiles
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.tiles = checkpoint["moesaic"].get("tiles", 0)
 
     @property
     def parametrization(self) -> Parametrization:
@@ -78,6 +98,7 @@ class FusionModel(_WithPictures):
         self.picture_score = LanguageModelScore(self.token_bytes)
         if self.is_frozen:
             self.decoder.requires_grad_(False)
+            self.training_flops_per_token *= 2 / 3  # no gradients of weights
 
     @property
     def multimodal(self) -> MultimodalDecoder:
@@ -157,6 +178,7 @@ class ContrastiveModel(_WithPictures):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        self.training_flops_per_token -= 6 * self.decoder.head.weight.numel()  # which is not used
 
     def embed_pairs(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Routing]]:
         """The pictures and the texts of B pairs, each (B, D), and the routing of the texts."""

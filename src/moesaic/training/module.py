@@ -432,11 +432,16 @@ class LanguageModel(pl.LightningModule):
         """Write one row to every logger, with what it is plotted against."""
         step = self.trainer.global_step
         progress, seconds = self.progress, self.log_book.seconds
-        axes = {"tokens": progress.tokens(step), "seconds": seconds, "active_flops": progress.flops(step)}
+        axes = {"tokens": progress.tokens(step), "seconds": seconds, "active_flops": self.active_flops}
         if self.codistillation is not None:
             axes["teacher_flops"] = self.teacher_flops
         for logger in self.loggers:
             logger.log_metrics({**axes, **row}, step=step)
+
+    @property
+    def active_flops(self) -> float:
+        """What training cost so far, in FLOPs."""
+        return self.progress.flops(self.trainer.global_step)
 
     @property
     def teacher_flops(self) -> float:
