@@ -52,8 +52,9 @@ class _WithPictures(LanguageModel):
             with torch.no_grad():
                 initialize_part(part, self.parametrization)
         self.image_token = image_token
-        encoder = account_encoder(MultimodalConfig(self.decoder.config, shape, image_token))
-        self._flops_per_tile = encoder.training_flops
+        assert self.decoder.config is not None
+        whole = MultimodalConfig(self.decoder.config, shape, image_token)
+        self._flops_per_tile = account_encoder(whole).training_flops
         self.tiles = 0
         """Tiles that were trained on so far."""
 
