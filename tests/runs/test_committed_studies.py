@@ -12,7 +12,10 @@ from rich.console import Console
 
 from moesaic.config import flatten, from_mapping
 from moesaic.errors import InputError
-from moesaic.ladder.prediction import read_ladder
+from moesaic.ladder.config import LadderConfig
+from moesaic.ladder.prediction import LADDER, read_ladder, with_recorded
+from moesaic.ladder.report import write_ladder_report
+from moesaic.ladder.rungs import Rungs
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import canonical
 from moesaic.studies.plan import plan
@@ -20,19 +23,31 @@ from moesaic.studies.report import write_study_report
 from moesaic.studies.runner import read_rows
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
-STUDIES = sorted(path.parent.name for path in DOCS.glob("*/rows.jsonl"))
+LADDERS = sorted(path.parent.name for path in DOCS.glob("*/ladder.yaml"))
+STUDIES = sorted({path.parent.name for path in DOCS.glob("*/rows.jsonl")} - set(LADDERS))
 BEGUN = sorted(path.parent for path in (DOCS.parent / "unfinished").glob("*/ladder.yaml"))
 
 Composed = Callable[..., dict[str, Any]]
 
 
 def shipped(composed: Composed, name: str) -> tuple[StudyConfig, dict[str, Any]]:
-    config = composed(f"experiment=study_{name}", config="study", smoke=False)
-    study = from_mapping(StudyConfig, config.pop("study"), "study")
+    config = as_run(composed(f"experiment=study_{name}", config="study", smoke=False))
+    return from_mapping(StudyConfig, config.pop("study"), "study"), config
+
+
+def shipped_ladder(composed: Composed, name: str) -> tuple[LadderConfig, Rungs]:
+    config = as_run(composed(f"experiment={name}", config="ladder", smoke=False))
+    vocab_size = yaml.safe_load((DOCS / name / LADDER).read_text())["vocab_size"]
+    ladder = with_recorded(from_mapping(LadderConfig, config.pop("ladder"), "ladder"), DOCS / name)
+    return ladder, Rungs(ladder, config, vocab_size)
+
+
+def as_run(config: dict[str, Any]) -> dict[str, Any]:
+    """What a command makes of its config here."""
     for key in ("workers", "results_dir"):
         config.pop(key)
     config["trainer"]["precision"] = "32-true"
-    return study, config
+    return config
 
 
 def without(config: Mapping[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
@@ -44,9 +59,9 @@ def test_there_are_studies() -> None:
     assert len(STUDIES) >= 11
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [*STUDIES, *LADDERS])
 def test_nothing_is_missing(composed: Composed, name: str) -> None:
-    study, base = shipped(composed, name)
+    study, base = shipped_ladder(composed, name)[1].study() if name in LADDERS else shipped(composed, name)
     rows = read_rows(DOCS / name, study, base)
     found = plan(study, base, rows)
     assert found.missing == []
@@ -98,5 +113,16 @@ def test_table_and_summary_are_what_the_rows_say(composed: Composed, name: str, 
     rows = read_rows(DOCS / name, study, base)
     command = f"moesaic study experiment=study_{name}"
     write_study_report(study, base, rows, tmp_path, command, Console(quiet=True))
+    for made in ("table.md", "summary.json"):
+        assert (tmp_path / made).read_text(encoding="utf-8") == (DOCS / name / made).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_the_report_of_a_ladder_is_what_its_rows_say(composed: Composed, name: str, tmp_path: Path) -> None:
+    ladder, rungs = shipped_ladder(composed, name)
+    study, base = rungs.study()
+    rows, console = read_rows(DOCS / name, study, base), Console(quiet=True)
+    command = f"moesaic ladder experiment={name}"
+    write_ladder_report(ladder, study, rungs.all, rows, tmp_path, base["name"], command, console, leaks=rungs.leaks)
     for made in ("table.md", "summary.json"):
         assert (tmp_path / made).read_text(encoding="utf-8") == (DOCS / name / made).read_text(encoding="utf-8")
