@@ -86,12 +86,15 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_from_nothing_to_the_verdict_and_the_same_when_stopped_in_every_stage(
     composed: Composed, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = composed("experiment=early_fusion", *FEW)
+    config = composed("experiment=early_fusion", *FEW, "training.score_windows=2")
     whole = fused({**config, "run_dir": str(tmp_path / "whole")}, pictures)
     metrics = run(whole)
     assert metrics["status"] == "finished"
     assert {"validation/loss", "pictures/unseen_picture/bits_per_character", "pictures/unseen_picture/exact"} <= set(
         metrics
+    )
+    assert metrics["text_model/bits_per_byte"] == pytest.approx(
+        json.loads((tmp_path / "whole" / "stages" / "text" / "metrics.json").read_text())["validation/bits_per_byte"]
     )
     logged = {key for row in rows(tmp_path / "whole" / "metrics.csv") for key, value in row.items() if value}
     assert {"train/loss_text", "train/loss_pictures", "validation/loss_pictures"} <= logged

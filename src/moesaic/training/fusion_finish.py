@@ -1,17 +1,21 @@
 """What follows training on pictures: numbers of pairs, of names in pictures, of the experts that image tokens take."""
 
+import math
 from itertools import islice
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.checkpoints import load_model
 from moesaic.data.images.pairs import PairEvaluationLoader
-from moesaic.evaluation.language_modeling import LanguageModelScore
+from moesaic.evaluation.language_modeling import LanguageModelScore, evaluate_split
 from moesaic.evaluation.modalities import experts_by_modality, plot_modalities
 from moesaic.evaluation.naming import naming_numbers
 from moesaic.evaluation.naming_plots import plot_answers
 from moesaic.evaluation.specialization import Specialization
+from moesaic.training.batches import evaluation_sizes
 from moesaic.training.config import RunConfig
 from moesaic.training.finish import Finished, Finisher, hyper_parameters, score_run
 from moesaic.training.fit import Fitted
@@ -40,17 +44,19 @@ def finishers_of(config: RunConfig, finishers: tuple[Finisher, ...]) -> tuple[Fi
         return finishers
     if config.fusion.stage == "contrastive":
         return (retrieval, hyper_parameters)
-    return (*finishers, names_in_pictures)
+    if config.fusion.stage == "frozen":  # its text model is the one it began with
+        return (*finishers, names_in_pictures)
+    return (*finishers, names_in_pictures, text_model_before)
 
 
-SHOWN = (
-    ("bits_per_character", "bits per character"),
-    ("bits_per_character_shuffled", "with shuffled pictures"),
-    ("exact", "exact"),
-    ("exact_chance", "by chance"),
-    ("character_error_rate", "character errors"),
-)
-"""Columns of the verdict."""
+SHOWN = {
+    "bits per character": ("bits_per_character", "bits_per_character_bigram"),
+    "with shuffled pictures": ("bits_per_character_shuffled",),
+    "exact": ("exact", "exact_chance"),
+    "median rank": ("rank", "rank_chance"),
+    "character errors": ("character_error_rate",),
+}
+"""Columns of the verdict: a number, and what chance has."""
 
 
 def names_in_pictures(run: Finished) -> dict[str, float]:
@@ -71,14 +77,37 @@ def names_in_pictures(run: Finished) -> dict[str, float]:
 
 
 def _verdict(numbers: dict[str, float]) -> Table:
-    table = Table(title="What it says of held-out pictures", title_justify="left")
+    table = Table(title="What it says of held-out pictures (by chance)", title_justify="left")
     table.add_column("split")
-    for _, title in SHOWN:
+    for title in SHOWN:
         table.add_column(title, justify="right")
     for split in dict.fromkeys(key.split("/")[1] for key in numbers):
-        cells = (numbers.get(f"pictures/{split}/{name}") for name, _ in SHOWN)
-        table.add_row(split, *("" if cell is None else f"{cell:.3f}" for cell in cells))
+        cells = []
+        for names in SHOWN.values():
+            value, *chance = (f"{numbers.get(f'pictures/{split}/{name}', math.nan):.3f}" for name in names)
+            cells.append(f"{value} ({chance[0]})" if chance else value)
+        table.add_row(split, *(cell if "nan" not in cell else "" for cell in cells))
     return table
+
+
+def text_model_before(run: Finished) -> dict[str, float]:
+    """The text model that a run began with, on the windows of text that the run is scored on."""
+    prepared, fusion = run.fitted.prepared, run.fitted.prepared.config.fusion
+    if fusion is None or fusion.text is None or not Path(fusion.text).exists():  # a resumed run does without
+        return {}
+    score = evaluate_split(
+        load_model(fusion.text).decoder,
+        prepared.data,
+        **evaluation_sizes(prepared.config.training),
+        windows=prepared.config.training.score_windows,
+        token_bytes=run.token_bytes,
+    )
+    run.console.print(
+        f"[bold]text[/]    {run.score.bits_per_byte:.3f} bits per byte; the text model that it began with has "
+        f"{score.bits_per_byte:.3f}",
+        highlight=False,
+    )
+    return {f"text_model/{name.rpartition('/')[2]}": value for name, value in score.numbers().items()}
 
 
 @torch.no_grad()
