@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moesaic.data import Data, EvaluationLoader, PictureData, TrainingLoader, load_pictures
+from moesaic.data import Data, DataConfig, EvaluationLoader, PictureData, TrainingLoader, load_pictures
 from moesaic.data.images.pairs import PairEvaluationLoader, PairTrainingLoader
 from moesaic.data.mixing import MixedEvaluationLoader, MixedTrainingLoader
 from moesaic.errors import InputError, naming
@@ -24,6 +24,10 @@ def make_batches(config: RunConfig, data: Data) -> RunBatches:
     return RunBatches(config, data) if config.fusion is None else FusionBatches(config, data, config.fusion)
 
 
+def _content(source: DataConfig) -> str:
+    return str(load_pictures(source).facts["content_hash"])
+
+
 class FusionBatches(RunBatches):
     """Batches of a run with `fusion`, of one process."""
 
@@ -32,13 +36,10 @@ class FusionBatches(RunBatches):
         self.fusion = fusion
         if data.tokenizer is None:
             raise InputError(f"data.source={config.data.source!r}: no tokenizer; must be text that has one")
+        given, captions = fusion.pictures.data(config.data), config.data.caption_source()
         with naming("fusion.pictures"):
-            self.pictures: PictureData = load_pictures(fusion.pictures.data(config.data), data.tokenizer)
-        captions = config.data.caption_source()
-        if (
-            captions is not None
-            and load_pictures(captions).facts["content_hash"] != self.pictures.facts["content_hash"]
-        ):
+            self.pictures: PictureData = load_pictures(given, data.tokenizer)
+        if captions not in (None, given) and _content(captions) != self.pictures.facts["content_hash"]:
             raise InputError(
                 "data.captions: its pictures are not those of fusion.pictures, so held-out texts could be read; "
                 "must be the same, or null"
