@@ -233,6 +233,8 @@ def test_accounts_of_free_and_latent_experts() -> None:
     [
         ({"identity_experts": -1}, "identity_experts=-1: must be a number >= 0"),
         ({"latent_dim": 0}, "latent_dim=0: must be a number > 0"),
+        ({"latent_norm": True}, "latent_norm=True: must be false without latent_dim"),
+        ({"experts": "normed_swiglu"}, "score_before_experts=True: must be false with experts=normed_swiglu"),
         ({"skip_experts": 1, "top_k": 6}, "top_k=6: must be 1 to num_experts=4 and those without weights"),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moesaic.layers import RMSNorm
+from moesaic.layers import CenteredRMSNorm, RMSNorm
 
 
 def test_by_hand() -> None:
@@ -49,3 +49,22 @@ def test_float64_stays_float64() -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), rtol=1e-14, atol=1e-14)
     assert torch.autograd.gradcheck(norm, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_centered_gain_is_a_gain_less_one(dtype: torch.dtype) -> None:
+    norm = CenteredRMSNorm(32, dtype=dtype)
+    assert not norm.weight.any()
+    with torch.no_grad():
+        norm.weight.normal_(std=0.1)
+    x = torch.randn(5, 32, dtype=dtype)
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (1 + norm.weight.double())
+    found = norm(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected.to(dtype))  # in bf16 too: it is rounded once
+
+
+def test_a_centered_norm_refuses_another_width() -> None:
+    with pytest.raises(ValueError, match="CenteredRMSNorm"):
+        CenteredRMSNorm(4)(torch.randn(2, 5))
