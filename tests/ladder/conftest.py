@@ -27,7 +27,9 @@ VOCABULARY = 512
 @functools.cache
 def _composed(words: tuple[str, ...]) -> dict[str, Any]:
     named = any(word.startswith("experiment=") for word in words)
-    return plain(compose_with(None, "ladder", [*words] if named else ["experiment=ladder_moe", *words]))
+    return plain(
+        compose_with(None, "ladder", [*words] if named else ["experiment=ladder_moe", "ladder.least=0", *words])
+    )
 
 
 @pytest.fixture

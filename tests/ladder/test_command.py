@@ -24,6 +24,7 @@ TINY = [
     "ladder.tune=null",
     "ladder.seeds=[0,1]",
     "ladder.rungs=[3e8,6e8,1.2e9]",
+    "ladder.least=0",
     "workers=1",
     "results_dir=results",
 ]

@@ -23,7 +23,7 @@ MakeRungs = Callable[..., Rungs]
 MakeLadder = Callable[..., Path]
 Law = Callable[[str, float], float]
 
-LADDER = ["experiment=ladder_experts", "ladder.rungs=[1e11,3e11,1e12]", "ladder.seeds=[0,1]"]
+LADDER = ["experiment=ladder_experts", "ladder.rungs=[1e11,3e11,1e12]", "ladder.least=0", "ladder.seeds=[0,1]"]
 DROP = "ladder.drop={rung:1e11,behind:0.05}"
 
 

@@ -11,7 +11,12 @@ from moesaic.ladder.page import BEGIN, END, filled, main
 from moesaic.ladder.rungs import Rungs
 
 ROOT = CONFIG_DIR.parent
-WORDS = ["experiment=ladder_experts", "ladder.rungs=[1e11,3e11,1e12]", "ladder.drop={rung:1e11,behind:0.05}"]
+WORDS = [
+    "experiment=ladder_experts",
+    "ladder.rungs=[1e11,3e11,1e12]",
+    "ladder.least=0",
+    "ladder.drop={rung:1e11,behind:0.05}",
+]
 
 
 @pytest.fixture

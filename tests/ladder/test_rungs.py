@@ -132,6 +132,7 @@ def test_a_run_that_would_repeat_a_token_is_refused(rungs_of: MakeRungs) -> None
         (["ladder.baseline=sparse"], "unknown arm; must be one of dense, 16 experts"),
         (["+ladder.arms.wide={model.dim:64}"], r"ladder.arms.wide: model.dim=64: must be left to the rungs"),
         (["ladder.asymptote=-1"], "asymptote=-1.0: must be"),
+        (["ladder.least=3e12"], r"least=3e12: must be a number of FLOPs >= 0 that leaves 3 or more of rungs="),
         (["ladder.tokens_per_parameter=0"], "must be a number > 0"),
     ],
 )

@@ -125,9 +125,8 @@ def _throughput(ladder: LadderConfig, cells: Sequence[Cell], arm: str) -> tuple[
     speed: Mapping[tuple[str, str], float] = {
         (cell.arm, cell.rung): cell.flops_per_second for cell in cells if cell.finished
     }
-    names = dict.fromkeys(cell.rung for cell in cells)
     return tuple(
         speed[arm, rung] / speed[ladder.baseline, rung]
-        for rung in list(names)[: len(ladder.rungs)]
+        for rung in ladder.fitted()
         if (arm, rung) in speed and (ladder.baseline, rung) in speed
     )

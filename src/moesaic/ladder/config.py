@@ -44,6 +44,7 @@ class LadderConfig:
     batch_exponent: float = 0.5  # it grows as tokens to this power
     warmup: float = 0.1  # share of the steps
     asymptote: float = 0.4  # bits per byte at infinite compute, where it is pinned
+    least: float = 0.0  # FLOPs of the smallest rung that laws are fitted to; below it rungs are run and shown
 
     def __post_init__(self) -> None:
         for key in ("rungs", "targets"):
@@ -73,8 +74,17 @@ class LadderConfig:
             raise ValueError(f"warmup={self.warmup}: must be 0 <= value < 1")
         if not 0 <= self.asymptote < math.inf:
             raise ValueError(f"asymptote={self.asymptote}: must be a number of bits per byte >= 0")
+        if not 0 <= self.least < math.inf or len(self.fitted()) < FEWEST_RUNGS:
+            raise ValueError(
+                f"least={_shown(self.least)}: must be a number of FLOPs >= 0 that leaves {FEWEST_RUNGS} or more of "
+                f"rungs={_listed(self.rungs)}"
+            )
         if self.tune is not None and self.tune.at != "every":
             raise ValueError(f"tune.at={self.tune.at!r}: must be left out, a ladder is tuned at its lowest rung")
+
+    def fitted(self, least: float = 0.0) -> tuple[str, ...]:
+        """The names of the rungs that laws are fitted to, of those with `least` FLOPs or more."""
+        return tuple(name_of(flops) for flops in self.rungs if flops >= max(least, self.least))
 
 
 def name_of(flops: float) -> str:

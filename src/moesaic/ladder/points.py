@@ -132,7 +132,7 @@ def points_of(ladder: LadderConfig, cells: Iterable[Cell], arm: str, least: floa
         InputError: a rung without all its runs, a run that diverged, or a loss that is no number; the message says
             which.
     """
-    fitted = [name_of(flops) for flops in ladder.rungs if flops >= least]
+    fitted = ladder.fitted(least)
     chosen = [cell for cell in cells if cell.arm == arm and cell.rung in fitted]
     for cell in chosen:
         if cell.out:

@@ -176,7 +176,7 @@ def record(results: Path, at: float, *, free: bool = False, least: float = 0.0) 
         flops = ladder.rungs.flops_per_token(arm, rung.dim) * rung.tokens
         arms[arm] = _predict(config, points, flops, free, results)
         used += points.rows
-    fitted = tuple(name_of(flops) for flops in config.rungs if flops >= least)
+    fitted = config.fitted(least)
     changes = git("status", "--porcelain", "--", "src", "conf")
     prediction = Prediction(
         ladder=ladder.base["name"],

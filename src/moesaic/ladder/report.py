@@ -271,6 +271,7 @@ def _notes(
         "For tokens per parameter, a parameter is two forward FLOPs per token of the baseline.",
         f"Worth is by laws with the asymptote pinned at {ladder.asymptote:g} bits per byte; a slope is d ln(worth) / "
         "d ln(measure).",
+        *([f"Laws are of the rungs {', '.join(ladder.fitted())}."] if len(ladder.fitted()) < len(ladder.rungs) else []),
     ]
     if scored := scored_windows(rows.values()):
         notes.append(f"{METRIC}: {scored} of the validation split, drawn with a fixed seed, the same for all runs.")
