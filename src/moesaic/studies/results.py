@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from moesaic.evaluation.language_modeling import on_windows
 from moesaic.statistics import Interval, interval
-from moesaic.studies.config import StudyConfig
+from moesaic.studies.config import Cell, StudyConfig
 from moesaic.studies.jobs import Row, row_key
 from moesaic.studies.plan import Tuning, tuning
 
@@ -95,6 +95,14 @@ def summarize_study(study: StudyConfig, rows: Mapping[str, Row]) -> list[ArmResu
     return list(results.values())
 
 
+def _tuning_cpu_seconds(cell: Cell, rows: Mapping[str, Row]) -> float:
+    return math.fsum(
+        row["cpu_seconds"]
+        for row in rows.values()
+        if (row["arm"], row["axis"], row["purpose"]) == (cell.arm, cell.axis, "tune")
+    )
+
+
 def _result(
     study: StudyConfig,
     rows: Mapping[str, Row],
@@ -136,11 +144,6 @@ def _result(
         text = "; ".join(
             filter(None, [text, f"{place}: {diverged} of {len(found)} runs diverged and count in no mean"])
         )
-    cost = [
-        row["cpu_seconds"]
-        for row in rows.values()
-        if (row["arm"], row["axis"], row["purpose"]) == (cell.arm, cell.axis, "tune")
-    ]
     return ArmResult(
         arm=arm,
         axis=cell.axis,
@@ -149,7 +152,7 @@ def _result(
         values=values,
         missing=() if tuned.failed else tuple(seed for seed in study.seeds if seed not in found),
         tuning=tuned,
-        tuning_cpu_seconds=math.fsum(cost) if purpose == "measure" else 0.0,
+        tuning_cpu_seconds=_tuning_cpu_seconds(cell, rows) if purpose == "measure" else 0.0,
         level=interval(list(values.values())),
         difference=difference,
         switched=switched,

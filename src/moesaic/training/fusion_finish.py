@@ -1,6 +1,5 @@
 """What follows training on pictures: numbers of pairs, of names in pictures, of the experts that image tokens take."""
 
-import math
 from itertools import islice
 from pathlib import Path
 
@@ -82,12 +81,14 @@ def _verdict(numbers: dict[str, float]) -> Table:
     for title in SHOWN:
         table.add_column(title, justify="right")
     for split in dict.fromkeys(key.split("/")[1] for key in numbers):
-        cells = []
-        for names in SHOWN.values():
-            value, *chance = (f"{numbers.get(f'pictures/{split}/{name}', math.nan):.3f}" for name in names)
-            cells.append(f"{value} ({chance[0]})" if chance else value)
-        table.add_row(split, *(cell if "nan" not in cell else "" for cell in cells))
+        table.add_row(split, *(_cell(numbers, split, names) for names in SHOWN.values()))
     return table
+
+
+def _cell(numbers: dict[str, float], split: str, names: tuple[str, ...]) -> str:
+    """A number and chance behind it in brackets; nothing where there is no such number."""
+    found = [f"{numbers[key]:.3f}" for name in names if (key := f"pictures/{split}/{name}") in numbers]
+    return " ".join([*found[:1], *(f"({chance})" for chance in found[1:])])
 
 
 def text_model_before(run: Finished) -> dict[str, float]:
