@@ -1,5 +1,6 @@
 """Experts without weights and experts in a latent width, against the blocks of transformers that have them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def redraw(module: nn.Module) -> None:
                 buffer.normal_(std=0.1)
 
 
-def outputs(layer: nn.Module, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def outputs(layer: Callable[[Tensor], Any], x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The output, and the gradients of x and of some weights."""
     x = x.clone().requires_grad_()
     y = layer(x)
@@ -104,30 +105,56 @@ def test_skip_experts_and_the_network_of_the_router_are_those_of_zaya() -> None:
         rms_norm_eps=1e-6,
     )
     config._experts_implementation = "eager"
-    oracle = ZayaSparseMoeBlock(config, layer_idx=0)
-    redraw(oracle)
-    x = torch.randn(2, 20, DIM)
-    oracle.gate.balancing_biases.zero_()
-    probabilities = oracle.gate(x)[0].softmax(dim=-1)
-    lead = probabilities[:, :-1].amax(dim=1) - probabilities[:, -1]
-    oracle.gate.balancing_biases[-1] = lead.median() + 1e-4  # so that about half are skipped
-    router = MlpRouter(DIM, EXPERTS + 1, top_k=1, router_dim=8, score_function="softmax", expert_bias=True)
-    gate, network = oracle.gate, oracle.gate.router_mlp
-    assert router.expert_bias is not None
-    with torch.no_grad():
-        router.down_proj.load_state_dict(gate.down_proj.state_dict())
-        router.norm.weight.copy_(network.norm.weight)
-        router.hidden[0].load_state_dict(network.fc1.state_dict())
-        router.hidden[1].load_state_dict(network.fc2.state_dict())
-        router.weight.copy_(network.out_proj.weight)
-        router.expert_bias.copy_(gate.balancing_biases)
-    inner = Experts(EXPERTS, DIM, HIDDEN)
-    copy(inner, oracle.experts)
-    moe = MoE(router=router, experts=FreeExperts(inner, skip=1), score_before_experts=False)
-    mine = outputs(moe, x, router.weight, inner.down_proj)
-    theirs = outputs(oracle, x, network.out_proj.weight, oracle.experts.down_proj)
-    same(mine, theirs)
-    assert 10 < moe.forward_with_routing(x)[1].tokens_per_expert[-1] < 30, "about half are skipped"
+    oracles = [ZayaSparseMoeBlock(config, layer_idx=i) for i in range(3)]
+    x, state, moes = torch.randn(2, 20, DIM), None, []
+    for i, oracle in enumerate(oracles):
+        redraw(oracle)
+        gate, network = oracle.gate, oracle.gate.router_mlp
+        gate.balancing_biases.zero_()
+        with torch.no_grad():
+            logits, _, _, next_state = gate(x, router_states=state)
+        lead = logits.softmax(dim=-1)[:, :-1].amax(dim=1) - logits.softmax(dim=-1)[:, -1]
+        gate.balancing_biases[-1] = lead.median() + 1e-4  # so that about half are skipped
+        router = MlpRouter(
+            DIM, EXPERTS + 1, router_dim=8, depth_average=i > 0, score_function="softmax", expert_bias=True
+        )
+        assert router.expert_bias is not None
+        with torch.no_grad():
+            router.down_proj.load_state_dict(gate.down_proj.state_dict())
+            router.norm.weight.copy_(network.norm.weight)
+            router.hidden[0].load_state_dict(network.fc1.state_dict())
+            router.hidden[1].load_state_dict(network.fc2.state_dict())
+            router.weight.copy_(network.out_proj.weight)
+            router.expert_bias.copy_(gate.balancing_biases)
+            if router.state_scale is not None:
+                router.state_scale.copy_(gate.router_states_scale)
+        inner = Experts(EXPERTS, DIM, HIDDEN)
+        copy(inner, oracle.experts)
+        moes.append(MoE(router=router, experts=FreeExperts(inner, skip=1), score_before_experts=False))
+        before = None if state is None else state.flatten(0, 1)
+        skipped = moes[-1].forward_with_routing(x, router_state=before)[1].tokens_per_expert[-1]
+        assert 10 < skipped < 30, "about half are skipped"
+        state = next_state
+
+    def ours(x: Tensor) -> Tensor:
+        y, state = x.new_zeros(()), None
+        for moe in moes:
+            out, routing = moe.forward_with_routing(x, router_state=state)
+            y, state = y + out, routing.state
+        return y
+
+    def theirs(x: Tensor) -> Tensor:
+        y, state = x.new_zeros(()), None
+        for oracle in oracles:
+            out, state = oracle(x, state)
+            y = y + out.view_as(x)
+        return y
+
+    mine = [[moe.router.weight, moe.router.down_proj.weight, moe.experts.experts.down_proj] for moe in moes]
+    their = [[o.gate.router_mlp.out_proj.weight, o.gate.down_proj.weight, o.experts.down_proj] for o in oracles]
+    scales = [moe.router.state_scale for moe in moes[1:]]
+    their_scales = [oracle.gate.router_states_scale for oracle in oracles[1:]]
+    same(outputs(ours, x, *sum(mine, scales)), outputs(theirs, x, *sum(their, their_scales)))
 
 
 def test_latent_experts_are_those_of_nemotron() -> None:

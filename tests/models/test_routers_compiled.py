@@ -8,7 +8,7 @@ import torch
 
 from moesaic.models import MoEConfig, build_decoder, llama4_toy
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"mlp": {"router_dim": 8}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"mlp": {"router_dim": 8, "depth_average": True}}
 
 
 @pytest.mark.slow

@@ -91,7 +91,10 @@ def test_it_is_bit_equal_where_every_number_is_exact(hidden_dim: int, top_k: int
 @pytest.mark.slow_but_for("quantile", "capacity")
 @pytest.mark.parametrize("router", get_args(RouterName))
 def test_every_router_keeps_the_function_or_is_refused(router: str) -> None:
-    arguments = {"group_limited": {"num_groups": 2, "top_groups": 1}, "mlp": {"router_dim": 8}}.get(router, {})
+    arguments = {
+        "group_limited": {"num_groups": 2, "top_groups": 1},
+        "mlp": {"router_dim": 8, "depth_average": True},
+    }.get(router, {})
     skips = router in ("top_p", "relu", "threshold", "expert_choice", "capacity")
     moe = {"top_k": 2, "shared_hidden_dim": 0, "router": {"type": router, **arguments}, "score_before_experts": False}
     scores = {"score_function": "softmax"} if router == "top_p" else {"normalize_scores": not skips}

@@ -1,5 +1,7 @@
 """The example of pipeline parallelism trains as one process does."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, distributed
@@ -16,7 +18,7 @@ from moesaic.examples.pipeline import (
     train_in_stages,
 )
 from moesaic.losses import load_balance_loss
-from moesaic.models import Decoder, build_decoder
+from moesaic.models import Decoder, MoEConfig, build_decoder
 from moesaic.parallel.workers import Workers
 
 STEPS = 3
@@ -69,3 +71,9 @@ def test_tied_embeddings_are_refused() -> None:
     model.tie_embeddings = True
     with pytest.raises(ValueError, match="tie_embeddings=True: must be False"):
         Stage(model, range(2))
+
+
+def test_a_router_that_asks_for_more_than_x_is_refused() -> None:
+    moe = MoEConfig(num_experts=4, hidden_dim=24, router="hash")
+    with pytest.raises(ValueError, match="layer 1: its router asks for more than x"):
+        Stage(build_decoder(dataclasses.replace(CONFIG, moe=moe)), range(2))

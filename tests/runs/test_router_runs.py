@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = {
     "group_limited": ["model.moe.router={type: group_limited, num_groups: 4, top_groups: 2}"],
     "capacity": ["model.moe.router={type: capacity, capacity_factor: 1.0}"],
-    "mlp": ["model.moe.router={type: mlp, router_dim: 8}"],
+    "mlp": ["model.moe.router={type: mlp, router_dim: 8, depth_average: true}"],
     "top_p": ["model.moe.router=top_p", "model.moe.score_function=softmax"],
 }
 

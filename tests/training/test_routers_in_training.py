@@ -17,7 +17,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
 ]
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"group_limited": {"num_groups": 2, "top_groups": 1}, "mlp": {"router_dim": 8}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "group_limited": {"num_groups": 2, "top_groups": 1},
+    "mlp": {"router_dim": 8, "depth_average": True},
+}
 
 
 def moe(router: str) -> MoEConfig:

@@ -63,6 +63,9 @@ class Stage(nn.Module):
         super().__init__()
         if decoder.tie_embeddings:
             raise ValueError("tie_embeddings=True: must be False, because stages share no weight")
+        for i, block in enumerate(decoder.layers):
+            if getattr(block, "takes_token_ids", False) or getattr(block, "takes_router_state", False):
+                raise ValueError(f"layer {i}: its router asks for more than x, which is all that travels here")
         is_first, is_last = blocks.start == 0, blocks.stop == len(decoder.layers)
         self.embedding = decoder.embedding if is_first else None
         self.layers = nn.ModuleDict({str(i): decoder.layers[i] for i in blocks})

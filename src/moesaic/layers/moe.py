@@ -68,7 +68,8 @@ class MoE(nn.Module):
         router: x (T, D) -> logits (T, E), scores (T, K), expert_ids (T, K), as a `Routing` or a tuple. The layer counts
             the tokens of each expert. An id of E means "no expert"; a router that never gives it may say so with an
             attribute `may_skip = False`, which saves a host synchronization on GPUs. If its forward has an argument
-            `token_ids`, it gets the ids (T,) of the tokens.
+            `token_ids`, it gets the ids (T,) of the tokens; if `router_state`, the `Routing.state` of the MoE layer
+            before, or None.
         experts: rows (R, D) sorted by expert, rows_per_expert (E,) -> (R, D).
         shared_expert: sees every token, unscaled; None for none.
         dispatcher: how rows reach the experts.
@@ -102,6 +103,8 @@ class MoE(nn.Module):
         self.latent = latent
         self.takes_token_ids = "token_ids" in inspect.signature(router.forward).parameters
         """Whether the router asks for the ids of the tokens; the forward methods then take them."""
+        self.takes_router_state = "router_state" in inspect.signature(router.forward).parameters
+        """Whether the router asks for what the one of the MoE layer before left in `Routing.state`."""
         self.assume_full = False
         """Whether to take it that every slot has an expert, without looking: for tensors without values."""
 
@@ -176,7 +179,11 @@ class MoE(nn.Module):
         return self.forward_with_routing(x, token_ids=token_ids)[0]
 
     def forward_with_routing(
-        self, x: Tensor, routing: Routing | None = None, token_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        routing: Routing | None = None,
+        token_ids: Tensor | None = None,
+        router_state: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D), and the router's decision over the T flattened tokens.
 
@@ -187,6 +194,7 @@ class MoE(nn.Module):
             routing: replays its expert_ids (T, K) instead of choosing. The scores are computed anew from all logits, so
                 the router learns as if it had made this choice. The result is marked as `replayed`.
             token_ids: (...) int64, for a router that asks for them.
+            router_state: (T, S), the `Routing.state` of the MoE layer before, for a router that asks for it.
 
         Raises:
             ValueError: a router that returns other shapes than `Routing` says, or that cannot replay.
@@ -196,8 +204,12 @@ class MoE(nn.Module):
             require_weights_dtype("MoE", x, self.experts.down_proj)
         tokens = x.reshape(-1, x.size(-1))
         asked = {"token_ids": None if token_ids is None else token_ids.flatten()} if self.takes_token_ids else {}
+        state = {"router_state": router_state} if self.takes_router_state else {}
         num_experts, is_replayed = getattr(self.experts, "num_experts", None), routing is not None
-        found = self.router(tokens, **asked) if routing is None else replay(self.router, tokens, routing, num_experts)
+        if routing is None:
+            found = self.router(tokens, **asked, **state)
+        else:
+            found = replay(self.router, tokens, routing, num_experts, **state)
         decided = counted(self.router, found, tokens, num_experts, is_replayed, self.assume_full)
         inputs = tokens if self.latent is None else self.latent.down(tokens)
         y = mix_experts(inputs, decided, self.experts, self.dispatcher, self.score_before_experts)

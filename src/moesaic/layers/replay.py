@@ -11,11 +11,14 @@ from moesaic.layers.routing import Routing
 __all__ = ["replay"]
 
 
-def replay(router: nn.Module, tokens: Tensor, routing: Routing, num_experts: int | None) -> tuple[Tensor, ...]:
+def replay(
+    router: nn.Module, tokens: Tensor, routing: Routing, num_experts: int | None, router_state: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """What a router gives for tokens (T, D) with the expert_ids (T, K) of `routing` in place of its own choice.
 
     Args:
         num_experts: E, beyond which no id may be; None if nobody knows.
+        router_state: see `Routing.state`; only for a router that asks for it.
 
     Raises:
         TypeError: no Routing, or ids that are no integers.
@@ -29,7 +32,8 @@ def replay(router: nn.Module, tokens: Tensor, routing: Routing, num_experts: int
         require_ids("MoE", "routing.expert_ids", expert_ids, num_experts, ignore=num_experts)
     asked = inspect.signature(router.forward).parameters.values()
     if any(each.name == "expert_ids" or each.kind is each.VAR_KEYWORD for each in asked):
-        decided = tuple(router(tokens, expert_ids=expert_ids))
+        state = {} if router_state is None else {"router_state": router_state}
+        decided: tuple[Tensor, ...] = router(tokens, expert_ids=expert_ids, **state)
         if decided[2] is expert_ids or torch.equal(decided[2], expert_ids):
             return decided
     raise ValueError(

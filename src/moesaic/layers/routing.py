@@ -25,6 +25,8 @@ class Routing(NamedTuple):
     """Number of slots that have an expert; None means all T * K. `MoE` fills it in."""
     replayed: bool = False
     """Whether the choice was handed to `MoE.forward_with_routing`. It then says nothing about balance."""
+    state: Tensor | None = None
+    """(T, S), what the router of the next MoE layer gets if its forward has an argument `router_state`."""
 
     @property
     def tokens_per_expert(self) -> Tensor:
@@ -74,7 +76,8 @@ def counted(
     counts = count_tokens(expert_ids, num_experts)
     if may_skip and (found := int(counts.sum())) < expert_ids.numel():
         scores, num_rows = scores.masked_fill(expert_ids == num_experts, 0), found
-    return Routing(logits, scores, expert_ids, counts, num_rows, is_replayed)
+    state = decided.state if isinstance(decided, Routing) else None
+    return Routing(logits, scores, expert_ids, counts, num_rows, is_replayed, state)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -88,13 +88,20 @@ class Block(nn.Module):
         self.ffn = ffn
         self.is_routed = isinstance(ffn, RoutedLayer)  # once: a protocol check is slow
         self.takes_token_ids = bool(getattr(ffn, "takes_token_ids", False))
+        self.takes_router_state = bool(getattr(ffn, "takes_router_state", False))
 
     def forward(
-        self, x: Tensor, cache: Any = None, attention_mask: Tensor | None = None, token_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        router_state: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """x (B, L, D) -> (B, L, D), and the routing if the channel mixer is a MoE.
 
-        The token_ids (B, L) are for a MoE whose router asks for them. What stands in padding reaches no real token and
+        The token_ids (B, L), and the router_state (B * L, S) of the MoE layer before, are for a MoE whose router asks
+        for them. What stands in padding reaches no real token and
         no gradient, whatever it is.
         """
         if attention_mask is not None:  # finite: a gradient of 0 times inf or nan would be nan
@@ -111,6 +118,8 @@ class Block(nn.Module):
         y = self.ffn_norm(x)
         if self.is_routed:
             asked = {"token_ids": token_ids} if self.takes_token_ids else {}
+            if self.takes_router_state:
+                asked["router_state"] = router_state
             y, routing = cast(RoutedLayer, self.ffn).forward_with_routing(y, **asked)
             return x + self._scaled(y), routing
         return x + self._scaled(self.ffn(y)), None
@@ -274,13 +283,18 @@ class Decoder(nn.Module):
             self._require_padding_support()
             is_real = attention_mask[:, attention_mask.size(1) - x.size(1) :].flatten()
         routing: dict[str, Routing] = {}
+        state: Tensor | None = None
         for i, block in enumerate(self.layers):
-            token_ids = tokens if getattr(block, "takes_token_ids", False) else None
+            asked = (
+                tokens if getattr(block, "takes_token_ids", False) else None,
+                state if getattr(block, "takes_router_state", False) else None,
+            )
             if self.checkpoint_activations and self.training and cache is None:
-                x, decided = checkpoint(block, x, None, attention_mask, token_ids, use_reentrant=False)
+                x, decided = checkpoint(block, x, None, attention_mask, *asked, use_reentrant=False)
             else:
-                x, decided = block(x, None if cache is None else cache[i], attention_mask, token_ids)
+                x, decided = block(x, None if cache is None else cache[i], attention_mask, *asked)
             if decided is not None:
+                state = decided.state
                 routing[f"layers.{i}.ffn"] = decided if is_real is None else _count_real(decided, is_real)
         return self.norm(x), routing
 

@@ -190,7 +190,8 @@ def put(seam: Seam, part: Any, dim: int) -> Placed:
     if not isinstance(part, nn.Module):
         raise InputError(f"found a {type(part).__name__}; a {seam} must be a torch.nn.Module")
     if seam == "router":
-        asked = {"token_ids": torch.zeros(8, dtype=torch.int64)} if "token_ids" in _names(part) else {}
+        known = {"token_ids": torch.zeros(8, dtype=torch.int64), "router_state": None}
+        asked = {name: value for name, value in known.items() if name in _names(part)}
         with torch.no_grad():
             decided = copy.deepcopy(part)(torch.randn(8, dim), **asked)
         if not isinstance(decided, tuple) or not isinstance(decided[0], Tensor):

@@ -18,8 +18,10 @@ def describe_break(decoder: Decoder, tokens: Tensor) -> str:
     is_spread = is_sharded(decoder.embedding.weight)
     if not is_spread:
         x = decoder.embedding(tokens)
+        state = None
         for i, block in enumerate(decoder.layers):
-            x, _ = block(x, token_ids=tokens)
+            x, routing = block(x, token_ids=tokens, router_state=state)
+            state = state if routing is None else routing.state
             if not bool(x.isfinite().all()):
                 return f"layers.{i} is the first layer with a non-finite output"
     known = "" if is_spread else "all layers' outputs are finite, "
