@@ -405,6 +405,8 @@ def test_another_metric_is_judged_against_an_arm_of_its_own(
     assert "- names: both is worse than pairs by 0.0200 [0.0200, 0.0200] (3 pairs)\n" in printed
     assert "names: text" not in printed  # it has none
     assert "names: both is worse" in (tmp_path / "table.md").read_text()
+    (stored,) = json.loads((tmp_path / "summary.json").read_text())["judged"]
+    assert (stored["metric"], stored["arm"], round(stored["difference"]["mean"], 9)) == ("names", "both", 0.02)
 
 
 def test_a_metric_is_judged_against_an_arm_that_exists(study_of: StudyOf) -> None:

@@ -82,7 +82,10 @@ def write_study_report(
         table.add_row(*map(escape, line))
     console.print(table)
     verdicts = list(verdicts) or [arm.verdict for arm in arms if arm.verdict]
-    verdicts += [*_judged(study, rows), *(each.sentence for each in moved_rates(study, rows))]
+    verdicts += [
+        *(f"{metric}: {arm.verdict}" for metric, arm in _judged(study, rows)),
+        *(each.sentence for each in moved_rates(study, rows)),
+    ]
     notes = _notes(study, base, arms, rows)
     for text in [*verdicts, *then, *notes]:
         console.print(f"- {text}", markup=False, highlight=False, soft_wrap=True)
@@ -102,10 +105,10 @@ def write_study_report(
     write_json(results / "summary.json", _summary(study, base, arms, rows, command, notes))
 
 
-def _judged(study: StudyConfig, rows: Mapping[str, Row]) -> list[str]:
-    """A verdict on each arm that has another metric, against the arm that is named for it."""
+def _judged(study: StudyConfig, rows: Mapping[str, Row]) -> list[tuple[str, ArmResult]]:
+    """Every arm that has another metric, with a verdict against the arm that is named for it."""
     return [
-        f"{metric}: {arm.verdict}"
+        (metric, arm)
         for metric, baseline in study.judged.items()
         for arm in summarize_study(dataclasses.replace(study, metric=metric, baseline=baseline), rows)
         if arm.difference is not None and arm.difference.n
@@ -289,6 +292,11 @@ def _summary(
         }
         for arm in arms
     ]
+    judged = [
+        {"metric": metric, "arm": arm.arm, "difference": _finite(arm.difference), "verdict": arm.verdict}
+        for metric, arm in _judged(study, rows)
+        if arm.difference is not None
+    ]
     moves = [{**dataclasses.asdict(each), "cost": _finite(each.cost)} for each in moved_rates(study, rows)]
     described = {name: getattr(study, name) for name in ("question", "equal", "metric", "higher_is_better", "baseline")}
     return {
@@ -299,6 +307,7 @@ def _summary(
         "prepared": {row["arm"]: row["cpu_seconds"] for row in rows.values() if row["purpose"] == "prepare"},
         "cpu_seconds": round(math.fsum(row["cpu_seconds"] for row in rows.values()), 1),
         "results": results,
+        **({"judged": judged} if judged else {}),
         **({"moved_rates": moves} if moves else {}),
         "notes": list(notes),
     }
