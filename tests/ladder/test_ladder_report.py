@@ -52,6 +52,17 @@ def test_twice_the_compute_is_found_and_told_in_one_sentence(rungs_of: MakeRungs
     assert summary["gates"] == {"16 experts": True}
 
 
+def test_rates_that_tie_where_they_are_tuned_are_named(rungs_of: MakeRungs, made_ladder: MakeLadder) -> None:
+    def tied(row: Row) -> Row:
+        if row["purpose"] == "tune" and row["factor"] in (1.0, 2.0):
+            apart = 0.001 if row["arm"] == "dense" else 0.01
+            row["metrics"]["validation/bits_per_byte"] = 1.5 * (1 + apart * (row["factor"] - 1))
+        return row
+
+    text, _ = report(made_ladder(rungs_of(), change=tied))
+    assert "a larger rung may prefer the other: dense (x1, x2)." in text
+
+
 @pytest.mark.slow
 def test_equal_arms_do_not_hide_each_other_in_the_pictures(rungs_of: MakeRungs, made_ladder: MakeLadder) -> None:
     ladder = read_ladder(made_ladder(rungs_of("experiment=ladder_experts")))

@@ -23,6 +23,7 @@ from moesaic.ladder.rungs import METRIC, Rung
 from moesaic.models.leaks import Leaks
 from moesaic.studies.config import StudyConfig
 from moesaic.studies.jobs import Row, row_key
+from moesaic.studies.plan import score
 from moesaic.studies.results import processors, scored_windows
 from moesaic.studies.tables import markdown_table, number
 
@@ -135,6 +136,9 @@ def _short(estimate: Estimate) -> str:
     )
     return f"{value} [{low}, {high}]"
 
+
+CLOSE = 0.003
+"""A share of the loss. Rates that tied on one seed at 5e10 FLOPs had losses 8% apart at 8e11 (docs/LOG.md)."""
 
 MOST_SHOWN = 1000
 """Beyond it an interval says that nothing is known."""
@@ -279,6 +283,11 @@ def _notes(
         edge = sorted({cell.arm for cell in cells if cell.at_edge})
         text = "Learning rates are tuned at the lowest rung, on a seed of its own, and moved by the rules of transfer."
         notes.append(text + (f" The best is at the edge of what was tried: {', '.join(edge)}." if edge else ""))
+        if close := _close_rates(study, rows):
+            notes.append(
+                f"At the lowest rung two rates are within {100 * CLOSE:g}% of each other, and a larger rung may prefer "
+                f"the other: {', '.join(close)}."
+            )
     notes += [f"{study.shown(arm)}: {why}" for arm, why in {cell.arm: cell.out for cell in cells if cell.out}.items()]
     if ladder.drop is not None:
         notes.append(
@@ -302,6 +311,17 @@ def _notes(
     if any(row["uncommitted_changes"] for row in rows.values()):
         notes.append("Some rows were made with uncommitted changes in src/ or conf/.")
     return notes
+
+
+def _close_rates(study: StudyConfig, rows: Mapping[str, Row]) -> list[str]:
+    """The arms for which another learning rate was nearly as good as the one that was chosen, with both."""
+    found = []
+    for arm in study.arms:
+        tuned = [row for row in rows.values() if (row["arm"], row["purpose"]) == (arm, "tune")]
+        scores = sorted((score(study, row), row["factor"]) for row in tuned)
+        if len(scores) > 1 and scores[1][0] - scores[0][0] < CLOSE * scores[0][0]:
+            found.append(f"{study.shown(arm)} (x{scores[0][1]:g}, x{scores[1][1]:g})")
+    return found
 
 
 def _unsaid(analysis: Analysis, said: Collection[str]) -> list[str]:
