@@ -108,8 +108,13 @@ MODELS: dict[str, DecoderConfig] = {
         attention=dataclasses.replace(_ATTENTION, conv_width=3, bias=True),
         dim=6,
         hidden_dim=10,
-        num_layers=1,
-        moe=MoEConfig(num_experts=2, hidden_dim=12, expert_bias=True),
+        num_layers=2,
+        moe=MoEConfig(
+            num_experts=2,
+            hidden_dim=12,
+            expert_bias=True,
+            router={"type": "mlp", "router_dim": 5, "depth_average": True},
+        ),
         interleave_moe_layer_step=1,
     ),
 }
