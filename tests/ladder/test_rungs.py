@@ -102,7 +102,7 @@ def test_latents_and_widths_of_own_parts_grow_with_the_rung(rungs_of: MakeRungs)
         }
         latent, mlp, groups = (models[arm].moe for arm in ("latent experts", "mlp", "group-limited"))
         assert latent is not None and latent.latent_dim == rung.dim / 2
-        assert mlp is not None and mlp.router == {"type": "mlp", "router_dim": rung.dim // 2}
+        assert mlp is not None and isinstance(mlp.router, dict) and mlp.router["router_dim"] == rung.dim // 2
         assert groups is not None and groups.router == {"type": "group_limited", "num_groups": 4, "top_groups": 2}
         widths = {layer.ffn["hidden_dim"] for layer in models["soft"].layers if isinstance(layer.ffn, dict)}
         assert widths == {2 * rung.dim}
