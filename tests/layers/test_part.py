@@ -49,6 +49,15 @@ class Threshold(Unsaid):
         return logits, logits.sigmoid(), ids
 
 
+class Asking(Unsaid):
+    """A router that must be given ids, and what the one before it left."""
+
+    def forward(self, x: Tensor, token_ids: Tensor, router_state: Tensor | None) -> Routing:  # type: ignore[override]
+        logits, scores, ids = super().forward(x)
+        before = torch.zeros_like(logits) if router_state is None else router_state
+        return Routing(logits + before, scores, (ids + token_ids[:, None]) % self.num_experts, state=logits)
+
+
 def with_router(router: nn.Module, **options: Any) -> MoE:
     return MoE.build(8, 6, 4, router=router, backend="loop", **options)
 
@@ -148,6 +157,9 @@ def test_what_cannot_be_run_is_assumed_and_says_so() -> None:
 def test_experts_per_token() -> None:
     assert experts_per_token(TopKRouter(8, 4, top_k=3), 4, 8, 1) == 3
     assert experts_per_token(Unsaid(top_k=2), 4, 8, 1) == 2
+    assert experts_per_token(Asking(top_k=2), 4, 8, 1) == 2
+    said, asking = (with_router(router).flops_per_token(16) for router in (Unsaid(), Asking()))
+    assert said == asking > 0
     mean = experts_per_token(Threshold(), 4, 8, 1)
     assert 0 < mean < 4 and mean != round(mean)
     assert experts_per_token(Threshold().to("meta"), 4, 8, 2.5) == 2.5
@@ -283,6 +295,12 @@ def test_an_id_out_of_range_is_an_error(bad: int) -> None:
 
 
 def test_a_router_with_other_shapes_is_named() -> None:
+    class Flat(Unsaid):
+        def forward(self, x: Tensor) -> Routing:  # type: ignore[override]
+            return Routing(*super().forward(x), state=x[:, 0])
+
+    with pytest.raises(ValueError, match=r"Flat: state of shape \(3,\); must be \(3, any\)"):
+        with_router(Flat())(torch.randn(3, 8))
     with pytest.raises(ValueError, match=r"Unsaid returned logits \(3, 5\).*for 3 tokens and 4 experts"):
         with_router(Unsaid(num_experts=5))(torch.randn(3, 8))
 

@@ -16,6 +16,8 @@ from moesaic.models.seams import find_part
         ("custom_samples:BottomKRouter", "router"),
         ("custom_samples:UnsaidRouter", "router"),
         ("custom_samples:make_router", "router"),
+        ("custom_samples:AsksForIds", "router"),
+        ("custom_samples:AsksForState", "router"),
         ("custom_samples:Reversing", "mixer"),
         ("custom_samples.make_unsaid", "mixer"),
         ("moesaic.layers.Attention", "mixer"),

@@ -37,6 +37,59 @@ class ExpertChoice(LinearRouter):
         return Routing(logits, scores, torch.where(chosen, experts, EXPERTS))
 
 
+class Chained(LinearRouter):
+    """Nothing is wrong: its logits are those of the layer before, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Parameter(torch.full((EXPERTS,), 0.5))
+
+    def forward(self, x: Tensor, router_state: Tensor | None) -> Routing:
+        logits = x @ self.weight.T
+        if router_state is not None:
+            logits = logits + self.before * router_state
+        scores, expert_ids = logits.softmax(dim=-1).topk(2, dim=-1)
+        return Routing(logits, scores.to(x.dtype), expert_ids, state=logits)
+
+
+class LeavesTheMean(LinearRouter):
+    """Its own choice is causal. What it leaves for the next layer is the mean of all tokens."""
+
+    def forward(self, x: Tensor) -> Routing:
+        routing = super().forward(x)
+        return routing._replace(state=routing.logits.mean(dim=0).expand_as(routing.logits))
+
+
+class ReadsTheMean(Chained):
+    """Leaves what is causal, and reads the mean of what the layer before left."""
+
+    def forward(self, x: Tensor, router_state: Tensor | None) -> Routing:
+        return super().forward(x, None if router_state is None else router_state.mean(dim=0, keepdim=True))
+
+
+class ByTokenId(LinearRouter):
+    """Nothing is wrong: each token id has a preference, and ids must be given."""
+
+    def __init__(self, dim: int = DIM, num_experts: int = EXPERTS) -> None:
+        super().__init__(dim, num_experts)
+        self.preference = nn.Embedding(512, num_experts)
+
+    def forward(self, x: Tensor, token_ids: Tensor) -> Routing:
+        logits = x @ self.weight.T + self.preference(token_ids)
+        scores, expert_ids = logits.softmax(dim=-1).topk(2, dim=-1)
+        return Routing(logits, scores.to(x.dtype), expert_ids)
+
+
+class Odd(nn.Module):
+    """Neither a layer nor a part: nobody has a gain for it."""
+
+    def __init__(self, dim: int, num_experts: int, gain: float) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x
+
+
 class LimitedCapacity(LinearRouter):
     """Drops tokens beyond a fair share of each expert, by order: causal, as far as what later tokens are goes."""
 

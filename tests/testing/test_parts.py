@@ -35,6 +35,8 @@ REPEATS, CAUSAL, BATCH, LENGTH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
     [
         ("router", parts.LinearRouter, 7),
         ("router", parts.NoisyRouter, 7),
+        ("router", parts.Chained, 7),
+        ("router", parts.ByTokenId, 7),
         ("router", partial(parts.RunningLoad, persistent=True), 7),
         ("mixer", parts.Average, 9),
         ("mixer", parts.OnlySingle, 9),
@@ -55,13 +57,16 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
 
 
 @pytest.mark.slow_but_for(
-    "mixer-BeginsAnew-fails15-the output two steps after loading",
-    "mixer-ForgetsTheCount-fails22-tokens one by one and at once",
+    "router-LeavesTheMean",
+    "mixer-BeginsAnew-fails17-the output two steps after loading",
+    "mixer-ForgetsTheCount-fails24-tokens one by one and at once",
 )
 @pytest.mark.parametrize(
     ("seam", "make", "fails", "said"),
     [
         ("router", parts.ExpertChoice, {CAUSAL, BATCH, LENGTH}, "when the tokens from there on are"),
+        ("router", parts.LeavesTheMean, {CAUSAL, BATCH, LENGTH}, "the output of token 0 depends on later tokens"),
+        ("router", parts.ReadsTheMean, {CAUSAL, BATCH, LENGTH}, "the output of token 0 depends on later tokens"),
         ("router", parts.LimitedCapacity, {BATCH, LENGTH}, "when the others of its batch are"),
         ("router", parts.UnusedParameter, {GRADIENTS}, "bias get none"),
         ("router", parts.NormalizedTop1, {GRADIENTS}, "weight only zeros"),

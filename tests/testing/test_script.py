@@ -77,6 +77,8 @@ def test_a_router_whose_signature_says_nothing(
     [
         ("nobody", "nobody: must be package.module:factory, or one of moesaic, "),
         ("no_such:thing", "No module named 'no_such'"),
+        ("rigged_parts:Odd", "missing 1 required positional argument: 'gain'"),
+        ("rigged_parts:Odd", "a word before the name says what it is: router:, mixer:, ffn:, expert:, dispatcher:"),
     ],
 )
 def test_a_name_that_is_not_known(

@@ -20,7 +20,7 @@ from moesaic.cli.arguments import did_you_mean, require_list, require_switches
 from moesaic.cli.common import launch, plain
 from moesaic.errors import InputError
 from moesaic.layers import MoE
-from moesaic.models.seams import find_part, seam_of, split_seam
+from moesaic.models.seams import SEAMS, find_part, seam_of, split_seam
 from moesaic.testing import Report, check_moe, check_named_part, checks_of, comparison_table, status_of
 from moesaic.testing.ours import ROUTED
 from moesaic.testing.peers import PEERS
@@ -88,10 +88,17 @@ def examine(name: str) -> Report:
         return check_moe(found)
     try:
         part = find_part(name)  # it is tried out where its signature says nothing
-    except InputError:
+    except InputError as no_part:
         if said:
             raise
-        return check_moe(found)
+        try:
+            return check_moe(found)
+        except InputError as no_layer:
+            seams = ", ".join(f"{seam}:" for seam in SEAMS)
+            raise InputError(
+                f"{name}: it is neither a whole layer ({no_layer}) nor a part ({no_part}); a word before the name says "
+                f"what it is: {seams}"
+            ) from no_layer
     return check_named_part(*part)
 
 

@@ -8,6 +8,7 @@ from moesaic.layers.experts import Experts
 from moesaic.layers.feed_forward import FeedForward
 from moesaic.layers.parametrization import Fans
 from moesaic.layers.part import flops_per_token, num_parameters
+from moesaic.layers.routing import beside_tokens
 
 __all__ = ["experts_per_token", "mixture_fans", "mixture_flops", "mixture_parameters", "routed_flops"]
 
@@ -54,7 +55,7 @@ def experts_per_token(router: nn.Module, num_experts: int, dim: int, default: fl
     noise = torch.empty(_SOME_TOKENS, dim) if weight is None else weight.new_empty(_SOME_TOKENS, dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        decided = router(noise.normal_())
+        decided = router(noise.normal_(), **beside_tokens(router, noise))
     require_decided(type(router).__name__, decided)
     return float((decided[2] < num_experts).sum()) / _SOME_TOKENS
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layers.parametrization import Fans, ParameterKind, Parametrization
+from moesaic.layers.routing import beside_tokens
 from moesaic.layers.work import Work
 
 __all__ = [
@@ -210,7 +211,7 @@ def _measure_flops(part: nn.Module, shape: tuple[int, ...], further: tuple[Tenso
 
     def count(module: nn.Module, x: Tensor) -> float:
         with Work() as work, torch.no_grad():
-            module(x, *further)
+            module(x, *further, **beside_tokens(module, x))
         return float(work.flops)
 
     weights = list(part.parameters())

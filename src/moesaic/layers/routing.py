@@ -1,13 +1,14 @@
 """What a router decided: its experts and scores for each token, checked and counted."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.layers.checks import require_decided, require_expert_ids, require_routing
+from moesaic.layers.checks import require_decided, require_expert_ids, require_routing, require_tensor
 
-__all__ = ["Routing", "at_least_fp32", "count_tokens", "counted"]
+__all__ = ["Routing", "at_least_fp32", "beside_tokens", "count_tokens", "counted"]
 
 
 class Routing(NamedTuple):
@@ -77,7 +78,17 @@ def counted(
     if may_skip and (found := int(counts.sum())) < expert_ids.numel():
         scores, num_rows = scores.masked_fill(expert_ids == num_experts, 0), found
     state = decided.state if isinstance(decided, Routing) else None
+    if state is not None:
+        require_tensor(name, "state", state, (x.size(0), None))
     return Routing(logits, scores, expert_ids, counts, num_rows, is_replayed, state)
+
+
+def beside_tokens(router: nn.Module, tokens: Tensor) -> dict[str, Tensor | None]:
+    """What a router gets that is tried out alone on tokens (..., D), where its forward asks: ids of 0, and no state."""
+    ids = torch.zeros(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
+    known: dict[str, Tensor | None] = {"token_ids": ids, "router_state": None}
+    asked = inspect.signature(router.forward).parameters
+    return {name: value for name, value in known.items() if name in asked}
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -136,8 +136,9 @@ def split_seam(text: str) -> tuple[Seam | None, str]:
 def seam_of(found: Any) -> tuple[Seam, ...]:
     """The seams that a class, a module or a function fits, as far as its signature says; () where it says nothing.
 
-    A router returns a `Routing` or takes `expert_ids`. A mixer takes a cache, an attention mask or positions. Experts
-    take rows and rows_per_expert. A `forward(x)` that says no more fits mixer and ffn alike.
+    A router returns a `Routing`, or takes `expert_ids`, `token_ids` or `router_state`. A mixer takes a cache, an
+    attention mask or positions. Experts take rows and rows_per_expert. A `forward(x)` that says no more fits mixer and
+    ffn alike.
     """
     if not inspect.isclass(found) and not isinstance(found, nn.Module) and callable(found):
         found = _return_type(found)
@@ -154,10 +155,12 @@ def seam_of(found: Any) -> tuple[Seam, ...]:
 
 def _by_forward(cls: type[nn.Module]) -> tuple[Seam, ...]:
     taken = list(inspect.signature(cls.forward).parameters)[1:]
+    is_whole = hasattr(cls, "forward_with_routing")
+    hands_on = bool({"expert_ids", "token_ids", "router_state"} & set(taken)) and not is_whole
     said = {
-        "router": "expert_ids" in taken or _names_routing(cls.forward),
+        "router": hands_on or _names_routing(cls.forward),
         "mixer": hasattr(cls, "make_cache") or bool({"cache", "attention_mask", "positions", "rotary"} & set(taken)),
-        "ffn": hasattr(cls, "forward_with_routing"),
+        "ffn": is_whole,
         "expert": "rows_per_expert" in taken or taken[:1] == ["rows"],
     }
     return tuple(seam for seam in SEAMS if said.get(seam))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import InputError
 from moesaic.layers import Experts, LocalDispatcher, MoE, TopKRouter
+from moesaic.layers.routing import beside_tokens
 from moesaic.models.seams import Seam
 
 __all__ = ["LENGTH", "Place", "Placed", "put", "token_ids_of"]
@@ -45,13 +46,28 @@ class Placed:
         """The part as a block calls it, here and now. Noise of its own is drawn from `seed`."""
         _seed(seed)
         asked = {"token_ids": token_ids_of(self.whole, x)} if getattr(self.whole, "takes_token_ids", False) else {}
-        y = self.whole(x, *state, **asked)
+        if hasattr(self.whole, "takes_router_state") and not state:
+            y = self._through_state(x, **asked)
+        else:
+            y = self.whole(x, *state, **asked)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise InputError(
                 f"found {found} for an input of shape {tuple(x.shape)}; must be a tensor of the same shape"
             )
         return y
+
+    def _through_state(self, x: Tensor, **asked: Tensor) -> Tensor:
+        """A MoE layer and the state that its router leaves, read by the next layer and alone: leaks in it show."""
+        y, routing = self.whole.forward_with_routing(x, **asked)  # type: ignore[operator]
+        state: Tensor | None = routing.state
+        if state is None:
+            return y  # type: ignore[no-any-return]
+        if self.whole.takes_router_state:
+            y = self.whole.forward_with_routing(x + y, router_state=state, **asked)[0]  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(3)
+        reader = torch.randn(state.size(-1), x.size(-1), generator=generator, dtype=torch.float64)
+        return y + (state.to(x) @ reader.to(x)).view_as(x)  # type: ignore[no-any-return]
 
     def run(
         self, x: Tensor, *, training: bool = False, mask: Tensor | None = None, seed: int = 0, with_graph: bool = False
@@ -190,10 +206,9 @@ def put(seam: Seam, part: Any, dim: int) -> Placed:
     if not isinstance(part, nn.Module):
         raise InputError(f"found a {type(part).__name__}; a {seam} must be a torch.nn.Module")
     if seam == "router":
-        known = {"token_ids": torch.zeros(8, dtype=torch.int64), "router_state": None}
-        asked = {name: value for name, value in known.items() if name in _names(part)}
+        tokens = torch.randn(8, dim)
         with torch.no_grad():
-            decided = copy.deepcopy(part)(torch.randn(8, dim), **asked)
+            decided = copy.deepcopy(part)(tokens, **beside_tokens(part, tokens))
         if not isinstance(decided, tuple) or not isinstance(decided[0], Tensor):
             raise InputError(f"{type(part).__name__} returned {type(decided).__name__}; a router must return a Routing")
         experts = Experts(decided[0].size(-1), dim, HIDDEN, backend="loop")
@@ -207,10 +222,6 @@ def put(seam: Seam, part: Any, dim: int) -> Placed:
 def token_ids_of(layer: Any, x: Tensor) -> Tensor:
     """Ids (B, L) for a router that asks for them, made of the tokens (B, L, D): equal tokens have equal ids."""
     return (x[..., 0].detach().double() * 1e3).long() % getattr(layer.router, "vocab_size", 64)
-
-
-def _names(part: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(part.forward).parameters)
 
 
 def _takes_three(module: nn.Module) -> bool:
