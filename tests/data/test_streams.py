@@ -206,8 +206,29 @@ def test_memmap_of_a_cache_folder(folder: Path) -> None:
     np.testing.assert_array_equal(data.train.tokens, cached.train.tokens)
     assert data.tokenizer is not None
     load_data(DataConfig(source="memmap", path=str(cache)), data.tokenizer)
-    with pytest.raises(InputError, match=r"its ids are of another tokenizer than the checkpoint's"):
+    refused = (
+        r"another tokenizer \(bpe of \d+ ids\) than the checkpoint's \(bytes of 257 ids\); must be made with that: "
+    )
+    with pytest.raises(InputError, match=refused + "moesaic tokenize TEXTS IDS checkpoint=FILE"):
         load_data(DataConfig(source="memmap", path=str(cache)), ByteTokenizer())
+
+
+def test_how_a_tokenizer_is_spelled_does_not_matter(folder: Path) -> None:
+    """What transformers writes has other spaces, other escapes, a decoder, and merges as pairs or as words."""
+    cached = load_data(config(folder))
+    assert isinstance(cached.tokenizer, BPETokenizer)
+    content = json.loads(cached.tokenizer.to_dict()["json"])
+    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    back = BPETokenizer(json.dumps(content, indent=2, ensure_ascii=False))
+    [cache] = caches(folder)
+    load_data(DataConfig(source="memmap", path=str(cache)), back)
+    load_data(config(folder), back)
+    assert caches(folder) == [cache], "nothing was tokenized again"
+    first, second = content["model"]["merges"][:2]
+    content["model"]["merges"][:2] = [second, first]
+    with pytest.raises(InputError, match="of another tokenizer"):
+        load_data(DataConfig(source="memmap", path=str(cache)), BPETokenizer(json.dumps(content)))
 
 
 def test_memmap_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

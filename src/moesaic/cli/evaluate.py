@@ -26,6 +26,7 @@ from moesaic.checkpoints import TrainedModel, load_model
 from moesaic.cli.common import launch, plain
 from moesaic.config import flatten, from_mapping, require_same, to_mapping
 from moesaic.data import AnyEvaluationLoader, Data, DataConfig, Task, TokenStream, load_data, token_strings
+from moesaic.data.tokenizers import same_ids
 from moesaic.devices import require_accelerator
 from moesaic.errors import InputError, reason
 from moesaic.evaluation.capacity import capacity_numbers
@@ -277,7 +278,7 @@ def _meaning(task: Task) -> dict[str, Any]:
 def _other_decoder(checkpoint: str, model: TrainedModel) -> Decoder:
     """Decoder of a checkpoint that reads the same tokens."""
     other = load_model(checkpoint)
-    if (other.tokenizer and other.tokenizer.to_dict()) != (model.tokenizer and model.tokenizer.to_dict()):
+    if not same_ids(other.tokenizer, model.tokenizer):
         raise InputError(f"other_checkpoint={checkpoint}: it has another tokenizer than checkpoint")
     if other.config.vocab_size != model.config.vocab_size:
         raise InputError(

@@ -23,7 +23,15 @@ from moesaic.data.images import PICTURES, TRAIN, PictureKeys, Place
 from moesaic.data.pinned import load_pinned
 from moesaic.data.shards import ShardedIds, Tokens
 from moesaic.data.tasks import TASKS, Task
-from moesaic.data.tokenizers import BPETokenizer, ByteTokenizer, Ids, Tokenizer, tokenizer_from_dict
+from moesaic.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    Ids,
+    Tokenizer,
+    meaning_of_ids,
+    same_ids,
+    tokenizer_from_dict,
+)
 from moesaic.errors import CannotWrite, InputError, reason
 from moesaic.files import sync, write_atomically, write_json
 from moesaic.reading import read_json, reading, require_finite
@@ -184,8 +192,11 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
     if config.source == "memmap":
         assert config.path is not None  # checked by the config
         data = _open_mapped(expanded(config.path), expanded(config.cache_dir))
-        if tokenizer is not None and data.tokenizer is not None and data.tokenizer.to_dict() != tokenizer.to_dict():
-            raise InputError(f"data.path={config.path!r}: its ids are of another tokenizer than the checkpoint's")
+        if tokenizer is not None and data.tokenizer is not None and not same_ids(data.tokenizer, tokenizer):
+            raise InputError(
+                f"data.path={config.path!r}: its ids are of another tokenizer ({_said(data.tokenizer)}) than the "
+                f"checkpoint's ({_said(tokenizer)}); must be made with that: moesaic tokenize TEXTS IDS checkpoint=FILE"
+            )
         return dataclasses.replace(data, facts={"content_hash": _sampled_hash(data), **data.facts})
     corpus = _load_corpus(config)
     facts = corpus.facts()
@@ -218,6 +229,10 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
     return dataclasses.replace(data, train=train, validation=validation, facts={**data.facts, **facts})
 
 
+def _said(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer.to_dict()['kind']} of {tokenizer.vocab_size:,} ids"
+
+
 def _sampled_hash(data: Data) -> str:
     """A hash of both streams: of up to 64 blocks of 1 MiB each, spread over a stream of any size."""
     digest, block = hashlib.sha256(), 1 << 20
@@ -248,9 +263,9 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether the ids that are there already are those of `tokenizer`, which so often was trained on this very text."""
     try:
         stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(stored == tokenizer.to_dict() or meaning_of_ids(stored) == meaning_of_ids(tokenizer.to_dict()))
+    except (OSError, ValueError, LookupError, TypeError, InputError):
         return False
-    return bool(stored == tokenizer.to_dict())
 
 
 def _task_data(name: str, task: Task) -> Data:

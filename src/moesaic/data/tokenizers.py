@@ -1,5 +1,6 @@
 """Bytes to token ids and back: plain bytes, or a byte-level BPE trained on the corpus."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -10,7 +11,16 @@ import numpy.typing as npt
 from moesaic.errors import InputError
 from moesaic.interrupts import answering_signals
 
-__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "token_bytes", "token_strings", "tokenizer_from_dict"]
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Tokenizer",
+    "meaning_of_ids",
+    "same_ids",
+    "token_bytes",
+    "token_strings",
+    "tokenizer_from_dict",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -130,6 +140,33 @@ class BPETokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "bpe", "json": self._json}
+
+
+def meaning_of_ids(tokenizer: dict[str, Any]) -> Any:
+    """What two tokenizers of equal ids share, from their `to_dict`, however their files are spelled.
+
+    How ids become text is left out, and so are markers that are only added on request.
+
+    Raises:
+        InputError: a damaged one.
+    """
+    if tokenizer["kind"] != "bpe":
+        return tokenizer
+    import tokenizers
+
+    try:
+        content = json.loads(tokenizers.Tokenizer.from_str(tokenizer["json"]).to_str())
+    except Exception as error:  # its own errors have no class but Exception
+        raise InputError(f"its tokenizer.json is damaged ({error})") from error
+    return {key: value for key, value in content.items() if key not in ("decoder", "post_processor")}
+
+
+def same_ids(first: Tokenizer | None, second: Tokenizer | None) -> bool:
+    """Whether ids mean the same to both; None is like None alone."""
+    if first is None or second is None:
+        return first is second
+    mine, other = first.to_dict(), second.to_dict()
+    return mine == other or meaning_of_ids(mine) == meaning_of_ids(other)
 
 
 LONGEST_WORD = 10_000

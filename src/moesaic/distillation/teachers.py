@@ -1,12 +1,12 @@
 """A teacher from a checkpoint of ours or a transformers directory, refused where its ids mean something else."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoints import load_checkpoint, load_model, require_finite_weights
 from moesaic.data import DataConfig, Tokenizer, tokenizer_from_dict
+from moesaic.data.tokenizers import meaning_of_ids
 from moesaic.errors import InputError, naming
 from moesaic.files import standing
 from moesaic.models import Decoder
@@ -87,25 +87,18 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
     if theirs is None or tokenizer is None:
         side = "teacher" if theirs is None else "data"
         logger.warning("%s: the %s came without a tokenizer, only the vocabulary size was compared", path, side)
-    elif _meaning(theirs, path) != _meaning(tokenizer.to_dict(), path):
-        raise InputError(
-            f"teacher={str(path)!r}: its tokenizer ({theirs['kind']}) is not that of the student's data "
-            f"({tokenizer.to_dict()['kind']}); soft targets need the same ids, so read the data as it was trained on"
-        )
+    else:
+        with naming(str(path)):
+            is_same = meaning_of_ids(theirs) == meaning_of_ids(tokenizer.to_dict())
+        if not is_same:
+            raise InputError(
+                f"teacher={str(path)!r}: its tokenizer ({theirs['kind']}) is not that of the student's data "
+                f"({tokenizer.to_dict()['kind']}); soft targets need the same ids, so read the data as it was trained "
+                "on"
+            )
     return decoder
 
 
 def _is_directory(path: str | Path) -> bool:
     """Whether this is a directory of transformers, rather than a checkpoint of ours."""
     return Path(path).is_dir() and not is_sharded_checkpoint(path)
-
-
-def _meaning(tokenizer: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """What decides about ids: not how ids become text, nor markers that are only added on request."""
-    if tokenizer["kind"] != "bpe":
-        return tokenizer
-    try:
-        content = json.loads(tokenizer["json"])
-        return {key: value for key, value in content.items() if key not in ("decoder", "post_processor")}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: its tokenizer.json is damaged ({error})") from error

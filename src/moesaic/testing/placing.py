@@ -62,12 +62,12 @@ class Placed:
         y, routing = self.whole.forward_with_routing(x, **asked)  # type: ignore[operator]
         state: Tensor | None = routing.state
         if state is None:
-            return y  # type: ignore[no-any-return]
+            return y
         if self.whole.takes_router_state:
             y = self.whole.forward_with_routing(x + y, router_state=state, **asked)[0]  # type: ignore[operator]
         generator = torch.Generator().manual_seed(3)
         reader = torch.randn(state.size(-1), x.size(-1), generator=generator, dtype=torch.float64)
-        return y + (state.to(x) @ reader.to(x)).view_as(x)  # type: ignore[no-any-return]
+        return y + (state.to(x) @ reader.to(x)).view_as(x)
 
     def run(
         self, x: Tensor, *, training: bool = False, mask: Tensor | None = None, seed: int = 0, with_graph: bool = False
