@@ -93,6 +93,18 @@ def test_next_commands_of_a_run(text: str) -> None:
     assert next_commands(run_dir, config, {"status": "diverged"})[0] == board, "before the first checkpoint"
     resume, _ = next_commands(run_dir, config, {"status": "stopped"})
     assert pasted(resume) == {"resume": True, "run_dir": str(run_dir)}
+    elsewhere = next_commands(Path("elsewhere"), config, {"status": "finished"})
+    assert shlex.split(elsewhere[1]) == ["tensorboard", "--logdir", "elsewhere"], "output_dir does not hold it"
+
+
+def test_next_commands_of_stages_of_an_early_fusion() -> None:
+    for stage, first in {"encoder": ["tensorboard"], "frozen": ["moesaic", "generate"]}.items():
+        words = [f"experiment=fusion_{stage}", *(["fusion.text=text.ckpt"] if stage == "frozen" else [])]
+        config = from_mapping(RunConfig, {"fusion": composed("train", words)["fusion"]})
+        lines = next_commands(Path("run"), config, {"status": "finished"})
+        assert shlex.split(lines[0])[: len(first)] == first
+        if stage == "frozen":
+            assert pasted(lines[0])["image"] == "picture.png"
 
 
 @pytest.mark.slow_but_for("stdlib")

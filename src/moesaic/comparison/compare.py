@@ -236,6 +236,8 @@ def _plan(
     tuning = f"{len(rates)} learning rates on seed {_tune_seed(request)}, then " if len(rates) > 1 else ""
     if tuning:
         say.say("every arm gets its own learning rate")
+    elif (how := _how_to_tune(request, plan)) is not None:
+        say.say(f"learning rates are not tuned, and the best one may differ from arm to arm; {how} tunes them")
     tokens = plan["steps"] * subjects[request.baseline.name].run.training.tokens_per_step
     say.say(
         f"{len(request.arms)} arms, each with {tuning}{len(request.seeds)} seeds; {plan['steps']:,} steps, "

@@ -26,8 +26,8 @@ NAMES = {
 ENOUGH = 0.01
 """Relative difference of a cost below which it counts as equal."""
 
-ENOUGH_SECONDS = 0.05
-"""The same of seconds, which vary from one measurement to the next."""
+ENOUGH_SECONDS = 0.1
+"""The same of seconds, which vary by several percent from one measurement to the next."""
 
 Equal = Literal["active_flops", "parameters", "both", "seconds", "none"]
 
@@ -118,7 +118,7 @@ QUANTITIES = {
 def unequal(baseline: Costs, new: Costs) -> tuple[str, ...]:
     """Everything in which the new model costs more or less, such as "22% fewer parameters".
 
-    Differences below 1% are left out, of seconds below 5%.
+    Differences below 1% are left out, of seconds below 10%.
     """
     found = []
     for key, quantity in QUANTITIES.items():
@@ -352,7 +352,7 @@ def _solve_seconds(
         return ours / theirs
 
     ratio = over_baseline(start)
-    if abs(ratio - 1) <= ENOUGH_SECONDS:
+    if abs(ratio - 1) <= ENOUGH_SECONDS / 2:
         return {}, f"Equal already: a step takes {ratio:.2f} times the seconds of the baseline."
     try:
         width, found = solve_width(over_baseline, 1.0, start=start, most=16 * start, tolerance=0.02)

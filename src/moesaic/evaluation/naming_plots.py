@@ -64,7 +64,9 @@ def _draw(axis: Axes, answer: Answer) -> None:
         shown = _side_by_side([whole_picture(each) for each in pictures])
         gray = shown.shape[2] == 1
         axis.imshow(shown[:, :, 0] if gray else shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    lines = [_wrapped(f"{_asked_of(answer.sample)}{'✓' if answer.is_right else '✗'} {_plain(answer.said)}")]
+    lines = [
+        _wrapped(f"{_asked_of(answer.sample)}{'✓' if answer.is_right else '✗'} {_plain(answer.said) or '(nothing)'}")
+    ]
     if not answer.is_right:
         lines.append(_wrapped(f"is {_plain(answer.right.text)}"))
     color = BLUE if answer.is_right else ORANGE

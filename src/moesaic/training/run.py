@@ -290,7 +290,8 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
     """Lines to paste after a run has ended like this."""
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     has_board = any(each["_target_"].endswith(".TensorBoardLogger") for each in shown_loggers(config).values())
-    board = [shlex.join(["tensorboard", "--logdir", config.output_dir])] if has_board else []
+    logdir = config.output_dir if run_dir.resolve().is_relative_to(Path(config.output_dir).resolve()) else str(run_dir)
+    board = [shlex.join(["tensorboard", "--logdir", logdir])] if has_board else []
     if metrics["status"] == "stopped":
         return [resume_command(run_dir, config), *board]
     found = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith("learning_rate_finder/")}
@@ -306,7 +307,9 @@ def next_commands(run_dir: Path, config: RunConfig, metrics: Mapping[str, Any]) 
         sweep = command_line("train", "-m", "experiment=recall", task, "seed=0,1,2", *mixers)
         return [f"{sweep}   # positions in all layers, in none, in every second", *board]
     twins = command_line("train", "-m", "model.dense_twin=false,true", "seed=0,1,2")
-    generate = command_line("generate", checkpoint, "import os") + trust_of(names_in(config.model))
-    there = metrics["status"] != "diverged" or checkpoint.exists()
+    asked = ["import os"] if config.fusion is None else [override("image", "picture.png")]
+    generate = command_line("generate", checkpoint, *asked) + trust_of(names_in(config.model))
+    speaks = config.fusion is None or config.fusion.stage != "contrastive"  # there the decoder only reads names
+    there = speaks and (metrics["status"] != "diverged" or checkpoint.exists())
     is_default = (config.name, config.data.source) == ("default", "stdlib")  # that line would run another experiment
     return [*([generate] if there else []), *board, *([f"{twins}   # is the mixture worth it?"] if is_default else [])]

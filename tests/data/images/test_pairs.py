@@ -78,7 +78,7 @@ def test_test_splits_are_spread_over_batches() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(InputError, match=r"training.seq_len=6: .* must be more"):
+    with pytest.raises(InputError, match=r"training.seq_len=6: .* must be at least \d+"):
         loader(seq_len=6).batch(0)
     with pytest.raises(InputError, match=r"training.batch_size=51: an epoch has 50 pairs"):
         loader(batch_size=51)

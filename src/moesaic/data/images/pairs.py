@@ -56,7 +56,9 @@ class _Pairs:
         lengths = [len(ids) for ids in self.layout.tokenizer.encode_batch([text.encode() for text in texts])]
         if (most := max(lengths, default=0)) >= self.seq_len:
             longest = texts[lengths.index(most)]
-            raise InputError(f"training.seq_len={self.seq_len}: the text {longest!r} has {most} tokens; must be more")
+            raise InputError(
+                f"training.seq_len={self.seq_len}: the text {longest!r} has {most} tokens; must be at least {most + 1}"
+            )
 
     def batch(self, places: Sequence[Place], generators: Sequence[np.random.Generator | None]) -> Batch:
         samples = [self.samples.sample(*place) for place in places]

@@ -74,7 +74,7 @@ class Biographies(Task):
 
     def require_length(self, seq_len: int, key: str) -> None:
         if seq_len < self.length:
-            raise InputError(f"{key}={seq_len}: a biography of data.task needs {self.length} tokens; must be as many")
+            raise InputError(f"{key}={seq_len}: must be at least {self.length}, the tokens of a biography of data.task")
 
     def example(self, split: Split, seed: int, index: int, seq_len: int, growth: int = 1) -> Example:
         epoch, place = divmod(index, self.test_size(seq_len))
