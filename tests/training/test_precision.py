@@ -37,7 +37,7 @@ def test_the_faster_one_is_chosen(monkeypatch: pytest.MonkeyPatch, share: float,
     random_state = torch.get_rng_state()
     chosen, reason = choose_precision(MODEL, TrainingConfig(steps=1, batch_size=2, seq_len=4), "cpu")
     assert chosen == expected
-    assert f"bf16-mixed takes {share:.2f}x the time of 32-true" in reason
+    assert f"here bf16-mixed takes {share:.2f} times as long as 32-true" in reason
     assert torch.equal(random_state, torch.get_rng_state())
 
 

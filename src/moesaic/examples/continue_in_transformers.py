@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]  # in no __all__ of theirs
 
 from moesaic.data import DataConfig, load_data, training_loader
@@ -130,6 +130,7 @@ def continue_training(
         exported, config=config, dtype=torch.float32, **({} if laid_out is None else {"distributed_config": laid_out})
     )
     trainer = Trainer(model, arguments, train_dataset=windows)
+    trainer.remove_callback(PrinterCallback)  # the losses are printed at the end
     trainer.train()
     trainer.save_model(str(output / "model"))
     rows = [{key: row[key] for key in ("loss", "grad_norm")} for row in trainer.state.log_history if "loss" in row]

@@ -52,4 +52,4 @@ def choose_precision(model: DecoderConfig, training: TrainingConfig, accelerator
         return "32-true", f"a micro-batch takes less than {TOO_SHORT} s here: too little to gain, and to tell"
     share = min(seconds[True]) / min(seconds[False])
     chosen: Precision = "bf16-mixed" if share < WORTHWHILE else "32-true"
-    return chosen, f"bf16-mixed takes {share:.2f}x the time of 32-true here; auto takes it below {WORTHWHILE}x"
+    return chosen, f"here bf16-mixed takes {share:.2f} times as long as 32-true; auto wants less than {WORTHWHILE}"
