@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_parallel_runs import checks, on_a_rank, require_equal_runs
 
-from moesaic.checkpoints import load_checkpoint, load_multimodal
+from moesaic.checkpoints import load_checkpoint, load_multimodal, save_model
 from moesaic.config import flatten, from_mapping
-from moesaic.data import load_data
+from moesaic.data import ByteTokenizer, load_data
 from moesaic.errors import InputError
+from moesaic.models import DecoderConfig, build_decoder
+from moesaic.parallel.workers import Workers
 from moesaic.training import fusion_stages
 from moesaic.training.config import RunConfig
 from moesaic.training.fusion_batches import make_batches
@@ -149,11 +152,12 @@ def test_a_stage_is_its_experiment(composed: Composed) -> None:
     [
         (["model.vocab_size=260"], {}, "model.vocab_size=260: the data have token ids up to 262"),
         (["model.vocab_size=null"], {}, "model.vocab_size=None: must be 263"),
-        (["trainer.devices=2"], {"stages": {}}, "trainer.devices=2: 2 processes; must be one with fusion"),
+        (["trainer.devices=2"], {"stages": {}}, "parallel.shard=True: must be false with fusion"),
+        (["trainer.devices=2", "parallel.shard=false"], {}, "2 processes; fusion.stages are trained by one. Train exp"),
         ([], {"stages": {"text": {"model": {"dim": 8}}}}, "fusion.stages.text: model: must be that of the run"),
         ([], {"stages": {"frozen": {"fusion": {"stage": "frozen"}}}}, "fusion.text=None: must be a checkpoint"),
         ([], {"text": "nowhere.ckpt", "stages": {}}, "fusion.text: checkpoint nowhere.ckpt"),
-        (["training.seq_len=8"], {}, "training.seq_len=8: the longest sample"),
+        (["training.seq_len=8"], {}, "training.seq_len=8: must be at least 22, the tokens of the longest"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_written(
@@ -202,3 +206,39 @@ def test_held_out_texts_are_not_read_as_captions_of_other_pictures(
     with pytest.raises(InputError, match=r"data\.captions: its pictures are not those of fusion\.pictures"):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+RANKS = [
+    *("trainer.precision=64-true", "training.steps=4", "training.batch_size=4", "training.log_every=1"),
+    *("training.validate_every=2", "training.validation_seq_len=64", "finish=score", "model.vocab_size=263"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("joint", ["training.accumulate=2"]),
+        ("joint", ["fusion.balance_per_modality=true"]),
+        ("frozen", ["fusion.text=text.ckpt"]),
+        ("contrastive", ["training.batch_size=8"]),
+    ],
+)
+def test_two_processes_are_one(
+    stage: str, overrides: list[str], composed: Composed, pictures: Path, tmp_path: Path, workers: Workers
+) -> None:
+    """Also where one of them has no picture in a batch, and where pairs of the other are wrong answers."""
+    name = {"joint": "early_fusion", "frozen": "fusion_frozen", "contrastive": "fusion_encoder"}[stage]
+    for ranks, run_dir in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        typed = (*RANKS, *overrides, f"run_dir={run_dir}", f"trainer.devices={ranks}", "parallel.shard=false")
+        config = composed(f"experiment={name}", *typed)
+        fusion: dict[str, Any] = {"stages": {}, "share": {"start": 0.75, "end": 0.25}}
+        if stage == "frozen":
+            fusion["text"] = str(tmp_path / "text.ckpt")
+        if stage == "frozen" and ranks == 1:
+            save_model(fusion["text"], build_decoder(from_mapping(DecoderConfig, config["model"])), ByteTokenizer())
+        found, *_ = workers.run(on_a_rank, ranks, fused(config, pictures, **fusion), typed)
+        assert found["status"] == "finished"
+    require_equal_runs(tmp_path / "two", tmp_path / "one")
+    one, two = (checks(tmp_path / each) for each in ("one", "two"))
+    assert len(one) == 2 and all(a == pytest.approx(b, rel=1e-6) for a, b in zip(one, two, strict=True))

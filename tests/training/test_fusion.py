@@ -120,6 +120,7 @@ def test_losses_of_both_add_up_to_that_of_the_batch() -> None:
 
 def test_balance_of_each_modality_by_itself() -> None:
     module, [batch, *_] = make("joint", balance_per_modality=True), batches(0.5)
+    fit(module, [batch])
     with torch.no_grad():
         hidden, routing = module.hidden_states(batch)
     valid, is_image = batch["valid"].flatten(), batch["tokens"].flatten() == LAYOUT.image

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from moesaic import imports
 from moesaic.cli.arguments import did_you_mean, require_list, require_switches
@@ -113,7 +113,7 @@ def versions() -> str:
 
 
 def show(reports: Mapping[str, Report], console: Console) -> None:
-    table = Table("check", *map(escape, reports))
+    table = Table("check", *(Column(escape(name), overflow="fold") for name in reports))
     for check in checks_of(reports):
         statuses = [status_of(report, check) for report in reports.values()]
         table.add_row(check, *(f"[{COLORS[status]}]{status}[/]" if status else "" for status in statuses))

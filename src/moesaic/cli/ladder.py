@@ -53,13 +53,14 @@ def ladder(config: dict[str, Any], command: str, console: Console | None = None)
     require_corpus(rows, data.facts, str(place.results / "rows.jsonl"))
     require_on_record(place.results, ladder_config)
     out = dropped(ladder_config, study, rows)
-    cost = cost_of(rungs, kept(study, out), base, rows)
+    timed: dict[tuple[str, int], float] = {}
+    cost = cost_of(rungs, kept(study, out), base, rows, timed)
     most = "" if ladder_config.drop is None or out else ", less what the dropped arms would take"
     console.print(cost.told(place.workers) + most, markup=False, highlight=False, soft_wrap=True)
     failed = {}
     if ladder_config.drop is not None:
         first = up_to_drop(ladder_config, study)
-        estimate = cost_of(rungs, first, base, rows).seconds(place.workers)
+        estimate = cost_of(rungs, first, base, rows, timed).seconds(place.workers)
         failed = place.run(first, base, command, console, estimate)
         rows = read_rows(place.results, study, base)
         out = dropped(ladder_config, study, rows)
@@ -67,7 +68,8 @@ def ladder(config: dict[str, Any], command: str, console: Console | None = None)
             console.print(f"{arm}: {why}", markup=False, highlight=False, soft_wrap=True)
     if not failed:
         rest = kept(study, out)
-        failed = place.run(rest, base, command, console, cost_of(rungs, rest, base, rows).seconds(place.workers))
+        estimate = cost_of(rungs, rest, base, rows, timed).seconds(place.workers)
+        failed = place.run(rest, base, command, console, estimate)
     if rows := read_rows(place.results, study, base):
         write_yaml(place.results / LADDER, {"ladder": to_mapping(ladder_config), "vocab_size": data.vocab_size})
         arguments = (ladder_config, study, rungs.all, rows, place.results, config["name"], command, console)

@@ -25,6 +25,7 @@ class MixedTrainingLoader(ResumableLoader):
     Rows are whole, so a batch is the nearest to the share that leaves nothing behind: after i batches there were
     floor(sum of shares * B + 1/2) rows with pictures. Both streams go on where they stopped, as pure functions of
     (seed, number of the row). A batch without pictures is one of `text`, with nothing beside.
+    Ranks share these batches, and their pictures evenly: a rank can have none where others have one.
 
     Args:
         text, pictures: of one length and batch size; only their rows are used.
@@ -39,26 +40,30 @@ class MixedTrainingLoader(ResumableLoader):
         )
         self.text = text
         self.pictures = pictures
+        self._rows = self.batch_size * self.world_size
+        """Rows of a batch on all ranks."""
         self._before = [0]
         """Rows with pictures before each batch, and after the last."""
         total = 0.0
         for i in range(num_batches):
-            total += share(i) * self.batch_size
-            self._before.append(max(self._before[-1], min(math.floor(total + 0.5), self._before[-1] + self.batch_size)))
+            total += share(i) * self._rows
+            self._before.append(max(self._before[-1], min(math.floor(total + 0.5), self._before[-1] + self._rows)))
 
     def num_picture_rows(self, i: int) -> int:
-        """Rows with pictures in batch i."""
+        """Rows with pictures in batch i, on all ranks."""
         return self._before[i + 1] - self._before[i]
 
     def batch(self, i: int) -> Batch:
         first, last = self._before[i], self._before[i + 1]
-        of_text = range(i * self.batch_size - first, (i + 1) * self.batch_size - last)
+        of_text = range(i * self._rows - first, (i + 1) * self._rows - last)[self.rank :: self.world_size]
+        # from the other end, so that every rank has batch_size rows in all
+        of_pictures = range(first, last)[self.world_size - 1 - self.rank :: self.world_size]
         if not of_text:
-            return self.pictures.rows(range(first, last))
+            return self.pictures.rows(of_pictures)
         text = self.text.rows(of_text)
-        if first == last:
+        if not of_pictures:
             return text
-        pictures = self.pictures.rows(range(first, last))
+        pictures = self.pictures.rows(of_pictures)
         both = {name: torch.cat((text[name], pictures[name])) for name in ("tokens", "labels")}
         valid = torch.cat((torch.ones_like(text["tokens"], dtype=torch.bool), pictures["valid"]))
         rows = pictures["image_rows"] + len(of_text)

@@ -46,12 +46,22 @@ class Cost:
         return f"{text}, about {hours:.2g} core hours, {hours / workers:.2g} hours with workers={workers}"
 
 
-def cost_of(rungs: Rungs, study: StudyConfig, base: Mapping[str, Any], rows: Mapping[str, Row]) -> Cost:
+def cost_of(
+    rungs: Rungs,
+    study: StudyConfig,
+    base: Mapping[str, Any],
+    rows: Mapping[str, Row],
+    timed: dict[tuple[str, int], float] | None = None,
+) -> Cost:
     """What is missing, with the speed of the runs that are there.
 
     Of a rung without any, a few steps of its model are timed here, if it is to run on a CPU. A grid of rates may still
     grow by two runs per arm.
+
+    Args:
+        timed: seconds per FLOP that were found before, by arm and width; what is found here is added.
     """
+    timed = {} if timed is None else timed
     counts, flops, seconds = dict[str, int](), 0.0, 0.0
     is_known = base["trainer"]["accelerator"] == "cpu"
     for rung in (each for each in rungs.all if each.name in study.axes[AXIS].values):
@@ -69,14 +79,16 @@ def cost_of(rungs: Rungs, study: StudyConfig, base: Mapping[str, Any], rows: Map
             if finished:
                 seconds += runs * statistics.median(finished)
             elif is_known:
-                seconds += runs * _seconds(rungs, arm, rung.dim, of_run, base["training"]["seq_len"])
+                if (arm, rung.dim) not in timed:
+                    timed[arm, rung.dim] = _seconds_per_flop(rungs, arm, rung.dim, base["training"]["seq_len"])
+                seconds += runs * timed[arm, rung.dim] * of_run
             counts[rung.name] = counts.get(rung.name, 0) + runs
             flops += runs * of_run
     return Cost(counts, flops, seconds if is_known else None)
 
 
-def _seconds(rungs: Rungs, arm: str, dim: int, flops: float, seq_len: int) -> float:
-    """Seconds of a run on one thread of this CPU, by a few steps on four sequences."""
+def _seconds_per_flop(rungs: Rungs, arm: str, dim: int, seq_len: int) -> float:
+    """Of training on one thread of this CPU, by a few steps on four sequences."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,5 +103,4 @@ def _seconds(rungs: Rungs, arm: str, dim: int, flops: float, seq_len: int) -> fl
                 times.append(time.process_time() - began)
     finally:
         torch.set_num_threads(threads)
-    of_step = rungs.flops_per_token(arm, dim) * 4 * seq_len
-    return min(times) * flops / of_step
+    return min(times) / (rungs.flops_per_token(arm, dim) * 4 * seq_len)

@@ -17,7 +17,7 @@ from moesaic.errors import InputError
 from moesaic.layers.attention import Attention, AttentionCache, ShortConvolution
 from moesaic.models import Block, Decoder
 
-__all__ = ["piece", "spread_context"]
+__all__ = ["piece", "side_by_side", "spread_context"]
 
 
 def spread_context(decoder: Decoder, group: ProcessGroup) -> list[RemovableHandle]:
@@ -72,7 +72,7 @@ class _EarlierPieces(AttentionCache):
             return k, v
         visible = self.length + k.size(2)
         # rank 0 too takes part in what it does not need, as it must in backward
-        keys_and_values = _gather(torch.cat((k, v), dim=-1), 2, self._group)[:, :, :visible]
+        keys_and_values = side_by_side(torch.cat((k, v), dim=-1), 2, self._group)[:, :, :visible]
         keys, values = keys_and_values.split((k.size(3), v.size(3)), dim=-1)
         return keys, values
 
@@ -102,12 +102,12 @@ def _give_tail(
 ) -> tuple[Tensor, Tensor, None]:
     """Before `ShortConvolution.forward`: the last tokens of the piece before, of which rank 0 has zeros."""
     x, before = arguments[0], convolution.width - 1
-    tails = _gather(x[:, x.size(1) - before :], 1, group).split(before, dim=1)
+    tails = side_by_side(x[:, x.size(1) - before :], 1, group).split(before, dim=1)
     is_first = torch.tensor(group.rank() == 0, device=x.device)
     return x, tails[group.rank() - 1].masked_fill(is_first, 0), None  # not new zeros: rank 0 takes part in backward
 
 
-def _gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def side_by_side(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """What all ranks have, side by side, rank 0 first. Its gradient is the sum of those of all ranks."""
     name = "all_gather_single_autograd"  # as torch 2.13 calls it
     gather = getattr(collectives, name, None) or collectives.all_gather_tensor_autograd

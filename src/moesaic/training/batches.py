@@ -148,10 +148,18 @@ class RunBatches(pl.LightningDataModule):
             return _Same(loader, same)
         return loader
 
-    def val_dataloader(self) -> AnyEvaluationLoader | SharedBatches:
-        """Raises InputError if the split is too short."""
+    def evaluation(self) -> AnyEvaluationLoader:
+        """Batches of a check, which the ranks share.
+
+        Raises:
+            InputError: the split is too short.
+        """
         training = self.config.training
-        loader = evaluation_loader(self.data, **evaluation_sizes(training), max_batches=training.validation_batches)
+        return evaluation_loader(self.data, **evaluation_sizes(training), max_batches=training.validation_batches)
+
+    def val_dataloader(self) -> AnyEvaluationLoader | SharedBatches:
+        """Raises InputError as `evaluation`."""
+        loader = self.evaluation()
         if self.trainer is None or self.trainer.world_size == 1:
             return loader
         shared = self.config.parallel.tensor  # ranks that share matrices have the same rows

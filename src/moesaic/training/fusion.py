@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from moesaic.config import from_mapping
 from moesaic.data.mixing import picture_rows
 from moesaic.evaluation.language_modeling import LanguageModelScore
-from moesaic.layers import Parametrization, Routing
+from moesaic.layers import Parametrization, Routing, count_tokens
 from moesaic.layers.part import initialize as initialize_part
 from moesaic.losses import contrastive_loss, linear_cross_entropy, load_balance_loss, token_cross_entropy
 from moesaic.losses.cross_entropy import IGNORE_INDEX
 from moesaic.models import MultimodalConfig, MultimodalDecoder, VisionConfig
 from moesaic.models.encoder_costs import account_encoder
 from moesaic.models.multimodal import build_encoder
+from moesaic.parallel.context import side_by_side
 from moesaic.training.module import Batch, LanguageModel, StepCounts
 
 __all__ = ["ContrastiveModel", "FusionModel"]
@@ -56,10 +57,14 @@ class _WithPictures(LanguageModel):
         whole = MultimodalConfig(self.decoder.config, shape, image_token)
         self._flops_per_tile = account_encoder(whole).training_flops
         self.tiles = 0
-        """Tiles that were trained on so far."""
+        """Tiles that were trained on so far, on all ranks."""
+        self._has_images = False
+        """Whether any rank has some in this batch."""
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        self.tiles += len(batch.get("images", ()))
+        tiles = int(self._over_ranks(torch.tensor(len(batch.get("images", ())))))
+        self.tiles += tiles
+        self._has_images = tiles > 0
 
     @property
     def active_flops(self) -> float:
@@ -107,29 +112,35 @@ class FusionModel(_WithPictures):
         return MultimodalDecoder(self.decoder, self.vision, self.projector, image_token=self.image_token)
 
     def hidden_states(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
-        self._is_image = None
+        self._is_image = batch["tokens"].flatten() == self.image_token
         if "images" not in batch:
             return super().hidden_states(batch)
-        self._is_image = batch["tokens"].flatten() == self.image_token
         return self.multimodal.hidden_states(
             batch["tokens"], images=self._pixels(batch), image_rows=batch["image_rows"]
         )
 
     def label_loss(self, hidden: Tensor, batch: Batch, counts: StepCounts) -> Tensor:
-        if "images" not in batch:
+        loss = self._loss_of_modalities(hidden, batch, counts)
+        # rows without pictures teach nothing to an encoder below a frozen decoder; backward wants a graph all the same
+        return loss if loss.requires_grad else loss + 0 * self.projector.weight.sum()
+
+    def _loss_of_modalities(self, hidden: Tensor, batch: Batch, counts: StepCounts) -> Tensor:
+        if not self._has_images:
             loss = super().label_loss(hidden, batch, counts)
             self._note("train/loss_text", loss.detach() * counts.share, counts)
             return loss
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         of_pictures = picture_rows(batch)
-        for name, rows in (("text", ~of_pictures), ("pictures", of_pictures)):
-            labels = batch["labels"][rows].flatten()
-            if not len(labels):
+        kinds = {"text": ~of_pictures, "pictures": of_pictures}
+        is_label = batch["labels"] != IGNORE_INDEX
+        of_kind = self._over_ranks(torch.stack([is_label[rows].sum() for rows in kinds.values()]))
+        for (name, rows), own in zip(kinds.items(), of_kind, strict=True):
+            if not own:  # on no rank; each notes what any has
                 continue
-            loss = linear_cross_entropy(
-                hidden[rows].flatten(0, 1), self.decoder.head.weight, labels, num_valid=counts.labels
-            )
-            own = (labels != IGNORE_INDEX).sum().clamp(min=1)
+            loss = torch.zeros_like(total)
+            if len(labels := batch["labels"][rows].flatten()):
+                states = hidden[rows].flatten(0, 1)
+                loss = linear_cross_entropy(states, self.decoder.head.weight, labels, num_valid=counts.labels)
             self._note(f"train/loss_{name}", loss.detach() * counts.labels / own, counts)
             total = total + loss
         return total
@@ -137,12 +148,16 @@ class FusionModel(_WithPictures):
     def load_balance_term(
         self, decided: Routing, valid: Tensor | None, load: Tensor | None, counts: StepCounts
     ) -> Tensor:
-        if not self.balances_apart or self._is_image is None:
+        if not self.balances_apart or not self._has_images:
             return super().load_balance_term(decided, valid, load, counts)
+        assert self._is_image is not None  # set by `hidden_states`
         terms = []
         for is_kind in (self._is_image, ~self._is_image):
             kept = is_kind if valid is None else is_kind & valid
-            terms.append(load_balance_loss(decided.logits, decided.expert_ids, kept) / counts.share)
+            of_kind = self._over_ranks(count_tokens(decided.expert_ids, decided.logits.size(1), kept))
+            num_kept = self._over_ranks(kept.sum())
+            term = load_balance_loss(decided.logits, decided.expert_ids, kept, of_kind, num_valid=num_kept)
+            terms.append(term / counts.share)
         return torch.stack(terms).mean()
 
     def _move_biases(self, *args: Any) -> None:
@@ -164,6 +179,8 @@ class FusionModel(_WithPictures):
         return {}
 
     def validation_numbers(self) -> dict[str, float]:
+        if self.trainer.world_size > 1:
+            self.picture_score.add_up(self._over_ranks)
         found = {"validation/loss_pictures": self.picture_score.loss}
         if self.picture_score.bits_per_byte is not None:
             found["validation/bits_per_byte_pictures"] = self.picture_score.bits_per_byte
@@ -187,21 +204,34 @@ class ContrastiveModel(_WithPictures):
         pictures = self.projector(self.vision(self._pixels(batch))).mean(dim=1)
         return pictures, hidden[batch["labels"] != IGNORE_INDEX], routing
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
-        pictures, texts, routing = self.embed_pairs(batch)
+    def _nats(self, pictures: Tensor, texts: Tensor, groups: Tensor) -> Tensor:
         scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
-        return contrastive_loss(pictures, texts, scale, batch["groups"]), routing
+        return contrastive_loss(pictures, texts, scale, groups)
 
     def hidden_states(self, batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
-        """The nats of each pair, (B,), in place of states: what `label_loss` takes."""
-        return self._losses(batch)
+        """The nats of each pair, (B,), in place of states: what `label_loss` takes.
+
+        Wrong answers are the pairs of all ranks.
+        """
+        pictures, texts, routing = self.embed_pairs(batch)
+        groups, size = batch["groups"], len(texts)
+        if (ranks := self.trainer.world_size) > 1:
+            everywhere = [torch.empty_like(groups) for _ in range(ranks)]
+            torch.distributed.all_gather(everywhere, groups)
+            world = torch.distributed.group.WORLD
+            assert world is not None  # the strategy made it
+            pictures, texts = (side_by_side(each, 0, world) for each in (pictures, texts))
+            groups = torch.cat(everywhere)
+        first = self.trainer.global_rank * size if ranks > 1 else 0
+        return self._nats(pictures, texts, groups)[first : first + size], routing
 
     def label_loss(self, hidden: Tensor, batch: Batch, counts: StepCounts) -> Tensor:
         return hidden.sum() / counts.labels
 
     @torch.no_grad()
     def score_batch(self, batch: Batch) -> dict[str, Routing]:
-        nats, _ = self._losses(batch)
+        pictures, texts, _ = self.embed_pairs(batch)
+        nats = self._nats(pictures, texts, batch["groups"])
         labels = batch["labels"].amax(dim=1, keepdim=True)  # the one of a row
         self.score.update(nats[:, None], labels)
         return {}

@@ -29,7 +29,7 @@ def _content(source: DataConfig) -> str:
 
 
 class FusionBatches(RunBatches):
-    """Batches of a run with `fusion`, of one process."""
+    """Batches of a run with `fusion`."""
 
     def __init__(self, config: RunConfig, data: Data, fusion: FusionConfig) -> None:
         super().__init__(config, data)
@@ -62,10 +62,11 @@ class FusionBatches(RunBatches):
     def training(self, rank: int = 0, world_size: int = 1) -> Any:
         training, samples, layout = self.config.training, self.pictures.samples, self.pictures.layout
         number = training.steps * training.accumulate
-        shared: dict[str, Any] = {"seq_len": training.seq_len, "batch_size": training.batch_size}
+        shared: dict[str, Any] = {"seq_len": training.seq_len, "batch_size": training.batch_size // world_size}
         shared |= {"num_batches": number, "seed": self.config.seed}
         if self.fusion.stage == "contrastive":
-            return PairTrainingLoader(samples, layout, **shared, cap=self.fusion.concept_cap)
+            ranks = {"rank": rank, "world_size": world_size}
+            return PairTrainingLoader(samples, layout, **shared, **ranks, cap=self.fusion.concept_cap)
         text = super().training(rank, world_size)
         assert isinstance(text, TrainingLoader)
         pictures = self.pictures.training_loader(**shared)
@@ -75,15 +76,19 @@ class FusionBatches(RunBatches):
 
     def val_dataloader(self) -> Any:
         training = self.config.training
+        if self.fusion.stage != "contrastive":
+            return super().val_dataloader()
+        return PairEvaluationLoader(  # all of it on every rank: a pair is scored among those of its batch
+            self.pictures.samples,
+            self.pictures.layout,
+            seq_len=training.seq_len,
+            batch_size=training.batch_size,
+            max_batches=training.validation_batches,
+        )
+
+    def evaluation(self) -> Any:
+        training = self.config.training
         most = training.validation_batches
-        if self.fusion.stage == "contrastive":
-            return PairEvaluationLoader(
-                self.pictures.samples,
-                self.pictures.layout,
-                seq_len=training.seq_len,
-                batch_size=training.batch_size,
-                max_batches=most,
-            )
         sizes = evaluation_sizes(training)
         pictures = self.pictures.evaluation_loader(
             seq_len=sizes["seq_len"], batch_size=4 * sizes["batch_size"], max_batches=most
@@ -92,6 +97,6 @@ class FusionBatches(RunBatches):
 
     def text_batches(self) -> EvaluationLoader:
         """Batches of the checks during the run that are text alone."""
-        text = super().val_dataloader()
+        text = super().evaluation()
         assert isinstance(text, EvaluationLoader)
         return text

@@ -26,6 +26,9 @@ __all__ = ["finishers_of", "score_any"]
 MOST = 2048
 """Pairs of a split among which a name is looked for."""
 
+MOST_NAMES = 500
+"""Pictures of a split that a model names; with few `training.score_windows`, two for each of these."""
+
 TEXT_BATCHES = 8
 """Batches of text whose experts are counted beside those of pictures."""
 
@@ -63,9 +66,8 @@ def names_in_pictures(run: Finished) -> dict[str, float]:
     prepared, module = run.fitted.prepared, run.fitted.module
     assert isinstance(module, FusionModel) and isinstance(prepared.batches, FusionBatches)
     pictures, model = prepared.batches.pictures, module.multimodal
-    # the verdict of a stage is on a fifth of the samples
-    samples, ranked = (100, 20) if module.is_frozen else (500, 100)
-    numbers = naming_numbers(model, pictures, samples=samples, ranked=ranked)
+    samples = min(MOST_NAMES, 2 * (prepared.config.training.score_windows or MOST_NAMES))
+    numbers = naming_numbers(model, pictures, samples=samples, ranked=max(1, samples // 5))
     text = islice(prepared.batches.text_batches(), TEXT_BATCHES)
     routed = experts_by_modality(model, pictures, text)
     run.console.print(_verdict(numbers))

@@ -18,6 +18,7 @@ from moesaic.training.config import RunConfig
 from moesaic.training.fusion_batches import make_batches
 from moesaic.training.fusion_config import STAGES
 from moesaic.training.fusion_start import stage_of
+from moesaic.training.launched import processes
 from moesaic.training.prepare import fit_vocabulary, new_run_dir
 from moesaic.training.starting import STAGES_FOLDER, Found, busy, find_run, is_finished, require_free
 
@@ -46,6 +47,11 @@ def run_stages(found: Found, console: Console, run: Run) -> tuple[Found, dict[st
     names = _needed(config)
     if not names:
         return found, {}
+    if (number := processes(to_mapping(config.trainer))) > 1:
+        raise InputError(
+            f"trainer.devices={config.trainer.devices!r}: {number} processes; fusion.stages are trained by one. Train "
+            f"{', '.join(f'experiment=fusion_{name}' for name in names)} first, and give fusion.text and fusion.encoder"
+        )
     _require_sound(found.config, names)
     run_dir = found.run_dir or _begin(config)
     there = dataclasses.replace(found, kind="begun", run_dir=run_dir, config={**found.config, "run_dir": str(run_dir)})

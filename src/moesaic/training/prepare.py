@@ -216,10 +216,10 @@ def _checked_model(config: RunConfig) -> DecoderConfig:
 def _require_processes(config: RunConfig, model: DecoderConfig, callbacks: list[Callback]) -> None:
     """Refuse a number of processes that cannot share the model or the batch."""
     number = processes(to_mapping(config.trainer))
-    if number > 1 and config.fusion is not None:
+    if config.fusion is not None and is_sharded(config.trainer.strategy, config.parallel, number):
         raise InputError(
-            f"trainer.devices={config.trainer.devices!r}: {number} processes; must be one with fusion, as a rank whose "
-            "rows have no picture would not need the encoder"
+            f"parallel.shard={config.parallel.shard}: must be false with fusion, as an encoder is not sharded; "
+            f"each of the {number} processes then has a copy of the model"
         )
     if number > 1:
         require_meeting(is_first=rank() == 0)

@@ -48,7 +48,10 @@ def _meet(strategy: DDPStrategy | ModelParallelStrategy) -> None:
 
 
 class CopiesStrategy(DDPStrategy):
-    """DDP, where a rank that does not come is told of, and custom modules may leave out weights that no row needs."""
+    """DDP, where a rank that does not come is told of.
+
+    Custom modules may leave out weights that no row needs, and so does an encoder on a rank without pictures.
+    """
 
     def setup_environment(self) -> None:
         _meet(self)
@@ -57,7 +60,9 @@ class CopiesStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         decoder = getattr(self.lightning_module, "decoder", None)
         if isinstance(decoder, Decoder):
-            self._ddp_kwargs["find_unused_parameters"] = decoder.config is None or bool(custom_modules(decoder.config))
+            may_leave_out = decoder.config is None or bool(custom_modules(decoder.config))
+            has_encoder = hasattr(self.lightning_module, "vision")
+            self._ddp_kwargs["find_unused_parameters"] = may_leave_out or has_encoder
         super().configure_ddp()
 
 

@@ -190,11 +190,11 @@ def require_length(samples: Samples, lengths: Ints, seq_len: int, key: str) -> N
     """Raise InputError that names `key` unless there are samples, and none is longer than seq_len."""
     source = samples.facts["source"]
     if not len(lengths):
-        raise InputError(f"fusion.pictures.source={source!r}: it has no samples to train on; must have some")
+        raise InputError(f"fusion.pictures ({source}): it has no samples to train on; must have some")
     if lengths.max() > seq_len:
         raise InputError(
             f"{key}={seq_len}: must be at least {lengths.max()}, the tokens of the longest sample of "
-            f"fusion.pictures.source={source!r}"
+            f"fusion.pictures ({source})"
         )
 
 

@@ -1,5 +1,6 @@
 """Pairs of one picture and one text, for contrastive training: balanced by concept, in batches of pairs."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -77,14 +78,18 @@ class _Pairs:
             tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
             labels[row, len(ids)] = end
         drawn = [sample.pictures[0].tiles(rng) for sample, rng in zip(samples, generators, strict=True)]
-        numbers: dict[str, int] = {}
         return {
             "tokens": tokens,
             "labels": labels,
             "valid": torch.arange(tokens.size(1)) <= (labels != IGNORE_INDEX).int().argmax(dim=1, keepdim=True),
             "images": pixel_values(np.concatenate(drawn)),
-            "groups": torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts]),
+            "groups": torch.tensor([_group(text) for text in texts]),
         }
+
+
+def _group(text: str) -> int:
+    """The same number for the same text, on every rank."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 class PairTrainingLoader(ResumableLoader):
