@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import require_bf16_as_near, require_same_gradients, require_same_logits
 from deepseek_v3_samples import CASES, RANDOM, SMALL, sample
 from reference.comparing import assert_close, assert_gradients
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from moesaic.checkpoints import load_model
 from moesaic.cli import convert
 from moesaic.errors import InputError
-from moesaic.interop import accelerate, check_hf, config_from_hf, config_to_hf, from_hf, gradients_to_hf, restore, to_hf
+from moesaic.interop import accelerate, check_hf, config_from_hf, config_to_hf, from_hf, restore, to_hf
 from moesaic.models import build_decoder, deepseek_v3, generate, tiny_twin
 from moesaic.models.decoder import Decoder
 
@@ -60,20 +61,10 @@ def load(directory: Path, **options: Any) -> Any:
 def test_logits_gradients_and_cached_decoding_agree(name: str, padded: bool) -> None:
     model = model_of(name)
     decoder, tokens, mask = from_hf(model), tokens_of(model), MASK if padded else None
-    real = torch.ones_like(tokens)[:, :, None] if mask is None else mask[:, :, None]
-    expected = model(tokens, attention_mask=mask, use_cache=False).logits * real
-    found = decoder(tokens, attention_mask=mask).logits * real
-    assert expected.std() > 0.5, "logits this small hide mistakes"
-    assert_close(found, expected, 3e-5, "logits")
-    assert_close(decoded_in_pieces(decoder, tokens, mask) * real, expected, 3e-5, "logits with a cache")
-    upstream = torch.randn_like(expected)
-    for logits in (expected, found):
-        (logits * upstream).sum().backward()
-    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    ours = gradients_to_hf(decoder)
-    assert theirs.keys() <= ours.keys()
-    assert_gradients({name: ours[name] for name in theirs}, theirs, 2e-4)
-    assert all(ours[name] is None or not ours[name].any() for name in ours.keys() - theirs.keys())
+    expected, found = require_same_logits(model, decoder, tokens, mask, 3e-5)
+    cached = decoded_in_pieces(decoder, tokens, mask) * (1 if mask is None else mask[:, :, None])
+    assert_close(cached, expected, 3e-5, "logits with a cache")
+    require_same_gradients(model, decoder, expected, found, 2e-4)
 
 
 @torch.no_grad()
@@ -129,21 +120,8 @@ def test_accelerated_models_agree(name: str) -> None:
 
 @pytest.mark.slow
 def test_bf16_is_as_near_to_the_exact_result_as_theirs() -> None:
-    """By the median token: where two experts are nearly tied, rounding decides, and such a token is far off in both."""
     model = sample().to(torch.bfloat16)
-    exact = type(model)(model.config).eval().float()
-    exact.load_state_dict(model.state_dict())
-    model.model.rotary_emb.inv_freq = exact.model.rotary_emb.inv_freq  # .to() has rounded it
-    tokens = torch.randint(model.config.vocab_size, (16, 16))
-
-    def error(logits: Tensor) -> float:
-        return (logits.float() - truth).square().mean(dim=-1).sqrt().median().item()
-
-    with torch.no_grad():
-        truth = exact(tokens, use_cache=False).logits
-        theirs, ours = model(tokens, use_cache=False).logits, from_hf(model)(tokens).logits
-    assert ours.dtype == torch.bfloat16
-    assert 0 < error(ours) <= 1.1 * error(theirs)
+    require_bf16_as_near(model, torch.randint(model.config.vocab_size, (16, 16)))
 
 
 # ---- files

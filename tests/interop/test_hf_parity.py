@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from agreement import require_same_gradients, require_same_logits
 from llama4_samples import CASES, llama4, llama4_with_vision
 from reference.comparing import assert_close, assert_gradients
 from torch import Tensor
@@ -32,19 +33,8 @@ def test_logits_and_gradients_agree(name: str, padded: bool) -> None:
     decoder = from_hf(model)
     tokens = tokens_of(model)
     mask = left_padding(0, 3, 9) if padded else None
-    expected = model(tokens, attention_mask=mask, use_cache=False).logits
-    found = decoder(tokens, attention_mask=mask).logits
-    assert expected.std() > 0.5, "logits this small hide mistakes"
-    # what stands at padding means nothing, so its loss has no weight
-    upstream = torch.randn_like(expected) * (1 if mask is None else mask[:, :, None])
-    assert_close(found * upstream.ne(0), expected * upstream.ne(0), 2e-5, "logits")
-    for logits in (expected, found):
-        (logits * upstream).sum().backward()
-    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    ours = gradients_like_theirs(decoder)
-    assert theirs.keys() <= ours.keys()
-    assert_gradients({name: ours[name] for name in theirs}, theirs, 1e-4)
-    assert all(ours[name] is None or not ours[name].any() for name in ours.keys() - theirs.keys())
+    expected, found = require_same_logits(model, decoder, tokens, mask, 2e-5)
+    require_same_gradients(model, decoder, expected, found, 1e-4)
 
 
 @pytest.mark.slow_but_for("[5, 1, 1, 6]")

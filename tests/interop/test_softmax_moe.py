@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import require_bf16_as_near, require_same_gradients, require_same_logits
 from reference.comparing import assert_close, assert_gradients
 from saved_weights import assert_same_weights, weights
 from softmax_moe_samples import CASES, CLASSES, EXPERTS, RANDOM, SMALL, sample
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moesaic.checkpoints import load_model
 from moesaic.cli import convert
 from moesaic.errors import InputError
-from moesaic.interop import accelerate, check_hf, config_from_hf, config_to_hf, from_hf, gradients_to_hf, to_hf
+from moesaic.interop import accelerate, check_hf, config_from_hf, config_to_hf, from_hf, to_hf
 from moesaic.interop.__main__ import main
 from moesaic.models import build_decoder, generate, gpt_oss_120b, mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b, tiny_twin
 
@@ -54,18 +55,8 @@ def test_logits_and_gradients_agree(name: str, padded: bool) -> None:
     kind, changes = (CASES | RANDOM)[name]
     model = sample(kind, **changes)
     decoder, tokens, mask = from_hf(model), tokens_of(model), MASK if padded else None
-    expected = model(tokens, attention_mask=mask, use_cache=False).logits
-    found = decoder(tokens, attention_mask=mask).logits
-    assert expected.std() > 0.5, "logits this small hide mistakes"
-    upstream = torch.randn_like(expected) * (1 if mask is None else mask[:, :, None])
-    assert_close(found * upstream.ne(0), expected * upstream.ne(0), 3e-5, "logits")
-    for logits in (expected, found):
-        (logits * upstream).sum().backward()
-    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    ours = gradients_to_hf(decoder)
-    assert theirs.keys() <= ours.keys()
-    assert_gradients({name: ours[name] for name in theirs}, theirs, 2e-4)
-    assert all(ours[name] is None or not ours[name].any() for name in ours.keys() - theirs.keys())
+    expected, found = require_same_logits(model, decoder, tokens, mask, 3e-5)
+    require_same_gradients(model, decoder, expected, found, 2e-4)
 
 
 @pytest.mark.slow_but_for("[5, 1, 1, 6]")
@@ -88,21 +79,8 @@ def test_cached_decoding_agrees(kind: str, pieces: list[int], mask: Tensor | Non
 
 @every_kind
 def test_bf16_is_as_near_to_the_exact_result_as_theirs(kind: str) -> None:
-    """By the median token: where two experts are nearly tied, rounding decides, and such a token is far off in both."""
     model = sample(kind).to(torch.bfloat16)
-    exact = type(model)(model.config).eval().float()
-    exact.load_state_dict(model.state_dict())
-    model.model.rotary_emb.inv_freq = exact.model.rotary_emb.inv_freq  # .to() has rounded it
-    tokens = torch.randint(model.config.vocab_size, (16, 16))
-
-    def error(logits: Tensor) -> float:
-        return (logits.float() - truth).square().mean(dim=-1).sqrt().median().item()
-
-    with torch.no_grad():
-        truth = exact(tokens, use_cache=False).logits
-        theirs, ours = model(tokens, use_cache=False).logits, from_hf(model)(tokens).logits
-    assert ours.dtype == torch.bfloat16
-    assert 0 < error(ours) <= 1.1 * error(theirs)
+    require_bf16_as_near(model, torch.randint(model.config.vocab_size, (16, 16)))
 
 
 @pytest.mark.slow_but_for(", 0")
