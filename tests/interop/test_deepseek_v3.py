@@ -12,7 +12,7 @@ from agreement import require_bf16_as_near, require_same_gradients, require_same
 from deepseek_v3_samples import CASES, RANDOM, SMALL, sample
 from reference.comparing import assert_close, assert_gradients
 from safetensors.torch import save_file
-from saved_weights import assert_same_weights, weights
+from saved_weights import assert_same_weights, save, weights
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -42,11 +42,6 @@ def model_of(name: str) -> DeepseekV3ForCausalLM:
 
 def tokens_of(model: DeepseekV3ForCausalLM) -> Tensor:
     return torch.randint(model.config.vocab_size, (3, LENGTH))
-
-
-def save(model: DeepseekV3ForCausalLM, directory: Path, **options: Any) -> Path:
-    model.save_pretrained(directory, max_shard_size="20KB", **options)
-    return directory
 
 
 def load(directory: Path, **options: Any) -> Any:

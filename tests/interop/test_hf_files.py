@@ -12,7 +12,7 @@ import torch
 from llama4_samples import BAND, CASES, NO_BAND, SMALL, llama4, llama4_with_vision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from saved_weights import assert_same_weights, weights
+from saved_weights import assert_same_weights, edit_config, save, weights
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from moesaic.errors import InputError
@@ -26,19 +26,6 @@ from moesaic.models.config import BaseShape
 def source(tmp_path: Path) -> Path:
     """A directory with three shards."""
     return save(llama4(), tmp_path / "source")
-
-
-def save(model: Any, directory: Path) -> Path:
-    model.save_pretrained(directory, max_shard_size="40KB")
-    return directory
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    for key, value in changes.items():
-        config.pop(key, None) if value is ... else config.update({key: value})
-    path.write_text(json.dumps(config))
 
 
 # ---- both ways

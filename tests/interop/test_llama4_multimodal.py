@@ -11,7 +11,7 @@ import torch
 from llama4_samples import SMALL
 from reference.comparing import assert_close, assert_gradients, redraw
 from safetensors.torch import load_file, save_file
-from saved_weights import weights
+from saved_weights import edit_config, save, weights
 from torch import Tensor
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
@@ -188,33 +188,24 @@ def test_accelerated_blocks_compute_the_same_inside() -> None:
 # ---- files
 
 
-def save(model: Any, directory: Path, **files: str) -> Path:
-    model.save_pretrained(directory, max_shard_size="40KB")
+def save_with(model: Any, directory: Path, **files: str) -> Path:
+    save(model, directory)
     for name, text in files.items():
         (directory / f"{name}.json").write_text(text)
     return directory
-
-
-def edit_config(directory: Path, part: str | None, **changes: Any) -> None:
-    path = directory / "config.json"
-    whole = json.loads(path.read_text())
-    config = whole if part is None else whole[part]
-    for key, value in changes.items():
-        config.pop(key, None) if value is ... else config.update({key: value})
-    path.write_text(json.dumps(whole))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model's directory, which tests copy."""
     torch.manual_seed(0)
-    return save(theirs_of({"num_hidden_layers": 1}, {}), tmp_path_factory.mktemp("saved") / "source")
+    return save_with(theirs_of({"num_hidden_layers": 1}, {}), tmp_path_factory.mktemp("saved") / "source")
 
 
 @pytest.mark.slow_but_for("tied head")
 @pytest.mark.parametrize("name", CASES)
 def test_round_trip_is_bit_equal_and_loads_in_transformers(name: str, tmp_path: Path) -> None:
-    directory = save(theirs_of(*CASES[name]), tmp_path / "source", preprocessor_config='{"size": 8}')
+    directory = save_with(theirs_of(*CASES[name]), tmp_path / "source", preprocessor_config='{"size": 8}')
     edit_config(directory, None, boi_token_index=58)
     report = check_hf(directory, with_vision=True)
     to_hf(multimodal_from_hf(directory), tmp_path / "copy", max_shard_bytes=20_000)
@@ -248,7 +239,7 @@ def test_a_model_of_ours_is_written_as_llama_4(tmp_path: Path) -> None:
 
 def test_the_text_alone_is_read_as_before(tmp_path: Path) -> None:
     model = theirs_of({}, {})
-    directory = save(model, tmp_path / "source")
+    directory = save_with(model, tmp_path / "source")
     decoder, whole = from_hf(directory), multimodal_from_hf(directory)
     assert check_hf(directory).skipped == len([name for name in weights(directory) if "language" not in name])
     assert check_hf(directory).vision is None

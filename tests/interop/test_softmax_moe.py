@@ -9,7 +9,7 @@ import pytest
 import torch
 from agreement import require_bf16_as_near, require_same_gradients, require_same_logits
 from reference.comparing import assert_close, assert_gradients
-from saved_weights import assert_same_weights, weights
+from saved_weights import assert_same_weights, save, weights
 from softmax_moe_samples import CASES, CLASSES, EXPERTS, RANDOM, SMALL, sample
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,11 +33,6 @@ def seeded() -> None:
 
 def tokens_of(model: PreTrainedModel, batch: int = 3) -> Tensor:
     return torch.randint(model.config.vocab_size, (batch, LENGTH))
-
-
-def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
-    model.save_pretrained(directory, max_shard_size="20KB", **options)
-    return directory
 
 
 def load(directory: Path, **options: Any) -> Any:
