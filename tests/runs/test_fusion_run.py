@@ -87,11 +87,16 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_from_nothing_to_the_verdict_and_the_same_when_stopped_in_every_stage(
-    composed: Composed, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Composed,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = composed("experiment=early_fusion", *FEW, "training.score_windows=2")
     whole = fused({**config, "run_dir": str(tmp_path / "whole")}, pictures)
     metrics = run(whole)
+    assert capsys.readouterr().out.count("MFLOP per tile in training, on top of") == 3, "all stages but that of text"
     assert metrics["status"] == "finished"
     assert {"validation/loss", "pictures/unseen_picture/bits_per_character", "pictures/unseen_picture/exact"} <= set(
         metrics

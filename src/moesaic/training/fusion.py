@@ -79,6 +79,12 @@ class _WithPictures(LanguageModel):
         self.tiles = checkpoint["moesaic"].get("tiles", 0)
 
     @property
+    def beside(self) -> str:
+        size = sum(p.numel() for part in (self.vision, self.projector) for p in part.parameters())
+        flops = self._flops_per_tile / 1e6
+        return f"{size:,} parameters and {flops:.3f} MFLOP per tile in training, on top of the memory and FLOPs above"
+
+    @property
     def parametrization(self) -> Parametrization:
         return self.decoder.parametrization
 

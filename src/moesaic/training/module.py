@@ -171,6 +171,11 @@ class LanguageModel(pl.LightningModule):
         return load_balance_loss(decided.logits, decided.expert_ids, valid, load, num_valid=counts.tokens)
 
     @property
+    def beside(self) -> str | None:
+        """What trains beside the decoder and what it costs, in words; None if nothing does."""
+        return None
+
+    @property
     def trained(self) -> torch.nn.Module:
         """What the optimizer steps and clipping sees as one; a teacher that trains along has its own."""
         return self.decoder

@@ -189,6 +189,8 @@ def _show_plan(prepared: Prepared, module: LanguageModel, console: Console) -> N
         prepared.run_dir,
         None if config.distillation is None else describe_teacher(prepared.targets, module.teacher_account),
     )
+    if module.beside is not None:
+        console.print(f"[bold]encoder[/] {module.beside}", highlight=False, soft_wrap=True)
     assumed = [part for layer in accounted.layers for part in layer.assumed]
     if assumed:
         said = f"FLOPs of {', '.join(dict.fromkeys(assumed))}: two per element of every matrix, as it could not be run"
