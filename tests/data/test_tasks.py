@@ -253,7 +253,7 @@ def test_an_epoch_has_every_person_once_and_so_has_the_test_set() -> None:
 
 
 def test_a_biography_needs_its_length() -> None:
-    with pytest.raises(InputError, match=r"^training\.seq_len=9: a biography of data\.task needs 10 tokens"):
+    with pytest.raises(InputError, match=r"^training\.seq_len=9: must be at least 10, the tokens of a biography"):
         TaskTrainingLoader(Biographies(), seq_len=9, batch_size=1, num_batches=1, seed=0)
     assert TaskTrainingLoader(Biographies(), seq_len=10, batch_size=2, num_batches=1, seed=0).batch(0)
 

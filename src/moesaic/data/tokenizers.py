@@ -155,10 +155,10 @@ def meaning_of_ids(tokenizer: dict[str, Any]) -> Any:
     import tokenizers
 
     try:
-        content = json.loads(tokenizers.Tokenizer.from_str(tokenizer["json"]).to_str())
+        content = {**json.loads(tokenizer["json"]), "decoder": None, "post_processor": None}
+        return json.loads(tokenizers.Tokenizer.from_str(json.dumps(content)).to_str())
     except Exception as error:  # its own errors have no class but Exception
         raise InputError(f"its tokenizer.json is damaged ({error})") from error
-    return {key: value for key, value in content.items() if key not in ("decoder", "post_processor")}
 
 
 def same_ids(first: Tokenizer | None, second: Tokenizer | None) -> bool:
