@@ -29,6 +29,9 @@ ENOUGH = 0.01
 ENOUGH_SECONDS = 0.1
 """The same of seconds, which vary by several percent from one measurement to the next."""
 
+EQUAL_SECONDS = 0.05
+"""The difference of seconds below which no width is solved for: both were timed side by side."""
+
 Equal = Literal["active_flops", "parameters", "both", "seconds", "none"]
 
 
@@ -352,7 +355,7 @@ def _solve_seconds(
         return ours / theirs
 
     ratio = over_baseline(start)
-    if abs(ratio - 1) <= ENOUGH_SECONDS / 2:
+    if abs(ratio - 1) <= EQUAL_SECONDS:
         return {}, f"Equal already: a step takes {ratio:.2f} times the seconds of the baseline."
     try:
         width, found = solve_width(over_baseline, 1.0, start=start, most=16 * start, tolerance=0.02)

@@ -28,8 +28,8 @@ from moesaic.data.tokenizers import (
     ByteTokenizer,
     Ids,
     Tokenizer,
-    meaning_of_ids,
     same_ids,
+    same_meaning,
     tokenizer_from_dict,
 )
 from moesaic.errors import CannotWrite, InputError, reason
@@ -263,7 +263,7 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether the ids that are there already are those of `tokenizer`, which so often was trained on this very text."""
     try:
         stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        return bool(stored == tokenizer.to_dict() or meaning_of_ids(stored) == meaning_of_ids(tokenizer.to_dict()))
+        return same_meaning(stored, tokenizer.to_dict())
     except (OSError, ValueError, LookupError, TypeError, InputError):
         return False
 

@@ -17,6 +17,7 @@ __all__ = [
     "Tokenizer",
     "meaning_of_ids",
     "same_ids",
+    "same_meaning",
     "token_bytes",
     "token_strings",
     "tokenizer_from_dict",
@@ -165,8 +166,12 @@ def same_ids(first: Tokenizer | None, second: Tokenizer | None) -> bool:
     """Whether ids mean the same to both; None is like None alone."""
     if first is None or second is None:
         return first is second
-    mine, other = first.to_dict(), second.to_dict()
-    return mine == other or meaning_of_ids(mine) == meaning_of_ids(other)
+    return same_meaning(first.to_dict(), second.to_dict())
+
+
+def same_meaning(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """`same_ids` of what `to_dict` gives. Raises InputError as `meaning_of_ids`."""
+    return first == second or meaning_of_ids(first) == meaning_of_ids(second)
 
 
 LONGEST_WORD = 10_000

@@ -6,7 +6,7 @@ from typing import Any
 
 from moesaic.checkpoints import load_checkpoint, load_model, require_finite_weights
 from moesaic.data import DataConfig, Tokenizer, tokenizer_from_dict
-from moesaic.data.tokenizers import meaning_of_ids
+from moesaic.data.tokenizers import same_meaning
 from moesaic.errors import InputError, naming
 from moesaic.files import standing
 from moesaic.models import Decoder
@@ -89,7 +89,7 @@ def load_teacher(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
         logger.warning("%s: the %s came without a tokenizer, only the vocabulary size was compared", path, side)
     else:
         with naming(str(path)):
-            is_same = meaning_of_ids(theirs) == meaning_of_ids(tokenizer.to_dict())
+            is_same = same_meaning(theirs, tokenizer.to_dict())
         if not is_same:
             raise InputError(
                 f"teacher={str(path)!r}: its tokenizer ({theirs['kind']}) is not that of the student's data "
