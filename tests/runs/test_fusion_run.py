@@ -152,6 +152,14 @@ def test_a_stage_is_its_experiment(composed: Composed) -> None:
         assert found == flatten(composed(*alone, smoke=False))
 
 
+def test_captions_of_a_stage_are_those_of_the_run(composed: Composed, pictures: Path) -> None:
+    whole = fused(composed("experiment=early_fusion", smoke=False), pictures)
+    whole["fusion"]["stages"] = composed("experiment=early_fusion", smoke=False)["fusion"]["stages"]
+    for name in ("text", "encoder", "frozen"):
+        asked = fusion_stages.stage_config(whole, name, {"text": "t", "encoder": None})
+        assert asked["data"]["captions"] == whole["data"]["captions"] != {}
+
+
 @pytest.mark.parametrize(
     ("overrides", "fusion", "message"),
     [

@@ -67,6 +67,65 @@ class ReadsTheMean(Chained):
         return super().forward(x, None if router_state is None else router_state.mean(dim=0, keepdim=True))
 
 
+class LeavesTheMeanLater(Chained):
+    """What the second layer leaves is the mean of all tokens; the first one leaves what is causal."""
+
+    def forward(self, x: Tensor, router_state: Tensor | None) -> Routing:
+        routing = super().forward(x, router_state)
+        return routing if router_state is None else routing._replace(state=routing.logits.mean(0).expand(len(x), -1))
+
+
+class CountsLayers(LinearRouter):
+    """From the third layer on, by a count that it hands on, it chooses by the mean of all tokens."""
+
+    def forward(self, x: Tensor, router_state: Tensor | None) -> Routing:
+        number = torch.zeros_like(x[:, :1]) if router_state is None else router_state
+        return super().forward(x + (number >= 2) * x.mean(0))._replace(state=number + 1)
+
+
+class LeaksInLaterLayers(LinearRouter):
+    """Chooses by the mean of all tokens, but in the first two layers."""
+
+    def __init__(self, dim: int, num_experts: int, layer_index: int) -> None:
+        super().__init__(dim, num_experts)
+        self.leaks = layer_index >= 2
+
+    def forward(self, x: Tensor) -> Routing:
+        return super().forward(x + x.mean(dim=0) if self.leaks else x)
+
+
+class ChangesTheState(Chained):
+    """Adds to what the layer before left, in its place."""
+
+    def forward(self, x: Tensor, router_state: Tensor | None) -> Routing:
+        routing = super().forward(x, router_state)
+        return routing if router_state is None else routing._replace(state=router_state.add_(routing.logits.detach()))
+
+
+class Moved(LinearRouter):
+    """Nothing is wrong with "buffer": a bias is moved away from the experts that were chosen most."""
+
+    def __init__(self, kept: str = "buffer", observes: bool = True) -> None:
+        super().__init__()
+        self.observes = observes
+        bias = torch.zeros(EXPERTS)
+        if kept == "buffer":
+            self.register_buffer("bias", bias)
+        else:
+            self.bias = bias
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = x @ self.weight.T
+        expert_ids = (logits + self.bias.to(x)).topk(2, dim=-1).indices
+        return Routing(logits, logits.sigmoid().gather(1, expert_ids), expert_ids)
+
+    def observe(self, routing: Routing, valid: Tensor | None) -> Tensor | None:
+        return routing.expert_ids.flatten().bincount(minlength=EXPERTS).float() if self.observes else None
+
+    def end_step(self, observed: Tensor) -> None:
+        self.bias -= 0.1 * (observed - observed.mean()).sign()
+
+
 class ByTokenId(LinearRouter):
     """Nothing is wrong: each token id has a preference, and ids must be given."""
 

@@ -10,10 +10,11 @@ import rigged_parts as parts
 from torch import nn
 
 from moesaic.errors import InputError
+from moesaic.imports import trusting
 from moesaic.layers import Attention, MoE, RotaryEmbedding
 from moesaic.models.config import AttentionConfig, CustomModule, DecoderConfig, LayerConfig, Mixer, MoEConfig
 from moesaic.models.seams import Seam
-from moesaic.testing import check_decoder_parts, check_part
+from moesaic.testing import check_decoder_parts, check_named_part, check_part
 
 ORDER = [
     "repeatability",
@@ -38,6 +39,7 @@ REPEATS, CAUSAL, BATCH, LENGTH, GRADIENTS, FINITE, STATE, PADDING, CACHE = ORDER
         ("router", parts.Chained, 7),
         ("router", parts.ByTokenId, 7),
         ("router", partial(parts.RunningLoad, persistent=True), 7),
+        ("router", parts.Moved, 7),
         ("mixer", parts.Average, 9),
         ("mixer", parts.OnlySingle, 9),
         ("mixer", partial(parts.Counts, "saved"), 9),
@@ -58,8 +60,8 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
 
 @pytest.mark.slow_but_for(
     "router-LeavesTheMean",
-    "mixer-BeginsAnew-fails17-the output two steps after loading",
-    "mixer-ForgetsTheCount-fails24-tokens one by one and at once",
+    "mixer-BeginsAnew-fails22-the output two steps after loading",
+    "mixer-ForgetsTheCount-fails29-tokens one by one and at once",
 )
 @pytest.mark.parametrize(
     ("seam", "make", "fails", "said"),
@@ -67,6 +69,11 @@ def test_nothing_is_wrong(seam: Seam, make: Callable[[], nn.Module], applies: in
         ("router", parts.ExpertChoice, {CAUSAL, BATCH, LENGTH}, "when the tokens from there on are"),
         ("router", parts.LeavesTheMean, {CAUSAL, BATCH, LENGTH}, "the output of token 0 depends on later tokens"),
         ("router", parts.ReadsTheMean, {CAUSAL, BATCH, LENGTH}, "the output of token 0 depends on later tokens"),
+        ("router", parts.LeavesTheMeanLater, {CAUSAL, BATCH, LENGTH}, "depends on later tokens"),
+        ("router", parts.CountsLayers, {CAUSAL, BATCH, LENGTH}, "depends on later tokens"),
+        ("router", parts.ChangesTheState, set(ORDER[:7]), "it changes router_state in place, which others read too"),
+        ("router", partial(parts.Moved, "attribute"), {STATE}, "not in the state dict: router.bias"),
+        ("router", partial(parts.Moved, observes=False), {STATE}, "Moved: observe returned NoneType; must be a tensor"),
         ("router", parts.LimitedCapacity, {BATCH, LENGTH}, "when the others of its batch are"),
         ("router", parts.UnusedParameter, {GRADIENTS}, "bias get none"),
         ("router", parts.NormalizedTop1, {GRADIENTS}, "weight only zeros"),
@@ -96,6 +103,18 @@ def test_each_check_catches_its_own(seam: Seam, make: Callable[[], nn.Module], f
     report = check_part(make, seam, dim=32)
     assert {row.check for row in report.failures} == fails, str(report)
     assert any(said in row.detail for row in report.failures), str(report)
+
+
+def test_a_leak_in_later_layers_alone_shows_in_a_model() -> None:
+    assert not check_part(lambda: parts.LeaksInLaterLayers(32, parts.EXPERTS, 0), "router", dim=32).failures
+    with trusting(["rigged_parts"]):
+        named = check_named_part("router", "rigged_parts:LeaksInLaterLayers")
+        router = {"type": "rigged_parts:LeaksInLaterLayers"}
+        whole = dataclasses.replace(with_parts(router=router), pattern=(LayerConfig(mixer="rope", ffn="moe"),))
+        rows = check_decoder_parts(whole)
+    for failed in (named.failures, [row for row in rows if row.status == "fail"]):
+        assert [row.check for row in failed] == [CAUSAL, BATCH]
+        assert all("in a model with all its layers" in row.detail for row in failed)
 
 
 def test_what_can_be_made_again_is_no_state() -> None:

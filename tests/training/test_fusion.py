@@ -41,13 +41,13 @@ def model() -> DecoderConfig:
     return from_mapping(DecoderConfig, {**given, "dim": 16, "hidden_dim": 32, "attention": attention, "moe": moe})
 
 
-def config(stage: str | None, **fusion: Any) -> dict[str, Any]:
+def config(stage: str | None, accumulate: int = 1, **fusion: Any) -> dict[str, Any]:
     given = {"stage": stage, "vision": to_mapping(VISION), "text": "t" if stage == "frozen" else None, **fusion}
     pictures = {"source": "image_folder", "path": "p", "task": TASK}
     run = {
         "name": "test",
         "model": to_mapping(model()),
-        "training": {"steps": STEPS, "batch_size": 4, "seq_len": 64, "log_every": 1},
+        "training": {"steps": STEPS, "batch_size": 4, "seq_len": 64, "log_every": 1, "accumulate": accumulate},
         "balance": {"expert_bias_update_rate": 0.01},
         "fusion": None if stage is None else {**given, "pictures": pictures},
     }
@@ -116,6 +116,22 @@ def test_losses_of_both_add_up_to_that_of_the_batch() -> None:
     of_pictures = int((batch["labels"][2:] != -100).sum())
     whole = (found["train/loss_text"] * of_text + found["train/loss_pictures"] * of_pictures) / (of_text + of_pictures)
     torch.testing.assert_close(whole, fresh._last_loss)
+
+
+def test_a_step_logs_the_losses_of_its_own_rows_alone() -> None:
+    text, pictures = batches(0.0)[0], batches(1.0)[0]
+    module = fit(make("joint"), [text, pictures])
+    assert "train/loss_pictures" in module.log_book.auxiliary and "train/loss_text" not in module.log_book.auxiliary
+
+
+def test_losses_of_a_step_are_means_over_its_labels_not_its_micro_batches() -> None:
+    parts = [batches(0.0)[0], batches(1.0)[0]]
+    together = fit(make("joint", accumulate=2), parts)
+    for name, batch in zip(("text", "pictures"), parts, strict=True):
+        alone = fit(make("joint"), [batch])
+        torch.testing.assert_close(
+            together.log_book.auxiliary[f"train/loss_{name}"], alone.log_book.auxiliary[f"train/loss_{name}"]
+        )
 
 
 def test_balance_of_each_modality_by_itself() -> None:

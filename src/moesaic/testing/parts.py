@@ -4,18 +4,19 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from moesaic.errors import InputError
-from moesaic.models.config import DecoderConfig
+from moesaic.models.config import DecoderConfig, LayerConfig
 from moesaic.models.custom import construct, custom_modules
 from moesaic.models.decoder import build_block
 from moesaic.models.seams import SMALL, Seam
 from moesaic.testing.part_checks import PART_CHECKS
-from moesaic.testing.placing import LENGTH, Place, Placed, put
+from moesaic.testing.placing import IN_A_ROW, LENGTH, Place, Placed, Stack, put, stack
 from moesaic.testing.report import CheckResult, Report
 
 __all__ = ["check_decoder_parts", "check_named_part", "check_part"]
@@ -51,11 +52,15 @@ def check_named_part(seam: Seam, path: str) -> Report:
         InputError: it cannot be imported, or made from what a decoder gives it by name.
     """
 
-    def make() -> Any:
-        return construct({"type": path}, seam, **SMALL)
+    def make(**changes: int) -> Any:
+        return construct({"type": path}, seam, **SMALL | changes)
+
+    def model() -> Placed:
+        layers = (put(seam, make(layer_index=i, num_layers=IN_A_ROW), DIM).whole for i in range(IN_A_ROW))
+        return stack(layers, seam, DIM)
 
     make()
-    return _report(path, Place(lambda: put(seam, make(), DIM)))
+    return _report(path, Place(lambda: put(seam, make(), DIM), model=model))
 
 
 def check_decoder_parts(config: DecoderConfig, seq_len: int = LENGTH) -> list[CheckResult]:
@@ -76,7 +81,7 @@ def check_decoder_parts(config: DecoderConfig, seq_len: int = LENGTH) -> list[Ch
             distinct.setdefault(f"{_attribute(where)}: {custom}", where)
     rows = []
     for where in distinct.values():
-        place = Place(_maker(config, where, seq_len), seq_len)
+        place = _place(config, where, seq_len)
         rows += [_at(where, row) if len(distinct) > 1 else row for row in _report(where, place).rows]
     return rows
 
@@ -94,8 +99,8 @@ def _report(name: str, place: Place) -> Report:
     return Report(name, tuple(check.run(place) for check in PART_CHECKS))
 
 
-def _maker(config: DecoderConfig, where: str, seq_len: int) -> Callable[[], Placed]:
-    """What makes a custom module of a model, in its block: a small one if that can be built and run."""
+def _place(config: DecoderConfig, where: str, seq_len: int) -> Place:
+    """A custom module of a model in its block, a small one if that can be built and run, and all layers of it."""
     in_moe, attribute = where.startswith("moe."), _attribute(where)
     index = (_first_moe(config) or 0) if in_moe else int(where.split(".")[1])
 
@@ -105,6 +110,10 @@ def _maker(config: DecoderConfig, where: str, seq_len: int) -> Callable[[], Plac
         part = getattr(whole, attribute) if in_moe else whole
         return Placed(part if isinstance(part, nn.Module) else whole, whole, config.dim)
 
+    def model(config: DecoderConfig) -> Placed:
+        layers = Stack(build_block(config, i) for i in range(config.num_layers))
+        return Placed(layers, layers, config.dim, takes_mask=False)
+
     smaller = (_small(_alone(config, where)), _small(config))
     for length, candidate in itertools.product((3, seq_len), smaller):
         try:
@@ -113,18 +122,34 @@ def _maker(config: DecoderConfig, where: str, seq_len: int) -> Callable[[], Plac
                 placed.run(placed.random(2, length))
         except Exception:  # what a foreign module raises has no common base
             continue
-        return lambda candidate=candidate: make(candidate)  # type: ignore[misc]
-    return lambda: make(config)  # if it cannot run there either, the rows will say so
+        return Place(partial(make, candidate), seq_len, partial(model, candidate))
+    return Place(partial(make, config), seq_len)  # if it cannot run there either, the rows will say so
 
 
 def _alone(config: DecoderConfig, where: str) -> DecoderConfig:
-    """With the built-in parts in the MoE layer beside the one at `where`, so that nothing else can fail."""
+    """With built-in parts in place of all custom ones but the one at `where`, so that nothing else can fail."""
+    attribute, here = _attribute(where), custom_modules(config)[where]
+    built_in: dict[str, Any] = {"mixer": "rope" if config.attention.mla is None else "mla", "ffn": "dense"}
+
+    def beside(layer: LayerConfig) -> LayerConfig:
+        others = (name for name in built_in if isinstance(getattr(layer, name), dict))
+        replaced = (name for name in others if (name, getattr(layer, name)) != (attribute, here))
+        return dataclasses.replace(layer, **{name: built_in[name] for name in replaced})
+
+    config = dataclasses.replace(
+        config,
+        pattern=tuple(map(beside, config.layers)),
+        interleave_moe_layer_step=None,
+        nope_layer_interval=None,
+        first_dense_layers=0,
+        dense_twin=False,
+    )
     if config.moe is None:
         return config
-    beside = [_attribute(place) for place in custom_modules(config) if place.startswith("moe.") and place != where]
-    fields = dataclasses.fields(config.moe)
-    built_in: dict[str, Any] = {field.name: field.default for field in fields if field.name in beside}
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **built_in))
+    others = [_attribute(place) for place in custom_modules(config) if place.startswith("moe.") and place != where]
+    defaults: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(config.moe)}
+    moe = dataclasses.replace(config.moe, **{name: defaults[name] for name in others})
+    return dataclasses.replace(config, moe=moe)
 
 
 def _small(config: DecoderConfig) -> DecoderConfig:

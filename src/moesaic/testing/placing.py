@@ -3,25 +3,30 @@
 import copy
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import InputError
-from moesaic.layers import Experts, LocalDispatcher, MoE, TopKRouter
+from moesaic.layers import Experts, LocalDispatcher, MoE, RMSNorm, Routing, TopKRouter
 from moesaic.layers.routing import beside_tokens
+from moesaic.models.decoder import Block
 from moesaic.models.seams import Seam
 
-__all__ = ["LENGTH", "Place", "Placed", "put", "token_ids_of"]
+__all__ = ["IN_A_ROW", "LENGTH", "Place", "Placed", "Stack", "put", "stack", "token_ids_of"]
 
 LENGTH = 24
 HIDDEN = 16
 
 DRAWS = 64
 """Seeds that are tried of what draws random numbers: one that drops a sequence in ten shows it."""
+
+IN_A_ROW = 4
+"""MoE layers with a state of their router that are called one after the other: a leak may begin in a later one."""
 
 REPEATS = 16
 """Calls that are compared of what may draw random numbers that no seed reaches."""
@@ -45,11 +50,12 @@ class Placed:
     def call(self, x: Tensor, *state: Any, seed: int = 0) -> Tensor:
         """The part as a block calls it, here and now. Noise of its own is drawn from `seed`."""
         _seed(seed)
-        asked = {"token_ids": token_ids_of(self.whole, x)} if getattr(self.whole, "takes_token_ids", False) else {}
+        asked, given = self._asked(x), x.detach().clone()
         if hasattr(self.whole, "takes_router_state") and not state:
             y = self._through_state(x, **asked)
         else:
             y = self.whole(x, *state, **asked)
+        _require_unchanged("its input", x, given)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise InputError(
@@ -57,17 +63,32 @@ class Placed:
             )
         return y
 
+    def routing(self, x: Tensor) -> Routing:
+        """What the router of a MoE layer decides."""
+        decided: Routing = self.whole.forward_with_routing(x, **self._asked(x))[1]  # type: ignore[operator]
+        return decided
+
+    def _asked(self, x: Tensor) -> dict[str, Tensor]:
+        return {"token_ids": token_ids_of(self.whole, x)} if getattr(self.whole, "takes_token_ids", False) else {}
+
     def _through_state(self, x: Tensor, **asked: Tensor) -> Tensor:
-        """A MoE layer and the state that its router leaves, read by the next layer and alone: leaks in it show."""
-        y, routing = self.whole.forward_with_routing(x, **asked)  # type: ignore[operator]
-        state: Tensor | None = routing.state
-        if state is None:
-            return y
-        if self.whole.takes_router_state:
-            y = self.whole.forward_with_routing(x + y, router_state=state, **asked)[0]  # type: ignore[operator]
-        generator = torch.Generator().manual_seed(3)
-        reader = torch.randn(state.size(-1), x.size(-1), generator=generator, dtype=torch.float64)
-        return y + (state.to(x) @ reader.to(x)).view_as(x)
+        """A MoE layer as several in a row, which hand on the state of their router, and what a reader sees in it."""
+        layer: Any = self.whole
+        state: Tensor | None = None
+        total, tokens = torch.zeros_like(x), x
+        for _ in range(IN_A_ROW if layer.takes_router_state else 1):
+            given = None if state is None else state.clone()
+            handed = {} if given is None else {"router_state": state}
+            y, routing = layer.forward_with_routing(tokens, **handed, **asked)
+            if state is not None and given is not None:
+                _require_unchanged("router_state", state, given)
+            total, state = total + y, routing.state
+            if state is not None:
+                generator = torch.Generator().manual_seed(3)
+                reader = torch.randn(state.size(-1), x.size(-1), generator=generator, dtype=torch.float64)
+                total = total + (state.to(x) @ reader.to(x)).view_as(x)
+            tokens = F.rms_norm(x + total, x.shape[-1:])  # as in a block, so that numbers do not grow with depth
+        return total
 
     def run(
         self, x: Tensor, *, training: bool = False, mask: Tensor | None = None, seed: int = 0, with_graph: bool = False
@@ -98,11 +119,15 @@ class Place:
     Args:
         make: a new part in its place, drawn from torch's generator.
         longest: the length of the sequences that it will be trained on.
+        model: the same with all layers of a model as the whole, if there is one.
     """
 
-    def __init__(self, make: Callable[[], Placed], longest: int = LENGTH) -> None:
+    def __init__(
+        self, make: Callable[[], Placed], longest: int = LENGTH, model: Callable[[], Placed] | None = None
+    ) -> None:
         self.make = make
         self.longest = longest
+        self.model = None if model is None else Place(model, longest)
         self._length: int | None = None
         self._dtype = torch.float64
         self._deterministic: dict[bool, bool] = {}
@@ -162,6 +187,11 @@ class Place:
         return self._repeatable[training]
 
 
+def _require_unchanged(name: str, x: Tensor, given: Tensor) -> None:
+    if not torch.equal(x.detach().nan_to_num(), given.nan_to_num()):
+        raise InputError(f"it changes {name} in place, which others read too; must make a new tensor")
+
+
 def _seed(seed: int) -> None:
     """Seed what a run seeds."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow: it seeds GPUs, with a stack trace
@@ -219,9 +249,37 @@ def put(seam: Seam, part: Any, dim: int) -> Placed:
     return Placed(part, part, dim)
 
 
-def token_ids_of(layer: Any, x: Tensor) -> Tensor:
+class Stack(nn.Module):
+    """The blocks of a model, without embedding and head, in the place of a part."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.takes_token_ids = any(block.takes_token_ids for block in self.blocks)
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """x (B, L, D) and the ids (B, L) of its tokens -> (B, L, D)."""
+        state = None
+        for block in self.blocks:
+            x, routing = block(x, token_ids=token_ids, router_state=state)
+            state = state if routing is None else routing.state
+        return x
+
+
+def stack(wholes: Iterable[nn.Module], seam: Seam, dim: int) -> Placed:
+    """Parts in their places, one behind the other with a norm before and a residual around each."""
+    blocks = []
+    for whole in wholes:
+        mixer, ffn = (whole, nn.Identity()) if seam == "mixer" else (nn.Identity(), whole)
+        blocks.append(Block(mixer=mixer, ffn=ffn, mixer_norm=RMSNorm(dim), ffn_norm=RMSNorm(dim)))
+    layers = Stack(blocks)
+    return Placed(layers, layers, dim, takes_mask=False)
+
+
+def token_ids_of(layer: nn.Module, x: Tensor) -> Tensor:
     """Ids (B, L) for a router that asks for them, made of the tokens (B, L, D): equal tokens have equal ids."""
-    return (x[..., 0].detach().double() * 1e3).long() % getattr(layer.router, "vocab_size", 64)
+    vocabularies = (size for each in layer.modules() if isinstance(size := getattr(each, "vocab_size", None), int))
+    return (x[..., 0].detach().double() * 1e3).long() % next(vocabularies, 64)
 
 
 def _takes_three(module: nn.Module) -> bool:

@@ -107,6 +107,8 @@ class FusionModel(_WithPictures):
         self.is_frozen = fusion.stage == "frozen"
         self.balances_apart = fusion.balance_per_modality
         self._is_image: Tensor | None = None
+        self._of_kinds: dict[str, tuple[Tensor, Tensor]] = {}
+        """Nats and labels of a kind of rows in the step at hand."""
         self.picture_score = LanguageModelScore(self.token_bytes)
         if self.is_frozen:
             self.decoder.requires_grad_(False)
@@ -131,25 +133,26 @@ class FusionModel(_WithPictures):
         return loss if loss.requires_grad else loss + 0 * self.projector.weight.sum()
 
     def _loss_of_modalities(self, hidden: Tensor, batch: Batch, counts: StepCounts) -> Tensor:
-        if not self._has_images:
-            loss = super().label_loss(hidden, batch, counts)
-            self._note("train/loss_text", loss.detach() * counts.share, counts)
-            return loss
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        of_pictures = picture_rows(batch)
-        kinds = {"text": ~of_pictures, "pictures": of_pictures}
+        of_pictures = picture_rows(batch) if self._has_images else torch.zeros_like(batch["labels"][:, 0]).bool()
         is_label = batch["labels"] != IGNORE_INDEX
-        of_kind = self._over_ranks(torch.stack([is_label[rows].sum() for rows in kinds.values()]))
-        for (name, rows), own in zip(kinds.items(), of_kind, strict=True):
-            if not own:  # on no rank; each notes what any has
-                continue
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for name, rows in (("text", ~of_pictures), ("pictures", of_pictures)):
+            if not (everywhere := self._over_ranks(is_label[rows].sum())):
+                continue  # on no rank; each notes what any has
             loss = torch.zeros_like(total)
             if len(labels := batch["labels"][rows].flatten()):
                 states = hidden[rows].flatten(0, 1)
                 loss = linear_cross_entropy(states, self.decoder.head.weight, labels, num_valid=counts.labels)
-            self._note(f"train/loss_{name}", loss.detach() * counts.labels / own, counts)
+            self._note_kind(f"train/loss_{name}", loss.detach() * counts.labels, everywhere)
             total = total + loss
         return total
+
+    def _note_kind(self, name: str, nats: Tensor, labels: Tensor) -> None:
+        """Log the mean over the labels of a kind in a step: `nats` of this rank, `labels` of all."""
+        noted = self.log_book.auxiliary
+        before = self._of_kinds[name] if name in noted else (0, 0)
+        self._of_kinds[name] = nats, labels = before[0] + nats, before[1] + labels
+        noted[name] = nats / labels
 
     def load_balance_term(
         self, decided: Routing, valid: Tensor | None, load: Tensor | None, counts: StepCounts

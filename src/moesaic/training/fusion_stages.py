@@ -78,7 +78,7 @@ def run_stages(found: Found, console: Console, run: Run) -> tuple[Found, dict[st
 def stage_config(config: Mapping[str, Any], name: str, taken: Mapping[str, str | None]) -> dict[str, Any]:
     """The config of a stage: that of the run, and what `fusion.stages` says of it.
 
-    Vocabulary, encoder and pictures are those of the run.
+    Vocabulary, encoder, pictures and captions are those of the run.
 
     Args:
         taken: the checkpoints that it may begin with, by `text` and `encoder`.
@@ -87,6 +87,8 @@ def stage_config(config: Mapping[str, Any], name: str, taken: Mapping[str, str |
     begins = {"text": None, "encoder": None} if name == "encoder" else dict(taken)
     shared = {key: config["fusion"][key] for key in ("vision", "pictures") if key in config["fusion"]}
     merged["fusion"] = None if name == "text" else {**merged["fusion"], **shared, **begins}
+    if "captions" in config["data"]:
+        merged["data"] = {**merged["data"], "captions": config["data"]["captions"]}
     merged["model"] = {**merged["model"], "vocab_size": config["model"].get("vocab_size")}
     return merged
 

@@ -18,6 +18,7 @@ from moesaic.evaluation.drift import RunningDrift, Watched
 from moesaic.evaluation.language_modeling import LanguageModelScore
 from moesaic.evaluation.routing import RoutingSums, routing_sums
 from moesaic.layers import MovingRouter, Routing, count_tokens
+from moesaic.layers.routers.moving import observed_by
 from moesaic.losses import (
     SoftWeight,
     linear_cross_entropy,
@@ -125,15 +126,13 @@ class LanguageModel(pl.LightningModule):
         """What routers with a state of their own saw since the last optimizer step."""
         self.teacher_step_observed: dict[str, Tensor] = {}
         self._step_counts: StepCounts | None = None
-        self._noted: StepCounts | None = None
-        self._sums: dict[str, Tensor] = {}
 
     # ---- training
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         valid = batch["valid"].flatten() if "valid" in batch else None
-        if self._step_counts is None:
-            self.step_routing = {}
+        if self._step_counts is None:  # a step begins
+            self.step_routing, self.log_book.auxiliary = {}, {}
         counts = self._step_counts = self._step_counts or self._count_step(batch)
         hidden, routing = self.hidden_states(batch)
         if self.codistillation is None:
@@ -269,11 +268,8 @@ class LanguageModel(pl.LightningModule):
 
     def _note(self, name: str, term: Tensor, counts: StepCounts) -> None:
         """Log the mean over the micro-batches of a step."""
-        if counts is not self._noted:
-            self._noted, self._sums = counts, {}
-        before, share = self._sums.get(name), self.trainer.accumulate_grad_batches
-        self._sums[name] = term / share if before is None else before + term / share
-        self.log_book.auxiliary[name] = self._sums[name]
+        noted, part = self.log_book.auxiliary, term / counts.share
+        noted[name] = noted[name] + part if name in noted else part
 
     def on_train_start(self) -> None:
         self._began_at = self.trainer.global_step
@@ -614,7 +610,7 @@ def _observe(decoder: Decoder, routing: dict[str, Routing], valid: Tensor | None
     for name, decided in routing.items():
         router = _router_of(decoder, name)
         if isinstance(router, MovingRouter) and not decided.replayed:
-            sums[name] = router.observe(decided, valid) + sums.get(name, 0)
+            sums[name] = observed_by(router, decided, valid) + sums.get(name, 0)
 
 
 def _count(routing: dict[str, Routing], valid: Tensor | None) -> dict[str, Tensor]:

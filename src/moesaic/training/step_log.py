@@ -19,7 +19,7 @@ class StepLog:
         self.tokens_per_second = 0.0
         """Tokens per second of training since this process began."""
         self.auxiliary: dict[str, Tensor] = {}
-        """Latest value of what is logged as it is: balance losses and gradient norms."""
+        """What is logged of the step at hand alone: balance losses, losses of kinds of rows, gradient norms."""
         self.nats = torch.zeros(())
         self.micro_batches = 0
 
