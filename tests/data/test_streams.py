@@ -13,6 +13,7 @@ import pytest
 
 from moesaic.config import from_mapping
 from moesaic.data import BPETokenizer, ByteTokenizer, DataConfig, load_data
+from moesaic.data.tokenizers import END_OF_TEXT
 from moesaic.errors import InputError
 
 
@@ -219,12 +220,21 @@ def test_how_a_tokenizer_is_spelled_does_not_matter(folder: Path) -> None:
     assert isinstance(cached.tokenizer, BPETokenizer)
     content = json.loads(cached.tokenizer.to_dict()["json"])
     content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    content["post_processor"] = {**content["decoder"], "trim_offsets": False}
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     back = BPETokenizer(json.dumps(content, indent=2, ensure_ascii=False))
     [cache] = caches(folder)
     load_data(DataConfig(source="memmap", path=str(cache)), back)
     load_data(config(folder), back)
     assert caches(folder) == [cache], "nothing was tokenized again"
+    beginning = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    markers = {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [0], "tokens": [END_OF_TEXT]}}
+    begins = {"type": "TemplateProcessing", "single": beginning, "pair": beginning, "special_tokens": markers}
+    with_beginning = BPETokenizer(json.dumps({**content, "post_processor": begins}))
+    with pytest.raises(InputError, match="of another tokenizer"):
+        load_data(DataConfig(source="memmap", path=str(cache)), with_beginning)
+    text = f"a{END_OF_TEXT}b".encode()
+    assert with_beginning.encode(text).tolist() == [0, *back.encode(text).tolist()], "it begins once"
     first, second = content["model"]["merges"][:2]
     content["model"]["merges"][:2] = [second, first]
     with pytest.raises(InputError, match="of another tokenizer"):

@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from torch import Tensor
 
 from moesaic.checkpoints import load_checkpoint, load_model
 from moesaic.config import from_mapping
 from moesaic.errors import InputError
-from moesaic.layers import parameter_kinds
+from moesaic.imports import trusting
+from moesaic.layers import Routing, TopKRouter, parameter_kinds
 from moesaic.models import DecoderConfig, LayerConfig, account, build_decoder, llama4_toy
 from moesaic.models.custom import Source, custom_modules, sources
 from moesaic.studies.jobs import config_hash
@@ -250,6 +252,52 @@ class HalfAMixer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
         return x
+
+
+class FaultyRouter(TopKRouter):
+    """Its state, or what it observes, is none that its place takes."""
+
+    def __init__(self, dim: int, num_experts: int, fault: str) -> None:
+        super().__init__(dim, num_experts)
+        self.fault = fault
+
+    def forward(self, x: Tensor) -> Routing:
+        routing = super().forward(x)
+        faults: dict[str, Any] = {"rows": routing.logits[:1], "flat": routing.logits[:, 0], "word": "state"}
+        return routing._replace(state=faults.get(self.fault))
+
+    def observe(self, routing: Routing, valid: Tensor | None) -> Any:
+        return None if self.fault == "observes" else routing.tokens_per_expert
+
+    def end_step(self, observed: Tensor) -> None:
+        assert self.fault
+
+
+class AsksForMore(TopKRouter):
+    def forward(self, x: Tensor, mood: Tensor) -> Routing:  # type: ignore[override]
+        return super().forward(x * mood)
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ("FaultyRouter, fault: rows", r"model.moe.router, layer 1: FaultyRouter: state of shape \(1, 8\); must be"),
+        ("FaultyRouter, fault: flat", r"model.moe.router, layer 1: FaultyRouter: state of shape \(\d+,\); must be"),
+        ("FaultyRouter, fault: word", "model.moe.router, layer 1: FaultyRouter: state of type str; must be a tensor"),
+        ("FaultyRouter, fault: observes", "layer 1: FaultyRouter: observe returned NoneType; must be a tensor"),
+        (
+            "AsksForMore",
+            r"layer 1 router: .*AsksForMore: its forward\(.*missing a required argument: 'mood'; must take",
+        ),
+    ],
+)
+def test_a_faulty_router_is_named_before_the_run(
+    composed: Callable[..., dict[str, Any]], tmp_path: Path, router: str, message: str
+) -> None:
+    given = f"model.moe.router={{type: {__name__}:{router}}}"
+    with trusting([__name__]), pytest.raises(InputError, match=message):
+        run(composed(given, f"run_dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
 
 
 class PlainMixer(torch.nn.Module):

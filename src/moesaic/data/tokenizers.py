@@ -121,20 +121,21 @@ class BPETokenizer:
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
         # the marker written out in a text is text: only the stream puts real markers between documents
         pieces = [text.decode("utf-8", errors="strict").split(END_OF_TEXT) for text in texts]
-        flat = iter(self._inner.encode_batch([piece for split in pieces for piece in split]))
+        first = iter(self._inner.encode_batch([split[0] for split in pieces]))
+        others = [piece for split in pieces for piece in split[1:]]
+        rest = iter(self._inner.encode_batch(others, add_special_tokens=False))
         marker = self._encode_marker()
         encoded: list[Ids] = []
         for split in pieces:
             ids: list[int] = []
             for i in range(len(split)):
-                ids += marker if i else []
-                ids += next(flat).ids
+                ids += [*marker, *next(rest).ids] if i else next(first).ids
             encoded.append(np.array(ids, dtype=self._dtype))
         return encoded
 
     def _encode_marker(self) -> list[int]:
         """The end-of-text marker as ordinary text, character by character."""
-        return [i for character in END_OF_TEXT for i in self._inner.encode(character).ids]
+        return [i for character in END_OF_TEXT for i in self._inner.encode(character, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes[i] for i in _checked(ids, self.vocab_size))
@@ -146,7 +147,7 @@ class BPETokenizer:
 def meaning_of_ids(tokenizer: dict[str, Any]) -> Any:
     """What two tokenizers of equal ids share, from their `to_dict`, however their files are spelled.
 
-    How ids become text is left out, and so are markers that are only added on request.
+    How ids become text is left out, and so is what only moves offsets.
 
     Raises:
         InputError: a damaged one.
@@ -156,10 +157,18 @@ def meaning_of_ids(tokenizer: dict[str, Any]) -> Any:
     import tokenizers
 
     try:
-        content = {**json.loads(tokenizer["json"]), "decoder": None, "post_processor": None}
+        content = json.loads(tokenizer["json"])
+        content |= {"decoder": None, "post_processor": _that_adds_ids(content.get("post_processor"))}
         return json.loads(tokenizers.Tokenizer.from_str(json.dumps(content)).to_str())
     except Exception as error:  # its own errors have no class but Exception
         raise InputError(f"its tokenizer.json is damaged ({error})") from error
+
+
+def _that_adds_ids(processor: Any) -> Any:
+    """A post-processor without the steps that move offsets alone; None if there are no others."""
+    steps = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
+    kept = [step for step in steps if step and step["type"] != "ByteLevel"]
+    return {"type": "Sequence", "processors": kept} if kept else None
 
 
 def same_ids(first: Tokenizer | None, second: Tokenizer | None) -> bool:

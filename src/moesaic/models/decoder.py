@@ -53,6 +53,7 @@ __all__ = [
     "DecoderOutput",
     "build_block",
     "build_decoder",
+    "build_layer_router",
     "initialize",
 ]
 
@@ -520,7 +521,7 @@ def _build_ffn(
         score_before_experts=moe.score_before_experts,
         activation=config.activation,
         backend=moe.backend,
-        router=_build_router(config, moe, i, device, dtype),
+        router=build_layer_router(config, moe, i, device, dtype),
         experts=_build_experts(config, moe, i, device, dtype),
         dispatcher=_build_dispatcher(config, moe, i),
         device=device,
@@ -528,13 +529,23 @@ def _build_ffn(
     )
 
 
-def _build_router(
-    config: DecoderConfig, moe: MoEConfig, i: int, device: torch.device | str | None, dtype: torch.dtype | None
+def build_layer_router(
+    config: DecoderConfig,
+    moe: MoEConfig,
+    i: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
+    """The router of layer i, before `initialize`.
+
+    Raises:
+        InputError: a custom one that cannot be built, or whose forward asks for what no layer has.
+    """
     if moe.built_in_router is not None:
         return build_router(config, moe, f"layer {i} router", device, dtype)
     assert isinstance(moe.router, dict)
     router = build_custom(moe.router, f"layer {i} router", device, dtype, **_known(config, i))
+    _require_router(router, f"layer {i} router: {moe.router['type']}")
     if moe.expert_bias and not isinstance(getattr(router, "expert_bias", None), Tensor):
         raise InputError(
             f"layer {i} router: moe.expert_bias=true, but {moe.router['type']} has no buffer `expert_bias` (E,) "
@@ -608,6 +619,18 @@ def _require_mixer(mixer: nn.Module, config: DecoderConfig, where: str) -> None:
             f"{where}: its forward{inspect.signature(mixer.forward)} has no support for padding; it must take (x, "
             "cache=None, attention_mask=None). (x) alone is enough without make_cache and without model.padding_token"
         )
+
+
+def _require_router(router: nn.Module, where: str) -> None:
+    """Raise InputError for a custom router whose forward cannot be called with the tokens and what it may ask for."""
+    signature = inspect.signature(router.forward)
+    try:
+        signature.bind(None, **{name: None for name in ("token_ids", "router_state") if name in signature.parameters})
+    except TypeError as error:
+        raise InputError(
+            f"{where}: its forward{signature}: {error}; must take the tokens (T, dim), and may ask for token_ids and "
+            "router_state"
+        ) from error
 
 
 def _count_real(routing: Routing, is_real: Tensor) -> Routing:

@@ -40,6 +40,7 @@ from moesaic.files import (
 from moesaic.models import Account, DecoderConfig, account
 from moesaic.models.config import FORMAT
 from moesaic.models.custom import source_hashes, sources
+from moesaic.models.trial import try_custom_router
 from moesaic.parallel.config import require_degrees, require_precision, require_vocabulary
 from moesaic.parallel.shards import require_parts
 from moesaic.training.batches import RunBatches, require_same_batches
@@ -124,6 +125,7 @@ def prepare(found: Found, console: Console, at_the_end: contextlib.ExitStack) ->
     if start.run_dir is not None:
         batches.require_same(start.run_dir / "environment.json")
     batches.training(), batches.val_dataloader()  # they refuse data that are too short
+    try_custom_router(model, run_config.training.seq_len)
     run_config, why = _choose_precision(run_config, model)
     targets = _open_targets(run_config, model, start, data)
     if targets is not None:
