@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that `argv` (by default the command line) names; ends the process with its exit status."""
     keep_going()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; another backend may fail before it is asked for anything
+    # PyTorch advises in raw lines against what several processes do on purpose, such as find_unused_parameters
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())

@@ -54,6 +54,7 @@ def ladder(config: dict[str, Any], command: str, console: Console | None = None)
     require_on_record(place.results, ladder_config)
     out = dropped(ladder_config, study, rows)
     timed: dict[tuple[str, int], float] = {}
+    console.print("counting what is left to run; a few steps are timed of models that have not run yet")
     cost = cost_of(rungs, kept(study, out), base, rows, timed)
     most = "" if ladder_config.drop is None or out else ", less what the dropped arms would take"
     console.print(cost.told(place.workers) + most, markup=False, highlight=False, soft_wrap=True)
